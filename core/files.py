@@ -1,0 +1,131 @@
+"""Files that survive a kill at any moment: atomic writes, append-only JSONL journals, one lock per folder."""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then fsync and rename it: `path` is whole or untouched."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` atomically."""
+    write_atomic(path, lambda temporary: _write_all(temporary, text))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` atomically as indented JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> None:
+    """Write one JSON object a line, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """Return the JSON objects of `path`, one a line.
+
+    Raises FileNotFoundError, and ValueError naming file and line for an empty file, an empty row or malformed JSON.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected JSONL, one JSON object a line")
+    rows = []
+    with path.open(encoding="utf-8") as handle:
+        for number, line in enumerate(handle, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as err:
+                what = "the row is empty" if not line.strip() else f"malformed JSON ({err.msg}, column {err.colno})"
+                raise ValueError(f"{path}:{number}: {what}; expected one JSON object a line") from err
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: the file is empty; expected one JSON object a line")
+    return rows
+
+
+class Journal:
+    """Append-only JSONL file keyed by content: what was recorded once is never recorded again.
+
+    A last line without its newline is what a kill leaves behind: it is cut off when the journal is opened.
+    Any other unreadable line is an error that names its number.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._handle: IO[bytes] = path.open("a+b")
+        self._handle.seek(0)
+        data = self._handle.read()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            self._handle.truncate(whole)
+        for number, line in enumerate(data[:whole].splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                self.rows[row["key"]] = row
+            except (json.JSONDecodeError, KeyError, TypeError) as err:
+                raise ValueError(f"{path}:{number}: not a journal row ({err}); expected an object with 'key'") from err
+
+    def append(self, key: str, row: dict[str, Any]) -> None:
+        """Record `row` under `key` durably. Raises ValueError if the key is there already."""
+        if key in self.rows:
+            raise ValueError(f"{self.path}: key {key} is recorded already")
+        row = {"key": key, **row}
+        self._handle.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+        self.rows[key] = row
+
+    def close(self) -> None:
+        self._handle.close()
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the one lock of a run directory. Raises ValueError when another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            handle.seek(0)
+            holder = handle.read().strip() or "unknown"
+            raise ValueError(
+                f"{folder}: another process (pid {holder}) is working in this run directory; wait for it or stop it"
+            ) from err
+        handle.seek(0)
+        handle.truncate()
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+def _write_all(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

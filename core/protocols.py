@@ -1,0 +1,63 @@
+"""The three interfaces that meet in a rollout: white-box controller, black-box generator, task."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from matryoshka.core.records import (
+    Example,
+    Messages,
+    Metric,
+    PairRule,
+    RolloutSettings,
+    Sample,
+    Sampling,
+    Trajectory,
+)
+
+
+class Controller(Protocol):
+    """White-box policy: writes guidance."""
+
+    name: str
+
+    async def propose(self, prompt: Messages, n: int, sampling: Sampling) -> list[Sample]:
+        """Return n completions of `prompt`; completion i is draw `sampling.draw + i` of `sampling.seed`."""
+        ...
+
+    def prompt_ids(self, prompt: Messages) -> tuple[int, ...] | None:
+        """Return the ids that `propose` is conditioned on, or None where the model is not ours to see."""
+        ...
+
+    def count_tokens(self, prompt: Messages) -> int:
+        """Return how many tokens `prompt` takes in this controller's context."""
+        ...
+
+
+class Generator(Protocol):
+    """Black box: text in, text out, nothing else."""
+
+    name: str
+
+    async def complete(self, prompt: Messages, sampling: Sampling) -> Sample:
+        """Return one completion. Raises GeneratorError (a RuntimeError) when retries are exhausted."""
+        ...
+
+
+class GeneratorError(RuntimeError):
+    """A black-box call that failed for good: it fails its episode, which is recorded with the reason, never the run."""
+
+
+class Task(Protocol):
+    """A benchmark: its problems, its loop, its scores."""
+
+    name: str
+    version: int
+    pair_rule: PairRule
+
+    def examples(self, split: str) -> Sequence[Example]: ...
+
+    async def rollout(
+        self, example: Example, controller: Controller, generator: Generator, settings: RolloutSettings
+    ) -> Trajectory: ...
+
+    def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]: ...

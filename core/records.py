@@ -1,0 +1,234 @@
+"""The records that travel between sampler, tasks, trainer and report: frozen dataclasses, standard library only.
+
+Every record goes to JSON and back without loss (`to_json`, `from_json`), so a run directory can be replayed.
+Token ids and log-probs are present exactly where the model is white-box; text is never re-tokenised.
+"""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+
+@dataclass(frozen=True)
+class Message:
+    """One chat message. Example: Message("user", "What is 2 + 2?")."""
+
+    role: str
+    content: str
+
+
+Messages = tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem of a task; `fields` holds what the task needs, e.g. {"question": ..., "answer": 8}."""
+
+    id: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measured value with its 95% interval [low, high] over n observations."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one completion is drawn. temperature 0 is greedy; `draw` numbers several answers to the same question."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    draw: int = 0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens that one completion read and wrote."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion.
+
+    finish_reason: "stop" (stop id or stop string) or "length" (cut at max_tokens: never chosen for training).
+    token_ids: [T] drawn ids, the stop id included; logprobs: [T] natural logs under the untempered, untruncated
+    distribution; mask: [T] 1 where a token is trained on (None: all). All three are None for a black box.
+    """
+
+    text: str
+    finish_reason: str = "stop"
+    token_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    mask: tuple[int, ...] | None = None
+    usage: Usage = Usage()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One black-box call and what the environment made of its answer (e.g. "value 12.0" or a traceback)."""
+
+    prompt: Messages
+    sample: Sample
+    outcome: str = ""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the controller saw and said, every black-box call that it caused, and the feedback that came back."""
+
+    prompt: Messages
+    prompt_ids: tuple[int, ...] | None
+    action: Sample
+    calls: tuple[Call, ...] = ()
+    feedback: str = ""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One episode. info: attempts, protocol, seeds, adapter hash, cost, prediction, verdict."""
+
+    task: str
+    example_id: str
+    turns: tuple[Turn, ...]
+    reward: float
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two completions of one prompt, the first scored higher. prompt_ids: what the sampler was conditioned on."""
+
+    prompt: Messages
+    prompt_ids: tuple[int, ...] | None
+    chosen: Sample
+    rejected: Sample
+    chosen_reward: float
+    rejected_reward: float
+    example_id: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PairRule:
+    """What a task says about making pairs: kind "binary" (1 over 0) or "ranked" (gap above `margin`); cap per example."""
+
+    kind: str = "binary"
+    cap: int = 4
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How one episode runs.
+
+    protocol: "label_free" (retries see execution errors only) or "oracle" (retries also see "wrong answer", as in the
+    paper; never mixed with the rest). inner_attempts: generator attempts under one guidance; outer_turns: guidances.
+    """
+
+    controller: Sampling = Sampling()
+    generator: Sampling = Sampling()
+    protocol: str = "label_free"
+    inner_attempts: int = 1
+    outer_turns: int = 1
+
+    def __post_init__(self) -> None:
+        if self.protocol not in ("label_free", "oracle"):
+            raise ValueError(f"settings: protocol {self.protocol!r} is unknown; choose 'label_free' or 'oracle'")
+        if self.inner_attempts < 1 or self.outer_turns < 1:
+            raise ValueError(
+                f"settings: inner_attempts {self.inner_attempts} and outer_turns {self.outer_turns} must be at least 1"
+            )
+
+
+R = TypeVar("R")
+
+
+def to_json(record: Any) -> Any:
+    """Return `record` as plain dicts, lists and scalars (tuples become lists)."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
+    if isinstance(record, dict):
+        return {key: to_json(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [to_json(value) for value in record]
+    return record
+
+
+def from_json(cls: type[R], data: Any) -> R:
+    """Return the record of type `cls` that `to_json` wrote as `data`.
+
+    Raises ValueError naming the field when a key is unknown, missing or of the wrong type.
+    """
+    return typing.cast(R, _parse(cls, data, cls.__name__))
+
+
+def _parse(kind: Any, data: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if kind is Any:
+        return data
+    if origin in (types.UnionType, typing.Union):
+        options = typing.get_args(kind)
+        if data is None and type(None) in options:
+            return None
+        (only,) = [option for option in options if option is not type(None)]
+        return _parse(only, data, where)
+    if origin is tuple:
+        if not isinstance(data, list | tuple):
+            raise ValueError(f"{where}: expected a list, got {type(data).__name__}")
+        args = typing.get_args(kind)
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+        if len(args) != len(data):
+            raise ValueError(f"{where}: expected {len(args)} items, got {len(data)}")
+        return tuple(_parse(arg, item, f"{where}[{i}]") for i, (arg, item) in enumerate(zip(args, data, strict=True)))
+    if origin is dict or kind is dict:
+        if not isinstance(data, dict):
+            raise ValueError(f"{where}: expected an object, got {type(data).__name__}")
+        return dict(data)
+    if dataclasses.is_dataclass(kind):
+        return _parse_dataclass(kind, data, where)
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
+        raise ValueError(f"{where}: expected {kind.__name__}, got {type(data).__name__} ({data!r:.60})")
+    return data
+
+
+def _parse_dataclass(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: expected an object, got {type(data).__name__}")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(data) - set(fields)):
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}; known: {', '.join(fields)}")
+    for name, f in fields.items():
+        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where}: field {name!r} is missing")
+    return kind(**{name: _parse(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+
+
+def content_key(*parts: Any) -> str:
+    """Return a 32-hex-digit SHA-256 key of the parts' canonical JSON: equal content, equal key, on every machine."""
+    text = json.dumps([to_json(part) for part in parts], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def stable_seed(*parts: Any) -> int:
+    """Return a 63-bit seed that is a pure function of the parts (Python's own `hash` changes between processes)."""
+    return int(content_key(*parts)[:16], 16) >> 1

@@ -1,0 +1,10 @@
+"""The folders stay at the top level and are imported as `matryoshka.<folder>`; see pyproject.toml for the rest."""
+
+from setuptools import setup
+
+FOLDERS = ["core", "core.models", "lora", "dpo", "inference", "tasks", "tasks.pal", "eval", "scripts"]
+
+setup(
+    packages=[f"matryoshka.{name}" for name in FOLDERS],
+    package_dir={f"matryoshka.{name}": name.replace(".", "/") for name in FOLDERS},
+)

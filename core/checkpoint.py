@@ -1,0 +1,73 @@
+"""Training state on disk: trainable parameters, AdamW moments and the step, in safetensors and JSON, never pickle.
+
+A checkpoint is a folder `step-<n>` that appears by rename when it is complete; the newest replaces the ones before it.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def save_checkpoint(
+    folder: Path, step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> Path:
+    """Write `folder/step-<step>` atomically, remove older checkpoints, and return its path."""
+    target, temporary = folder / f"step-{step}", folder / f".step-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        tensors[f"parameter/{name}"] = parameter.detach().contiguous()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer/{key}/{name}"] = value.detach().contiguous()
+    save_file(tensors, temporary / "state.safetensors")
+    (temporary / "state.json").write_text(json.dumps({"step": step, "torch": torch.__version__}))
+    for path in (*temporary.iterdir(), temporary):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(temporary, target)
+    for old in folder.glob("step-*"):
+        if old != target:
+            shutil.rmtree(old)
+    return target
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the complete checkpoint with the highest step in `folder`, or None."""
+    found = [path for path in folder.glob("step-*") if (path / "state.json").is_file()]
+    return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+
+
+def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Fill parameters and optimizer from the checkpoint and return its step.
+
+    Raises ValueError when its parameters are not exactly these, by name and shape.
+    """
+    tensors = load_file(path / "state.safetensors")
+    saved = {name.removeprefix("parameter/"): t.shape for name, t in tensors.items() if name.startswith("parameter/")}
+    here = {name: parameter.shape for name, parameter in parameters.items()}
+    if saved != here:
+        different = sorted(name for name in saved.keys() | here.keys() if saved.get(name) != here.get(name))
+        raise ValueError(
+            f"{path}: parameter {different[0]!r} has shape {saved.get(different[0])} in the checkpoint and "
+            f"{here.get(different[0])} in the model; start with the configuration that wrote it, or in a new folder"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"parameter/{name}"])
+    for name, parameter in parameters.items():
+        state = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = tensors[f"optimizer/{key}/{name}"]
+            state[key] = value if key == "step" else value.to(parameter.device)
+        optimizer.state[parameter] = state
+    step: int = json.loads((path / "state.json").read_text())["step"]
+    return step

@@ -1,0 +1,277 @@
+"""The one training loop: SFT and every preference loss differ only in the objective that they hand in.
+
+In order: next batch (a pure function of seed, epoch and step) -> policy log-probs -> reference log-probs -> objective,
+divided by the global count of items or tokens -> backward -> clip -> non-finite check -> optimizer -> schedule -> metrics
+-> checkpoint. `train` is a generator: it yields one metrics row a step, and the caller shows or drops it. A run that is
+killed and started again continues from its last checkpoint with the same bits (held by a test on CPU).
+"""
+
+import json
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from matryoshka.core.attention import Masked
+from matryoshka.core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from matryoshka.core.records import stable_seed
+from matryoshka.core.tree import Tokens, TokenTree, build_tree, tree_size
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; every default is the paper's or the field's.
+
+    batch_size counts items (conversations or preference pairs) per optimizer step; micro_batch_tokens bounds the tree
+    tokens that are in flight at once. min_lr_ratio: floor of the cosine. save_every: optimizer steps between checkpoints
+    (0: only at the end and on SIGTERM).
+    """
+
+    learning_rate: float = 5e-6
+    epochs: int = 1
+    batch_size: int = 64
+    micro_batch_tokens: int = 8192
+    warmup_ratio: float = 0.03
+    min_lr_ratio: float = 0.1
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    save_every: int = 0
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "micro_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train: {name} {getattr(self, name)} must be at least 1")
+        if not self.learning_rate > 0:
+            raise ValueError(f"train: learning_rate {self.learning_rate} must be above 0")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One unit of the batch: its sequences (SFT: one; preference: chosen, rejected). Items of one group share a prompt."""
+
+    sequences: tuple[Tokens, ...]
+    group: str
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Global counts of the optimizer step: losses are sums divided by these, whatever the micro-batches are."""
+
+    items: int
+    tokens: int
+
+
+class Objective(Protocol):
+    """Loss of a micro-batch and the sums of its metrics; the loop divides metrics by `Totals.items`."""
+
+    def __call__(
+        self, logps_S: Tensor, reference_S: Tensor | None, tree: TokenTree, totals: Totals
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+class Model(Protocol):
+    """What the loop needs of a model; `core/models` files provide it."""
+
+    @property
+    def head_weight(self) -> Tensor: ...
+
+    def __call__(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Masked | None = None) -> Tensor: ...
+
+
+LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden_SD, head_VD, target_S) -> [S]
+
+
+class Interrupted(RuntimeError):
+    """SIGTERM or SIGINT came: the state is saved, starting again continues."""
+
+
+def train(
+    model: Model,
+    parameters: Mapping[str, nn.Parameter],
+    items: Sequence[Item],
+    config: TrainConfig,
+    objective: Objective,
+    token_logps: LogProbs,
+    folder: Path,
+    reference: Callable[[], AbstractContextManager[None]] | None = None,
+    first_loss: float | None = None,
+) -> Iterator[dict[str, float]]:
+    """Train `parameters` in place and yield a metrics row per optimizer step: step, epoch, loss, grad_norm, lr, ...
+
+    reference: context in which the model computes the reference policy. first_loss: what the first micro-batch's mean
+    loss must be (ln 2 for DPO, policy and reference being equal); checked to 1e-5 per item.
+    State and metrics.jsonl go to `folder`; an unfinished run found there is continued.
+    Raises ValueError for no items, FloatingPointError before the optimizer on a non-finite loss or gradient, Interrupted
+    after saving on SIGTERM.
+    """
+    if not items:
+        raise ValueError(f"train: no items to train on ({folder}); collect more samples or check the data file")
+    device = next(iter(parameters.values())).device
+    optimizer = torch.optim.AdamW(
+        parameters.values(),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+    )
+    num_steps = config.epochs * math.ceil(len(items) / config.batch_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    step = 0
+    if (found := latest_checkpoint(folder)) is not None:
+        step = load_checkpoint(found, parameters, optimizer)
+    metrics_path = folder / "metrics.jsonl"
+    _keep_metrics(metrics_path, step)
+    with _stop_signal() as stop:
+        while step < num_steps:
+            started = time.perf_counter()
+            epoch, batch = batch_at(items, step, config.batch_size, config.seed)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, num_steps, config)
+            torch.manual_seed(stable_seed("dropout", config.seed, step))
+            expected = first_loss if step == 0 else None
+            row = _accumulate(model, batch, config, objective, token_logps, reference, device, expected)
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+            if not math.isfinite(row["loss"]) or not torch.isfinite(norm):
+                raise FloatingPointError(
+                    f"train: step {step + 1}: loss {row['loss']}, gradient norm {norm.item()}; nothing was updated. "
+                    "Lower the learning rate or look at this step's items"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            row = {
+                "step": step,
+                "epoch": epoch,
+                **row,
+                "grad_norm": norm.item(),
+                "lr": optimizer.param_groups[0]["lr"],
+                "seconds": time.perf_counter() - started,
+            }
+            with metrics_path.open("a") as handle:
+                handle.write(json.dumps(row) + "\n")
+            due = config.save_every and step % config.save_every == 0
+            if step == num_steps or due or stop.is_set():
+                save_checkpoint(folder, step, parameters, optimizer)
+            yield {**row, "steps": num_steps}
+            if stop.is_set() and step < num_steps:
+                raise Interrupted(f"train: stopped by signal after step {step} of {num_steps}; state saved in {folder}")
+
+
+def _accumulate(
+    model: Model,
+    batch: Sequence[Item],
+    config: TrainConfig,
+    objective: Objective,
+    token_logps: LogProbs,
+    reference: Callable[[], AbstractContextManager[None]] | None,
+    device: torch.device,
+    first_loss: float | None,
+) -> dict[str, float]:
+    """Run forward and backward over the batch's micro-batches and return loss, per-item metrics and token counts."""
+    totals = Totals(len(batch), sum(sum(s.mask) for item in batch for s in item.sequences))
+    loss_sum = 0.0
+    sums: dict[str, float] = {}
+    tree_tokens = padded_tokens = 0
+    for micro in micro_batches(batch, config.micro_batch_tokens):
+        tree = build_tree([sequence for item in micro for sequence in item.sequences])
+        attend = Masked(tree.attention_mask().to(device))
+
+        def forward(tree: TokenTree = tree, attend: Masked = attend) -> Tensor:
+            hidden_TD = model(tree.ids_T.to(device)[None], tree.positions_T.to(device)[None], attend)[0]
+            return token_logps(hidden_TD[tree.source_S.to(device)], model.head_weight, tree.target_S.to(device))
+
+        reference_S = None
+        if reference is not None:
+            with torch.no_grad(), reference():
+                reference_S = forward()
+        loss, metrics = objective(forward(), reference_S, tree, totals)
+        if first_loss is not None:
+            _check_first(loss.item() * totals.items / len(micro), first_loss)
+            first_loss = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        loss_sum += loss.item()
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+        tree_tokens += len(tree.ids_T)
+        padded_tokens += tree.num_padded
+    means = {name: value / totals.items for name, value in sums.items()}
+    return {"loss": loss_sum, **means, "tokens": tree_tokens, "padded_tokens": padded_tokens}
+
+
+def _check_first(loss: float, expected: float) -> None:
+    if abs(loss - expected) > 1e-5:
+        raise ValueError(
+            f"train: the first loss is {loss:.8f} but policy and reference are equal, so it must be {expected:.8f}; "
+            "the reference adapter differs from the policy, or dropout is on"
+        )
+
+
+def batch_at(items: Sequence[Item], step: int, batch_size: int, seed: int) -> tuple[int, list[Item]]:
+    """Return (epoch, items) of optimizer step `step`: groups shuffled by (seed, epoch), kept together, then cut."""
+    per_epoch = math.ceil(len(items) / batch_size)
+    epoch, index = divmod(step, per_epoch)
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.group, []).append(item)
+    order = sorted(groups)
+    random.Random(stable_seed("batches", seed, epoch)).shuffle(order)
+    shuffled = [item for name in order for item in groups[name]]
+    return epoch, shuffled[index * batch_size : (index + 1) * batch_size]
+
+
+def micro_batches(batch: Sequence[Item], max_tokens: int) -> Iterator[list[Item]]:
+    """Yield consecutive items whose common tree has at most `max_tokens` tokens; one too large item stands alone."""
+    micro: list[Item] = []
+    for item in batch:
+        if micro and tree_size([s for i in [*micro, item] for s in i.sequences]) > max_tokens:
+            yield micro
+            micro = []
+        micro.append(item)
+    if micro:
+        yield micro
+
+
+def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
+    """Return the rate of 0-based `step`: linear warm-up over ceil(ratio x steps), then cosine down to the floor."""
+    warmup = math.ceil(config.warmup_ratio * num_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def _keep_metrics(path: Path, step: int) -> None:
+    """Drop rows after `step`: they were written after the checkpoint that training continues from."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(lines[:step]))
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """Set an event on SIGTERM (pre-emption) instead of dying in the middle of a step."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,214 @@
+"""What a report says in numbers: conditions over the same examples, their tables and their paired comparisons.
+
+It computes and refuses; it formats nothing. The invariant: every number of one report comes from one protocol and one
+set of examples, each answered exactly once by every condition. An episode counts as right only if its verdict is
+"right": one that raised an error, or whose generator failed for good, stays in the denominator.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from matryoshka.core.metrics import wilson
+from matryoshka.core.records import Example, Metric, Trajectory
+from matryoshka.eval.statistics import Paired, paired_difference
+
+PROTOCOLS = {"label_free": "label-free", "oracle": "oracle"}
+VERDICTS = ("right", "wrong", "error", "failed")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One row of the table: one episode for each held-out example, and what they cost together.
+
+    seconds: wall-clock; calls: black-box calls; tokens: tokens read and written.
+    """
+
+    name: str
+    label: str
+    trajectories: Sequence[Trajectory]
+    seconds: float
+    calls: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """Everything that a report is made of; the mappings hold what JSON can hold.
+
+    groups: group name -> example ids; comparisons: pairs of condition names, second minus first; training: stage ->
+    rows of its metrics.jsonl, each with "step"; counts: pairs, samples, skipped, cut by length, ...
+    """
+
+    title: str
+    command: str
+    config: Mapping[str, Any]
+    hardware: Mapping[str, Any]
+    versions: Mapping[str, Any]
+    conditions: Sequence[Condition]
+    examples: Sequence[Example]
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    comparisons: Sequence[tuple[str, str]] = ()
+    training: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    counts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One condition in one table. executable: share of episodes that ended in an answer; cost only over all examples."""
+
+    name: str
+    label: str
+    accuracy: Metric
+    executable: Metric
+    verdicts: dict[str, int]
+    calls: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Second minus first condition, example by example."""
+
+    first: str
+    second: str
+    paired: Paired
+
+
+@dataclass(frozen=True)
+class Table:
+    """All conditions over one set of n examples, under one protocol."""
+
+    name: str
+    protocol: str
+    n: int
+    rows: tuple[Row, ...]
+    differences: tuple[Difference, ...]
+
+
+def summarise(data: ReportInput) -> tuple[Table, ...]:
+    """Return the table over all examples and then one for each group.
+
+    Raises ValueError for mixed or unknown protocols, unknown verdicts, conditions over other examples than
+    `data.examples` (naming the ids), repeated names or ids, and groups or comparisons of what is not there.
+    """
+    verdicts, protocol = _check(data)
+    everything = tuple(example.id for example in data.examples)
+    tables = [_table("all examples", everything, data, verdicts, protocol, cost=True)]
+    tables += [_table(name, ids, data, verdicts, protocol, cost=False) for name, ids in data.groups.items()]
+    return tuple(tables)
+
+
+def _table(
+    name: str,
+    ids: Sequence[str],
+    data: ReportInput,
+    verdicts: Mapping[str, Mapping[str, str]],
+    protocol: str,
+    cost: bool,
+) -> Table:
+    rows = []
+    for condition in data.conditions:
+        seen = [verdicts[condition.name][example_id] for example_id in ids]
+        counts = {verdict: seen.count(verdict) for verdict in VERDICTS}
+        rows.append(
+            Row(
+                condition.name,
+                condition.label,
+                wilson(counts["right"], len(ids)),
+                wilson(counts["right"] + counts["wrong"], len(ids)),
+                counts,
+                condition.calls if cost else None,
+                condition.tokens if cost else None,
+                condition.seconds if cost else None,
+            )
+        )
+    right = {c.name: [verdicts[c.name][example_id] == "right" for example_id in ids] for c in data.conditions}
+    differences = tuple(
+        Difference(first, second, paired_difference(right[first], right[second])) for first, second in data.comparisons
+    )
+    return Table(name, PROTOCOLS[protocol], len(ids), tuple(rows), differences)
+
+
+def _check(data: ReportInput) -> tuple[dict[str, dict[str, str]], str]:
+    """Return condition name -> example id -> verdict, and the one protocol."""
+    if not data.conditions or not data.examples:
+        raise ValueError(
+            f"report: got {len(data.conditions)} conditions and {len(data.examples)} examples; expected at least one "
+            "of each"
+        )
+    _refuse_repeats("condition", (condition.name for condition in data.conditions))
+    _refuse_repeats("example", (example.id for example in data.examples))
+    for example in data.examples:
+        if missing := [name for name in ("question", "answer") if name not in example.fields]:
+            raise ValueError(f"report: example {example.id!r} has no field {missing[0]!r}; got {sorted(example.fields)}")
+    expected = {example.id for example in data.examples}
+    verdicts = {condition.name: _verdicts(condition, expected) for condition in data.conditions}
+    protocol = _protocol(data.conditions)
+    for name, ids in data.groups.items():
+        _refuse_repeats(f"group {name!r}: example", ids)
+        if not ids or not expected.issuperset(ids):
+            unknown = _listed(sorted(set(ids) - expected)) or "no id at all"
+            raise ValueError(f"report: group {name!r} holds {unknown}; expected ids of the report's examples")
+    for pair in data.comparisons:
+        if unknown_names := [name for name in pair if name not in verdicts]:
+            raise ValueError(
+                f"report: comparison {pair} names condition {unknown_names[0]!r}; choose from {', '.join(verdicts)}"
+            )
+    return verdicts, protocol
+
+
+def _verdicts(condition: Condition, expected: set[str]) -> dict[str, str]:
+    where = f"report: condition {condition.name!r}"
+    _refuse_repeats(f"condition {condition.name!r}: episode", (t.example_id for t in condition.trajectories))
+    verdicts: dict[str, str] = {}
+    for trajectory in condition.trajectories:
+        verdict = trajectory.info.get("verdict")
+        if verdict not in VERDICTS:
+            raise ValueError(
+                f"{where}, example {trajectory.example_id!r}: verdict is {verdict!r}; expected one of {VERDICTS}"
+            )
+        verdicts[trajectory.example_id] = verdict
+    missing, foreign = sorted(expected - set(verdicts)), sorted(set(verdicts) - expected)
+    if missing or foreign:
+        parts = [f"is missing {_listed(missing)}"] * bool(missing) + [f"has also {_listed(foreign)}"] * bool(foreign)
+        raise ValueError(
+            f"{where} {' and '.join(parts)}; every condition of a report must answer the same examples, each once"
+        )
+    return verdicts
+
+
+def _protocol(conditions: Sequence[Condition]) -> str:
+    used: dict[str, str] = {}
+    for condition in conditions:
+        for trajectory in condition.trajectories:
+            protocol = trajectory.info.get("protocol")
+            if protocol not in PROTOCOLS:
+                raise ValueError(
+                    f"report: condition {condition.name!r}, example {trajectory.example_id!r}: protocol is "
+                    f"{protocol!r}; expected one of {tuple(PROTOCOLS)}"
+                )
+            used.setdefault(protocol, condition.name)
+    if len(used) > 1:
+        first, second = list(used.items())[:2]
+        raise ValueError(
+            f"report: protocols are mixed: condition {first[1]!r} has {first[0]!r} episodes and {second[1]!r} has "
+            f"{second[0]!r} ones; their numbers do not compare: write one report for each protocol"
+        )
+    return next(iter(used))
+
+
+def _refuse_repeats(what: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"report: {what} {name!r} occurs twice; expected each once")
+        seen.add(name)
+
+
+def _listed(ids: Sequence[str]) -> str:
+    """Return the ids, at most twelve by name."""
+    more = f" and {len(ids) - 12} more" if len(ids) > 12 else ""
+    return ", ".join(repr(example_id) for example_id in ids[:12]) + more

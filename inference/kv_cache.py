@@ -1,0 +1,108 @@
+"""Keys and values of the tokens already read: one common prefix, kept once, and a private tail per row.
+
+The common prefix (a few-shot header, a system prompt) is attended to by every row as one matrix product; only what
+follows it is stored per row. `CachedAttention` gives the model the same numbers as attention over the whole sequence.
+
+Shapes: B rows, T new tokens, C prefix tokens, L tail capacity, N query heads, G key/value heads, H head size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Prefix:
+    """Keys and values of a common prefix: per layer [1, G, C, H], and the token ids they stand for."""
+
+    ids: tuple[int, ...]
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+class CachedAttention:
+    """Attention over prefix, tail and new tokens; the new tokens' keys and values are appended to the tail.
+
+    lengths_B: valid tail tokens per row before this call. Row b's new token t sees the prefix, its tail up to
+    lengths_B[b], and new tokens up to t. The caller advances lengths_B afterwards.
+    """
+
+    def __init__(
+        self, prefix: Prefix | None, num_layers: int, rows: int, heads: int, head_dim: int, like: Tensor
+    ) -> None:
+        self.prefix = prefix
+        self.capacity = 0
+        shape = (rows, heads, 0, head_dim)
+        self.keys = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(num_layers)]
+        self.values = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(num_layers)]
+        self.lengths_B = torch.zeros(rows, dtype=torch.int64, device=like.device)
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths_B)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for at least `capacity` tail tokens per row (grown by half, so that growth is rare)."""
+        if capacity > self.capacity:
+            self._resize(max(capacity, self.capacity + self.capacity // 2 + 16))
+
+    def _resize(self, capacity: int) -> None:
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                rows, heads, _, size = old.shape
+                new = old.new_zeros(rows, heads, capacity, size)
+                new[:, :, : self.capacity] = old
+                tensors[layer] = new
+        self.capacity = capacity
+
+    def select(self, rows: Tensor) -> None:
+        """Keep `rows` (indices, repeats allowed: a prompt read once serves all its samples)."""
+        self.keys = [tensor[rows] for tensor in self.keys]
+        self.values = [tensor[rows] for tensor in self.values]
+        self.lengths_B = self.lengths_B[rows]
+
+    def extend(self, other: "CachedAttention") -> None:
+        """Append the rows of `other`, which must have the same prefix."""
+        for cache in (self, other):
+            cache._resize(max(self.capacity, other.capacity))
+        self.keys = [torch.cat(pair) for pair in zip(self.keys, other.keys, strict=True)]
+        self.values = [torch.cat(pair) for pair in zip(self.values, other.values, strict=True)]
+        self.lengths_B = torch.cat((self.lengths_B, other.lengths_B))
+
+    def begin(self, new_tokens: int) -> None:
+        """Prepare the mask of one forward pass over `new_tokens` tokens per row, shared by all layers."""
+        self.reserve(int(self.lengths_B.max()) + new_tokens)
+        self.width = int(self.lengths_B.max()) + new_tokens
+        offsets_T = torch.arange(new_tokens, device=self.lengths_B.device)
+        self.slots_BT = self.lengths_B[:, None] + offsets_T
+        columns_L = torch.arange(self.width, device=self.lengths_B.device)
+        self.hidden_BTL = columns_L > self.slots_BT[..., None]
+
+    def __call__(self, layer: int, q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor) -> Tensor:
+        rows, heads, tokens, size = q_BNTH.shape
+        groups = k_BGTH.shape[1]
+        keys, values = self.keys[layer], self.values[layer]
+        index = torch.arange(rows, device=keys.device)[:, None]
+        keys[index, :, self.slots_BT] = k_BGTH.transpose(1, 2)
+        values[index, :, self.slots_BT] = v_BGTH.transpose(1, 2)
+        # Query heads of one group share its keys: fold them into the token dimension.
+        per_group = heads // groups
+        q = q_BNTH.reshape(rows, groups, per_group * tokens, size) / math.sqrt(size)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        tail = (q @ keys[:, :, : self.width].transpose(-1, -2)).to(wide)
+        tail = tail.view(rows, groups, per_group, tokens, self.width)
+        tail = tail.masked_fill(self.hidden_BTL[:, None, None], float("-inf")).view(rows, groups, -1, self.width)
+        if self.prefix is None:
+            out = tail.softmax(-1).to(q.dtype) @ values[:, :, : self.width]
+            return out.view(rows, heads, tokens, size)
+        shared_k, shared_v = self.prefix.keys[layer][0], self.prefix.values[layer][0]
+        q_shared = q.transpose(0, 1).reshape(groups, -1, size)  # [G, B * N/G * T, H]: one product for all rows
+        head = (q_shared @ shared_k.transpose(-1, -2)).to(wide)
+        head = head.view(groups, rows, per_group * tokens, -1).transpose(0, 1)
+        probs = torch.cat((head, tail), dim=-1).softmax(-1).to(q.dtype)
+        of_head, of_tail = probs.split((shared_k.shape[1], self.width), dim=-1)
+        out_head = of_head.transpose(0, 1).reshape(groups, -1, shared_k.shape[1]) @ shared_v
+        out = out_head.view(groups, rows, -1, size).transpose(0, 1) + of_tail @ values[:, :, : self.width]
+        return out.reshape(rows, heads, tokens, size)

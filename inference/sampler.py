@@ -1,0 +1,315 @@
+"""The pure-PyTorch sampler: a KV cache, batching over whatever is waiting, shared prefixes read once.
+
+Requests arrive from asyncio and are served by one worker thread. Requests with the same adapter and a common prompt
+prefix form a cohort with one cache; each turn of the worker admits what waits into cohorts and decodes one token for
+every row. In deterministic mode one request is served at a time and nothing is shared, so that an answer is a pure
+function of its request, bit for bit. Ids and log-probs of what was drawn come back with every sample.
+"""
+
+import asyncio
+import queue
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from matryoshka.core.models.llama import Model
+from matryoshka.core.records import Sample, Sampling, Usage, stable_seed
+from matryoshka.core.tokenizer import TextStream, Tokenizer
+from matryoshka.inference.draw import draw_tokens
+from matryoshka.inference.kv_cache import CachedAttention, Prefix
+from matryoshka.lora.linear import active
+
+MIN_PREFIX = 8  # shorter common beginnings are not worth a cache of their own
+PREFIXES_KEPT = 4
+PREFILL_TOKENS = 4096  # bounds the memory of one prefill pass
+GATHER_S = 0.004  # an idle worker waits this long for the rest of a wave
+
+
+@dataclass(eq=False)
+class Request:
+    """One draw that is wanted, and what has been drawn so far."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    adapter: str | None
+    loop: asyncio.AbstractEventLoop
+    future: "asyncio.Future[Sample]"
+    stream: TextStream
+    random: random.Random
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Cohort:
+    """Requests that decode together: one adapter, one prefix, row i of the cache belongs to requests[i]."""
+
+    adapter: str | None
+    prefix: Prefix | None
+    cache: CachedAttention
+    requests: list[Request]
+
+
+class Sampler:
+    """Draws completions from `model` under its named adapters. Close it (or use `with`) to end its thread.
+
+    max_rows: rows decoded together. deterministic: see the module. num_threads: torch's, in the worker thread.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        max_rows: int = 64,
+        deterministic: bool = False,
+        num_threads: int | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.context_length = model.config.max_position_embeddings
+        self.max_rows = 1 if deterministic else max_rows
+        self.deterministic = deterministic
+        self.num_threads = num_threads
+        self.prompt_tokens_read = 0  # tokens that went through prefill: what sharing saves shows here
+        self.tokens_drawn = 0
+        self._queue: queue.Queue[Request | None] = queue.Queue()
+        self._waiting: list[Request] = []
+        self._cohorts: list[Cohort] = []
+        self._prefixes: dict[tuple[str | None, tuple[int, ...]], Prefix] = {}
+        self._thread = threading.Thread(target=self._work, name="sampler", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Sampler":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Finish what is running and end the worker thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: str | None = None) -> Sample:
+        """Return one completion of `prompt_ids`; equal (seed, draw) and logits give equal tokens.
+
+        Raises ValueError when prompt and max_tokens do not fit the context together.
+        """
+        check_context(len(prompt_ids), sampling.max_tokens, self.context_length)
+        if not prompt_ids:
+            raise ValueError("sampler: the prompt is empty; expected at least one token")
+        if not self._thread.is_alive():
+            raise RuntimeError("sampler: closed; make a new one")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Sample] = loop.create_future()
+        draws = random.Random(stable_seed("sampler", sampling.seed, sampling.draw))
+        stream = TextStream(self.tokenizer)
+        self._queue.put(Request(tuple(prompt_ids), sampling, adapter, loop, future, stream, draws))
+        return await future
+
+    # The rest runs in the worker thread.
+
+    def _work(self) -> None:
+        if self.num_threads:
+            torch.set_num_threads(self.num_threads)
+        closing = False
+        with torch.inference_mode():
+            while not closing or self._waiting or self._cohorts:
+                idle = not (self._waiting or self._cohorts)
+                closing = self._collect(block=idle) or closing
+                self._admit()
+                for cohort in list(self._cohorts):
+                    self._guard(cohort)
+                self._cohorts = [cohort for cohort in self._cohorts if cohort.requests]
+
+    def _collect(self, block: bool) -> bool:
+        """Move arrived requests to the waiting list; True when the sampler is to close."""
+        if block:
+            first = self._queue.get()
+            if first is None:
+                return True
+            self._waiting.append(first)
+            time.sleep(0.0 if self.deterministic else GATHER_S)
+        while True:
+            try:
+                request = self._queue.get_nowait()
+            except queue.Empty:
+                return False
+            if request is None:
+                return True
+            self._waiting.append(request)
+
+    def _admit(self) -> None:
+        """Turn waiting requests into rows while there is room; the oldest request decides who goes with it."""
+        self._waiting = [request for request in self._waiting if not request.future.cancelled()]
+        while self._waiting:
+            room = self.max_rows - sum(len(cohort.requests) for cohort in self._cohorts)
+            if room <= 0:
+                return
+            oldest = self._waiting[0]
+            length, group = (0, [oldest]) if self.deterministic else common_prefix(oldest, self._waiting)
+            chosen = group[:room]
+            self._waiting = [request for request in self._waiting if request not in chosen]
+            try:
+                with active(self.model, oldest.adapter):
+                    self._start(chosen, oldest.prompt[:length])
+            except (RuntimeError, ValueError) as err:  # out of memory, unknown adapter: these requests fail, not the rest
+                _fail(chosen, err)
+
+    def _start(self, requests: list[Request], prefix_ids: tuple[int, ...]) -> None:
+        prefix = self._prefix(requests[0].adapter, prefix_ids) if prefix_ids else None
+        unique = list(dict.fromkeys(request.prompt for request in requests))
+        tails = {prompt: prompt[len(prefix_ids) :] for prompt in unique}
+        order = sorted(unique, key=lambda prompt: len(tails[prompt]))
+        cohort = next((c for c in self._cohorts if c.adapter == requests[0].adapter and c.prefix is prefix), None)
+        while order:
+            # Prompts of similar length go together, so that padding stays small.
+            rows = max(1, PREFILL_TOKENS // max(1, len(tails[order[-1]])))
+            batch, order = order[-rows:], order[:-rows]
+            cache, logits_UV = self._prefill([tails[prompt] for prompt in batch], prefix)
+            members = [request for request in requests if request.prompt in set(batch)]
+            index = torch.tensor([batch.index(request.prompt) for request in members])
+            cache.select(index)
+            if cohort is None:
+                cohort = Cohort(requests[0].adapter, prefix, cache, members)
+                self._cohorts.append(cohort)
+            else:
+                cohort.cache.extend(cache)
+                cohort.requests.extend(members)
+            first = len(cohort.requests) - len(members)
+            self._emit(cohort, members, logits_UV[index], first)
+
+    def _prefix(self, adapter: str | None, ids: tuple[int, ...]) -> Prefix:
+        key = (adapter, ids)
+        if key not in self._prefixes:
+            cache, _ = self._prefill([ids], None)
+            keys = [k[:, :, : len(ids)].contiguous() for k in cache.keys]
+            values = [v[:, :, : len(ids)].contiguous() for v in cache.values]
+            while len(self._prefixes) >= PREFIXES_KEPT:
+                del self._prefixes[next(iter(self._prefixes))]
+            self._prefixes[key] = Prefix(ids, keys, values)
+        self._prefixes[key] = self._prefixes.pop(key)  # most recently used last
+        return self._prefixes[key]
+
+    def _prefill(self, tails: Sequence[Sequence[int]], prefix: Prefix | None) -> tuple[CachedAttention, Tensor]:
+        """Read token rows after `prefix`; return their cache and the [rows, V] logits that follow each row."""
+        config, weight = self.model.config, self.model.head_weight
+        cache = CachedAttention(
+            prefix, config.num_hidden_layers, len(tails), config.num_key_value_heads, config.head_dim, weight
+        )
+        lengths_B = torch.tensor([len(tail) for tail in tails], device=weight.device)
+        width = int(lengths_B.max())
+        ids_BT = torch.tensor([[*tail, *(0,) * (width - len(tail))] for tail in tails], device=weight.device)
+        start = len(prefix.ids) if prefix else 0
+        positions_BT = torch.arange(start, start + width, device=weight.device).expand_as(ids_BT)
+        cache.begin(width)
+        hidden_BTD = self.model(ids_BT, positions_BT, cache)
+        cache.lengths_B = lengths_B
+        self.prompt_tokens_read += int(lengths_B.sum())
+        last_BD = hidden_BTD[torch.arange(len(tails)), lengths_B - 1]
+        return cache, self.model.logits(last_BD)
+
+    def _guard(self, cohort: Cohort) -> None:
+        try:
+            with active(self.model, cohort.adapter):
+                self._step(cohort)
+        except RuntimeError as err:
+            _fail(cohort.requests, err)
+            cohort.requests = []
+
+    def _step(self, cohort: Cohort) -> None:
+        """Decode one token for every row of the cohort."""
+        if not cohort.requests:
+            return
+        device = cohort.cache.lengths_B.device
+        ids_B1 = torch.tensor([[request.ids[-1]] for request in cohort.requests], device=device)
+        start = len(cohort.prefix.ids) if cohort.prefix else 0
+        cohort.cache.begin(1)
+        hidden_B1D = self.model(ids_B1, cohort.cache.lengths_B[:, None] + start, cohort.cache)
+        cohort.cache.lengths_B = cohort.cache.lengths_B + 1
+        self._emit(cohort, cohort.requests, self.model.logits(hidden_B1D[:, 0]), 0)
+
+    def _emit(self, cohort: Cohort, requests: list[Request], logits_BV: Tensor, first: int) -> None:
+        """Draw the next token of `requests` (rows first.. of the cohort) and take finished rows out."""
+        uniforms = [request.random.random() for request in requests]
+        ids_B, logps_B = draw_tokens(logits_BV, [request.sampling for request in requests], uniforms)
+        finished = set()
+        for offset, (request, token, logp) in enumerate(zip(requests, ids_B.tolist(), logps_B.tolist(), strict=True)):
+            request.ids.append(token)
+            request.logprobs.append(logp)
+            self.tokens_drawn += 1
+            if (sample := self._finished(request)) is not None or request.future.cancelled():
+                finished.add(first + offset)
+                if sample is not None:
+                    request.loop.call_soon_threadsafe(_resolve, request.future, sample)
+        if finished:
+            kept = [row for row in range(len(cohort.requests)) if row not in finished]
+            cohort.requests = [cohort.requests[row] for row in kept]
+            cohort.cache.select(torch.tensor(kept, dtype=torch.int64, device=cohort.cache.lengths_B.device))
+
+    def _finished(self, request: Request) -> Sample | None:
+        """Return the sample if the last token ended it: a stop id, a stop string, or the length."""
+        token, reason = request.ids[-1], ""
+        if token in self.tokenizer.stop_ids:
+            reason = "stop"
+        else:
+            request.stream.push(token)
+        text = request.stream.text
+        if cuts := [text.find(stop) for stop in request.sampling.stop if stop in text]:
+            text, reason = text[: min(cuts)], "stop"
+        if not reason and len(request.ids) >= request.sampling.max_tokens:
+            reason = "length"
+        if not reason:
+            return None
+        usage = Usage(len(request.prompt), len(request.ids))
+        return Sample(text, reason, tuple(request.ids), tuple(request.logprobs), None, usage)
+
+
+def common_prefix(oldest: Request, waiting: Sequence[Request]) -> tuple[int, list[Request]]:
+    """Return the prefix length to share and who shares it: the length that saves the most tokens over all waiting.
+
+    A prompt's last token is always left to the tail, since its logits are needed. Length 0: everybody of the same
+    adapter goes, nothing is shared.
+    """
+    peers = [request for request in waiting if request.adapter == oldest.adapter]
+    common = {}
+    for request in peers:
+        pairs = zip(oldest.prompt[:-1], request.prompt[:-1], strict=False)
+        common[id(request)] = next(
+            (i for i, (a, b) in enumerate(pairs) if a != b), min(len(oldest.prompt), len(request.prompt)) - 1
+        )
+    best, best_saved = 0, 0
+    for length in set(common.values()):
+        prompts = {request.prompt for request in peers if common[id(request)] >= length}
+        if length >= MIN_PREFIX and (saved := length * (len(prompts) - 1)) > best_saved:
+            best, best_saved = length, saved
+    return best, [request for request in peers if common[id(request)] >= best]
+
+
+def check_context(prompt_tokens: int, max_tokens: int, context_length: int) -> None:
+    """Raise ValueError when a prompt and its completion do not fit the context together."""
+    if prompt_tokens + max_tokens > context_length:
+        raise ValueError(
+            f"prompt of {prompt_tokens} tokens + max_tokens {max_tokens} exceed the context of {context_length}; "
+            "shorten the prompt or lower max_tokens"
+        )
+
+
+def _resolve(future: "asyncio.Future[Sample]", sample: Sample) -> None:
+    if not future.done():
+        future.set_result(sample)
+
+
+def _fail(requests: Sequence[Request], err: Exception) -> None:
+    for request in requests:
+        request.loop.call_soon_threadsafe(_reject, request.future, err)
+
+
+def _reject(future: "asyncio.Future[Sample]", err: Exception) -> None:
+    if not future.done():
+        future.set_exception(err)

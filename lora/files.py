@@ -1,0 +1,134 @@
+"""Adapter files in PEFT's layout, so that PEFT and vLLM load ours and we load theirs; and merging in fp32.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors` with keys
+`base_model.model.<module path>.lora_A.weight` [R, I] and `...lora_B.weight` [O, R].
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from matryoshka.lora.linear import LoraConfig, LoraLinear, add_adapter, layers_with, target_names
+
+PREFIX = "base_model.model."
+
+
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return adapter `name` under PEFT's keys, detached, in its own dtype."""
+    layers_with(model, name)
+    tensors = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLinear) and name in module.configs:
+            tensors[f"{PREFIX}{path}.lora_A.weight"] = module.lora_A[name].detach().contiguous()
+            tensors[f"{PREFIX}{path}.lora_B.weight"] = module.lora_B[name].detach().contiguous()
+    return tensors
+
+
+def save_adapter(model: nn.Module, name: str, folder: Path, base_model: str, dtype: torch.dtype | None = None) -> None:
+    """Write adapter `name` to `folder` in PEFT's layout: the folder appears whole, replacing one that was there.
+
+    base_model: what `base_model_name_or_path` says. dtype: of the file; default the adapter's own.
+    """
+    config = layers_with(model, name)[0].configs[name]
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors = {key: tensor.to(dtype or tensor.dtype) for key, tensor in adapter_tensors(model, name).items()}
+    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+    peft = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": list(target_names(model, name)),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (temporary / "adapter_config.json").write_text(json.dumps(peft, indent=2) + "\n")
+    for path in temporary.iterdir():
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(temporary, folder)
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """Return the LoraConfig of an adapter folder. Raises FileNotFoundError, ValueError for what we do not compute."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; an adapter folder holds it beside adapter_model.safetensors")
+    data = json.loads(path.read_text())
+    refused = ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern")
+    for key in refused:
+        if data.get(key):
+            raise ValueError(f"{path}: {key} = {data[key]!r} is not supported; expected plain LoRA")
+    if data.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias = {data['bias']!r} is not supported; expected 'none'")
+    targets = data["target_modules"]
+    if not isinstance(targets, list):
+        raise ValueError(f"{path}: target_modules = {targets!r}; expected a list of module names")
+    return LoraConfig(data["r"], float(data["lora_alpha"]), float(data.get("lora_dropout", 0.0)), tuple(sorted(targets)))
+
+
+def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
+    """Give `model` the adapter in `folder` as `name`, strictly: every key used, every layer filled.
+
+    Raises FileNotFoundError, ValueError naming the key whose presence or shape is wrong.
+    """
+    config = read_config(folder)
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected the adapter's weights")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as err:
+        raise ValueError(f"{path}: not a readable safetensors file ({err}); copy it again") from err
+    add_adapter(model, name, config, seed=0)
+    expected = adapter_tensors(model, name)
+    saved, here = ({key: tuple(t.shape) for key, t in group.items()} for group in (tensors, expected))
+    if saved != here:
+        key = sorted(k for k in saved.keys() | here.keys() if saved.get(k) != here.get(k))[0]
+        raise ValueError(f"{path}: {key} has shape {saved.get(key)}, the model wants {here.get(key)}; wrong base model?")
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            expected[key].copy_(tensor)  # detached views share memory with the parameters
+
+
+def adapter_hash(folder: Path) -> str:
+    """Return 16 hex digits of the SHA-256 of an adapter folder's two files: what a served adapter's name carries."""
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def merge(model: nn.Module, name: str) -> None:
+    """Fold adapter `name` into the weights: W + scale B A, summed in at least fp32 and rounded once to W's dtype.
+
+    Every adapter is dropped and each LoRA layer becomes a plain linear layer again.
+    """
+    layers_with(model, name)
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, LoraLinear):
+            continue
+        outputs, inputs = module.weight.shape
+        plain = nn.Linear(inputs, outputs, bias=module.bias is not None, device="meta")
+        weight = module.weight.detach()
+        if name in module.configs:
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            weight = (weight.to(wide) + module.delta(name).detach().to(wide)).to(weight.dtype)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if module.bias is not None:
+            plain.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, plain)

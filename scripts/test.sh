@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Sets up .venv/ with every extra but cuda, serve and cluster, then lints, type-checks and tests. Arguments go to pytest:
+# `bash scripts/test.sh -k tree`. Without any, the fast tests run first, then the slow ones and those that need a GPU.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+extras=(demo report test track sentencepiece lamp eval)
+# The games' planner and interpreter are built from source.
+if command -v cc >/dev/null && command -v make >/dev/null; then
+    extras+=(alfworld)
+else
+    echo "the extra alfworld is left out: it needs a C compiler and make; tests that use it will be skipped" >&2
+fi
+setup_env "${extras[@]}"
+
+# A test that reaches for a hub or a tracker's server is wrong; make it fail here as it would on a machine without one.
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 WANDB_MODE=disabled
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m mypy -p matryoshka
+if [ $# -gt 0 ]; then
+    exec "$PYTHON" -m pytest "$@"
+fi
+"$PYTHON" -m pytest -m "not slow and not gpu" --durations=10
+"$PYTHON" -m pytest -m "slow or gpu" --durations=10

@@ -1,0 +1,46 @@
+"""When is a number the right answer, and how a GSM8K solution states it.
+
+The tolerance absorbs floating-point rounding (another order of the same operations) and nothing else: an answer that
+was rounded to cents, truncated or off by one is wrong, up to the largest targets of GSM-Hard (9.3e12).
+"""
+
+import math
+import re
+from fractions import Fraction
+
+# Rounding error of sums and products whose intermediate values reach about 1e8 (spacing of floats there: 1.5e-8).
+ABSOLUTE = 1e-7
+# 450 units in the last place: enough for hundreds of operations, below 1 for every gold answer up to 1e13.
+RELATIVE = 1e-13
+# Above 5e12 neighbouring integers must still differ.
+LARGEST = 0.5
+
+_NUMBER = re.compile(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?")
+
+
+def same_answer(value: float | int | None, gold: float | int) -> bool:
+    """Return whether |value - gold| <= min(0.5, max(1e-7, 1e-13 |gold|)), in exact arithmetic.
+
+    Two integers must be equal. None, nan and infinities are never right. Strict on purpose: 57.33 is not 172 / 3.
+    Raises ValueError if `gold` is not finite.
+    """
+    if not math.isfinite(gold):
+        raise ValueError(f"answers: the gold answer is {gold}; expected a finite number")
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return False
+    if isinstance(value, int) and Fraction(gold).denominator == 1:
+        return value == gold
+    return abs(Fraction(value) - Fraction(gold)) <= min(LARGEST, max(ABSOLUTE, RELATIVE * abs(gold)))
+
+
+def parse_gold(solution: str) -> float | int:
+    """Return the number after the last `####` of a GSM8K solution: `#### 1,234` gives 1234.
+
+    Raises ValueError when there is no `####` or no plain number behind it.
+    """
+    _, mark, tail = solution.rpartition("####")
+    text = tail.strip()
+    if not mark or not _NUMBER.fullmatch(text):
+        raise ValueError(f"expected the answer to end with '#### NUMBER', got {solution[-40:]!r}")
+    digits = text.replace(",", "")
+    return float(digits) if "." in digits else int(digits)

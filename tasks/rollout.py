@@ -1,0 +1,114 @@
+"""Runs many episodes at once and records each as it ends: the driver of collection and evaluation.
+
+At most `limit` episodes are in flight, each a coroutine of its task, so a slow call delays nobody. A journal keyed by
+content makes a run resumable: what is recorded is read back, never run again. An episode whose black-box call failed
+for good (verdict "failed") is returned but not recorded as done, so that a resumed run tries it again; too many of
+them stop the run.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from matryoshka.core.files import Journal
+from matryoshka.core.protocols import Controller, Generator, GeneratorError, Task
+from matryoshka.core.records import Example, RolloutSettings, Trajectory, content_key, from_json, to_json
+
+# A share of failed episodes says something only after this many.
+MIN_EPISODES = 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """One episode to run; `key` names its content (see `job_key`)."""
+
+    key: str
+    example: Example
+    settings: RolloutSettings
+
+
+def job_key(
+    task: Task, example: Example, settings: RolloutSettings, controller: Controller, generator: Generator
+) -> str:
+    """Return the journal key of an episode: equal for equal task version, example, settings and models.
+
+    A controller's name carries the hash of its adapter, so another adapter is another key.
+    """
+    return content_key(task.name, task.version, example, settings, controller.name, generator.name)
+
+
+async def run_rollouts(
+    task: Task,
+    jobs: Sequence[Job],
+    controller: Controller,
+    generator: Generator,
+    journal: Journal,
+    limit: int,
+    on_done: Callable[[Job, Trajectory], None] | None = None,
+    max_failed_share: float = 0.2,
+) -> list[Trajectory]:
+    """Return the trajectories of `jobs`, in their order, running those that `journal` does not hold.
+
+    limit: episodes in flight. on_done is called once for every episode that ends in this call, not for those read back.
+    Any exception other than GeneratorError cancels the episodes in flight and is raised; those that had ended are
+    recorded. Raises RuntimeError when more than `max_failed_share` of at least MIN_EPISODES ended episodes failed;
+    ValueError for a limit below 1 or two jobs with one key.
+    """
+    if limit < 1:
+        raise ValueError(f"rollouts: limit is {limit}; expected at least 1 episode in flight")
+    key, count = Counter(job.key for job in jobs).most_common(1)[0] if jobs else ("", 0)
+    if count > 1:
+        raise ValueError(f"rollouts: {count} jobs have the key {key}; give each its own `draw` in the settings")
+    done = {job.key: _recorded(journal, job.key) for job in jobs if job.key in journal.rows}
+    failed: list[Trajectory] = []
+    ended = 0
+
+    async def work(queue: Iterator[Job]) -> None:
+        nonlocal ended
+        for job in queue:
+            trajectory = await _episode(task, job, controller, generator)
+            ended += 1
+            if trajectory.info.get("verdict") == "failed":
+                failed.append(trajectory)
+            else:
+                journal.append(job.key, {"trajectory": to_json(trajectory)})
+            done[job.key] = trajectory
+            if on_done is not None:
+                on_done(job, trajectory)
+            if ended >= MIN_EPISODES and len(failed) > max_failed_share * ended:
+                raise RuntimeError(_summary(failed, ended, max_failed_share))
+
+    pending = [job for job in jobs if job.key not in done]
+    queue = iter(pending)
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(limit, len(pending))):
+                group.create_task(work(queue))
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
+    return [done[job.key] for job in jobs]
+
+
+async def _episode(task: Task, job: Job, controller: Controller, generator: Generator) -> Trajectory:
+    """Return the episode of `job`; a GeneratorError that the task let through makes it a failed one."""
+    try:
+        return await task.rollout(job.example, controller, generator, job.settings)
+    except GeneratorError as err:
+        info = {"verdict": "failed", "error": str(err), "controller": controller.name, "generator": generator.name}
+        return Trajectory(task.name, job.example.id, (), 0.0, info)
+
+
+def _recorded(journal: Journal, key: str) -> Trajectory:
+    try:
+        return from_json(Trajectory, journal.rows[key].get("trajectory"))
+    except ValueError as err:
+        raise ValueError(f"{journal.path}: the row of key {key} holds no trajectory: {err}") from err
+
+
+def _summary(failed: Sequence[Trajectory], ended: int, max_failed_share: float) -> str:
+    (reason, count), *_ = Counter(str(trajectory.info.get("error")) for trajectory in failed).most_common(1)
+    return (
+        f"rollouts: {len(failed)} of {ended} episodes failed, more than {max_failed_share:.0%}; most often ({count} "
+        f"times): {reason}. All others are recorded: mend the cause and run again to go on from there"
+    )

@@ -1,0 +1,515 @@
+"""The black-box client against a scripted loopback server that fails in every way a real endpoint does.
+
+The oracle throughout is the server's own list of requests that it saw: what was asked, how often, and when.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from matryoshka.core.protocols import Generator, GeneratorError
+from matryoshka.core.records import Message, Sample, Sampling, Usage
+from matryoshka.inference.cache import ResponseCache
+from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
+
+PROMPT = (Message("system", "be brief"), Message("user", "2 + 2?"))
+GREEDY = Sampling(max_tokens=8)
+
+
+def answer(content: Any = "four", finish_reason: str = "stop") -> str:
+    choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": finish_reason}
+    usage = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+    return json.dumps({"id": "x", "object": "chat.completion", "created": 0, "choices": [choice], "usage": usage})
+
+
+def failure(message: str, code: str | None = None) -> str:
+    return json.dumps({"error": {"message": message, "type": "t", "param": None, "code": code}})
+
+
+OK = (200, answer())
+
+
+class Endpoint:
+    """Answers request i with script[i], then with OK: (status, body), (status, body, headers), "drop" or "hang"."""
+
+    def __init__(self, *script: Any, models: Any = ("m", "model-b")) -> None:
+        self.script = list(script)
+        self.models = models
+        self.seen: list[dict[str, Any]] = []  # bodies of the requests for answers
+        self.heads: list[str] = []
+        self.times: list[float] = []
+        self.gate: asyncio.Event | None = None
+        self.running = self.most_running = 0
+        self.url = ""
+
+    async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                sizes = [line for line in head.split("\r\n") if line.startswith("content-length:")]
+                body = await reader.readexactly(int(sizes[0].split(":")[1])) if sizes else b""
+                self.heads.append(head)
+                if "/models" in head.splitlines()[0]:
+                    reply = self.models
+                    if isinstance(reply, tuple) and isinstance(reply[0], str):
+                        reply = (200, json.dumps({"data": [{"id": name} for name in reply]}))
+                else:
+                    reply = await self.completion(json.loads(body))
+                if reply == "drop":
+                    return
+                if reply == "hang":
+                    await reader.read()  # until the client gives up
+                    return
+                status, text, headers = (*reply, {}) if len(reply) == 2 else reply
+                lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(text.encode())}", "Content-Type: application/json"]
+                lines += [f"{name}: {value}" for name, value in headers.items()]
+                writer.write(("\r\n".join(lines) + "\r\n\r\n" + text).encode())
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def completion(self, body: dict[str, Any]) -> Any:
+        self.seen.append(body)
+        self.times.append(time.monotonic())
+        reply = self.script.pop(0) if self.script else OK
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        if self.gate is not None:
+            await self.gate.wait()
+        self.running -= 1
+        return reply
+
+    @asynccontextmanager
+    async def up(self) -> AsyncIterator["Endpoint"]:
+        server = await asyncio.start_server(self.connection, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        try:
+            yield self
+        finally:
+            server.close()
+
+
+def run(
+    endpoint: Endpoint,
+    scene: Callable[[OpenAIGenerator], Awaitable[None]],
+    cache: ResponseCache | None = None,
+    **settings: Any,
+) -> OpenAIGenerator:
+    async def main() -> OpenAIGenerator:
+        async with endpoint.up():
+            config = GeneratorConfig(
+                **{"base_url": endpoint.url, "model": "m", "api_key_env": "", "backoff_s": 0.001, **settings}
+            )
+            generator = OpenAIGenerator(config, cache)
+            try:
+                await scene(generator)
+            finally:
+                await generator.aclose()
+            return generator
+
+    return asyncio.run(main())
+
+
+def test_request_and_answer() -> None:
+    """Oracle: the request's JSON written out by hand, and the Sample that the scripted answer stands for."""
+    endpoint = Endpoint((200, answer("f\u00fcnf", "length")))
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        as_protocol: Generator = generator
+        assert as_protocol.name == f"m@{endpoint.url}"
+        sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=5, stop=("\n\n",), seed=40, draw=2)
+        assert await generator.complete(PROMPT, sampling) == Sample("f\u00fcnf", "length", usage=Usage(7, 2))
+        await generator.complete(PROMPT, Sampling(temperature=0.0, seed=40, draw=2))
+
+    generator = run(endpoint, scene)
+    assert endpoint.seen[0] == {
+        "model": "m",
+        "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "2 + 2?"}],
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "max_tokens": 5,
+        "stop": ["\n\n"],
+        "seed": 42,
+    }
+    assert "seed" not in endpoint.seen[1] and "stop" not in endpoint.seen[1]
+    assert "authorization: bearer none" in endpoint.heads[0]
+    stats = generator.stats
+    assert (stats.asked, stats.retries, stats.failures, stats.prompt_tokens, stats.completion_tokens) == (2, 0, 0, 14, 4)
+
+
+def test_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the header that the server saw; without the variable, construction fails and names it."""
+    endpoint = Endpoint()
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        await generator.complete(PROMPT, GREEDY)
+
+    monkeypatch.setenv("SOME_KEY", " s3cret\n")
+    run(endpoint, scene, api_key_env="SOME_KEY")
+    assert "authorization: bearer s3cret" in endpoint.heads[0]
+    for value in ("", None):
+        monkeypatch.setenv("SOME_KEY", "") if value == "" else monkeypatch.delenv("SOME_KEY")
+        with pytest.raises(ValueError, match="variable SOME_KEY holds no key"):
+            OpenAIGenerator(GeneratorConfig("http://127.0.0.1:1/v1", "m", "SOME_KEY"))
+
+
+@pytest.mark.parametrize(
+    "troubles",
+    [
+        [(500, failure("boom")), (503, "<html>not JSON</html>"), (502, "")],
+        [(429, failure("slow down")), (408, failure("x")), (409, failure("x"))],
+        ["drop", "drop"],
+        [(200, answer(None)), (200, '{"choices": []}'), (200, "{}"), (200, "[1]"), (200, "half a "), (200, "null")],
+        [(200, '{"choices": [{"message": {"role": "assistant"}}]}'), (200, '{"choices": [{"message": null}]}')],
+    ],
+)
+def test_what_may_pass_is_retried(troubles: list[Any]) -> None:
+    """Oracle: the request count: every trouble costs exactly one more request, all of them equal."""
+    endpoint = Endpoint(*troubles)
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        assert (await generator.complete(PROMPT, GREEDY)).text == "four"
+
+    generator = run(endpoint, scene, max_retries=6)
+    assert len(endpoint.seen) == len(troubles) + 1
+    assert all(body == endpoint.seen[0] for body in endpoint.seen)
+    assert (generator.stats.asked, generator.stats.retries, generator.stats.failures) == (1, len(troubles), 0)
+
+
+def test_a_hanging_server_is_timed_out() -> None:
+    """Oracle: the wall clock and the request count: one hang costs timeout_s, then the retry answers."""
+    endpoint = Endpoint("hang")
+    start = time.monotonic()
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        assert (await generator.complete(PROMPT, GREEDY)).text == "four"
+
+    run(endpoint, scene, timeout_s=0.3)
+    assert 0.3 <= time.monotonic() - start < 3
+    assert len(endpoint.seen) == 2
+
+
+@pytest.mark.parametrize("trouble, reason", [((500, failure("boom")), "500.*boom"), ("drop", "failed"), ("hang", "timed")])
+def test_exhausted_retries_fail_the_episode(trouble: Any, reason: str) -> None:
+    """Oracle: max_retries + 1 requests, then GeneratorError with model, count and last reason; nothing in the cache."""
+    endpoint = Endpoint(*[trouble] * 3)
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        with pytest.raises(GeneratorError, match=f"(?s)m@http.*after 3 attempts.*{reason}"):
+            await generator.complete(PROMPT, GREEDY)
+        assert len(endpoint.seen) == 3
+        assert (await generator.complete(PROMPT, GREEDY)).text == "four"  # a failure is not remembered as an answer
+
+    assert run(endpoint, scene, max_retries=2, timeout_s=0.3).stats.failures == 1
+
+
+@pytest.mark.parametrize("as_date", [False, True])
+def test_retry_after_is_waited_out(as_date: bool) -> None:
+    """Oracle: the time between the server's two requests is at least what it asked for (a date has whole seconds)."""
+    value = formatdate(time.time() + 2, usegmt=True) if as_date else "0.5"
+    endpoint = Endpoint((429, failure("slow down"), {"Retry-After": value}))
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        await generator.complete(PROMPT, GREEDY)
+
+    run(endpoint, scene)
+    assert endpoint.times[1] - endpoint.times[0] >= 0.5
+
+
+def test_a_wait_of_hours_fails_at_once() -> None:
+    """Oracle: one request, and the server's number in the error."""
+    endpoint = Endpoint((429, failure("daily quota"), {"Retry-After": "86400"}))
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        with pytest.raises(GeneratorError, match="after 1 attempts.*asks to wait 86400 s"):
+            await generator.complete(PROMPT, GREEDY)
+
+    run(endpoint, scene)
+    assert len(endpoint.seen) == 1
+
+
+def test_backoff_doubles_with_seeded_jitter() -> None:
+    """Oracle: wait k lies in [0.5, 1] * backoff_s * 2^k (plus time on the wire)."""
+    endpoint = Endpoint(*[(500, failure("boom"))] * 3)
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        await generator.complete(PROMPT, GREEDY)
+
+    run(endpoint, scene, backoff_s=0.1)
+    waits = [after - before for before, after in zip(endpoint.times, endpoint.times[1:], strict=False)]
+    for attempt, wait in enumerate(waits):
+        assert 0.05 * 2**attempt <= wait < 0.1 * 2**attempt + 0.5
+
+
+@pytest.mark.parametrize(
+    "reply, remedy",
+    [
+        ((401, failure("bad key", "invalid_api_key")), "check the key in api_key_env"),
+        ((403, failure("not yours")), "may use"),
+        ((404, failure("no such model", "model_not_found")), "base_url is right"),
+        ((400, failure("temperature is not supported")), "sampling parameters"),
+        ((422, failure("what?")), "sampling parameters"),
+        ((429, failure("pay first", "insufficient_quota")), "no quota left"),
+    ],
+)
+def test_what_fails_every_call_stops_the_run(reply: Any, remedy: str) -> None:
+    """Oracle: one request and no retry; a ValueError that names endpoint, model, the server's words and the remedy."""
+    endpoint = Endpoint(reply)
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        with pytest.raises(ValueError, match=remedy) as caught:
+            await generator.complete(PROMPT, GREEDY)
+        for part in (endpoint.url, "'m'", json.loads(reply[1])["error"]["message"]):
+            assert part in str(caught.value)
+
+    run(endpoint, scene)
+    assert len(endpoint.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        (400, failure("too many", "context_length_exceeded")),
+        (400, failure("This model's maximum context length is 8192 tokens. However, you requested 9000", "400")),
+        (400, failure("filtered", "content_filter")),
+        (413, failure("too large")),
+    ],
+)
+def test_a_prompt_that_cannot_be_answered_fails_its_episode(reply: Any) -> None:
+    """Oracle: one request, GeneratorError, and the next prompt is answered."""
+    endpoint = Endpoint(reply)
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        with pytest.raises(GeneratorError, match="the prompt is refused"):
+            await generator.complete(PROMPT, GREEDY)
+        assert len(endpoint.seen) == 1
+        assert (await generator.complete(PROMPT[1:], GREEDY)).text == "four"
+
+    run(endpoint, scene)
+
+
+def test_a_second_run_asks_nothing(tmp_path: Path) -> None:
+    """Oracle: the server's count stays at 3 while a fresh client over the same file gives the same three answers."""
+    endpoint = Endpoint((200, answer("a")), (200, answer("b")), (200, answer("c")))
+    samplings = [Sampling(temperature=1.0, draw=draw) for draw in range(3)]
+    texts: list[list[str]] = []
+
+    async def main() -> None:
+        async with endpoint.up():
+            for _ in range(2):
+                cache = ResponseCache(tmp_path / "cache.sqlite")
+                generator = OpenAIGenerator(GeneratorConfig(endpoint.url, "m", ""), cache)
+                texts.append([(await generator.complete(PROMPT, sampling)).text for sampling in samplings])
+                await generator.aclose()
+                cache.close()
+            assert (generator.stats.asked, generator.stats.cache_hits) == (0, 3)
+
+    asyncio.run(main())
+    assert texts == [["a", "b", "c"]] * 2
+    assert len(endpoint.seen) == 3
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_equal_requests_at_the_same_time_are_asked_once(cached: bool, tmp_path: Path) -> None:
+    """Oracle: the server sees one request for ten equal calls and one for the call that differs in its draw."""
+    endpoint = Endpoint()
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        samplings = [Sampling(temperature=1.0)] * 10 + [Sampling(temperature=1.0, draw=1)]
+        samples = await asyncio.gather(*(generator.complete(PROMPT, sampling) for sampling in samplings))
+        assert {sample.text for sample in samples} == {"four"}
+
+    generator = run(endpoint, scene, ResponseCache(tmp_path / "c") if cached else None)
+    assert sorted(body["seed"] for body in endpoint.seen) == [0, 1]
+    assert (generator.stats.asked, generator.stats.shared) == (2, 9)
+
+
+def test_equal_requests_share_a_failure() -> None:
+    """Oracle: both callers get the GeneratorError of the one series of requests."""
+    endpoint = Endpoint(*[(500, failure("boom"))] * 2)
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        calls = [generator.complete(PROMPT, GREEDY) for _ in range(2)]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(result, GeneratorError) for result in results)
+
+    assert run(endpoint, scene, max_retries=1).stats.failures == 1
+    assert len(endpoint.seen) == 2
+
+
+def test_one_callers_cancellation_is_not_the_others(tmp_path: Path) -> None:
+    """Oracle: of two callers of one request the first is cancelled; the second gets the answer of the only request."""
+    endpoint = Endpoint()
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        endpoint.gate = asyncio.Event()
+        first, second = (asyncio.create_task(generator.complete(PROMPT, GREEDY)) for _ in range(2))
+        while not endpoint.seen:
+            await asyncio.sleep(0.005)
+        first.cancel()
+        await asyncio.wait([first])
+        endpoint.gate.set()
+        assert (await second).text == "four"
+        assert first.cancelled()
+
+    run(endpoint, scene, ResponseCache(tmp_path / "c"))
+    assert len(endpoint.seen) == 1
+
+
+def test_a_request_that_nobody_waits_for_is_dropped_and_can_be_asked_again() -> None:
+    """Oracle: after its only caller is cancelled, an equal call sends a second request and is answered."""
+    endpoint = Endpoint("hang")
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        call = asyncio.create_task(generator.complete(PROMPT, GREEDY))
+        while not endpoint.seen:
+            await asyncio.sleep(0.005)
+        call.cancel()
+        assert (await generator.complete(PROMPT, GREEDY)).text == "four"
+        assert call.cancelled()
+
+    run(endpoint, scene, concurrency=1)
+    assert len(endpoint.seen) == 2
+
+
+def test_an_answer_received_is_kept_though_its_caller_is_cancelled(tmp_path: Path) -> None:
+    """Oracle: the caller is cancelled inside `put`, as early as anything can run after the receipt; the answer is there.
+
+    The cancellation is delivered at the caller's next await; were there one between receipt and `put`, or a `put` after
+    the return, the cache would be empty.
+    """
+    endpoint = Endpoint()
+    path = tmp_path / "c"
+
+    class Cancelling(ResponseCache):
+        call: asyncio.Task[Sample]
+
+        def put(self, key: str, sample: Sample, generator: str = "") -> None:
+            self.call.cancel()
+            super().put(key, sample, generator)
+
+    cache = Cancelling(path)
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        cache.call = asyncio.create_task(generator.complete(PROMPT, GREEDY))
+        await asyncio.wait([cache.call])
+        assert cache.call.cancelled()
+
+    run(endpoint, scene, cache)
+    assert ResponseCache(path).totals() == {f"m@{endpoint.url}": cache.totals()[f"m@{endpoint.url}"]}
+
+    async def again(generator: OpenAIGenerator) -> None:
+        assert (await generator.complete(PROMPT, GREEDY)).text == "four"
+
+    url, endpoint_2 = endpoint.url, Endpoint()
+    run(endpoint_2, again, ResponseCache(path), base_url=url)  # nothing listens at `url` any more
+    assert (len(endpoint.seen), len(endpoint_2.seen)) == (1, 0)
+
+
+def test_concurrency_is_bounded() -> None:
+    """Oracle: the server's own count of requests that are open at the same time."""
+    endpoint = Endpoint()
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        endpoint.gate = asyncio.Event()
+        calls = [generator.complete(PROMPT, Sampling(temperature=1.0, draw=draw)) for draw in range(9)]
+        everything = asyncio.gather(*calls)
+        while endpoint.running < 3:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.05)
+        endpoint.gate.set()
+        await everything
+
+    run(endpoint, scene, concurrency=3)
+    assert (endpoint.most_running, len(endpoint.seen)) == (3, 9)
+
+
+def test_azure_asks_the_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: Azure's URL scheme: /openai/deployments/<model>/chat/completions?api-version=..., the key as `api-key`."""
+    monkeypatch.setenv("AZURE_KEY", "k")
+    endpoint = Endpoint()
+
+    async def main() -> None:
+        async with endpoint.up():
+            config = GeneratorConfig(
+                endpoint.url.removesuffix("/v1"), "gpt-x", "AZURE_KEY", api="azure", api_version="2024-10-21"
+            )
+            generator = OpenAIGenerator(config)
+            await generator.check()  # the list of an Azure resource holds models, not deployments
+            assert (await generator.complete(PROMPT, GREEDY)).text == "four"
+            await generator.aclose()
+
+    asyncio.run(main())
+    assert endpoint.heads[1].startswith("post /openai/deployments/gpt-x/chat/completions?api-version=2024-10-21 ")
+    assert "api-key: k" in endpoint.heads[1]
+
+
+@pytest.mark.parametrize(
+    "models, message",
+    [
+        (("m", "other"), None),
+        (("models/m",), None),
+        ((404, failure("no such path")), None),
+        (("mistral", "m2", "zzz"), r"'m' is not served at http://127.*nearest of 3: m2, mistral, zzz"),
+        ((401, failure("bad key")), "401 .*check the key"),
+        ((500, failure("down")), "500 .*wait until the server is well"),
+        ((200, "<html>hello</html>"), "not with OpenAI's list of models"),
+        ("hang", "no answer from http://127.*timed out"),
+        ("drop", "no answer from http://127"),
+    ],
+)
+def test_check(models: Any, message: str | None) -> None:
+    """Oracle: the scripted list of models: silent when `m` is in it or there is no list, else the stated reason."""
+    endpoint = Endpoint(models=models)
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        if message is None:
+            await generator.check()
+        else:
+            with pytest.raises(ValueError, match=message):
+                await generator.check()
+
+    run(endpoint, scene, timeout_s=0.5)
+    assert endpoint.seen == []
+
+
+def test_server_down() -> None:
+    """Oracle: nothing listens on the port: check names the URL; complete fails its episode after its retries."""
+
+    async def main() -> None:
+        server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        server.close()
+        generator = OpenAIGenerator(GeneratorConfig(url, "m", "", max_retries=1, backoff_s=0.0))
+        with pytest.raises(ValueError, match=f"no answer from {url}.*is the server running"):
+            await generator.check()
+        with pytest.raises(GeneratorError, match="after 2 attempts, at last: connection failed"):
+            await generator.complete(PROMPT, GREEDY)
+        await generator.aclose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"base_url": "localhost:8000"}, "must start with http"),
+        ({"model": ""}, "model is empty"),
+        ({"api": "gemini"}, "'openai' or 'azure'"),
+        ({"api": "azure"}, "'azure' needs one"),
+        ({"concurrency": 0}, "concurrency 0"),
+    ],
+)
+def test_config_is_checked(change: dict[str, Any], message: str) -> None:
+    """Oracle: each bad value alone is refused with its field."""
+    with pytest.raises(ValueError, match=message):
+        GeneratorConfig(**{"base_url": "http://127.0.0.1/v1", "model": "m", **change})

@@ -1,0 +1,305 @@
+"""One adversarial program per property of the sandbox. The oracle is Python's own behaviour, stated at each program."""
+
+import asyncio
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from matryoshka.tasks.sandbox import STDOUT_BYTES, Outcome, extract_code, run_solution
+
+MEMORY = 256 * 2**20
+
+
+def run(code: str, timeout_s: float = 5.0, memory_bytes: int = MEMORY) -> Outcome:
+    return asyncio.run(run_solution(code, timeout_s, memory_bytes))
+
+
+@pytest.mark.parametrize(
+    ("returned", "value"),
+    [
+        ("42", 42),
+        ("-0.5", -0.5),
+        ("10**300", 10**300),
+        ("2**53 + 1", 2**53 + 1),
+        ("1e-320", 1e-320),
+        ("__import__('fractions').Fraction(1, 4)", 0.25),
+        ("__import__('decimal').Decimal('0.1')", 0.1),
+    ],
+)
+def test_numbers_come_back_exactly(returned: str, value: float | int) -> None:
+    """Oracle: the literal. Type and every bit survive the JSON in between."""
+    outcome = run(f"def solution():\n    return {returned}")
+    assert (outcome.value, type(outcome.value), outcome.error) == (value, type(value), None)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error"),
+    [
+        ("'12'", "TypeError: solution() returned '12' (str)"),
+        ("None", "TypeError: solution() returned None (NoneType)"),
+        ("True", "TypeError: solution() returned True (bool)"),
+        ("[1]", "TypeError: solution() returned [1] (list)"),
+        ("1j", "TypeError: solution() returned 1j (complex)"),
+        ("float('nan')", "ValueError: solution() returned nan"),
+        ("float('-inf')", "ValueError: solution() returned a number beyond the range of floats"),
+        ("10**400", "ValueError: solution() returned a number beyond the range of floats"),
+        ("10**5000", "ValueError: solution() returned a number beyond the range of floats"),
+    ],
+)
+def test_what_is_no_finite_number_is_an_error(returned: str, error: str) -> None:
+    """Oracle: the documented rule. 10**5000 is also too long for Python to print."""
+    outcome = run(f"def solution():\n    return {returned}")
+    assert outcome.value is None and outcome.error is not None and outcome.error.startswith(error)
+
+
+def test_an_exception_reports_type_message_line_and_source() -> None:
+    """Oracle: the layout of Python's own traceback, written out by hand; the failing line is line 4."""
+    outcome = run(
+        "def per_person(total, people):\n    # share\n    total = total + 1\n    return total / people\n\n"
+        "def solution():\n    return per_person(3, 0)\n"
+    )
+    assert outcome.error == (
+        "Traceback (most recent call last):\n"
+        '  File "<solution>", line 7, in solution\n'
+        "    return per_person(3, 0)\n"
+        '  File "<solution>", line 4, in per_person\n'
+        "    return total / people\n"
+        "ZeroDivisionError: division by zero"
+    )
+
+
+def test_a_syntax_error_reports_its_line() -> None:
+    """Oracle: the unclosed bracket stands on line 2."""
+    error = run("def solution():\n    return (1 +\n").error
+    assert error == (
+        'Traceback (most recent call last):\n  File "<solution>", line 2\n    return (1 +\n'
+        "SyntaxError: '(' was never closed"
+    )
+
+
+@pytest.mark.parametrize("code", ["x = 5", "solution = 5", "", "Here is the answer: 5 apples"])
+def test_code_without_solution_is_an_error(code: str) -> None:
+    outcome = run(code)
+    expected = "SyntaxError" if "apples" in code else "NameError: the code defines no function solution()"
+    assert outcome.value is None and outcome.error is not None and expected in outcome.error
+
+
+def test_nothing_leaks_from_one_run_to_the_next() -> None:
+    """A `solution` that an earlier program defined is not there for a later one that defines none."""
+
+    async def both() -> tuple[Outcome, Outcome]:
+        first = await run_solution("import sys\nsys.leak = 1\ndef solution():\n    return 41", 5.0, MEMORY)
+        return first, await run_solution("import sys\nx = sys.leak", 5.0, MEMORY)
+
+    first, second = asyncio.run(both())
+    assert first.value == 41
+    assert second.value is None and "AttributeError" in str(second.error)
+
+
+@pytest.mark.parametrize(
+    "body", ["while True: pass", "while True:\n        try: raise ValueError\n        except: pass"]
+)
+def test_a_program_that_never_ends_is_killed(body: str) -> None:
+    """A bare `except:` swallows whatever is raised inside; a kill from outside it cannot swallow."""
+    outcome = run(f"def solution():\n    {body}", timeout_s=0.5)
+    assert (outcome.value, outcome.error) == (None, "TimeoutError: the program did not finish within 0.5 s")
+    assert outcome.seconds < 3
+
+
+def test_a_memory_bomb_is_a_memory_error_with_its_line() -> None:
+    outcome = run("def solution():\n    hoard = []\n    while True:\n        hoard.append(bytes(2**20))")
+    assert "line 4, in solution" in str(outcome.error) and str(outcome.error).endswith("MemoryError")
+
+
+def test_a_flood_of_output_is_stopped_and_cut() -> None:
+    outcome = run("def solution():\n    while True:\n        print('x' * 1000)")
+    assert "File too large" in str(outcome.error) and len(outcome.stdout) == STDOUT_BYTES
+
+
+def test_a_file_cannot_grow_without_bound() -> None:
+    outcome = run(
+        "def solution():\n    with open('big', 'wb') as f:\n        for _ in range(100): f.write(bytes(2**20))"
+    )
+    assert "File too large" in str(outcome.error)
+
+
+def test_secrets_of_the_environment_are_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    outcome = run("import os\ndef solution():\n    print(dict(os.environ))\n    return len(os.environ)")
+    assert outcome.value is not None and "secret" not in outcome.stdout and "KEY" not in outcome.stdout
+    assert "PATH" not in outcome.stdout.replace("LD_LIBRARY_PATH", "")
+
+
+def test_there_is_no_input() -> None:
+    assert "EOFError" in str(run("def solution():\n    return float(input())").error)
+
+
+def test_printed_results_are_not_results() -> None:
+    """Oracle: the value returned is 1; what is printed is only output."""
+    outcome = run(
+        "print('{\"value\": 999}')\nprint('ready')\ndef solution():\n    print('{\"value\": 998}')\n    return 1"
+    )
+    assert outcome.value == 1 and outcome.stdout == '{"value": 999}\nready\n{"value": 998}\n'
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("import sys\ndef solution():\n    sys.exit(0)", "line 3, in solution\n    sys.exit(0)\nSystemExit: 0"),
+        ("import os\nos._exit(0)", "the program exited (code 0) before solution() returned"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("import ctypes\nctypes.string_at(0)", "was killed (Segmentation fault)"),
+        ("import os\ndef solution():\n    os.closerange(0, 999)\n    return 1", "exited"),
+        ("def f(n):\n    return f(n + 1)\ndef solution():\n    return f(0)", "RecursionError: maximum recursion depth"),
+    ],
+)
+def test_every_other_way_to_end_is_an_error_of_the_program(code: str, error: str) -> None:
+    outcome = run(code)
+    assert outcome.value is None and error in str(outcome.error)
+
+
+def test_a_long_traceback_is_cut_to_its_last_frames() -> None:
+    error = str(run("def f(n):\n    return f(n + 1)\ndef solution():\n    return f(0)").error)
+    assert "more frames" in error and error.count('File "<solution>"') == 4
+
+
+def test_an_exception_that_cannot_be_printed_is_still_an_error() -> None:
+    code = "class Odd(Exception):\n    def __str__(self): raise ValueError\ndef solution():\n    raise Odd"
+    assert run(code).error == "Odd"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [b"[" * 5000, b'{"value": 1e999}', b'{"value": true}', b'{"value": "7"}', b"\x80\x04."],
+    ids=["deep nesting", "infinity", "bool", "text", "pickle"],
+)
+def test_a_forged_message_is_never_more_than_an_error(message: bytes) -> None:
+    """The program itself writes the message to every open descriptor, then leaves: no value, no exception, no code run."""
+    code = (
+        f"import os\nfor n in range(3, 999):\n    try: os.write(n, {message!r})\n    except OSError: pass\nos._exit(0)"
+    )
+    outcome = run(code)
+    assert (outcome.value, outcome.error) == (None, "RuntimeError: the program disturbed the pipe for its result")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "os.fork()",
+        "os.kill(os.getppid(), 9)",
+        "os.system('true')",
+        "__import__('socket').socket()",
+        "__import__('subprocess').run(['true'])",
+        "os.execv('/bin/true', ['true'])",
+    ],
+)
+def test_processes_signals_and_sockets_are_refused(call: str) -> None:
+    error = str(run(f"import os\ndef solution():\n    return {call}").error)
+    assert "is not allowed here" in error and "line 3" in error
+
+
+def test_children_made_behind_pythons_back_die_with_the_run(tmp_path: Path) -> None:
+    """fork through libc passes the audit hook. The child would write a file after 0.5 s; it must not live to do so."""
+    mark = tmp_path / "alive"
+    code = (
+        "import ctypes, os, time\n"
+        "def solution():\n"
+        "    if ctypes.CDLL(None).fork() == 0:\n"
+        f"        time.sleep(0.5); open({str(mark)!r}, 'w').close(); os._exit(0)\n"
+        "    return 1"
+    )
+    outcome = run(code)
+    time.sleep(0.7)
+    assert outcome.value == 1 and outcome.seconds < 0.5 and not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "open('a', 'w').write('x')",
+        "os.makedirs('a/b'); open('a/b/c', 'w').close()",
+        "os.rmdir(os.getcwd())",
+        "[(os.mkdir('a'), os.chdir('a')) for _ in range(1100)]",
+    ],
+)
+def test_the_working_folder_is_private_and_goes_away(
+    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written to, filled, deleted by the program, or nested deeper than Python can recurse: nothing stays behind."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    outcome = run(f"import os\ndef solution():\n    assert os.listdir('.') == []\n    {body}\n    return 1")
+    assert outcome.value == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_descriptors_of_the_parent_are_not_inherited(tmp_path: Path) -> None:
+    """The child holds standard input, output, error and the result pipe, and a fifth for listing the folder."""
+    with (tmp_path / "secret").open("w") as handle:
+        os.set_inheritable(handle.fileno(), True)
+        outcome = run("import os\ndef solution():\n    return len(os.listdir('/proc/self/fd'))")
+    assert outcome.value == 5
+
+
+def test_malformed_text_is_the_programs_error() -> None:
+    """A lone surrogate and a NUL byte can come out of a JSON reply."""
+    assert "SyntaxError" in str(run("x = '\ud800'").error)
+    assert "null bytes" in str(run("x = '\0'").error)
+
+
+def test_slots_bound_how_many_programs_run_at_once() -> None:
+    """Oracle: two programs of 0.2 s take at least 0.4 s through one slot."""
+
+    async def both() -> float:
+        slots = asyncio.Semaphore(1)
+        started = time.monotonic()
+        program = "import time\ndef solution():\n    time.sleep(0.2)\n    return 1"
+        await asyncio.gather(*(run_solution(program, 5.0, MEMORY, slots) for _ in range(2)))
+        return time.monotonic() - started
+
+    assert asyncio.run(both()) >= 0.4
+
+
+def test_a_cancelled_run_leaves_no_process() -> None:
+    """Oracle: the kernel. The group of the cancelled child has no process left."""
+
+    async def cancel() -> list[str]:
+        code = "import time\ndef solution():\n    time.sleep(60)"
+        task = asyncio.ensure_future(run_solution(code, 60.0, MEMORY))
+        await asyncio.sleep(0.2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
+
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    assert "".join(asyncio.run(cancel())).split() == []
+
+
+def test_an_interpreter_that_does_not_start_is_no_fault_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring such a run 0 would be wrong: it raises."""
+    monkeypatch.setattr("matryoshka.tasks.sandbox.CHILD", Path("/nonexistent/child.py"))
+    with pytest.raises(RuntimeError, match="ended with code 2 before it ran any code"):
+        run("def solution():\n    return 1")
+    with pytest.raises(ValueError, match="at least 33554432 bytes"):
+        run("def solution():\n    return 1", memory_bytes=2**20)
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        ("Sure.\n```python\nx = 1\n```\nDone.\n```python\nx = 2\n```", "x = 1\n"),
+        ("```\nx = 0\n```\n```Python\nx = 1\n```", "x = 1\n"),
+        ("```text\nx = 0\n```\n```\nx = 1\n```", "x = 0\n"),
+        ("x = 1", "x = 1"),
+        ("```python\nx = 1\nreturn", "x = 1\nreturn"),
+        ("```py\r\nx = 1```", "x = 1"),
+        ("1. Like this:\n   ```python\n   def f():\n       return 1\n   ```", "def f():\n    return 1\n"),
+        ("", ""),
+    ],
+)
+def test_extract_code(reply: str, code: str) -> None:
+    """Oracle: first python block, else first block, else everything; written out by hand."""
+    assert extract_code(reply) == code

@@ -80,7 +80,7 @@ class ChatFormat:
         for segment, trained_chars in self._segments(messages, chat, add_generation_prompt):
             for at, piece, id in self._pieces(segment):
                 if id is None:
-                    new = self._vocabulary.encode(prefix + piece.translate(revealed))
+                    new = self._vocabulary.encode(piece.translate(revealed), prefix)
                     prefix = ""
                 else:
                     new = [id]

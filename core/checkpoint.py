@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 
 def save_checkpoint(
-    folder: Path, step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    folder: Path, step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, run: str = ""
 ) -> Path:
-    """Write `folder/step-<step>` atomically, remove older checkpoints, and return its path."""
+    """Write `folder/step-<step>` atomically, remove older checkpoints, and return its path.
+
+    run: whatever identifies the configuration and data; `load_checkpoint` wants the same.
+    """
     target, temporary = folder / f"step-{step}", folder / f".step-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -27,14 +30,13 @@ def save_checkpoint(
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer/{key}/{name}"] = value.detach().contiguous()
     save_file(tensors, temporary / "state.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": step, "torch": torch.__version__}))
+    (temporary / "state.json").write_text(json.dumps({"step": step, "run": run, "torch": torch.__version__}))
     for path in (*temporary.iterdir(), temporary):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        _fsync(path)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(temporary, target)
-    for old in folder.glob("step-*"):
+    _fsync(folder)  # the new name is durable before the old checkpoint goes
+    for old in (*folder.glob("step-*"), *folder.glob(".step-*.tmp")):
         if old != target:
             shutil.rmtree(old)
     return target
@@ -46,11 +48,19 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
-def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(
+    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, run: str = ""
+) -> int:
     """Fill parameters and optimizer from the checkpoint and return its step.
 
-    Raises ValueError when its parameters are not exactly these, by name and shape.
+    Raises ValueError when another `run` wrote it, or its parameters are not exactly these, by name and shape.
     """
+    state = json.loads((path / "state.json").read_text())
+    if state.get("run") != run:
+        raise ValueError(
+            f"{path}: was written with another training configuration, objective or data; go on with what wrote it, "
+            "or start in a new folder"
+        )
     tensors = load_file(path / "state.safetensors")
     saved = {name.removeprefix("parameter/"): t.shape for name, t in tensors.items() if name.startswith("parameter/")}
     here = {name: parameter.shape for name, parameter in parameters.items()}
@@ -64,10 +74,18 @@ def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], optimize
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter/{name}"])
     for name, parameter in parameters.items():
-        state = {}
+        moments = {}
         for key in ("step", "exp_avg", "exp_avg_sq"):
             value = tensors[f"optimizer/{key}/{name}"]
-            state[key] = value if key == "step" else value.to(parameter.device)
-        optimizer.state[parameter] = state
-    step: int = json.loads((path / "state.json").read_text())["step"]
+            moments[key] = value if key == "step" else value.to(parameter.device)
+        optimizer.state[parameter] = moments
+    step: int = state["step"]
     return step
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

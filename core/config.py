@@ -1,7 +1,7 @@
 """Typed configuration: frozen dataclasses, filled from a TOML file and then from overrides, written back resolved.
 
-A field is bool, int, float, str, a Literal of strings, a tuple[x, ...] of bool, int, float or str, an Optional of those
-(None is a key that is absent from the TOML, so the default of such a field is None), or a nested dataclass (a table).
+A field is bool, int, float, str, Path, a Literal of strings, a tuple[x, ...] of scalars, an Optional of those (None is
+a key that is absent from the TOML, so the default of such a field is None), or a nested dataclass (a table).
 A key that a table leaves out takes the default that the enclosing dataclass gives it. No value is coerced but an
 integer where a float is expected; `load_toml` of what `to_toml` wrote is the same configuration.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 C = TypeVar("C")
-SCALARS = (bool, int, float, str)
+SCALARS = (bool, int, float, str, Path)
 
 
 def load_toml(cls: type[C], path: Path | str, overrides: Mapping[str, Any] | None = None) -> C:
@@ -140,6 +140,8 @@ class _Reader:
             return data
         if inner is float and type(data) is int:
             data = float(data)
+        if inner is Path and isinstance(data, str | Path):
+            return Path(data)
         if type(data) is not inner:
             raise self.error(key, f"expected {_expected(kind)}, got {_describe(data)}")
         if inner is float and math.isnan(data):
@@ -153,7 +155,7 @@ class _Reader:
         if typing.get_origin(kind) is tuple and not text.startswith("["):
             items = text.split(",") if text else []
             return [self.parse(typing.get_args(kind)[0], False, item.strip(), key) for item in items]
-        if (kind is str or typing.get_origin(kind) is typing.Literal) and not text.startswith(('"', "'")):
+        if (kind in (str, Path) or typing.get_origin(kind) is typing.Literal) and not text.startswith(('"', "'")):
             return text
         try:
             parsed = tomllib.loads(f"value = {text}")
@@ -269,8 +271,8 @@ def _render(value: Any) -> str:
     if isinstance(value, float):
         # repr is the shortest exact decimal; small ones read better as 3e-4 than as 0.0003.
         return f"{Decimal(repr(value)).normalize():e}" if 0 < abs(value) < 1e-2 else repr(value)
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, str | Path):
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return "[" + ", ".join(_render(item) for item in value) + "]"
     return str(value)

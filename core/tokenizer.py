@@ -90,7 +90,7 @@ class Tokenizer:
 
         Raises ValueError for text that the vocabulary cannot write.
         """
-        return self._vocabulary.encode(self.prefix + text) if text else []
+        return self._vocabulary.encode(text, self.prefix) if text else []
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an unknown id."""
@@ -130,17 +130,16 @@ class TextStream:
     def push(self, id: int) -> str:
         """Return what `id` adds to the text, "" in the middle of a character. Raises ValueError for an unknown id."""
         new = self._decoder.decode(self._tokenizer.bytes_of(id))
-        if new and not self._parts:
-            self._parts.append("")
-            new = new.removeprefix(self._prefix)
-        self._parts.append(new)
+        if new:
+            new, self._prefix = new.removeprefix(self._prefix), ""
+            self._parts.append(new)
         return new
 
     @property
     def text(self) -> str:
         """The whole text so far."""
-        self._parts = ["".join(self._parts)] if self._parts else []
-        return self._parts[0] if self._parts else ""
+        self._parts = ["".join(self._parts)]
+        return self._parts[0]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """The one training loop: SFT and every preference loss differ only in the objective that they hand in.
 
-In order: next batch (a pure function of seed, epoch and step) -> policy log-probs -> reference log-probs -> objective,
-divided by the global count of items or tokens -> backward -> clip -> non-finite check -> optimizer -> schedule -> metrics
--> checkpoint. `train` is a generator: it yields one metrics row a step, and the caller shows or drops it. A run that is
-killed and started again continues from its last checkpoint with the same bits (held by a test on CPU).
+In order: next batch (a pure function of seed, epoch and step) -> reference log-probs -> policy log-probs -> objective,
+divided by the global count of items or tokens -> backward -> clip -> non-finite check -> optimizer -> metrics ->
+checkpoint. `train` is a generator: it yields one metrics row a step, and the caller shows or drops it. A run that is
+killed and started again continues from its last checkpoint with the same bits (held by a test on CPU). Not here: the
+model's mode. Dropout is on where the caller says model.train().
 """
 
+import dataclasses
+import hashlib
 import json
 import math
 import random
@@ -24,8 +27,9 @@ from torch import Tensor, nn
 
 from matryoshka.core.attention import Masked
 from matryoshka.core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from matryoshka.core.files import write_text
 from matryoshka.core.records import stable_seed
-from matryoshka.core.tree import Tokens, TokenTree, build_tree, tree_size
+from matryoshka.core.tree import Nodes, Tokens, TokenTree, build_tree, insert
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class TrainConfig:
     """How to train; every default is the paper's or the field's.
 
     batch_size counts items (conversations or preference pairs) per optimizer step; micro_batch_tokens bounds the tree
-    tokens that are in flight at once. min_lr_ratio: floor of the cosine. save_every: optimizer steps between checkpoints
-    (0: only at the end and on SIGTERM).
+    tokens that are in flight at once. min_lr_ratio: floor of the cosine. save_every: optimizer steps between
+    checkpoints (0: only at the end and on a signal).
     """
 
     learning_rate: float = 5e-6
@@ -60,10 +64,21 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Item:
-    """One unit of the batch: its sequences (SFT: one; preference: chosen, rejected). Items of one group share a prompt."""
+    """One unit of the batch: its sequences (SFT: one; preference: chosen, rejected), each with scored tokens.
+
+    Items of one group share a prompt.
+    """
 
     sequences: tuple[Tokens, ...]
     group: str
+
+    def __post_init__(self) -> None:
+        for sequence in self.sequences:
+            if not any(sequence.mask):
+                raise ValueError(
+                    f"item of group {self.group!r}: a sequence of {len(sequence.ids)} tokens has no scored token; "
+                    "leave the item out, there is nothing to train on"
+                )
 
 
 @dataclass(frozen=True)
@@ -112,10 +127,11 @@ def train(
     """Train `parameters` in place and yield a metrics row per optimizer step: step, epoch, loss, grad_norm, lr, ...
 
     reference: context in which the model computes the reference policy. first_loss: what the first micro-batch's mean
-    loss must be (ln 2 for DPO, policy and reference being equal); checked to 1e-5 per item.
+    loss must be (ln 2 for DPO, policy and reference being equal); checked to 1e-5 of it, and of 1 where it is below.
     State and metrics.jsonl go to `folder`; an unfinished run found there is continued.
-    Raises ValueError for no items, FloatingPointError before the optimizer on a non-finite loss or gradient, Interrupted
-    after saving on SIGTERM.
+    Raises ValueError for no items, another first loss, or a folder that another configuration, objective or data wrote;
+    FloatingPointError before the optimizer on a non-finite loss or gradient; Interrupted on SIGTERM or SIGINT, after
+    the step that runs is done and saved.
     """
     if not items:
         raise ValueError(f"train: no items to train on ({folder}); collect more samples or check the data file")
@@ -128,9 +144,9 @@ def train(
     )
     num_steps = config.epochs * math.ceil(len(items) / config.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
-    step = 0
+    step, run = 0, _fingerprint(config, objective, items)
     if (found := latest_checkpoint(folder)) is not None:
-        step = load_checkpoint(found, parameters, optimizer)
+        step = load_checkpoint(found, parameters, optimizer, run)
     metrics_path = folder / "metrics.jsonl"
     _keep_metrics(metrics_path, step)
     with _stop_signal() as stop:
@@ -140,6 +156,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, num_steps, config)
             torch.manual_seed(stable_seed("dropout", config.seed, step))
+            optimizer.zero_grad(set_to_none=True)  # a step that failed in this process left its gradients behind
             expected = first_loss if step == 0 else None
             row = _accumulate(model, batch, config, objective, token_logps, reference, device, expected)
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
@@ -162,11 +179,23 @@ def train(
             with metrics_path.open("a") as handle:
                 handle.write(json.dumps(row) + "\n")
             due = config.save_every and step % config.save_every == 0
-            if step == num_steps or due or stop.is_set():
-                save_checkpoint(folder, step, parameters, optimizer)
+            saved = bool(due) or step == num_steps or stop.is_set()
+            if saved:
+                save_checkpoint(folder, step, parameters, optimizer, run)
             yield {**row, "steps": num_steps}
-            if stop.is_set() and step < num_steps:
+            # A signal that came while the caller held the row of an unsaved step waits for the next step's save.
+            if saved and stop.is_set():
                 raise Interrupted(f"train: stopped by signal after step {step} of {num_steps}; state saved in {folder}")
+
+
+def _fingerprint(config: TrainConfig, objective: Objective, items: Sequence[Item]) -> str:
+    """Return a hash of all that decides the result, so not of save_every, nor of how the batch is cut up."""
+    decisive = dataclasses.replace(config, save_every=0, micro_batch_tokens=1)
+    name = repr(objective) if dataclasses.is_dataclass(objective) else type(objective).__qualname__
+    digest = hashlib.sha256(f"{decisive} {name}".encode())
+    for item in items:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()
 
 
 def _accumulate(
@@ -211,7 +240,7 @@ def _accumulate(
 
 
 def _check_first(loss: float, expected: float) -> None:
-    if abs(loss - expected) > 1e-5:
+    if abs(loss - expected) > 1e-5 * max(1.0, expected):
         raise ValueError(
             f"train: the first loss is {loss:.8f} but policy and reference are equal, so it must be {expected:.8f}; "
             "the reference adapter differs from the policy, or dropout is on"
@@ -234,18 +263,26 @@ def batch_at(items: Sequence[Item], step: int, batch_size: int, seed: int) -> tu
 def micro_batches(batch: Sequence[Item], max_tokens: int) -> Iterator[list[Item]]:
     """Yield consecutive items whose common tree has at most `max_tokens` tokens; one too large item stands alone."""
     micro: list[Item] = []
+    nodes: Nodes = {}
     for item in batch:
-        if micro and tree_size([s for i in [*micro, item] for s in i.sequences]) > max_tokens:
+        nodes = _grown(nodes, item)
+        if micro and len(nodes) > max_tokens:
             yield micro
-            micro = []
+            micro, nodes = [], _grown({}, item)
         micro.append(item)
     if micro:
         yield micro
 
 
+def _grown(nodes: Nodes, item: Item) -> Nodes:
+    for sequence in item.sequences:
+        insert(nodes, sequence.ids)
+    return nodes
+
+
 def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
     """Return the rate of 0-based `step`: linear warm-up over ceil(ratio x steps), then cosine down to the floor."""
-    warmup = math.ceil(config.warmup_ratio * num_steps)
+    warmup = math.ceil(round(config.warmup_ratio * num_steps, 6))  # 0.07 * 100 is 7.000000000000001
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)
@@ -256,12 +293,12 @@ def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
 def _keep_metrics(path: Path, step: int) -> None:
     """Drop rows after `step`: they were written after the checkpoint that training continues from."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(lines[:step]))
+    write_text(path, "".join(lines[:step]))
 
 
 @contextmanager
 def _stop_signal() -> Iterator[threading.Event]:
-    """Set an event on SIGTERM (pre-emption) instead of dying in the middle of a step."""
+    """Set an event on SIGTERM (pre-emption) or SIGINT instead of dying within a step; a second signal acts at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -269,9 +306,13 @@ def _stop_signal() -> Iterator[threading.Event]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.set()
+        signal.signal(number, before[number])
 
-    before = signal.signal(signal.SIGTERM, handle)
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

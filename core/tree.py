@@ -61,32 +61,34 @@ class TokenTree:
         return values_S.new_zeros(self.num_sequences).index_add(0, self.sequence_S.to(values_S.device), values_S)
 
 
+Nodes = dict[tuple[int, int], int]  # (parent node, -1 at a root; token id) -> node, numbered in order of insertion
+
+
+def insert(nodes: Nodes, ids: Sequence[int]) -> list[int]:
+    """Return the nodes of ids[:-1] from the root down, made where the forest `nodes` lacks them."""
+    path = []
+    node = -1
+    for token in ids[:-1]:
+        node = nodes.setdefault((node, token), len(nodes))
+        path.append(node)
+    return path
+
+
 def build_tree(sequences: Sequence[Tokens]) -> TokenTree:
     """Return the forest of `sequences`, shared prefixes merged token by token, in order of first appearance."""
-    children: dict[tuple[int, int], int] = {}
-    ids: list[int] = []
-    positions: list[int] = []
-    parents: list[int] = []
+    nodes: Nodes = {}
     scored: list[tuple[int, int, int]] = []
     for index, sequence in enumerate(sequences):
-        node = -1
-        last = len(sequence.ids) - 1
-        for position, (token, is_scored) in enumerate(zip(sequence.ids, sequence.mask, strict=True)):
-            if is_scored:
-                scored.append((node, token, index))
-            if position == last:
-                break
-            child = children.setdefault((node, token), len(ids))
-            if child == len(ids):
-                ids.append(token)
-                positions.append(position)
-                parents.append(node)
-            node = child
+        path = insert(nodes, sequence.ids)
+        scored += [(path[at - 1], sequence.ids[at], index) for at, is_scored in enumerate(sequence.mask) if is_scored]
+    positions: list[int] = []
+    for parent, _ in nodes:
+        positions.append(positions[parent] + 1 if parent >= 0 else 0)
     columns = torch.tensor(scored, dtype=torch.int64).reshape(-1, 3)
     return TokenTree(
-        ids_T=torch.tensor(ids, dtype=torch.int64),
+        ids_T=torch.tensor([token for _, token in nodes], dtype=torch.int64),
         positions_T=torch.tensor(positions, dtype=torch.int64),
-        parent_T=torch.tensor(parents, dtype=torch.int64),
+        parent_T=torch.tensor([parent for parent, _ in nodes], dtype=torch.int64),
         source_S=columns[:, 0],
         target_S=columns[:, 1],
         sequence_S=columns[:, 2],
@@ -97,4 +99,7 @@ def build_tree(sequences: Sequence[Tokens]) -> TokenTree:
 
 def tree_size(sequences: Sequence[Tokens]) -> int:
     """Return how many tokens the forest of `sequences` has, without building tensors."""
-    return len({sequence.ids[:end] for sequence in sequences for end in range(1, len(sequence.ids))})
+    nodes: Nodes = {}
+    for sequence in sequences:
+        insert(nodes, sequence.ids)
+    return len(nodes)

@@ -76,8 +76,8 @@ class Vocabulary:
     def special_set(self) -> frozenset[int]:
         return frozenset(self.special_ids.values())
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` exactly as it stands: no prefix, no BOS, special strings as plain text.
+    def encode(self, text: str, prefix: str = "") -> list[int]:
+        """Return the ids of `prefix + text` exactly as it stands: no BOS, special strings as plain text.
 
         Raises ValueError when `text` holds what the vocabulary cannot write: a lone surrogate, or a character without
         a token (other tokenizers drop those without a word).
@@ -93,10 +93,10 @@ class Vocabulary:
                              f"vocabulary (byte 0x{missing[0]:02X}); remove it from the text")
         if self.space_ids and SPACE in text:
             # The character that stands for a space is spelled in bytes, or it would come back as a space.
-            first, *rest = (self.raw_encode(part) for part in text.split(SPACE))
+            first, *rest = (self.raw_encode(part) for part in (prefix + text).split(SPACE))
             ids = first + [id for part in rest for id in (*self.space_ids, *part)]
         else:
-            ids = self.raw_encode(text)
+            ids = self.raw_encode(prefix + text)
         if found := self.special_set.intersection(ids):
             names = [content for content, id in self.special_ids.items() if id in found]
             raise ValueError(f"{self.where}: plain text became the special token {names[0]!r} (a character that the "
@@ -121,8 +121,8 @@ def load_vocabulary(folder: Path, added: Iterable[AddedToken], special: Iterable
         raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model; expected one of them")
     data, tokens = model_path.read_bytes(), list(added)
     if ordinary := [token.content for token in tokens if not token.special]:
-        raise ValueError(f"{folder}: the added token {ordinary[0]!r} is not special, which beside tokenizer.model is not "
-                         f"supported; save the tokenizer as tokenizer.json")
+        raise ValueError(f"{folder}: the added token {ordinary[0]!r} is not special, expected special ones only beside "
+                         f"tokenizer.model; save the tokenizer as tokenizer.json")
     is_tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data)
     vocabulary = (_from_tiktoken if is_tiktoken else _from_sentencepiece)(model_path, data, tokens, legacy)
     if unknown := [content for content in special if content not in vocabulary.specials]:

@@ -1,8 +1,8 @@
 """Log-probs of chosen tokens from hidden states and a frozen head, without ever holding the [tokens, vocab] matrix.
 
-For a frozen head W the gradient of logp(y) with respect to the hidden state is W[y] - softmax(h W^T) W: it needs nothing
-that the forward pass does not have at hand. So the forward pass forms it tile by tile (two vocabulary products in
-training, one without gradients) and the backward pass is a row scale. `eager_logps` is the specification.
+For a frozen head W the gradient of logp(y) with respect to the hidden state is W[y] - softmax(h W^T) W: it needs
+nothing that the forward pass does not have at hand. So the forward pass forms it tile by tile (two vocabulary products
+in training, one without gradients) and the backward pass is a row scale. `eager_logps` is the specification.
 
 Shapes: S scored tokens, D hidden, V vocabulary.
 """

@@ -61,5 +61,8 @@ def simpo_loss(
 
 
 def smoothed_logistic(logits: Tensor, label_smoothing: float) -> Tensor:
-    """Return -(1 - eps) log sigmoid(z) - eps log sigmoid(-z): the label is flipped with probability eps."""
-    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    """Return -(1 - eps) log sigmoid(z) - eps log sigmoid(-z): the label is flipped with probability eps.
+
+    Computed as eps z - log sigmoid(z), which is the same and exactly ln 2 at z = 0 for every eps.
+    """
+    return label_smoothing * logits - F.logsigmoid(logits)

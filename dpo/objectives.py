@@ -3,6 +3,7 @@
 An objective divides by the global counts it is given, so accumulation over micro-batches adds up to one exact mean.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,25 +51,36 @@ class Preference:
     def needs_reference(self) -> bool:
         return self.loss != "simpo"
 
+    @property
+    def first_loss(self) -> float | None:
+        """The mean loss where policy and reference are equal: ln 2 (any smoothing), 1 / (4 beta^2) for IPO."""
+        if self.nll_coefficient or self.loss == "simpo":
+            return None
+        return math.log(2) if self.loss == "dpo" else 1 / (4 * self.beta**2)
+
     def __call__(
         self, logps_S: Tensor, reference_S: Tensor | None, tree: TokenTree, totals: Totals
     ) -> tuple[Tensor, dict[str, Tensor]]:
         chosen_P, rejected_P = tree.sum_by_sequence(logps_S).view(-1, 2).unbind(1)
-        lengths = tree.sum_by_sequence(torch.ones_like(logps_S)).view(-1, 2)
+        chosen_length_P, rejected_length_P = tree.sum_by_sequence(torch.ones_like(logps_S)).view(-1, 2).unbind(1)
         if self.loss == "simpo":
+            lengths = (chosen_length_P, rejected_length_P)
             losses_P = simpo_loss(
-                chosen_P, rejected_P, lengths[:, 0], lengths[:, 1], self.beta, self.gamma_beta_ratio, self.label_smoothing
+                chosen_P, rejected_P, *lengths, self.beta, self.gamma_beta_ratio, self.label_smoothing
             )
-            rewards = self.beta * chosen_P / lengths[:, 0], self.beta * rejected_P / lengths[:, 1]
+            rewards = self.beta * chosen_P / chosen_length_P, self.beta * rejected_P / rejected_length_P
         else:
             if reference_S is None:
                 raise ValueError(f"dpo: loss {self.loss!r} needs reference log-probs and got none")
             ref_chosen_P, ref_rejected_P = tree.sum_by_sequence(reference_S).view(-1, 2).unbind(1)
             four = (chosen_P, rejected_P, ref_chosen_P, ref_rejected_P)
-            losses_P = dpo_loss(*four, self.beta, self.label_smoothing) if self.loss == "dpo" else ipo_loss(*four, self.beta)
+            if self.loss == "dpo":
+                losses_P = dpo_loss(*four, self.beta, self.label_smoothing)
+            else:
+                losses_P = ipo_loss(*four, self.beta)
             rewards = self.beta * (chosen_P - ref_chosen_P), self.beta * (rejected_P - ref_rejected_P)
         if self.nll_coefficient:
-            losses_P = losses_P - self.nll_coefficient * chosen_P / lengths[:, 0]
+            losses_P = losses_P - self.nll_coefficient * chosen_P / chosen_length_P
         metrics = {
             "margin": (rewards[0] - rewards[1]).detach().sum(),
             "accuracy": (rewards[0] > rewards[1]).sum(),

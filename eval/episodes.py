@@ -18,10 +18,10 @@ def pack(data: ReportInput) -> str:
     """Return the episodes of checked `data` (see `summary.summarise`) as base64 of deflated JSON.
 
     The JSON is an object: conditions [[name, label], ...]; before, after: indices of the two conditions whose guidance
-    is shown side by side at first; groups [name, ...]; verdicts [name, ...]; texts [...]; and episodes, in which every text is an index
-    into `texts`: [id, question, gold, [group index, ...], [[verdict index, prediction, error, turns], ...]], one inner
-    list a condition, with turns [[guidance, cut, feedback, [[reply, cut, outcome], ...]], ...]; cut is 1 where the
-    token limit ended the text.
+    is shown side by side at first; groups [name, ...]; verdicts [name, ...]; texts [...]; and episodes, in which every
+    text is an index into `texts`: [id, question, gold, [group index, ...], [record, ...]] with one record a condition:
+    [verdict index, prediction, error, [[guidance, cut, feedback, [[reply, cut, outcome], ...]], ...]]. cut is 1 where
+    the token limit ended the text.
     """
     texts: dict[str, int] = {}
 

@@ -15,7 +15,8 @@ from typing import Any
 from matryoshka.eval import plots
 from matryoshka.eval.episodes import pack
 from matryoshka.eval.markdown import PROTOCOL_NOTES, bounds, flatten, p_value, points, share
-from matryoshka.eval.page import SCRIPT, STYLE
+from matryoshka.eval.script import SCRIPT
+from matryoshka.eval.style import STYLE
 from matryoshka.eval.summary import ReportInput, Table
 
 SHARE_SCALE, SHARE_TICKS = (0.0, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -61,8 +62,10 @@ def _header(data: ReportInput, table: Table) -> str:
     compared = f", {differences} paired comparison{'s' * (differences != 1)}" if differences else ""
     command = f'<div class="command">{escape(data.command)}</div>' if data.command else ""
     return (
-        f'<header><span class="protocol {table.protocol}">{table.protocol} protocol</span>\n<h1>{escape(data.title)}</h1>\n'
-        f'<p class="lede">{size}{compared}. In this protocol {escape(PROTOCOL_NOTES[table.protocol])}.</p>\n{command}</header>'
+        f'<header><span class="protocol {table.protocol}">{table.protocol} protocol</span>\n'
+        f"<h1>{escape(data.title)}</h1>\n"
+        f'<p class="lede">{size}{compared}. In this protocol {escape(PROTOCOL_NOTES[table.protocol])}.</p>\n'
+        f"{command}</header>"
     )
 
 
@@ -111,8 +114,9 @@ def _differences(table: Table, heading: bool) -> str:
         drawn = plots.interval(
             d.paired.difference, d.paired.low, d.paired.high, scale, ticks, f"difference {points(d.paired)} points"
         )
+        first, second = escape(labels[d.first]), escape(labels[d.second])
         body.append(
-            f'<tr><td class="name">{escape(labels[d.second])} <span class="soft">minus</span> {escape(labels[d.first])}</td>'
+            f'<tr><td class="name">{second} <span class="soft">minus</span> {first}</td>'
             f'<td><strong>{estimate}</strong> <span class="soft">{limits}</span></td><td class="plot">{drawn}</td>'
             f'<td>{d.paired.gained:,}</td><td>{d.paired.lost:,}</td><td class="soft">{d.paired.n:,}</td>'
             f"<td>{escape(p_value(d.paired.p))}</td></tr>"
@@ -141,9 +145,12 @@ def _training(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for stage, rows in training.items():
         for i, row in enumerate(rows):
             if not _is_number(row.get("step")):
-                raise ValueError(f"report: training stage {stage!r}, row {i}: step is {row.get('step')!r}; expected a number")
-        names = dict.fromkeys(name for row in rows for name in row if name != "step")
-        figures = [_figure(name, [(row["step"], row[name]) for row in rows if _is_number(row.get(name))]) for name in names]
+                raise ValueError(
+                    f"report: training stage {stage!r}, row {i}: step is {row.get('step')!r}; expected a number"
+                )
+        figures = []
+        for name in dict.fromkeys(name for row in rows for name in row if name != "step"):
+            figures.append(_figure(name, [(row["step"], row[name]) for row in rows if _is_number(row.get(name))]))
         parts.append(f'<h3>{escape(stage)}</h3><div class="curves">{"".join(figures)}</div>')
     return "".join(parts)
 
@@ -157,7 +164,8 @@ def _figure(name: str, series: Sequence[tuple[float, float]]) -> str:
     steps, values = [step for step, _ in finite], [value for _, value in finite]
     last = plots.short(values[-1])
     drawn = plots.curve(steps, values, f"{name} over steps, last {last}")
-    return f'<figure><figcaption><b>{escape(name)}{note}</b><span class="soft">{last}</span></figcaption>{drawn}</figure>'
+    caption = f'<figcaption><b>{escape(name)}{note}</b><span class="soft">{last}</span></figcaption>'
+    return f"<figure>{caption}{drawn}</figure>"
 
 
 def _is_number(value: Any) -> bool:
@@ -191,8 +199,8 @@ def _episodes(data: ReportInput, table: Table) -> str:
     ]
     options = "".join(f'<option value="{key}">{text}</option>' for key, text in shown)
     return (
-        f'<p class="lede">Every episode, {table.protocol} protocol. The numbers on the right are the conditions of the first '
-        'table: <span class="right">\u25cf right</span>, <span class="wrong">\u25cb wrong</span>, '
+        f'<p class="lede">Every episode, {table.protocol} protocol. The numbers on the right are the conditions of the '
+        'first table: <span class="right">\u25cf right</span>, <span class="wrong">\u25cb wrong</span>, '
         '<span class="error">\u00d7 error</span>, <span class="failed">\u2013 failed</span>.</p>'
         f'<div class="tools"><label>Show <select id="show">{options}</select></label>'
         '<label>before <select id="before"></select></label><label>after <select id="after"></select></label>'

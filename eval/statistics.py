@@ -45,7 +45,7 @@ def mcnemar_exact(b: int, c: int) -> float:
     for i in range(min(b, c)):
         term = term * (pairs - i) // (i + 1)
         tail += term
-    return min(1.0, 2 * tail / 2**pairs)
+    return min(1.0, 2 * tail / (1 << pairs))
 
 
 def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Paired:

@@ -56,7 +56,7 @@ class ReportInput:
 
 @dataclass(frozen=True)
 class Row:
-    """One condition in one table. executable: share of episodes that ended in an answer; cost only over all examples."""
+    """One condition in one table. executable: share of episodes with an answer; the cost only over all examples."""
 
     name: str
     label: str
@@ -143,7 +143,8 @@ def _check(data: ReportInput) -> tuple[dict[str, dict[str, str]], str]:
     _refuse_repeats("example", (example.id for example in data.examples))
     for example in data.examples:
         if missing := [name for name in ("question", "answer") if name not in example.fields]:
-            raise ValueError(f"report: example {example.id!r} has no field {missing[0]!r}; got {sorted(example.fields)}")
+            known = sorted(example.fields)
+            raise ValueError(f"report: example {example.id!r} has no field {missing[0]!r}; got {known}")
     expected = {example.id for example in data.examples}
     verdicts = {condition.name: _verdicts(condition, expected) for condition in data.conditions}
     protocol = _protocol(data.conditions)

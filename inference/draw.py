@@ -11,26 +11,29 @@ from torch import Tensor
 from matryoshka.core.records import Sampling
 
 
-def draw_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
+def draw_tokens(
+    logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float], unknown_V: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (ids_B, logps_B): drawn ids, and their log-probs under the untempered, untruncated softmax.
 
     uniforms: one number in [0, 1) per row; a sampled row takes the first token at which the cumulative probability
-    passes it (tokens in id order; in order of falling probability where top_p < 1 truncates the tail).
+    passes it (tokens in id order; in order of falling probability where top_p < 1 truncates the tail). unknown_V: true
+    at ids that are never drawn (what a padded embedding has beyond the vocabulary); they stay in the softmax.
     """
-    ids_B = logits_BV.argmax(-1)
+    open_BV = logits_BV if unknown_V is None else logits_BV.masked_fill(unknown_V, float("-inf"))
+    highest_B, ids_B = open_BV.max(-1)
     for row, sampling in enumerate(samplings):
         if sampling.temperature > 0 and sampling.top_p < 1:
-            ids_B[row] = _nucleus(logits_BV[row] / sampling.temperature, sampling.top_p, uniforms[row])
+            scaled_V = (open_BV[row] - highest_B[row]) / sampling.temperature
+            ids_B[row] = _nucleus(scaled_V, sampling.top_p, uniforms[row])
     plain = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0 and sampling.top_p >= 1]
     if plain:
         rows = torch.tensor(plain, device=logits_BV.device)
         temperatures = logits_BV.new_tensor([samplings[row].temperature for row in plain])
         # cumsum of exp(z - max): the normaliser is its last entry, so no separate softmax pass is needed.
-        scaled = logits_BV[rows] / temperatures[:, None]
-        cumulative = (scaled - scaled.amax(-1, keepdim=True)).exp_().cumsum(-1)
-        thresholds = logits_BV.new_tensor([uniforms[row] for row in plain]) * cumulative[:, -1]
-        drawn = torch.searchsorted(cumulative, thresholds[:, None], right=True).squeeze(1)
-        ids_B[rows] = drawn.clamp_(max=logits_BV.shape[-1] - 1)
+        scaled = (open_BV[rows] - highest_B[rows, None]) / temperatures[:, None]
+        uniform_B1 = logits_BV.new_tensor([uniforms[row] for row in plain])[:, None]
+        ids_B[rows] = _passing(scaled.exp_().cumsum(-1), uniform_B1).squeeze(1)
     chosen_B = logits_BV.gather(1, ids_B[:, None]).squeeze(1)
     return ids_B, chosen_B - logits_BV.logsumexp(-1)
 
@@ -40,6 +43,12 @@ def _nucleus(logits_V: Tensor, top_p: float, uniform: float) -> Tensor:
     probs_V, order_V = logits_V.softmax(-1).sort(descending=True, stable=True)
     before_V = probs_V.cumsum(-1) - probs_V
     kept = probs_V * (before_V < top_p)
-    cumulative = kept.cumsum(-1)
-    index = torch.searchsorted(cumulative, uniform * cumulative[-1:], right=True)
-    return order_V[index.clamp_(max=int((before_V < top_p).sum()) - 1)].squeeze(0)
+    return order_V[_passing(kept.cumsum(-1), kept.new_tensor([uniform]))].squeeze(0)
+
+
+def _passing(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    """Return the first index whose cumulative weight passes uniform x total; never one of weight 0."""
+    total = cumulative[..., -1:]
+    # A uniform near 1 rounds to 1 in fp32; held below the total, the threshold is still passed by a real entry.
+    threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold, right=True)

@@ -43,7 +43,8 @@ class GeneratorConfig:
 
     model: its name there; on Azure the name of the deployment. api_key_env: the environment variable that holds the
     key, "" for a server that wants none. timeout_s: one attempt, from request to whole answer. backoff_s: the first
-    wait, doubled each time. concurrency: requests at a time, those that wait for a retry included.
+    wait, doubled each time. concurrency: requests at a time, those that wait for a retry included. identity: what the
+    answers are kept under instead of base_url, for a server whose port is another one each time.
     """
 
     base_url: str
@@ -55,6 +56,7 @@ class GeneratorConfig:
     timeout_s: float = 120.0
     concurrency: int = 64
     backoff_s: float = 0.5
+    identity: str = ""
 
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
@@ -115,7 +117,7 @@ class OpenAIGenerator:
                 'or set api_key_env to "" for a server that needs none'
             )
         self.config = config
-        self.name = f"{config.model}@{config.base_url}"
+        self.name = f"{config.model}@{config.identity or config.base_url}"
         self.stats = GeneratorStats()
         self._cache = cache
         self._jitter = random.Random(seed)
@@ -139,7 +141,7 @@ class OpenAIGenerator:
         The endpoint gets seed = sampling.seed + sampling.draw if temperature > 0, and no seed if it is 0. Raises
         GeneratorError when this prompt cannot be answered, and ValueError when no prompt can: a wrong key or model.
         """
-        key = answer_key(self.config.base_url, self.config.model, prompt, sampling)
+        key = answer_key(self.config.identity or self.config.base_url, self.config.model, prompt, sampling)
         if self._cache is not None and (found := self._cache.get(key)) is not None:
             self.stats.cache_hits += 1
             return found

@@ -83,23 +83,20 @@ async def serve_http(handler: Handler, host: str, port: int, ready: Callable[[in
     signal ends the process at once. Signals are only watched on the main thread: elsewhere, cancel the task.
     `ready` is called with the real port once connections are accepted. Raises ValueError when it cannot listen.
     """
+    loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     connections: dict[asyncio.Task[None], _Connection] = {}
 
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        connections[task] = connection = _Connection(reader, writer)
-        try:
-            await connection.serve(handler, stop)
-        finally:
-            del connections[task]
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = _Connection(reader, writer)
+        task = loop.create_task(connection.serve(handler, stop))
+        connections[task] = connection
+        task.add_done_callback(lambda task: connections.pop(task))
 
     try:
         server = await asyncio.start_server(accept, host, port)
     except (OSError, OverflowError) as err:
         raise ValueError(f"serve: cannot listen on {host}:{port} ({err}); choose another, or port 0 for any") from err
-    loop = asyncio.get_running_loop()
     watched = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
     try:
         for number in watched:
@@ -139,28 +136,30 @@ class _Connection:
     async def serve(self, handler: Handler, stop: asyncio.Event) -> None:
         try:
             with suppress(ConnectionError, TimeoutError):  # the client went away, or would not read its answer
-                while not stop.is_set():
-                    try:
-                        request = await self._read_request()
-                    except HttpError as err:
-                        await self._send(err.response, close=True)
-                        await self._linger()
-                        return
-                    if request is None:
-                        return
-                    self.busy = True
-                    response = await self._answer(handler, request)
-                    close = stop.is_set() or not request.keep_alive
-                    await self._send(response, close=close)
-                    self.busy = False
-                    if close:
-                        return
+                await self._serve_requests(handler, stop)
+                self.writer.close()
+                async with asyncio.timeout(TRANSFER_S):
+                    await self.writer.wait_closed()  # sends what is still buffered
         finally:
-            self.writer.close()
-            with suppress(ConnectionError, TimeoutError):
-                async with asyncio.timeout(LINGER_S):
-                    await self.writer.wait_closed()  # flushes what is still buffered
-            self.writer.transport.abort()
+            self.writer.transport.abort()  # does nothing to a closed one
+
+    async def _serve_requests(self, handler: Handler, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            try:
+                request = await self._read_request()
+            except HttpError as err:
+                await self._send(err.response, close=True)
+                await self._linger()
+                return
+            if request is None:
+                return
+            self.busy = True
+            response = await self._answer(handler, request)
+            close = stop.is_set() or not request.keep_alive
+            await self._send(response, close=close)
+            if close:
+                return
+            self.busy = False
 
     async def _answer(self, handler: Handler, request: Request) -> Response:
         """Return the handler's response. Raises ConnectionError when the client left: the handler is cancelled then."""
@@ -216,6 +215,10 @@ class _Connection:
             raise HttpError(408, f"the request did not arrive within {TRANSFER_S:g} s") from err
 
     async def _parse(self) -> Request:
+        while len(self.buffer) < 2:
+            await self._more()
+        if self.buffer.startswith(b"\r\n"):  # some clients end a body with an empty line
+            del self.buffer[:2]
         while (end := self.buffer.find(b"\r\n\r\n")) < 0 and len(self.buffer) <= MAX_HEAD_BYTES:
             await self._more()
         if end < 0 or end > MAX_HEAD_BYTES:

@@ -102,7 +102,8 @@ class CachedAttention:
         head = (q_shared @ shared_k.transpose(-1, -2)).to(wide)
         head = head.view(groups, rows, per_group * tokens, -1).transpose(0, 1)
         probs = torch.cat((head, tail), dim=-1).softmax(-1).to(q.dtype)
-        of_head, of_tail = probs.split((shared_k.shape[1], self.width), dim=-1)
-        out_head = of_head.transpose(0, 1).reshape(groups, -1, shared_k.shape[1]) @ shared_v
-        out = out_head.view(groups, rows, -1, size).transpose(0, 1) + of_tail @ values[:, :, : self.width]
+        shared = shared_k.shape[1]
+        out_head = probs[..., :shared].transpose(0, 1).reshape(groups, -1, shared) @ shared_v
+        out_tail = probs[..., shared:] @ values[:, :, : self.width]
+        out = out_head.view(groups, rows, -1, size).transpose(0, 1) + out_tail
         return out.reshape(rows, heads, tokens, size)

@@ -167,6 +167,7 @@ def _content(content: Any, where: str) -> str:
 
 
 def _prompts(engine: "Engine", data: dict[str, Any]) -> list[tuple[int, ...]]:
+    """Return the prompts' ids. Text is taken as it stands, without BOS or special tokens; ids can hold any token."""
     prompt = data.get("prompt")
     single = isinstance(prompt, str) or (isinstance(prompt, list) and all(_is_id(item) for item in prompt))
     rows = [prompt] if single else prompt
@@ -174,15 +175,14 @@ def _prompts(engine: "Engine", data: dict[str, Any]) -> list[tuple[int, ...]]:
         raise _invalid("prompt", f"expected a string, token ids, or a list of those, got {_show(prompt)}")
     prompts = []
     for row in rows:
-        if isinstance(row, str):
-            try:
-                prompts.append(tuple(engine.tokenizer.encode(row)))
-            except ValueError as err:  # text that is not Unicode, such as half a surrogate pair
-                raise _invalid("prompt", str(err)) from err
-        elif isinstance(row, list) and all(_is_id(item) for item in row):
-            prompts.append(tuple(row))
-        else:
+        if not isinstance(row, str) and not (isinstance(row, list) and all(_is_id(item) for item in row)):
             raise _invalid("prompt", f"expected a string or token ids, got {_show(row)}")
+        try:  # text that is not Unicode (half a surrogate pair) and ids outside the vocabulary end here
+            ids = engine.tokenizer.encode(row) if isinstance(row, str) else row
+            engine.tokenizer.decode(ids)
+        except ValueError as err:
+            raise _invalid("prompt", str(err)) from err
+        prompts.append(tuple(ids))
     return prompts
 
 

@@ -12,37 +12,30 @@ import random
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from matryoshka.core.models.llama import Model
-from matryoshka.core.records import Sample, Sampling, Usage, stable_seed
+from matryoshka.core.records import Sample, Sampling, stable_seed
 from matryoshka.core.tokenizer import TextStream, Tokenizer
 from matryoshka.inference.draw import draw_tokens
 from matryoshka.inference.kv_cache import CachedAttention, Prefix
+from matryoshka.inference.request import (
+    Request,
+    answer,
+    check_context,
+    check_sampling,
+    common_prefix,
+    fail,
+    finished_sample,
+)
 from matryoshka.lora.linear import active
 
-MIN_PREFIX = 8  # shorter common beginnings are not worth a cache of their own
 PREFIXES_KEPT = 4
 PREFILL_TOKENS = 4096  # bounds the memory of one prefill pass
 GATHER_S = 0.004  # an idle worker waits this long for the rest of a wave
-
-
-@dataclass(eq=False)
-class Request:
-    """One draw that is wanted, and what has been drawn so far."""
-
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    adapter: str | None
-    loop: asyncio.AbstractEventLoop
-    future: "asyncio.Future[Sample]"
-    stream: TextStream
-    random: random.Random
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -58,7 +51,9 @@ class Cohort:
 class Sampler:
     """Draws completions from `model` under its named adapters. Close it (or use `with`) to end its thread.
 
-    max_rows: rows decoded together. deterministic: see the module. num_threads: torch's, in the worker thread.
+    The model is put in evaluation mode, and is the sampler's alone while requests run: training it, or activating an
+    adapter, has to wait. max_rows: rows decoded together. deterministic: see the module. num_threads: torch's, in the
+    worker thread.
     """
 
     def __init__(
@@ -69,7 +64,9 @@ class Sampler:
         deterministic: bool = False,
         num_threads: int | None = None,
     ) -> None:
-        self.model = model
+        if max_rows < 1:
+            raise ValueError(f"sampler: max_rows {max_rows} must be at least 1")
+        self.model = model.eval()
         self.tokenizer = tokenizer
         self.context_length = model.config.max_position_embeddings
         self.max_rows = 1 if deterministic else max_rows
@@ -80,7 +77,10 @@ class Sampler:
         self._queue: queue.Queue[Request | None] = queue.Queue()
         self._waiting: list[Request] = []
         self._cohorts: list[Cohort] = []
-        self._prefixes: dict[tuple[str | None, tuple[int, ...]], Prefix] = {}
+        self._prefixes: dict[tuple[str | None, int, tuple[int, ...]], Prefix] = {}
+        unknown_V = torch.tensor([not _is_known(tokenizer, id) for id in range(model.config.vocab_size)])
+        self._unknown_V = unknown_V.to(model.head_weight.device) if unknown_V.any() else None
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="sampler", daemon=True)
         self._thread.start()
 
@@ -96,25 +96,43 @@ class Sampler:
         self._thread.join()
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: str | None = None) -> Sample:
-        """Return one completion of `prompt_ids`; equal (seed, draw) and logits give equal tokens.
+        """Return one completion of `prompt_ids`; equal (prompt, seed, draw) and logits give equal tokens.
 
-        Raises ValueError when prompt and max_tokens do not fit the context together.
+        Raises ValueError when prompt and max_tokens do not fit the context together, for a prompt that is empty or has
+        ids outside of the model's vocabulary, an adapter that the model lacks, and settings out of range; RuntimeError
+        when the sampler is closed.
         """
+        check_sampling(sampling)
         check_context(len(prompt_ids), sampling.max_tokens, self.context_length)
-        if not prompt_ids:
-            raise ValueError("sampler: the prompt is empty; expected at least one token")
-        if not self._thread.is_alive():
-            raise RuntimeError("sampler: closed; make a new one")
+        vocab_size = self.model.config.vocab_size
+        if not prompt_ids or not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
+            raise ValueError(
+                f"sampler: the prompt {list(prompt_ids[:8])}... is empty or holds ids outside of the model's "
+                f"{vocab_size}; use the tokenizer of this model"
+            )
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Sample] = loop.create_future()
-        draws = random.Random(stable_seed("sampler", sampling.seed, sampling.draw))
-        stream = TextStream(self.tokenizer)
-        self._queue.put(Request(tuple(prompt_ids), sampling, adapter, loop, future, stream, draws))
+        prompt = tuple(prompt_ids)
+        # The prompt is part of the seed, so that one draw of many prompts is many independent draws.
+        draws = random.Random(stable_seed("sampler", sampling.seed, sampling.draw, prompt))
+        self._queue.put(Request(prompt, sampling, adapter, loop, future, TextStream(self.tokenizer), draws))
+        if self._ended.is_set():  # looked at after the put: before it, the worker could end in between
+            raise RuntimeError("sampler: closed; make a new one")
         return await future
 
     # The rest runs in the worker thread.
 
     def _work(self) -> None:
+        try:
+            self._serve()
+        finally:
+            # Nobody may wait for a worker that is gone, whether it was closed or an unforeseen error ended it.
+            self._ended.set()
+            self._collect(block=False)
+            left = [*self._waiting, *(request for cohort in self._cohorts for request in cohort.requests)]
+            fail(left, RuntimeError("sampler: the worker thread has ended, closed or by an error that it printed"))
+
+    def _serve(self) -> None:
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
         closing = False
@@ -129,20 +147,16 @@ class Sampler:
 
     def _collect(self, block: bool) -> bool:
         """Move arrived requests to the waiting list; True when the sampler is to close."""
-        if block:
-            first = self._queue.get()
-            if first is None:
-                return True
-            self._waiting.append(first)
-            time.sleep(0.0 if self.deterministic else GATHER_S)
+        arrived = [self._queue.get()] if block else []
+        if block and not self.deterministic:
+            time.sleep(GATHER_S)
         while True:
             try:
-                request = self._queue.get_nowait()
+                arrived.append(self._queue.get_nowait())
             except queue.Empty:
-                return False
-            if request is None:
-                return True
-            self._waiting.append(request)
+                break
+        self._waiting += [request for request in arrived if request is not None]
+        return None in arrived
 
     def _admit(self) -> None:
         """Turn waiting requests into rows while there is room; the oldest request decides who goes with it."""
@@ -158,22 +172,24 @@ class Sampler:
             try:
                 with active(self.model, oldest.adapter):
                     self._start(chosen, oldest.prompt[:length])
-            except (RuntimeError, ValueError) as err:  # out of memory, unknown adapter: these requests fail, not the rest
-                _fail(chosen, err)
+            except (RuntimeError, ValueError) as err:  # out of memory, unknown adapter: these fail, not the rest
+                fail(chosen, err)
 
     def _start(self, requests: list[Request], prefix_ids: tuple[int, ...]) -> None:
         prefix = self._prefix(requests[0].adapter, prefix_ids) if prefix_ids else None
         unique = list(dict.fromkeys(request.prompt for request in requests))
         tails = {prompt: prompt[len(prefix_ids) :] for prompt in unique}
         order = sorted(unique, key=lambda prompt: len(tails[prompt]))
-        cohort = next((c for c in self._cohorts if c.adapter == requests[0].adapter and c.prefix is prefix), None)
+        running = (c for c in self._cohorts if c.requests and c.adapter == requests[0].adapter and c.prefix is prefix)
+        cohort = next(running, None)
         while order:
             # Prompts of similar length go together, so that padding stays small.
             rows = max(1, PREFILL_TOKENS // max(1, len(tails[order[-1]])))
             batch, order = order[-rows:], order[:-rows]
             cache, logits_UV = self._prefill([tails[prompt] for prompt in batch], prefix)
-            members = [request for request in requests if request.prompt in set(batch)]
-            index = torch.tensor([batch.index(request.prompt) for request in members])
+            row_of = {prompt: row for row, prompt in enumerate(batch)}
+            members = [request for request in requests if request.prompt in row_of]
+            index = torch.tensor([row_of[request.prompt] for request in members], device=logits_UV.device)
             cache.select(index)
             if cohort is None:
                 cohort = Cohort(requests[0].adapter, prefix, cache, members)
@@ -185,7 +201,9 @@ class Sampler:
             self._emit(cohort, members, logits_UV[index], first)
 
     def _prefix(self, adapter: str | None, ids: tuple[int, ...]) -> Prefix:
-        key = (adapter, ids)
+        # Weights that were trained or replaced since are other weights: what they made of the prefix is not reused.
+        weights = hash(tuple((id(p), p._version) for p in self.model.parameters()))
+        key = (adapter, weights, ids)
         if key not in self._prefixes:
             cache, _ = self._prefill([ids], None)
             keys = [k[:, :, : len(ids)].contiguous() for k in cache.keys]
@@ -218,8 +236,8 @@ class Sampler:
         try:
             with active(self.model, cohort.adapter):
                 self._step(cohort)
-        except RuntimeError as err:
-            _fail(cohort.requests, err)
+        except (RuntimeError, ValueError) as err:  # out of memory, an adapter that was removed
+            fail(cohort.requests, err)
             cohort.requests = []
 
     def _step(self, cohort: Cohort) -> None:
@@ -237,79 +255,26 @@ class Sampler:
     def _emit(self, cohort: Cohort, requests: list[Request], logits_BV: Tensor, first: int) -> None:
         """Draw the next token of `requests` (rows first.. of the cohort) and take finished rows out."""
         uniforms = [request.random.random() for request in requests]
-        ids_B, logps_B = draw_tokens(logits_BV, [request.sampling for request in requests], uniforms)
+        samplings = [request.sampling for request in requests]
+        ids_B, logps_B = draw_tokens(logits_BV, samplings, uniforms, self._unknown_V)
         finished = set()
         for offset, (request, token, logp) in enumerate(zip(requests, ids_B.tolist(), logps_B.tolist(), strict=True)):
             request.ids.append(token)
             request.logprobs.append(logp)
             self.tokens_drawn += 1
-            if (sample := self._finished(request)) is not None or request.future.cancelled():
+            if (sample := finished_sample(request, self.tokenizer.stop_ids)) is not None or request.future.cancelled():
                 finished.add(first + offset)
                 if sample is not None:
-                    request.loop.call_soon_threadsafe(_resolve, request.future, sample)
+                    answer(request, sample)
         if finished:
             kept = [row for row in range(len(cohort.requests)) if row not in finished]
             cohort.requests = [cohort.requests[row] for row in kept]
             cohort.cache.select(torch.tensor(kept, dtype=torch.int64, device=cohort.cache.lengths_B.device))
 
-    def _finished(self, request: Request) -> Sample | None:
-        """Return the sample if the last token ended it: a stop id, a stop string, or the length."""
-        token, reason = request.ids[-1], ""
-        if token in self.tokenizer.stop_ids:
-            reason = "stop"
-        else:
-            request.stream.push(token)
-        text = request.stream.text
-        if cuts := [text.find(stop) for stop in request.sampling.stop if stop in text]:
-            text, reason = text[: min(cuts)], "stop"
-        if not reason and len(request.ids) >= request.sampling.max_tokens:
-            reason = "length"
-        if not reason:
-            return None
-        usage = Usage(len(request.prompt), len(request.ids))
-        return Sample(text, reason, tuple(request.ids), tuple(request.logprobs), None, usage)
 
-
-def common_prefix(oldest: Request, waiting: Sequence[Request]) -> tuple[int, list[Request]]:
-    """Return the prefix length to share and who shares it: the length that saves the most tokens over all waiting.
-
-    A prompt's last token is always left to the tail, since its logits are needed. Length 0: everybody of the same
-    adapter goes, nothing is shared.
-    """
-    peers = [request for request in waiting if request.adapter == oldest.adapter]
-    common = {}
-    for request in peers:
-        pairs = zip(oldest.prompt[:-1], request.prompt[:-1], strict=False)
-        common[id(request)] = next(
-            (i for i, (a, b) in enumerate(pairs) if a != b), min(len(oldest.prompt), len(request.prompt)) - 1
-        )
-    best, best_saved = 0, 0
-    for length in set(common.values()):
-        prompts = {request.prompt for request in peers if common[id(request)] >= length}
-        if length >= MIN_PREFIX and (saved := length * (len(prompts) - 1)) > best_saved:
-            best, best_saved = length, saved
-    return best, [request for request in peers if common[id(request)] >= best]
-
-
-def check_context(prompt_tokens: int, max_tokens: int, context_length: int) -> None:
-    """Raise ValueError when a prompt and its completion do not fit the context together."""
-    if prompt_tokens + max_tokens > context_length:
-        raise ValueError(
-            f"prompt of {prompt_tokens} tokens + max_tokens {max_tokens} exceed the context of {context_length}; "
-            "shorten the prompt or lower max_tokens"
-        )
-
-
-def _resolve(future: "asyncio.Future[Sample]", sample: Sample) -> None:
-    if not future.done():
-        future.set_result(sample)
-
-
-def _fail(requests: Sequence[Request], err: Exception) -> None:
-    for request in requests:
-        request.loop.call_soon_threadsafe(_reject, request.future, err)
-
-
-def _reject(future: "asyncio.Future[Sample]", err: Exception) -> None:
-    if not future.done():
-        future.set_exception(err)
+def _is_known(tokenizer: Tokenizer, id: int) -> bool:
+    try:
+        tokenizer.bytes_of(id)
+    except ValueError:
+        return False
+    return True

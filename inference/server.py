@@ -92,11 +92,10 @@ async def _chat(engine: Engine, request: Request) -> dict[str, Any]:
             "logprobs": None,
         }
         if job.logprobs:
-            ids, tokens, token_logprobs = _scored_tokens(engine, sample)
-            # A token may hold part of a character: its id is exact, its bytes cannot be told from its text.
-            content: list[dict[str, Any]] = [
-                {"token": token, "logprob": logprob, "bytes": None, "top_logprobs": []}
-                for token, logprob in zip(tokens, token_logprobs, strict=True)
+            ids, token_bytes, token_logprobs = _scored_tokens(engine, sample)
+            content = [
+                {"token": _text(token), "logprob": logprob, "bytes": list(token), "top_logprobs": []}
+                for token, logprob in zip(token_bytes, token_logprobs, strict=True)
             ]
             choice |= {"logprobs": {"content": content, "refusal": None}, "token_ids": ids}
         choices.append(choice)
@@ -116,9 +115,11 @@ async def _complete(engine: Engine, request: Request) -> dict[str, Any]:
             "logprobs": None,
         }
         if job.logprobs:
-            ids, tokens, token_logprobs = _scored_tokens(engine, sample)
-            scores = {"tokens": tokens, "token_logprobs": token_logprobs, "top_logprobs": None, "text_offset": None}
-            choice |= {"logprobs": scores, "token_ids": ids, "prompt_token_ids": list(job.prompts[index // job.n])}
+            ids, token_bytes, token_logprobs = _scored_tokens(engine, sample)
+            # A character may be spread over tokens, so they have no offsets in the text.
+            scores = {"tokens": [_text(token) for token in token_bytes], "token_logprobs": token_logprobs}
+            choice["logprobs"] = scores | {"top_logprobs": None, "text_offset": None}
+            choice |= {"token_ids": ids, "prompt_token_ids": list(job.prompts[index // job.n])}
         choices.append(choice)
     return _answer("cmpl", "text_completion", job, samples, choices)
 
@@ -137,11 +138,16 @@ async def _draw(engine: Engine, job: Job) -> list[Sample]:
     return [task.result() for task in tasks]
 
 
-def _scored_tokens(engine: Engine, sample: Sample) -> tuple[list[int], list[str], list[float]]:
+def _scored_tokens(engine: Engine, sample: Sample) -> tuple[list[int], list[bytes], list[float]]:
     if sample.token_ids is None or sample.logprobs is None:
         raise RuntimeError("the engine returned no token ids or log-probs")
     ids = list(sample.token_ids)
-    return ids, [engine.tokenizer.decode([token]) for token in ids], list(sample.logprobs)
+    return ids, [engine.tokenizer.bytes_of(token, skip_special=False) for token in ids], list(sample.logprobs)
+
+
+def _text(token: bytes) -> str:
+    """Return a token's text; part of a character becomes U+FFFD."""
+    return token.decode("utf-8", "replace")
 
 
 def _answer(prefix: str, kind: str, job: Job, samples: list[Sample], choices: list[dict[str, Any]]) -> dict[str, Any]:

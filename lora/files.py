@@ -15,9 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matryoshka.lora.linear import LoraConfig, LoraLinear, add_adapter, layers_with, target_names
+from matryoshka.core.files import write_atomic, write_json
+from matryoshka.lora.linear import LoraConfig, LoraLinear, add_adapter, layers_with, remove_adapter, target_names
 
 PREFIX = "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Settings of PEFT that change the computation or which layers it touches, and that we do not compute.
+REFUSED = (
+    "use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "exclude_modules",
+    "layers_to_transform", "layer_replication", "trainable_token_indices", "target_parameters", "lora_bias",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora",
+)  # fmt: skip
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -32,16 +40,14 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, name: str, folder: Path, base_model: str, dtype: torch.dtype | None = None) -> None:
-    """Write adapter `name` to `folder` in PEFT's layout: the folder appears whole, replacing one that was there.
+    """Write adapter `name` to `folder` in PEFT's layout.
 
-    base_model: what `base_model_name_or_path` says. dtype: of the file; default the adapter's own.
+    The folder appears whole. One that was there steps aside first: a kill between the two renames leaves no folder of
+    that name, never a mixture. base_model: what `base_model_name_or_path` says. dtype: of the file; default the
+    adapter's own.
     """
     config = layers_with(model, name)[0].configs[name]
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     tensors = {key: tensor.to(dtype or tensor.dtype) for key, tensor in adapter_tensors(model, name).items()}
-    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
     peft = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -54,30 +60,45 @@ def save_adapter(model: nn.Module, name: str, folder: Path, base_model: str, dty
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (temporary / "adapter_config.json").write_text(json.dumps(peft, indent=2) + "\n")
-    for path in temporary.iterdir():
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(temporary, folder)
+
+    def write(path: Path) -> None:
+        path.touch()
+        mode = path.stat().st_mode  # safetensors makes files for their owner alone; a server may be another user
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)
+
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        write_json(temporary / CONFIG, peft)
+        write_atomic(temporary / WEIGHTS, write)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_config(folder: Path) -> LoraConfig:
     """Return the LoraConfig of an adapter folder. Raises FileNotFoundError, ValueError for what we do not compute."""
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; an adapter folder holds it beside adapter_model.safetensors")
-    data = json.loads(path.read_text())
-    refused = ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern")
-    for key in refused:
+        raise FileNotFoundError(f"{path}: no such file; an adapter folder holds it beside {WEIGHTS}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        rank, alpha, targets = data["r"], float(data["lora_alpha"]), data["target_modules"]
+    except (json.JSONDecodeError, KeyError, TypeError) as err:
+        raise ValueError(f"{path}: not an adapter's configuration ({err!r}); expected PEFT's, with r, lora_alpha and "
+                         "target_modules") from err
+    for key in REFUSED:
         if data.get(key):
             raise ValueError(f"{path}: {key} = {data[key]!r} is not supported; expected plain LoRA")
     if data.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias = {data['bias']!r} is not supported; expected 'none'")
-    targets = data["target_modules"]
     if not isinstance(targets, list):
         raise ValueError(f"{path}: target_modules = {targets!r}; expected a list of module names")
-    return LoraConfig(data["r"], float(data["lora_alpha"]), float(data.get("lora_dropout", 0.0)), tuple(sorted(targets)))
+    return LoraConfig(rank, alpha, float(data.get("lora_dropout", 0.0)), tuple(sorted(targets)))
 
 
 def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
@@ -86,7 +107,7 @@ def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
     Raises FileNotFoundError, ValueError naming the key whose presence or shape is wrong.
     """
     config = read_config(folder)
-    path = folder / "adapter_model.safetensors"
+    path = folder / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the adapter's weights")
     try:
@@ -97,8 +118,11 @@ def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
     expected = adapter_tensors(model, name)
     saved, here = ({key: tuple(t.shape) for key, t in group.items()} for group in (tensors, expected))
     if saved != here:
+        remove_adapter(model, name)
         key = sorted(k for k in saved.keys() | here.keys() if saved.get(k) != here.get(k))[0]
-        raise ValueError(f"{path}: {key} has shape {saved.get(key)}, the model wants {here.get(key)}; wrong base model?")
+        raise ValueError(
+            f"{path}: {key} has shape {saved.get(key)}, the model wants {here.get(key)}; is it for another base model?"
+        )
     with torch.no_grad():
         for key, tensor in tensors.items():
             expected[key].copy_(tensor)  # detached views share memory with the parameters
@@ -107,7 +131,7 @@ def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
 def adapter_hash(folder: Path) -> str:
     """Return 16 hex digits of the SHA-256 of an adapter folder's two files: what a served adapter's name carries."""
     digest = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (CONFIG, WEIGHTS):
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -122,7 +146,7 @@ def merge(model: nn.Module, name: str) -> None:
         if not isinstance(module, LoraLinear):
             continue
         outputs, inputs = module.weight.shape
-        plain = nn.Linear(inputs, outputs, bias=module.bias is not None, device="meta")
+        plain = nn.Linear(inputs, outputs, bias=module.bias is not None, device="meta").train(module.training)
         weight = module.weight.detach()
         if name in module.configs:
             wide = torch.promote_types(weight.dtype, torch.float32)

@@ -1,8 +1,8 @@
 """LoRA layers by hand: y = x W^T + b + (alpha / r) * dropout(x) A^T B^T, W and b frozen.
 
 A layer holds several named adapters of which at most one is active: "policy" is trained, "reference" is the frozen
-policy of the round before, none is the base model. The backward pass is written out: the frozen weight gets no gradient,
-and x A^T is recomputed rather than kept. Source: Hu et al. 2021 (arXiv 2106.09685), eq. 3.
+policy of the round before, none is the base model. The backward pass is written out: the frozen weight gets no
+gradient, and x A^T is recomputed rather than kept. Source: Hu et al. 2021 (arXiv 2106.09685), eq. 3.
 
 Shapes: M rows (all leading dimensions), I inputs, O outputs, R rank.
 """
@@ -74,6 +74,7 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.ParameterDict()
         self.configs: dict[str, LoraConfig] = {}
         self.active: str | None = None
+        self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.active is None or self.active not in self.configs:
@@ -86,20 +87,29 @@ class LoraLinear(nn.Module):
 
     def delta(self, name: str) -> Tensor:
         """Return scale * B A of adapter `name`, [O, I], in the adapter's dtype."""
-        return self.configs[name].scale * (self.lora_B[name] @ self.lora_A[name])
+        product: Tensor = self.lora_B[name] @ self.lora_A[name]
+        return self.configs[name].scale * product
 
 
 def add_adapter(model: nn.Module, name: str, config: LoraConfig, seed: int) -> None:
     """Give every linear layer whose last name is in `config.targets` an adapter `name`, trainable, identity at first.
 
     A ~ U(-1/sqrt(I), 1/sqrt(I)) (Kaiming-uniform with a = sqrt 5, as in the LoRA release), B = 0.
-    Raises ValueError when a target matches no linear layer, or when `name` exists already.
+    Raises ValueError when a target matches no linear layer, or when `name` exists already or holds a dot.
     """
-    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | LoraLinear)}
+    # The head is applied through its weight alone (`Model.head_weight`): an adapter there would never be computed.
+    linears = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | LoraLinear) and not path.endswith("lm_head")
+    }
     names = sorted({path.rpartition(".")[2] for path in linears})
     for target in config.targets:
         if target not in names:
             raise ValueError(f"lora: target {target!r} matches no linear layer; choose from {names}")
+    if "." in name or any(name in module.configs for module in _lora_layers(model)):
+        raise ValueError(f"lora: adapter {name!r} exists already or has a dot in its name; choose another name")
+    now_active = _active(model)
     draws = torch.Generator().manual_seed(seed)
     for path, module in linears.items():
         parent_path, _, leaf = path.rpartition(".")
@@ -107,11 +117,10 @@ def add_adapter(model: nn.Module, name: str, config: LoraConfig, seed: int) -> N
             continue
         if isinstance(module, nn.Linear):
             module = LoraLinear(module)
+            module.active = now_active
             setattr(model.get_submodule(parent_path), leaf, module)
-        if name in module.configs:
-            raise ValueError(f"lora: adapter {name!r} exists already; remove it first or choose another name")
         outputs, inputs = module.weight.shape
-        dtype = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(module.weight.dtype, torch.float32)
         bound = 1 / math.sqrt(inputs)
         a_RI = (torch.rand(config.rank, inputs, generator=draws, dtype=torch.float64) * 2 - 1) * bound
         module.lora_A[name] = nn.Parameter(a_RI.to(module.weight.device, dtype))
@@ -137,7 +146,7 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
 
 def layers_with(model: nn.Module, name: str) -> list[LoraLinear]:
     """Return the layers that hold adapter `name`, in module order. Raises ValueError when there are none."""
-    layers = [m for m in model.modules() if isinstance(m, LoraLinear)]
+    layers = _lora_layers(model)
     if found := [m for m in layers if name in m.configs]:
         return found
     known = sorted({key for m in layers for key in m.configs})
@@ -148,15 +157,14 @@ def set_active(model: nn.Module, name: str | None) -> None:
     """Compute with adapter `name` from now on; None is the base model. Raises ValueError for an unknown name."""
     if name is not None:
         layers_with(model, name)
-    for module in model.modules():
-        if isinstance(module, LoraLinear):
-            module.active = name
+    for module in _lora_layers(model):
+        module.active = name
 
 
 @contextmanager
 def active(model: nn.Module, name: str | None) -> Iterator[None]:
     """Compute with adapter `name` inside the block, with what was active before after it."""
-    before = next((m.active for m in model.modules() if isinstance(m, LoraLinear)), None)
+    before = _active(model)
     set_active(model, name)
     try:
         yield
@@ -175,5 +183,13 @@ def trainable_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]
 
 def target_names(model: nn.Module, name: str) -> Sequence[str]:
     """Return the sorted last names of the layers that carry adapter `name`."""
-    kept = {path.rpartition(".")[2] for path, m in model.named_modules() if isinstance(m, LoraLinear) and name in m.configs}
-    return sorted(kept)
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, LoraLinear)]
+    return sorted({path.rpartition(".")[2] for path, m in layers if name in m.configs})
+
+
+def _lora_layers(model: nn.Module) -> list[LoraLinear]:
+    return [module for module in model.modules() if isinstance(module, LoraLinear)]
+
+
+def _active(model: nn.Module) -> str | None:
+    return next((module.active for module in _lora_layers(model)), None)

@@ -64,12 +64,12 @@ def smollm2_gguf() -> Path:
 def convert_gguf(gguf_path: Path, out: Path) -> Path:
     """Return `out`, a Hugging Face folder with the weights (fp32), config and tokenizer of `gguf_path`.
 
-    A complete `out` is returned untouched; peak memory is the model in fp32.
+    A complete `out` is returned untouched. The whole model is held in memory in fp32.
 
     Raises:
         FileNotFoundError: `gguf_path` is missing.
-        ValueError: the package `gguf` is not installed; truncated or not GGUF, another architecture or tokenizer, an unknown or missing tensor, or an `out`
-            that holds other things.
+        ValueError: the package `gguf` is not installed; the file is truncated, not GGUF, or has another architecture or
+            tokenizer, or an unknown or missing tensor; `out` holds other things.
     """
     if _is_complete(out):
         return out

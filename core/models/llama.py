@@ -74,7 +74,8 @@ class Config:
         if data.get("hidden_act", "silu") != "silu":
             raise ValueError(f"config.json: hidden_act {data['hidden_act']!r} is not supported; Llama uses 'silu'")
         # transformers 5 writes rope_parameters; earlier releases and Meta's uploads write rope_theta + rope_scaling.
-        rope = data.get("rope_parameters") or {**(data.get("rope_scaling") or {}), "rope_theta": data.get("rope_theta")}
+        scaling = data.get("rope_parameters") or data.get("rope_scaling") or {}
+        rope = {"rope_theta": data.get("rope_theta"), **scaling}
         heads = need("num_attention_heads")
         return cls(
             vocab_size=need("vocab_size"),

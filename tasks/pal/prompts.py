@@ -2,8 +2,8 @@
 
 `FULL` is the style for instruction-tuned models of a few billion parameters and more: a system message, three worked
 examples, the question. The guidance is a header line and one sub-question a line; the program answers each
-sub-question under a comment that repeats it. A retry and a new plan continue the conversation, so the model sees what it
-wrote and what really happened.
+sub-question under a comment that repeats it. A retry and a new plan continue the conversation, so the model sees what
+it wrote and what really happened.
 """
 
 from collections.abc import Callable

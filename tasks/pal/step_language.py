@@ -1,4 +1,4 @@
-"""The step language of the embedded generator: which sub-question means which expression. Its training data, nothing else.
+"""The step language of the embedded generator: which sub-question means which expression. Its training data only.
 
 The embedded generator is a translator: one line of code per step, as the step says, right or wrong. So it is good with
 good steps and poor without them, and a controller's worth shows. It is taught on gold steps and, under the same
@@ -62,7 +62,7 @@ def _random_lesson(problem: Problem, draws: random.Random) -> Lesson:
     steps: list[str] = []
     expressions: list[str] = []
     for line in range(draws.choice((1, 2, 2, 2, 3))):
-        forms = OPENING
+        forms: tuple[tuple[str, str], ...] = OPENING
         if line:
             forms = draws.choices((OPENING, FOLLOWING, CLOSING), (1, 5, 1))[0]
         if forms is CLOSING and line < 2:

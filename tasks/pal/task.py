@@ -39,7 +39,7 @@ class PALTask:
     """Word problems with numeric answers, solved by programs; examples have the fields "question" and "answer".
 
     splits: the problems by split name. style: the prompts, also part of the task's name, since other prompts are
-    other episodes. timeout_s, memory_bytes: limits of one program. version: raise it when the loop or its prompts change.
+    other episodes. timeout_s, memory_bytes: limits of one program. version: raised when the loop or its prompts change.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class PALTask:
             failure = str(err)
 
         prediction = outcome.value if outcome else None
-        right = failure is None and same_answer(prediction, example.fields["answer"])
+        right = same_answer(prediction, example.fields["answer"])
         calls = [call for turn_taken in turns for call in turn_taken.calls]
         info = {
             "protocol": settings.protocol,

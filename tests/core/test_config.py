@@ -32,6 +32,7 @@ class Config:
     loss: Literal["dpo", "ipo", "simpo"] = "dpo"
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     widths: tuple[int, ...] = ()
+    folder: Path = Path("runs")
     note: str | None = None
     stops: tuple[str, ...] | None = None
     sft: Trainer = Trainer(learning_rate=2e-5, epochs=3)
@@ -78,6 +79,7 @@ def test_an_override_supplies_a_required_key(tmp_path: Path) -> None:
         ('controller = "c"\nseed = true', r"seed: expected int, got bool"),
         ('controller = "c"\nseed = 1.0', r"seed: expected int, got float"),
         ('controller = "c"\nresume = 1', r"resume: expected bool, got int"),
+        ('controller = "c"\nfolder = 3', r"folder: expected Path, got int"),
         ("controller = 3", r"controller: expected str, got int"),
         ('controller = "c"\n[dpo]\nlearning_rate = true', r"dpo\.learning_rate: expected float, got bool"),
         ('controller = "c"\n[dpo]\nlearning_rate = nan', r"dpo\.learning_rate: nan"),
@@ -114,7 +116,7 @@ def test_overrides_read_like_toml_with_bare_strings() -> None:
     """Oracle: the values written by hand."""
     config = Config(controller="c", note="old")
     items = ["dpo.learning_rate=1e-4", "seed=3", "seed=4", "controller=a=b", "loss=ipo", "note=none", "resume=false"]
-    items += ["targets=q_proj, o_proj", "widths=[1, 2]", 'stops=["a,b"]', "dpo.clip=1"]
+    items += ["targets=q_proj, o_proj", "widths=[1, 2]", 'stops=["a,b"]', "dpo.clip=1", "folder=a/b"]
     changed = apply_overrides(config, items)
     assert changed == Config(
         controller="a=b",
@@ -123,6 +125,7 @@ def test_overrides_read_like_toml_with_bare_strings() -> None:
         loss="ipo",
         targets=("q_proj", "o_proj"),
         widths=(1, 2),
+        folder=Path("a/b"),
         stops=("a,b",),
         dpo=Trainer(learning_rate=1e-4, clip=1.0),
     )
@@ -163,6 +166,7 @@ trainers = st.builds(
         loss=st.sampled_from(["dpo", "ipo", "simpo"]),
         targets=st.lists(text).map(tuple),
         widths=st.lists(st.integers()).map(tuple),
+        folder=text.map(Path),
         note=st.none() | text,
         stops=st.none() | st.lists(text).map(tuple),
         sft=trainers,

@@ -19,14 +19,12 @@ PROMPT = (Message("system", "be brief"), Message("user", "2 + 2 = \u2753"))
 SAMPLE = Sample('4 "\u00e9"\n', "length", usage=Usage(11, 3))
 
 
-def child(code: str, *arguments: str) -> subprocess.Popen[str]:
+def child(code: str, *arguments: str) -> subprocess.Popen[bytes]:
     head = "import os, signal, sys\nfrom pathlib import Path\nfrom matryoshka.core.records import Sample\n"
     head += "from matryoshka.inference.cache import ResponseCache\n"
     return subprocess.Popen(
         [sys.executable, "-c", head + code, *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        text=True,
     )
 
 
@@ -79,7 +77,7 @@ def test_key_separates_what_makes_another_answer() -> None:
 
 
 def test_an_answer_survives_kill_9(tmp_path: Path) -> None:
-    """Oracle: a process that kills itself with SIGKILL right after `put` (no close, no exit handler) leaves its answer."""
+    """Oracle: a process that kills itself with SIGKILL right after `put`, with no close, leaves its answer."""
     path = tmp_path / "c"
     code = "c = ResponseCache(Path(sys.argv[1]))\nc.put('k', Sample('paid'))\nos.kill(os.getpid(), signal.SIGKILL)"
     process = child(code, str(path))
@@ -102,7 +100,7 @@ def test_two_processes_write_at_once(tmp_path: Path) -> None:
 
 
 def test_a_writer_waits_for_another(tmp_path: Path) -> None:
-    """Oracle: a put made while another connection holds the write lock for 0.2 s succeeds, instead of failing as busy."""
+    """Oracle: a put made while another connection holds the write lock for 0.2 s succeeds."""
     cache = ResponseCache(tmp_path / "c")
     other = sqlite3.connect(tmp_path / "c", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
@@ -146,7 +144,7 @@ def test_a_foreign_file_is_refused_and_left_alone(tmp_path: Path, make: object, 
 
 
 def test_damage_inside_the_file_is_an_error(tmp_path: Path) -> None:
-    """Oracle: overwriting every page but the first with noise makes `get` raise, naming the file, and deletes nothing."""
+    """Oracle: overwriting every page but the first with noise makes `get` raise with the path; nothing is deleted."""
     path = tmp_path / "c"
     cache = ResponseCache(path)
     for i in range(200):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +223,15 @@ def test_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.fixture(scope="module")
-def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The converted SmolLM2-135M-Instruct (538 MB)."""
     try:
         path = smollm2_gguf()
     except FileNotFoundError as err:
         pytest.skip(str(err))
-    return convert_gguf(path, tmp_path_factory.mktemp("embedded") / "smollm2")
+    folder = convert_gguf(path, tmp_path_factory.mktemp("embedded") / "smollm2")
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.mark.slow

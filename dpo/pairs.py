@@ -1,0 +1,106 @@
+"""Preference pairs from scored episodes: by prompt over all rounds, deduplicated, capped, seeded.
+
+Both sides are what the controller itself wrote, token for token. Every guidance of an episode that was followed by a new
+plan failed (reward 0); the last one has the episode's reward. A text cut by length is never chosen.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from matryoshka.core.records import Messages, PairRule, Preference, Sample, Trajectory, content_key, stable_seed
+
+
+@dataclass
+class PairCounts:
+    """What became of the samples: all that were scored, distinct ones, cut ones, prompts with both sides, pairs."""
+
+    samples: int = 0
+    distinct: int = 0
+    cut_by_length: int = 0
+    prompts: int = 0
+    prompts_with_both: int = 0
+    pairs: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return dict(vars(self))
+
+
+@dataclass
+class _Candidate:
+    sample: Sample
+    prompt_ids: tuple[int, ...] | None
+    rewards: list[float] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def reward(self) -> float:
+        return sum(self.rewards) / len(self.rewards)
+
+
+def make_pairs(trajectories: Sequence[Trajectory], rule: PairRule, seed: int) -> tuple[list[Preference], PairCounts]:
+    """Return pairs in a deterministic order, and the counts.
+
+    Equal guidances to one prompt are one candidate with the mean of their rewards. Rule "binary": above 0.5 beats below
+    0.5; "ranked": any gap above `rule.margin` counts. At most `rule.cap` pairs an example, no pair twice.
+    Raises ValueError for an unknown rule.
+    """
+    if rule.kind not in ("binary", "ranked"):
+        raise ValueError(f"pairs: rule {rule.kind!r} is unknown; choose 'binary' or 'ranked'")
+    counts = PairCounts()
+    prompts: dict[tuple[str, Messages], dict[str, _Candidate]] = defaultdict(dict)
+    for trajectory in trajectories:
+        for index, turn in enumerate(trajectory.turns):
+            reward = trajectory.reward if index == len(trajectory.turns) - 1 else 0.0
+            counts.samples += 1
+            counts.cut_by_length += turn.action.finish_reason == "length"
+            key = content_key(turn.action.text, turn.action.finish_reason)
+            group = prompts[trajectory.example_id, turn.prompt]
+            candidate = group.setdefault(key, _Candidate(turn.action, turn.prompt_ids))
+            candidate.rewards.append(reward)
+            candidate.sources.append({name: trajectory.info.get(name) for name in ("controller", "draw")})
+    counts.prompts = len(prompts)
+    by_example: dict[str, list[Preference]] = defaultdict(list)
+    for (example_id, prompt), group in prompts.items():
+        counts.distinct += len(group)
+        ranked = [group[key] for key in sorted(group)]
+        random.Random(stable_seed("pairs", seed, example_id, prompt)).shuffle(ranked)
+        pairs = list(_matches(ranked, rule))
+        counts.prompts_with_both += bool(pairs)
+        by_example[example_id] += [_preference(prompt, example_id, *pair) for pair in pairs]
+    kept = [pair for example_id in sorted(by_example) for pair in by_example[example_id][: rule.cap]]
+    counts.pairs = len(kept)
+    return kept, counts
+
+
+def winners(trajectories: Sequence[Trajectory]) -> list[tuple[tuple[int, ...] | None, Messages, Sample, str]]:
+    """Return (prompt ids, prompt, sample, example id) of each distinct guidance that won and is whole: STaR's data."""
+    found: dict[str, tuple[tuple[int, ...] | None, Messages, Sample, str]] = {}
+    for trajectory in trajectories:
+        turn = trajectory.turns[-1] if trajectory.turns else None
+        if turn is not None and trajectory.reward > 0.5 and turn.action.finish_reason == "stop":
+            key = content_key(trajectory.example_id, turn.prompt, turn.action.text)
+            found.setdefault(key, (turn.prompt_ids, turn.prompt, turn.action, trajectory.example_id))
+    return [found[key] for key in sorted(found)]
+
+
+def _matches(ranked: Sequence[_Candidate], rule: PairRule) -> list[tuple[_Candidate, _Candidate]]:
+    """Return up to `rule.cap` distinct (better, worse) couples, using as many different texts as there are."""
+    if rule.kind == "binary":
+        better = [c for c in ranked if c.reward > 0.5 and c.sample.finish_reason == "stop"]
+        worse = [c for c in ranked if c.reward < 0.5]
+        size = max(len(better), len(worse)) if better and worse else 0
+        # Walk both lists round and round, each time shifted: all texts are used before any is used twice.
+        indices = [(i % len(better), (i + shift) % len(worse)) for shift in range(len(worse)) for i in range(size)]
+        return [(better[i], worse[j]) for i, j in dict.fromkeys(indices)][: rule.cap]
+    whole = [c for c in ranked if c.sample.finish_reason == "stop"]
+    couples = [(b, w) for b in whole for w in ranked if b.reward - w.reward > rule.margin]
+    return sorted(couples, key=lambda couple: couple[1].reward - couple[0].reward)[: rule.cap]
+
+
+def _preference(prompt: Messages, example_id: str, better: _Candidate, worse: _Candidate) -> Preference:
+    provenance = {"chosen": better.sources, "rejected": worse.sources}
+    ids = better.prompt_ids
+    return Preference(prompt, ids, better.sample, worse.sample, better.reward, worse.reward, example_id, provenance)

@@ -1,0 +1,140 @@
+"""The `matryoshka` command. A subcommand is a function whose parameters are its flags, or whose one parameter is a
+configuration dataclass; COMMANDS says where it is and imports it only when it is called, so the others cost nothing.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from matryoshka.core.config import load_toml
+from matryoshka.core.protocols import GeneratorError
+
+DEBUG = "MATRYOSHKA_DEBUG"
+
+
+def _doctor() -> Callable[..., None]:
+    from matryoshka.scripts.doctor import main
+
+    return main
+
+
+def _convert() -> Callable[..., None]:
+    from matryoshka.scripts.convert import convert_gguf, smollm2_gguf
+
+    def convert(out: Path, gguf: Path | None = None) -> None:
+        """Convert a GGUF file to a Hugging Face folder.
+
+        Args:
+            out: Folder to write, e.g. models/smollm2-135m-instruct.
+            gguf: A Llama-architecture GGUF file; by default the embedded SmolLM2-135M-Instruct.
+        """
+        print(convert_gguf(gguf or smollm2_gguf(), out))
+
+    return convert
+
+
+def _serve() -> Callable[..., None]:
+    from matryoshka.scripts.serving import serve
+
+    return serve
+
+
+def _stage(name: str) -> Callable[[], Callable[..., None]]:
+    def load() -> Callable[..., None]:
+        from matryoshka.scripts import stages
+
+        function: Callable[..., None] = getattr(stages, name)
+        return function
+
+    return load
+
+
+# Name -> (what imports and returns the function, one line of help).
+COMMANDS: dict[str, tuple[Callable[[], Callable[..., None]], str]] = {
+    "doctor": (_doctor, "what this machine has: hardware, kernels, servers, data, keys"),
+    "pilot": (_stage("pilot"), "the main job: warm-up, rounds of collect, pair and train, evaluation, report"),
+    "sft": (_stage("sft"), "supervised training of an adapter on your own conversations"),
+    "collect": (_stage("collect"), "a pilot's episodes, round by round as far as its policies are trained"),
+    "pairs": (_stage("pairs"), "a pilot's preference pairs from the episodes collected so far"),
+    "dpo": (_stage("dpo"), "preference training of an adapter on your own pairs"),
+    "evaluate": (_stage("evaluate"), "every policy of a pilot on the held-out problems, and the report"),
+    "serve": (_serve, "a model and its adapters behind an OpenAI-compatible HTTP server"),
+    "convert": (_convert, "a GGUF file, or the embedded controller, as a Hugging Face folder"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit status: 0, or 2 for a user's error, which is one line on stderr.
+
+    With MATRYOSHKA_DEBUG=1 errors keep their traceback.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    try:
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(COMMANDS)}"
+            raise ValueError(f"matryoshka: unknown command {name!r}; {hint}")
+        _run(name, rest)
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough; Python must not flush into it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, GeneratorError) as err:
+        if os.environ.get(DEBUG) == "1":
+            raise
+        print(f"error: {err}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_config(cls: Any, arguments: Sequence[str], program: str) -> Any:
+    """Return the `cls` that `--config FILE`, where given, and then the flags describe."""
+    rest = list(arguments)
+    from_file: dict[str, Any] = {}
+    for index, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option == "--config":
+            if not equals and index + 1 == len(arguments):
+                raise ValueError("--config: expected a TOML file after it")
+            from_file["default"] = load_toml(cls, value if equals else arguments[index + 1])
+            del rest[index : index + (1 if equals else 2)]
+            break
+    description = f"{inspect.getdoc(cls)}\n\n--config FILE reads it from TOML first."
+    return tyro.cli(cls, prog=program, args=rest, description=description, **from_file)
+
+
+def _run(name: str, arguments: Sequence[str]) -> None:
+    function, program = COMMANDS[name][0](), f"matryoshka {name}"
+    kinds = [parameter.annotation for parameter in inspect.signature(function).parameters.values()]
+    if len(kinds) == 1 and dataclasses.is_dataclass(kinds[0]):
+        function(read_config(kinds[0], arguments, program))
+    else:
+        tyro.cli(function, prog=program, args=list(arguments))
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: matryoshka COMMAND [flags]",
+            "",
+            *lines,
+            "",
+            "matryoshka COMMAND --help lists its flags; a command with a configuration takes --config FILE.toml, and",
+            f"flags override the file. {DEBUG}=1 shows tracebacks.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

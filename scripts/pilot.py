@@ -1,0 +1,165 @@
+"""The main job: warm-up, then rounds of collect -> pair -> train, evaluation of every policy, the report.
+
+This is the one place that strings the stages together; each stage is a method of `scripts/run.py` and finds by itself
+what is done. Choices (learning rate, round) are made on validation problems; the held-out ones are only reported.
+"""
+
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from matryoshka.core.files import read_jsonl, write_json
+from matryoshka.core.records import Example, Trajectory, stable_seed, to_json
+from matryoshka.eval.baselines import NoGuidance, ScriptedGuidance
+from matryoshka.eval.report import Condition, ReportInput, write_report
+from matryoshka.eval.statistics import mcnemar_exact, paired_difference
+from matryoshka.scripts.doctor import environment
+from matryoshka.scripts.run import Run, Scheme, open_run
+from matryoshka.scripts.run_config import RunConfig
+
+HELD_OUT_SPLITS = ("test", "held_out")
+
+
+def pilot(config: RunConfig, root: Path = Path("runs")) -> dict[str, Any]:
+    """Run or continue the pilot in `root/<name>` and return its summary: accuracies, p values, the report's path."""
+    with open_run(config, root) as run:
+        run.warmup()
+        trajectories: list[Trajectory] = []
+        counts: dict[str, Any] = {}
+        for round in range(1, config.rounds + 1):
+            trajectories += run.collect(round)
+            counts[f"round_{round}"] = run.train_round(round, trajectories).as_dict()
+            if round == 1 and config.star:
+                run.star(trajectories)
+        conditions = evaluate(run)
+        return report(run, conditions, counts)
+
+
+def schemes(run: Run) -> dict[str, tuple[str, Scheme]]:
+    """Return the conditions of the report: name -> (label, scheme), from no guidance to the last round."""
+    config, examples = run.config, [e for split in HELD_OUT_SPLITS for e in run.task.examples(split)]
+    one_plan = replace(run.settings(greedy=True), outer_turns=1)  # fixed guidance has no second plan
+    found = {"no_guidance": ("no guidance", Scheme("no-guidance", lambda _: NoGuidance(), one_plan))}
+    if all("steps" in example.fields for example in examples):
+        for name, label, table in (
+            ("wrong_guidance", "wrong guidance (another problem's)", wrong_guidance(examples, config.seed)),
+            ("gold_guidance", "gold guidance", [_gold(example) for example in examples]),
+        ):
+            prompts = [run.task.style.guidance(example.fields["question"]) for example in examples]
+            controller = ScriptedGuidance(f"{name}-{config.seed}", dict(zip(prompts, table, strict=True)))
+            found[name] = (label, Scheme(name, lambda _, fixed=controller: fixed, one_plan))
+    found["untrained"] = ("untrained controller", run.policy(""))
+    if config.warmup.source != "none":
+        found["warmup"] = ("after warm-up (SFT)", run.policy("warmup"))
+    for round in range(1, config.rounds + 1):
+        found[f"round_{round}"] = (f"after round {round}", run.policy(f"round-{round}"))
+    if config.star and config.rounds:
+        found["star"] = ("STaR control (SFT on round 1's wins)", run.policy("star"))
+    return found
+
+
+def evaluate(run: Run) -> list[Condition]:
+    """Return every condition over the held-out problems, one greedy episode each."""
+    conditions = []
+    for name, (label, scheme) in schemes(run).items():
+        stage = f"evaluate {name}"
+        episodes = run.episodes(scheme, HELD_OUT_SPLITS, label=stage)
+        calls = sum(t.info["calls"] for t in episodes)
+        usage = [turn.action.usage for t in episodes for turn in t.turns]
+        tokens = sum(u.prompt_tokens + u.completion_tokens for u in usage)
+        tokens += sum(t.info["prompt_tokens"] + t.info["completion_tokens"] for t in episodes)
+        conditions.append(Condition(name, label, episodes, run.seconds()[stage], calls, tokens))
+    return conditions
+
+
+def report(run: Run, conditions: Sequence[Condition], counts: dict[str, Any]) -> dict[str, Any]:
+    """Write report.json, .md, .html into the run's folder and return the summary."""
+    names = [condition.name for condition in conditions]
+    ladder = [n for n in names if n in ("untrained", "warmup") or n.startswith("round_")]
+    comparisons = [*zip(ladder, ladder[1:], strict=False)]
+    last = ladder[-1]
+    comparisons += [pair for pair in (("untrained", last), ("star", last)) if pair not in comparisons and pair[0] in names]
+    validation = select_round(run)
+    examples = [e for split in HELD_OUT_SPLITS for e in run.task.examples(split)]
+    groups = {split: [e.id for e in run.task.examples(split)] for split in HELD_OUT_SPLITS}
+    labels = {"test": "held-out problems", "held_out": "families held out whole"}
+    machine = environment()
+    stages = [path.parent for path in sorted(run.folder.glob("**/metrics.jsonl"))]
+    data = ReportInput(
+        title=f"Pilot {run.config.name}",
+        command=" ".join(["matryoshka", *sys.argv[1:]]),
+        config=to_json(run.config),
+        hardware=machine["hardware"],
+        versions=machine["versions"],
+        conditions=conditions,
+        examples=examples,
+        groups={labels[split]: ids for split, ids in groups.items() if ids} if groups["held_out"] else {},
+        comparisons=comparisons,
+        training={str(stage.relative_to(run.folder)): read_jsonl(stage / "metrics.jsonl") for stage in stages},
+        notes=notes(run, validation),
+        counts={**counts, "validation": validation, "seconds": run.seconds()},
+    )
+    write_report(data, run.folder)
+    summary = summarise(run, conditions, last)
+    write_json(run.folder / "summary.json", summary)
+    return summary
+
+
+def select_round(run: Run) -> dict[str, Any]:
+    """Return validation accuracies of warm-up and rounds, and the policy that they choose (the earlier on a tie)."""
+    accuracies = {}
+    stages = ["warmup"] if run.config.warmup.source != "none" else [""]
+    for stage in [*stages, *(f"round-{m}" for m in range(1, run.config.rounds + 1))]:
+        scored = run.task.score(run.episodes(run.policy(stage), ["validation"], label=f"validate {stage or 'untrained'}"))
+        accuracies[stage or "untrained"] = to_json(scored["accuracy"])
+    return {"accuracy": accuracies, "chosen": max(accuracies, key=lambda stage: accuracies[stage]["value"])}
+
+
+def summarise(run: Run, conditions: Sequence[Condition], last: str) -> dict[str, Any]:
+    """Return the one-line summary: accuracies over the `test` split, and exact McNemar p values."""
+    ids = [example.id for example in run.task.examples("test")]
+    right = {}
+    for condition in conditions:
+        verdicts = {t.example_id: t.info["verdict"] == "right" for t in condition.trajectories}
+        right[condition.name] = [verdicts[id] for id in ids]
+    summary: dict[str, Any] = {"examples": len(ids)}
+    summary |= {name: round(sum(rows) / len(rows), 4) for name, rows in right.items()}
+    for first, key in (("untrained", "p_trained_vs_untrained"), ("warmup", "p_trained_vs_warmup")):
+        if first in right:
+            compared = paired_difference(right[first], right[last])
+            summary[key] = mcnemar_exact(compared.gained, compared.lost)
+            if first == "warmup":
+                summary["gain_over_warmup"] = [round(x, 4) for x in (compared.difference, compared.low, compared.high)]
+    summary["seconds"] = round(sum(run.seconds().values()), 1)
+    summary["report"] = str(run.folder / "report.html")
+    return summary
+
+
+def notes(run: Run, validation: dict[str, Any]) -> list[str]:
+    """Return what a reader must know to judge the numbers."""
+    lines = [
+        f"Chosen on {len(run.task.examples('validation'))} validation problems: {validation['chosen']}. The held-out "
+        "problems were used for nothing but this report.",
+        "Guidance and code are decoded greedily in evaluation.",
+    ]
+    if run.config.serve.adapter:
+        lines.append(
+            "The generator is SmolLM2-135M-Instruct with an adapter that was trained to translate steps into code, line "
+            "by line. It is good with good steps and poor without them by construction: these numbers show that the "
+            "loop trains a controller, not that the generator is a capable model."
+        )
+    return lines
+
+
+def wrong_guidance(examples: Sequence[Example], seed: int) -> list[str]:
+    """Return for each example the gold steps of another one, drawn by `seed`."""
+    draws = random.Random(stable_seed("wrong", seed))
+    others = [draws.choice([o for o in examples if o.fields["steps"] != e.fields["steps"]]) for e in examples]
+    return [_gold(other) for other in others]
+
+
+def _gold(example: Example) -> str:
+    return "\n".join(example.fields["steps"])

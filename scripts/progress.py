@@ -1,0 +1,37 @@
+"""Progress on the terminal: a live line where there is one, a line every few seconds where there is not."""
+
+import sys
+import time
+
+
+class Progress:
+    """Shows `label done/total text`, rate and remaining time on stderr. Use with `with`."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label = label
+        self.total = total
+        self.started = time.monotonic()
+        self._shown = 0.0
+        self._done = 0
+        self._live = sys.stderr.isatty()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live and self._done:
+            sys.stderr.write("\n")
+
+    def update(self, done: int, text: str = "") -> None:
+        """Show that `done` of the total are done; drawn at most ten times a second, off a terminal every 15 s."""
+        now = time.monotonic()
+        self._done = done
+        last = done >= self.total
+        if not last and now - self._shown < (0.1 if self._live else 15):
+            return
+        self._shown = now
+        elapsed = now - self.started
+        left = elapsed / done * (self.total - done) if done else 0.0
+        line = f"{self.label} {done}/{self.total} {text} [{elapsed:.0f} s, {left:.0f} s left]"
+        sys.stderr.write(f"\r\x1b[K{line}" if self._live else line + "\n")
+        sys.stderr.flush()

@@ -1,0 +1,321 @@
+"""A run directory and its stages: warm-up, collect, pair, train, evaluate. Each stage finds what is done and goes on.
+
+Training is complete when its adapter folder exists, an episode when its key is in the journal, a black-box answer when
+it is in the cache: so a run that was killed anywhere costs at most the work in flight.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matryoshka.core.config import diff, load_toml, to_toml
+from matryoshka.core.files import Journal, folder_lock, write_json, write_jsonl, write_text
+from matryoshka.core.load import load_model
+from matryoshka.core.protocols import Controller
+from matryoshka.core.records import Example, Preference, RolloutSettings, Sampling, Trajectory, stable_seed, to_json
+from matryoshka.core.tokenizer import Tokenizer
+from matryoshka.core.train import Item, TrainConfig, train
+from matryoshka.dpo.data import completion, fitting, preference_items, read_conversations, text_completion
+from matryoshka.dpo.head import token_logps
+from matryoshka.dpo.objectives import SFT
+from matryoshka.dpo.pairs import PairCounts, make_pairs, winners
+from matryoshka.inference.cache import ResponseCache
+from matryoshka.inference.generators import OpenAIGenerator
+from matryoshka.inference.local import LocalController
+from matryoshka.inference.sampler import Sampler
+from matryoshka.lora import files as adapters
+from matryoshka.lora.linear import active, add_adapter, copy_adapter, remove_adapter, set_active, trainable_parameters
+from matryoshka.scripts.doctor import environment
+from matryoshka.scripts.problems import make_task
+from matryoshka.scripts.progress import Progress
+from matryoshka.scripts.run_config import RunConfig
+from matryoshka.scripts.serving import started
+from matryoshka.tasks.rollout import Job, job_key, run_rollouts
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+POLICY, REFERENCE = "policy", "reference"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to guide the generator: made from the open sampler, with the settings that its episodes run under."""
+
+    name: str
+    make: Callable[[Sampler], Controller]
+    settings: RolloutSettings
+
+
+class Run:
+    """An open run directory. Use `open_run`; the fields are shared by the stages."""
+
+    def __init__(self, config: RunConfig, folder: Path, stack: ExitStack) -> None:
+        self.config = config
+        self.folder = folder
+        self._stack = stack
+        self._runner = stack.enter_context(asyncio.Runner())  # one event loop for all stages: clients belong to one
+        self.journal = Journal(folder / "trajectories.jsonl")
+        stack.callback(self.journal.close)
+        self.task = make_task(config)
+        self.threads = config.controller.threads or os.cpu_count() or 1
+        torch.set_num_threads(self.threads)
+        path = Path(config.controller.path)
+        self.model = load_model(path, DTYPES[config.controller.dtype], config.controller.device)
+        self.tokenizer = Tokenizer.load(path)
+
+    @cached_property
+    def generator(self) -> OpenAIGenerator:
+        """The black box, checked; a server of our own is started where [serve] names a model."""
+        config, serve = self.config.generator, self.config.serve
+        if serve.model:
+            log = self.folder / "generator.log"
+            url = self._stack.enter_context(started(serve, self.config.controller.deterministic, log))
+            digest = adapters.adapter_hash(Path(serve.adapter)) if serve.adapter else "base"
+            config = replace(config, base_url=url, model=serve.name, identity=f"{Path(serve.model).name}+{digest}")
+        cache = ResponseCache(self.folder / "cache.sqlite")
+        self._stack.callback(cache.close)
+        generator = OpenAIGenerator(config, cache, self.config.seed)
+        self._stack.callback(lambda: self._runner.run(generator.aclose()))
+        self._runner.run(generator.check())
+        return generator
+
+    # Policies: "" is the base model, otherwise the stage folder whose adapter it is.
+
+    def adapter_folder(self, stage: str) -> Path:
+        return self.folder / stage / "adapter"
+
+    def policy_before(self, round: int) -> str:
+        """Return the stage whose policy round `round` starts from and is held to."""
+        if round > 1:
+            return f"round-{round - 1}"
+        return "" if self.config.warmup.source == "none" else "warmup"
+
+    def _load_policy(self, stage: str) -> None:
+        """Make POLICY the adapter of `stage` (a fresh one for the base model), alone in the model."""
+        for name in (POLICY, REFERENCE):
+            if name in self._adapters():
+                remove_adapter(self.model, name)
+        if stage:
+            adapters.load_adapter(self.model, POLICY, self.adapter_folder(stage))
+        else:
+            add_adapter(self.model, POLICY, self.config.lora, stable_seed("lora", self.config.seed))
+
+    def _adapters(self) -> set[str]:
+        return {name for module in self.model.modules() for name in getattr(module, "configs", {})}
+
+    # Training.
+
+    def warmup(self) -> None:
+        """Train the warm-up policy: SFT on gold steps or on the user's file."""
+        if self.config.warmup.source == "none" or self.adapter_folder("warmup").exists():
+            return
+        if self.config.warmup.source == "file":
+            items = read_conversations(Path(self.config.warmup.data), self.tokenizer)
+        else:
+            examples = self.task.examples("warmup")
+            if without := [e.id for e in examples if "steps" not in e.fields]:
+                raise ValueError(f"[warmup] source = 'gold', but example {without[0]} has no steps; use source = 'file'")
+            items = [self._gold_item(example) for example in examples]
+        self._train("warmup", "", items, self.config.warmup.train, sft=True)
+
+    def star(self, trajectories: Sequence[Trajectory]) -> None:
+        """Train the STaR control: SFT on round 1's distinct winning guidances, from where round 1 started."""
+        if self.adapter_folder("star").exists():
+            return
+        won = winners(trajectories)
+        items = [Item((completion(ids or (), sample),), example) for ids, _, sample, example in won]
+        config = replace(self.config.warmup.train, epochs=self.config.dpo.train.epochs)
+        self._train("star", self.policy_before(1), items, config, sft=True)
+
+    def train_round(self, round: int, trajectories: Sequence[Trajectory]) -> PairCounts:
+        """Train round `round` on the pairs of all trajectories so far, choosing the learning rate on validation."""
+        stage, before = f"round-{round}", self.policy_before(round)
+        pairs, counts = self.pairs(trajectories)
+        if self.adapter_folder(stage).exists():
+            return counts
+        items = preference_items(pairs)
+        rates = self.config.dpo.learning_rates or (self.config.dpo.train.learning_rate,)
+        results = []
+        for rate in rates:
+            candidate = f"{stage}/lr-{rate:g}" if len(rates) > 1 else f"{stage}/train"
+            self._train(candidate, before, items, replace(self.config.dpo.train, learning_rate=rate), sft=False)
+            scored = self.task.score(self.episodes(self.policy(candidate), ["validation"]))
+            results.append({"learning_rate": rate, "stage": candidate, "validation": to_json(scored["accuracy"])})
+        best = max(results, key=lambda row: row["validation"]["value"])
+        write_json(self.folder / stage / "selection.json", {"chosen": best, "candidates": results})
+        _copy_folder(self.adapter_folder(best["stage"]), self.adapter_folder(stage))
+        return counts
+
+    def pairs(self, trajectories: Sequence[Trajectory]) -> tuple[list[Preference], PairCounts]:
+        """Return the pairs of all trajectories so far and write them to preferences.jsonl."""
+        pairs, counts = make_pairs(trajectories, self.task.pair_rule, self.config.seed)
+        write_jsonl(self.folder / "preferences.jsonl", [to_json(pair) for pair in pairs])
+        return pairs, counts
+
+    def _gold_item(self, example: Example) -> Item:
+        prompt = self.task.style.guidance(example.fields["question"])
+        return Item((text_completion(self.tokenizer, prompt, "\n".join(example.fields["steps"])),), example.id)
+
+    def _train(self, stage: str, start: str, items: Sequence[Item], config: TrainConfig, sft: bool) -> None:
+        """Train POLICY from the policy of `start`, and save it as `stage`'s adapter."""
+        if self.adapter_folder(stage).exists():
+            return
+        context = self.model.config.max_position_embeddings
+        items, skipped = fitting(items, context, self.config.overlong)
+        if skipped:
+            logger.warning("%s: %d items exceed the context of %d tokens and are left out", stage, skipped, context)
+        self._load_policy(start)
+        set_active(self.model, POLICY)
+        objective, preference = SFT(), self.config.dpo.objective
+        reference, first_loss = None, None
+        if not sft and preference.needs_reference:
+            copy_adapter(self.model, POLICY, REFERENCE)
+            reference, first_loss = partial(active, self.model, REFERENCE), preference.first_loss
+        self.model.train(sft)  # dropout is for SFT; a preference loss compares policy and reference without it
+        folder = self.folder / stage
+        steps = train(
+            self.model,
+            trainable_parameters(self.model, POLICY),
+            items,
+            config,
+            objective if sft else preference,
+            token_logps,
+            folder,
+            reference,
+            first_loss,
+        )
+        with Progress(stage, config.epochs * math.ceil(len(items) / config.batch_size)) as progress:
+            for row in steps:
+                extra = f" margin {row['margin']:.3f} acc {row['accuracy']:.2f}" if "margin" in row else ""
+                progress.update(int(row["step"]), f"loss {row['loss']:.4f}{extra}")
+        self.model.eval()
+        set_active(self.model, None)
+        adapters.save_adapter(self.model, POLICY, self.adapter_folder(stage), self.config.controller.path)
+        for checkpoint in folder.glob("step-*"):
+            shutil.rmtree(checkpoint)  # the adapter is whole; the optimizer's state is not needed again
+
+    # Episodes.
+
+    def settings(self, greedy: bool, **changes: Any) -> RolloutSettings:
+        """Return the settings of an episode: controller greedy or at the collection temperature, generator greedy."""
+        rollout = self.config.rollout
+        controller = Sampling(
+            temperature=0.0 if greedy else rollout.temperature,
+            top_p=1.0 if greedy else rollout.top_p,
+            max_tokens=rollout.guidance_tokens,
+        )
+        generator = Sampling(max_tokens=rollout.code_tokens)
+        settings = RolloutSettings(
+            controller, generator, rollout.protocol, rollout.inner_attempts, rollout.outer_turns
+        )
+        return replace(settings, **changes)
+
+    def policy(self, stage: str) -> Scheme:
+        """Return the scheme of a trained policy ("": the base model), evaluated greedily."""
+        name = Path(self.config.controller.path).name
+        label = f"{name}+{adapters.adapter_hash(self.adapter_folder(stage))}" if stage else name
+        adapter = POLICY if stage else None
+
+        def make(sampler: Sampler) -> Controller:
+            if stage:
+                self._load_policy(stage)
+            return LocalController(sampler, adapter, label)
+
+        return Scheme(label, make, self.settings(greedy=True))
+
+    def collect(self, round: int) -> list[Trajectory]:
+        """Return K sampled episodes for each training problem under the policy that round `round` starts from."""
+        scheme = self.policy(self.policy_before(round))
+        seed = stable_seed("collect", self.config.seed, round)
+        settings = self.settings(greedy=False)
+        sampled = [
+            replace(settings, controller=replace(settings.controller, seed=seed, draw=draw))
+            for draw in range(self.config.rollout.samples)
+        ]
+        return self.episodes(scheme, ["train"], sampled, f"collect {round}")
+
+    def episodes(
+        self,
+        scheme: Scheme,
+        splits: Sequence[str],
+        settings: Sequence[RolloutSettings] = (),
+        label: str = "",
+    ) -> list[Trajectory]:
+        """Return the episodes of `scheme` over `splits` (once each, or once per settings), recorded ones read back."""
+        examples = [example for split in splits for example in self.task.examples(split)]
+        generator = self.generator
+        started_at = time.monotonic()
+        deterministic = self.config.controller.deterministic
+        with Sampler(self.model, self.tokenizer, self.config.controller.max_rows, deterministic, self.threads) as sampler:
+            controller = scheme.make(sampler)
+            jobs = [
+                Job(job_key(self.task, example, setting, controller, generator), example, setting)
+                for example in examples
+                for setting in (settings or [scheme.settings])
+            ]
+            with Progress(label or scheme.name, len(jobs)) as progress:
+                right = ended = 0
+
+                def show(job: Job, trajectory: Trajectory) -> None:
+                    nonlocal right, ended
+                    ended, right = ended + 1, right + (trajectory.reward > 0.5)
+                    progress.update(ended, f"right {right / ended:.2f}")
+
+                limit = 1 if deterministic else self.config.rollout.limit
+                done = self._runner.run(
+                    run_rollouts(self.task, jobs, controller, generator, self.journal, limit, show)
+                )
+        self._add_seconds(label or f"{scheme.name} {'+'.join(splits)}", time.monotonic() - started_at)
+        return done
+
+    def seconds(self) -> dict[str, float]:
+        """Return wall-clock seconds by stage, added up over restarts (a killed stage's last part is not in them)."""
+        path = self.folder / "seconds.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _add_seconds(self, stage: str, seconds: float) -> None:
+        known = self.seconds()
+        write_json(self.folder / "seconds.json", {**known, stage: known.get(stage, 0.0) + seconds})
+
+
+@contextmanager
+def open_run(config: RunConfig, root: Path) -> Iterator[Run]:
+    """Open or continue `root/<name>` under its lock.
+
+    Raises ValueError when it was started with another configuration (naming every difference) or is in use.
+    """
+    folder = root / config.name
+    with ExitStack() as stack:
+        stack.enter_context(folder_lock(folder))
+        saved = folder / "config.toml"
+        if saved.exists():
+            if changes := diff(load_toml(RunConfig, saved), config):
+                raise ValueError(
+                    f"{folder}: was started with another configuration: {'; '.join(changes)}. "
+                    "Take the old values to continue, or another name to start afresh"
+                )
+        else:
+            write_json(folder / "environment.json", environment())
+            write_text(saved, to_toml(config))
+        yield Run(config, folder, stack)
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    os.rename(temporary, target)
+

@@ -1,0 +1,110 @@
+"""Models of ours behind an HTTP server: the `serve` command, and a server started beside a run that ends with it."""
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from matryoshka.scripts.run_config import ServeConfig
+
+
+def serve(
+    model: Path,
+    engine: Literal["local"] = "local",
+    adapter: tuple[str, ...] = (),
+    name: str = "",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    threads: int = 0,
+    max_rows: int = 64,
+    api_key_env: str = "",
+    deterministic: bool = False,
+    with_parent: bool = False,
+) -> None:
+    """Serve a model folder and its adapters through an OpenAI-compatible HTTP API.
+
+    Args:
+        model: Hugging Face folder of a Llama-architecture model.
+        engine: What computes: "local" is the pure-PyTorch sampler.
+        adapter: Adapters as NAME=FOLDER, served under NAME.
+        name: What the base model is served as; default its folder's name.
+        port: 0 takes any free port; the first line printed says which.
+        threads: CPU threads, 0 for as many as there are cores.
+        max_rows: Rows decoded together.
+        api_key_env: Environment variable with the key that callers must send; empty asks for none.
+        deterministic: One request at a time, answers repeatable bit for bit.
+        with_parent: End when standard input closes, as it does when the parent process dies.
+    """
+    import torch
+
+    from matryoshka.core.load import load_model
+    from matryoshka.core.tokenizer import Tokenizer
+    from matryoshka.inference import server
+    from matryoshka.inference.local import LocalEngine
+    from matryoshka.inference.sampler import Sampler
+    from matryoshka.lora.files import load_adapter
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    count = threads or os.cpu_count() or 1
+    torch.set_num_threads(count)
+    key = os.environ.get(api_key_env, "") if api_key_env else None
+    if key == "":
+        raise ValueError(f"serve: environment variable {api_key_env} is empty; set the key that callers must send")
+    network = load_model(model)
+    names: dict[str, str | None] = {name or model.name: None}
+    for pair in adapter:
+        label, equals, folder = pair.partition("=")
+        if not equals or label in names:
+            raise ValueError(f"serve: adapter {pair!r}; expected NAME=FOLDER with a name that is not taken")
+        load_adapter(network, label, Path(folder))
+        names[label] = label
+    if with_parent:
+        threading.Thread(target=_end_with_input, daemon=True).start()
+
+    def ready(real: int) -> None:
+        print(f"http://{host}:{real}/v1", flush=True)
+
+    with Sampler(network, Tokenizer.load(model), max_rows, deterministic, count) as sampler:
+        asyncio.run(server.serve(LocalEngine(sampler, names), host, port, key, ready))
+
+
+def _end_with_input() -> None:
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def started(config: ServeConfig, deterministic: bool, log: Path) -> Iterator[str]:
+    """Start a server for `config` in a process of its own and yield its base URL; it ends with the block or with us.
+
+    Raises RuntimeError with the end of its log when it does not come up.
+    """
+    command = [sys.executable, "-m", "matryoshka.scripts.cli", "serve", "--model", config.model, "--port", "0"]
+    command += ["--threads", str(config.threads), "--max-rows", str(config.max_rows), "--with-parent"]
+    command += ["--deterministic"] if deterministic else []
+    command += ["--adapter", f"{config.name}={config.adapter}"] if config.adapter else ["--name", config.name]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads or os.cpu_count() or 1)}
+    environment["OMP_WAIT_POLICY"] = "passive"  # spinning threads starve whoever shares their cores
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        )
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        if not url:
+            process.wait()
+            tail = log.read_text(errors="replace").splitlines()[-8:]
+            raise RuntimeError(f"serve: the generator's server ended with status {process.returncode}:\n" + "\n".join(tail))
+        yield url
+    finally:
+        process.terminate()
+        process.wait()

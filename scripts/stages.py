@@ -1,0 +1,107 @@
+"""The subcommands that work on a run directory or on a user's own files; each is thin over `run.py` and `pilot.py`."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matryoshka.core.records import Trajectory, to_json
+from matryoshka.core.train import TrainConfig
+from matryoshka.dpo.objectives import Preference
+from matryoshka.lora.linear import LoraConfig
+from matryoshka.scripts import finetune
+from matryoshka.scripts import pilot as job
+from matryoshka.scripts.run import Run, open_run
+from matryoshka.scripts.run_config import RunConfig
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class DpoCommand:
+    """Preference training on a user's own rows (prompt, chosen, rejected, as TRL has them), one JSON object a line.
+
+    data: the JSONL file. model: a Hugging Face folder. out: where the adapter (PEFT layout), metrics and checkpoints go;
+    an unfinished run found there is continued. adapter: an adapter folder to start from, which then is the reference;
+    default a fresh adapter, the base model being the reference. overlong: "error" or "skip" (counted).
+    """
+
+    data: Path
+    model: Path
+    out: Path
+    adapter: Path | None = None
+    overlong: str = "error"
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 0
+    lora: LoraConfig = LoraConfig()
+    objective: Preference = Preference()
+    train: TrainConfig = TrainConfig()
+
+
+@dataclass(frozen=True)
+class SftCommand:
+    """Supervised training on a user's own rows ({prompt, completion} or {messages}); fields as in `dpo`."""
+
+    data: Path
+    model: Path
+    out: Path
+    adapter: Path | None = None
+    overlong: str = "error"
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 0
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-5, epochs=3))
+
+
+def pilot(config: RunConfig) -> None:
+    """Run or continue the whole job; the last line printed is its summary as JSON."""
+    print(json.dumps(job.pilot(config, RUNS)))
+
+
+def sft(config: SftCommand) -> None:
+    """Train an adapter on conversations."""
+    finetune.finetune(config, None)
+
+
+def dpo(config: DpoCommand) -> None:
+    """Train an adapter on preference pairs."""
+    finetune.finetune(config, config.objective)
+
+
+def collect(config: RunConfig) -> None:
+    """Warm up and collect the episodes of every round that can be collected: those whose policy is trained."""
+    with open_run(config, RUNS) as run:
+        run.warmup()
+        _say({"episodes": len(_collected(run))})
+
+
+def pairs(config: RunConfig) -> None:
+    """Make preferences.jsonl from the episodes collected so far."""
+    with open_run(config, RUNS) as run:
+        _, counts = run.pairs(_collected(run))
+        _say(counts.as_dict())
+
+
+def evaluate(config: RunConfig) -> None:
+    """Evaluate every policy that is trained, print its scores and write the report."""
+    with open_run(config, RUNS) as run:
+        conditions = job.evaluate(run)
+        for condition in conditions:
+            _say({condition.name: to_json(run.task.score(condition.trajectories))})
+        _say(job.report(run, conditions, {}))
+
+
+def _collected(run: Run) -> list[Trajectory]:
+    rows: list[Trajectory] = []
+    for round in range(1, run.config.rounds + 1):
+        before = run.policy_before(round)
+        if before and not run.adapter_folder(before).exists():
+            break
+        rows += run.collect(round)
+    return rows
+
+
+def _say(value: dict[str, Any]) -> None:
+    print(json.dumps(value))

@@ -1,0 +1,65 @@
+"""Reading GSM8K, PAL and GSM-Hard files: fixtures of each form, malformed rows, and the real files where they are."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from matryoshka.core.records import Example, content_key
+from matryoshka.tasks.pal.gsm8k import load
+
+DATA = Path(os.environ.get("MATRYOSHKA_DATA", Path(__file__).parents[4] / "shared" / "data")) / "gsm8k"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}; set MATRYOSHKA_DATA")
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_the_three_forms_of_one_problem_read_alike(tmp_path: Path) -> None:
+    """Oracle: the question and 1234, whatever the file looks like; the same question has the same id."""
+    gsm8k = load(write(tmp_path / "a", {"question": "How many?", "answer": "2 * 617 = <<2*617=1234>>1234\n#### 1,234"}))
+    pal = load(write(tmp_path / "b", {"input": "How many?", "target": 1234}))
+    hard = load(write(tmp_path / "c", {"input": "How many?", "code": "def solution(): ...", "target": 1234.0}))
+    assert gsm8k == pal == hard == [Example(content_key("How many?"), {"question": "How many?", "answer": 1234})]
+
+
+def test_a_repeated_question_counts_with_an_id_of_its_own(tmp_path: Path) -> None:
+    row = {"input": "How many?", "target": 1}
+    path = write(tmp_path / "twice", row, row)
+    ids = [example.id for example in load(path)]
+    assert len(set(ids)) == 2 and ids == [example.id for example in load(path)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "Q?", "answer": "four"}, "expected the answer to end with '#### NUMBER'"),
+        ({"question": "Q?", "answer": 4}, "'answer' is int; expected a text"),
+        ({"input": "Q?", "target": "4"}, "'target' is '4'; expected a finite number"),
+        ({"input": "Q?", "target": True}, "'target' is True; expected a finite number"),
+        ({"input": "Q?", "target": float("nan")}, "'target' is nan; expected a finite number"),
+        ({"input": " ", "target": 4}, "the question is ' '; expected a text"),
+        ({"question": None, "answer": "#### 4"}, "the question is None; expected a text"),
+        ({"prompt": "Q?"}, r"the row has the keys \['prompt'\]; expected 'question' and 'answer'"),
+    ],
+)
+def test_a_malformed_row_is_named_by_file_and_line(row: object, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.jsonl", {"input": "Q?", "target": 4}, row)
+    with pytest.raises(ValueError, match=rf"bad\.jsonl:2: {message}"):
+        load(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
+        load(tmp_path / "nowhere.jsonl")
+
+
+@needs_data
+def test_all_of_gsm8k_train_is_read() -> None:
+    """Oracle: the published count, and the first answer (48 + 24)."""
+    examples = load(DATA / "train.jsonl")
+    assert len(examples) == len({example.id for example in examples}) == 7473
+    assert examples[0].fields["answer"] == 72

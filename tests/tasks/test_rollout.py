@@ -1,0 +1,236 @@
+"""The driver of many episodes: order, concurrency, recording, resuming, failing and stopping."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from matryoshka.core.files import Journal
+from matryoshka.core.protocols import Controller, Generator, GeneratorError
+from matryoshka.core.records import (
+    Example,
+    Messages,
+    Metric,
+    PairRule,
+    RolloutSettings,
+    Sample,
+    Sampling,
+    Trajectory,
+)
+from matryoshka.tasks.rollout import Job, job_key, run_rollouts
+
+Play = Callable[[Example], Awaitable[str]]
+
+
+class Nobody:
+    """A controller and generator that is never asked."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def propose(self, prompt: Messages, n: int, sampling: Sampling) -> list[Sample]:
+        raise NotImplementedError
+
+    async def complete(self, prompt: Messages, sampling: Sampling) -> Sample:
+        raise NotImplementedError
+
+    def prompt_ids(self, prompt: Messages) -> None:
+        return None
+
+    def count_tokens(self, prompt: Messages) -> int:
+        return 0
+
+
+class PlayedTask:
+    """A task whose episode is the given coroutine: it returns the verdict."""
+
+    name = "played"
+    version = 1
+    pair_rule = PairRule()
+
+    def __init__(self, play: Play) -> None:
+        self.play = play
+        self.started: list[str] = []
+
+    def examples(self, split: str) -> Sequence[Example]:
+        return []
+
+    async def rollout(
+        self, example: Example, controller: Controller, generator: Generator, settings: RolloutSettings
+    ) -> Trajectory:
+        self.started.append(example.id)
+        verdict = await self.play(example)
+        return Trajectory(self.name, example.id, (), float(verdict == "right"), {"verdict": verdict, "error": "why"})
+
+    def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]:
+        return {}
+
+
+CONTROLLER, GENERATOR = Nobody("controller-1"), Nobody("generator-1")
+JOBS = [Job(f"k{i}", Example(str(i), {"i": i}), RolloutSettings()) for i in range(40)]
+
+
+def drive(
+    play: Play,
+    journal: Path,
+    jobs: Sequence[Job] = JOBS,
+    limit: int = 8,
+    on_done: Callable[[Job, Trajectory], None] | None = None,
+) -> tuple[PlayedTask, list[Trajectory]]:
+    task, record = PlayedTask(play), Journal(journal)
+    try:
+        return task, asyncio.run(run_rollouts(task, jobs, CONTROLLER, GENERATOR, record, limit, on_done))
+    finally:
+        record.close()
+
+
+def keys(journal: Path) -> list[str]:
+    return [json.loads(line)["key"] for line in journal.read_text().splitlines()]
+
+
+async def right(example: Example) -> str:
+    await asyncio.sleep(0)
+    return "right"
+
+
+def test_results_come_in_job_order_whatever_ends_first(tmp_path: Path) -> None:
+    """Later episodes end sooner; the record is in the order of ending, the result in the order of the jobs."""
+
+    async def backwards(example: Example) -> str:
+        await asyncio.sleep(0.002 * (10 - example.fields["i"]))
+        return "right"
+
+    ended: list[str] = []
+    _, runs = drive(backwards, tmp_path / "j", JOBS[:10], 10, lambda job, trajectory: ended.append(job.key))
+    assert [run.example_id for run in runs] == [str(i) for i in range(10)]
+    assert keys(tmp_path / "j") == ended == [f"k{i}" for i in reversed(range(10))]
+
+
+@pytest.mark.parametrize("limit", [1, 3, 100])
+def test_at_most_limit_episodes_are_in_flight(limit: int, tmp_path: Path) -> None:
+    """Oracle: a counter inside the episodes. The limit is also reached: episodes do overlap."""
+    flying, peak = 0, 0
+
+    async def count(example: Example) -> str:
+        nonlocal flying, peak
+        flying += 1
+        peak = max(peak, flying)
+        await asyncio.sleep(0.001)
+        flying -= 1
+        return "right"
+
+    drive(count, tmp_path / "j", limit=limit)
+    assert peak == min(limit, 40)
+
+
+def test_a_resumed_run_runs_only_what_is_missing_and_returns_the_same(tmp_path: Path) -> None:
+    """Oracle: the uninterrupted run. Replayed episodes are equal to the ones that ran."""
+    _, first = drive(right, tmp_path / "j", JOBS[:5])
+    told: list[str] = []
+    task, both = drive(right, tmp_path / "j", JOBS[:9], on_done=lambda job, trajectory: told.append(job.key))
+    assert task.started == ["5", "6", "7", "8"] and told == ["k5", "k6", "k7", "k8"]
+    assert both[:5] == first and both == drive(right, tmp_path / "fresh", JOBS[:9])[1]
+    assert drive(right, tmp_path / "j", JOBS[:9])[0].started == []
+
+
+def test_an_exception_stops_the_run_and_keeps_what_had_ended(tmp_path: Path) -> None:
+    """Episodes 0 to 4 end, 5 breaks, 6 and 7 hang: they are cancelled, and none is recorded."""
+    cancelled: list[str] = []
+
+    async def breaks(example: Example) -> str:
+        i = example.fields["i"]
+        if i == 5:
+            await asyncio.sleep(0.01)
+            raise ZeroDivisionError("a bug")
+        if i > 5:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                cancelled.append(example.id)
+                raise
+        return "right"
+
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        drive(breaks, tmp_path / "j", JOBS[:8])
+    assert keys(tmp_path / "j") == [f"k{i}" for i in range(5)] and sorted(cancelled) == ["6", "7"]
+    assert drive(right, tmp_path / "j", JOBS[:8])[0].started == ["5", "6", "7"]
+
+
+@pytest.mark.parametrize("raised", [True, False])
+def test_a_failed_episode_is_returned_but_tried_again_on_resume(raised: bool, tmp_path: Path) -> None:
+    """Whether the task says "failed" or lets the GeneratorError through."""
+
+    async def fails(example: Example) -> str:
+        if example.id != "2":
+            return "right"
+        if raised:
+            raise GeneratorError("429")
+        return "failed"
+
+    _, runs = drive(fails, tmp_path / "j", JOBS[:4])
+    assert [run.info["verdict"] for run in runs] == ["right", "right", "failed", "right"]
+    assert runs[2].info["error"] == ("429" if raised else "why") and runs[2].reward == 0.0
+    task, again = drive(right, tmp_path / "j", JOBS[:4])
+    assert task.started == ["2"] and [run.info["verdict"] for run in again] == ["right"] * 4
+
+
+def test_too_many_failures_stop_the_run_and_it_can_go_on(tmp_path: Path) -> None:
+    """Oracle: one at a time, every fourth fails. 5 of 20 is the first count after 20 episodes above 20%."""
+
+    async def every_fourth(example: Example) -> str:
+        return "failed" if example.fields["i"] % 4 == 0 else "right"
+
+    with pytest.raises(RuntimeError, match=r"5 of 20 episodes failed, more than 20%; most often \(5 times\): why"):
+        drive(every_fourth, tmp_path / "j", limit=1)
+    assert len(keys(tmp_path / "j")) == 15
+    task, runs = drive(right, tmp_path / "j")
+    assert len(task.started) == 25 and len(runs) == 40
+
+
+def test_failures_within_the_allowed_share_do_not_stop_the_run(tmp_path: Path) -> None:
+    """Exactly 20% is allowed, at every count from 20 on: the first of every five fails, after four that do not."""
+
+    async def every_fifth(example: Example) -> str:
+        return "failed" if example.fields["i"] % 5 == 4 else "right"
+
+    _, runs = drive(every_fifth, tmp_path / "j", limit=1)
+    assert sum(run.info["verdict"] == "failed" for run in runs) == 8
+
+
+def test_two_jobs_of_one_key_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 jobs have the key k1; give each its own `draw`"):
+        drive(right, tmp_path / "j", [*JOBS[:3], JOBS[1]])
+    with pytest.raises(ValueError, match="limit is 0"):
+        drive(right, tmp_path / "j", limit=0)
+
+
+def test_no_jobs_is_no_work(tmp_path: Path) -> None:
+    assert drive(right, tmp_path / "j", [])[1] == []
+
+
+def test_a_record_that_is_no_trajectory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "j").write_text('{"key": "k0", "trajectory": {"task": "played"}}\n')
+    with pytest.raises(ValueError, match=r"j: the row of key k0 holds no trajectory: .*example_id"):
+        drive(right, tmp_path / "j")
+
+
+def test_the_key_changes_with_everything_that_makes_another_episode() -> None:
+    """Invariant: equal content, equal key; any other task version, problem, setting or model, another key."""
+    task, settings, example = PlayedTask(right), RolloutSettings(), JOBS[0].example
+    base = job_key(task, example, settings, CONTROLLER, GENERATOR)
+    newer = PlayedTask(right)
+    newer.version = 2
+    others = [
+        job_key(newer, example, settings, CONTROLLER, GENERATOR),
+        job_key(task, JOBS[1].example, settings, CONTROLLER, GENERATOR),
+        job_key(task, replace(example, fields={"i": 9}), settings, CONTROLLER, GENERATOR),
+        job_key(task, example, replace(settings, protocol="oracle"), CONTROLLER, GENERATOR),
+        job_key(task, example, replace(settings, controller=Sampling(draw=1)), CONTROLLER, GENERATOR),
+        job_key(task, example, settings, Nobody("controller-2"), GENERATOR),
+        job_key(task, example, settings, CONTROLLER, Nobody("generator-2")),
+    ]
+    assert base == job_key(PlayedTask(right), Example("0", {"i": 0}), RolloutSettings(), CONTROLLER, GENERATOR)
+    assert len({base, *others}) == 8

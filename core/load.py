@@ -1,8 +1,8 @@
 """A model folder made into a module: `config.json` names the architecture, whose file lies in `core/models/`.
 
 `model_type` picks `core/models/<model_type>.py` by name, so that a new architecture is one new file. That file exports
-`Config` (with `from_dict`), `Model` (a module that takes a Config) and `LORA_TARGETS`. The module is built without
-memory and then filled strictly: what comes back is complete or an error was raised.
+`Config` (with `from_dict`), `Model` (a LanguageModel that takes a Config) and `LORA_TARGETS`. The module is built
+without memory and then filled strictly: what comes back is complete or an error was raised.
 """
 
 import importlib
@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
+from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.weights import load_weights
 
 MODELS = Path(__file__).parent / "models"
@@ -21,7 +21,7 @@ MODELS = Path(__file__).parent / "models"
 
 def load_model(
     folder: Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
-) -> nn.Module:
+) -> LanguageModel:
     """Return the model of a Hugging Face folder in evaluation mode; dtype None keeps the stored one.
 
     A model with buffers that no checkpoint holds has a method `init_buffers(device)`, called once the weights are in.
@@ -35,7 +35,7 @@ def load_model(
     except ValueError as err:
         raise ValueError(f"{folder}: {err}") from err
     with torch.device("meta"):
-        model: nn.Module = architecture.Model(model_config)
+        model: LanguageModel = architecture.Model(model_config)
     load_weights(model, folder, dtype, device)
     init_buffers = getattr(model, "init_buffers", None)
     if init_buffers is not None:

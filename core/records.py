@@ -126,7 +126,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class PairRule:
-    """What a task says about making pairs: kind "binary" (1 over 0) or "ranked" (gap above `margin`); cap per example."""
+    """What a task says about making pairs: kind "binary" (1 over 0) or "ranked" (gap > margin); cap per example."""
 
     kind: str = "binary"
     cap: int = 4

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from matryoshka.core.attention import Masked
 from matryoshka.core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from matryoshka.core.files import write_text
+from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.records import stable_seed
 from matryoshka.core.tree import Nodes, Tokens, TokenTree, build_tree, insert
 
@@ -97,15 +98,6 @@ class Objective(Protocol):
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
-class Model(Protocol):
-    """What the loop needs of a model; `core/models` files provide it."""
-
-    @property
-    def head_weight(self) -> Tensor: ...
-
-    def __call__(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Masked | None = None) -> Tensor: ...
-
-
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden_SD, head_VD, target_S) -> [S]
 
 
@@ -114,7 +106,7 @@ class Interrupted(RuntimeError):
 
 
 def train(
-    model: Model,
+    model: LanguageModel,
     parameters: Mapping[str, nn.Parameter],
     items: Sequence[Item],
     config: TrainConfig,
@@ -199,7 +191,7 @@ def _fingerprint(config: TrainConfig, objective: Objective, items: Sequence[Item
 
 
 def _accumulate(
-    model: Model,
+    model: LanguageModel,
     batch: Sequence[Item],
     config: TrainConfig,
     objective: Objective,

@@ -33,7 +33,7 @@ class CachedAttention:
         self, prefix: Prefix | None, num_layers: int, rows: int, heads: int, head_dim: int, like: Tensor
     ) -> None:
         self.prefix = prefix
-        self.capacity = 0
+        self.room, self.capacity = rows, 0  # rows and tail tokens that the tensors can hold
         shape = (rows, heads, 0, head_dim)
         self.keys = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(num_layers)]
         self.values = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(num_layers)]
@@ -46,29 +46,47 @@ class CachedAttention:
     def reserve(self, capacity: int) -> None:
         """Make room for at least `capacity` tail tokens per row (grown by half, so that growth is rare)."""
         if capacity > self.capacity:
-            self._resize(max(capacity, self.capacity + self.capacity // 2 + 16))
+            self._resize(self.room, max(capacity, self.capacity + self.capacity // 2 + 16))
 
-    def _resize(self, capacity: int) -> None:
+    def _resize(self, room: int, capacity: int) -> None:
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                rows, heads, _, size = old.shape
-                new = old.new_zeros(rows, heads, capacity, size)
-                new[:, :, : self.capacity] = old
+                _, heads, _, size = old.shape
+                new = old.new_zeros(room, heads, capacity, size)  # zeros: 0 x garbage could be nan
+                new[: self.rows, :, : self.capacity] = old[: self.rows]
                 tensors[layer] = new
-        self.capacity = capacity
+        self.room, self.capacity = room, capacity
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` (indices, repeats allowed: a prompt read once serves all its samples)."""
         self.keys = [tensor[rows] for tensor in self.keys]
         self.values = [tensor[rows] for tensor in self.values]
         self.lengths_B = self.lengths_B[rows]
+        self.room = self.rows
+
+    def drop(self, finished: set[int]) -> list[int]:
+        """Take rows out in place and return which old row each remaining one was: the last fill the holes."""
+        count = self.rows - len(finished)
+        movers = iter(row for row in range(count, self.rows) if row not in finished)
+        order = [next(movers) if row in finished else row for row in range(count)]
+        moved = [row for row in range(count) if order[row] != row]
+        if moved:
+            sources = [order[row] for row in moved]
+            for tensors in (self.keys, self.values):
+                for tensor in tensors:
+                    tensor[moved] = tensor[sources]
+        self.lengths_B = self.lengths_B[torch.tensor(order, dtype=torch.int64, device=self.lengths_B.device)]
+        return order
 
     def extend(self, other: "CachedAttention") -> None:
         """Append the rows of `other`, which must have the same prefix."""
-        for cache in (self, other):
-            cache._resize(max(self.capacity, other.capacity))
-        self.keys = [torch.cat(pair) for pair in zip(self.keys, other.keys, strict=True)]
-        self.values = [torch.cat(pair) for pair in zip(self.values, other.values, strict=True)]
+        rows, used = self.rows, int(other.lengths_B.max())
+        self.reserve(used)
+        if rows + other.rows > self.room:
+            self._resize(max(rows + other.rows, self.room + self.room // 2), self.capacity)
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            for tensor, new in zip(mine, theirs, strict=True):
+                tensor[rows : rows + other.rows, :, :used] = new[: other.rows, :, :used]
         self.lengths_B = torch.cat((self.lengths_B, other.lengths_B))
 
     def begin(self, new_tokens: int) -> None:
@@ -83,7 +101,7 @@ class CachedAttention:
     def __call__(self, layer: int, q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor) -> Tensor:
         rows, heads, tokens, size = q_BNTH.shape
         groups = k_BGTH.shape[1]
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = self.keys[layer][:rows], self.values[layer][:rows]
         index = torch.arange(rows, device=keys.device)[:, None]
         keys[index, :, self.slots_BT] = k_BGTH.transpose(1, 2)
         values[index, :, self.slots_BT] = v_BGTH.transpose(1, 2)

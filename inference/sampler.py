@@ -35,6 +35,7 @@ from matryoshka.lora.linear import active
 
 PREFIXES_KEPT = 4
 PREFILL_TOKENS = 4096  # bounds the memory of one prefill pass
+GROW_AHEAD = 64  # tail tokens to make room for at once when rows are admitted
 GATHER_S = 0.004  # an idle worker waits this long for the rest of a wave
 
 
@@ -168,12 +169,12 @@ class Sampler:
             oldest = self._waiting[0]
             length, group = (0, [oldest]) if self.deterministic else common_prefix(oldest, self._waiting)
             chosen = group[:room]
-            self._waiting = [request for request in self._waiting if request not in chosen]
             try:
                 with active(self.model, oldest.adapter):
                     self._start(chosen, oldest.prompt[:length])
             except (RuntimeError, ValueError) as err:  # out of memory, unknown adapter: these fail, not the rest
                 fail(chosen, err)
+            self._waiting = [request for request in self._waiting if request not in chosen]
 
     def _start(self, requests: list[Request], prefix_ids: tuple[int, ...]) -> None:
         prefix = self._prefix(requests[0].adapter, prefix_ids) if prefix_ids else None
@@ -191,6 +192,8 @@ class Sampler:
             members = [request for request in requests if request.prompt in row_of]
             index = torch.tensor([row_of[request.prompt] for request in members], device=logits_UV.device)
             cache.select(index)
+            ahead = max(min(request.sampling.max_tokens, GROW_AHEAD) for request in members)
+            cache.reserve(int(cache.lengths_B.max()) + ahead)
             if cohort is None:
                 cohort = Cohort(requests[0].adapter, prefix, cache, members)
                 self._cohorts.append(cohort)
@@ -267,9 +270,8 @@ class Sampler:
                 if sample is not None:
                     answer(request, sample)
         if finished:
-            kept = [row for row in range(len(cohort.requests)) if row not in finished]
-            cohort.requests = [cohort.requests[row] for row in kept]
-            cohort.cache.select(torch.tensor(kept, dtype=torch.int64, device=cohort.cache.lengths_B.device))
+            order = cohort.cache.drop(finished)
+            cohort.requests = [cohort.requests[row] for row in order]
 
 
 def _is_known(tokenizer: Tokenizer, id: int) -> bool:

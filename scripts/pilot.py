@@ -6,16 +6,18 @@ what is done. Choices (learning rate, round) are made on validation problems; th
 
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from matryoshka.core.files import read_jsonl, write_json
+from matryoshka.core.protocols import Controller
 from matryoshka.core.records import Example, Trajectory, stable_seed, to_json
 from matryoshka.eval.baselines import NoGuidance, ScriptedGuidance
 from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.eval.statistics import mcnemar_exact, paired_difference
+from matryoshka.inference.sampler import Sampler
 from matryoshka.scripts.doctor import environment
 from matryoshka.scripts.run import Run, Scheme, open_run
 from matryoshka.scripts.run_config import RunConfig
@@ -42,7 +44,7 @@ def schemes(run: Run) -> dict[str, tuple[str, Scheme]]:
     """Return the conditions of the report: name -> (label, scheme), from no guidance to the last round."""
     config, examples = run.config, [e for split in HELD_OUT_SPLITS for e in run.task.examples(split)]
     one_plan = replace(run.settings(greedy=True), outer_turns=1)  # fixed guidance has no second plan
-    found = {"no_guidance": ("no guidance", Scheme("no-guidance", lambda _: NoGuidance(), one_plan))}
+    found = {"no_guidance": ("no guidance", Scheme("no-guidance", _fixed(NoGuidance()), one_plan))}
     if all("steps" in example.fields for example in examples):
         for name, label, table in (
             ("wrong_guidance", "wrong guidance (another problem's)", wrong_guidance(examples, config.seed)),
@@ -50,7 +52,7 @@ def schemes(run: Run) -> dict[str, tuple[str, Scheme]]:
         ):
             prompts = [run.task.style.guidance(example.fields["question"]) for example in examples]
             controller = ScriptedGuidance(f"{name}-{config.seed}", dict(zip(prompts, table, strict=True)))
-            found[name] = (label, Scheme(name, lambda _, fixed=controller: fixed, one_plan))
+            found[name] = (label, Scheme(name, _fixed(controller), one_plan))
     found["untrained"] = ("untrained controller", run.policy(""))
     if config.warmup.source != "none":
         found["warmup"] = ("after warm-up (SFT)", run.policy("warmup"))
@@ -159,6 +161,10 @@ def wrong_guidance(examples: Sequence[Example], seed: int) -> list[str]:
     draws = random.Random(stable_seed("wrong", seed))
     others = [draws.choice([o for o in examples if o.fields["steps"] != e.fields["steps"]]) for e in examples]
     return [_gold(other) for other in others]
+
+
+def _fixed(controller: Controller) -> Callable[[Sampler], Controller]:
+    return lambda _sampler: controller
 
 
 def _gold(example: Example) -> str:

@@ -36,8 +36,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m-instruct"))
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--work", type=Path, default=Path("runs/demo_generator"), help="state, for resume")
-    parser.add_argument("--questions", type=int, default=700)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--questions", type=int, default=400)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
 

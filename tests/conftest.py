@@ -13,6 +13,9 @@ import pytest
 from matryoshka.core.tokenizer import Tokenizer
 from matryoshka.core.vocabulary import BYTE_TO_CHAR
 
+# Tensors in tests are small: threads that wait for each other cost more than they save, above all on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -64,7 +67,8 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
     names = dict(zip(("bos_token", "eos_token", "pad_token"), specials, strict=True))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, **names}))
+    names |= {"chat_template": template, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5,
         "vocab_size": builder.get_vocab_size(), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

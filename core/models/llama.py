@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matryoshka.core.attention import Attend, Causal
+from matryoshka.core.language_model import LanguageModel
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -210,12 +211,12 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class Model(nn.Module):
+class Model(LanguageModel):
     """A Llama language model. `forward` returns hidden states; the head is applied by who needs it, where needed."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = config
+        self.config: Config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -243,8 +244,3 @@ class Model(nn.Module):
             x_BTD = layer(x_BTD, cos_BTH, sin_BTH, attend, index)
         hidden: Tensor = self.model.norm(x_BTD)
         return hidden
-
-    def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Return the [..., V] logits of hidden states, in at least fp32."""
-        dtype = at_least_fp32(hidden_BTD.dtype)
-        return hidden_BTD.to(dtype) @ self.head_weight.to(dtype).T

@@ -129,7 +129,8 @@ def test_equals_peft(tiny_dir: Path, targets: tuple[str, ...]) -> None:
     assert {their_name(name) for name in parameters} == set(their_parameters)
     for name, weight in parameters.items():
         their_parameters[their_name(name)].data = weight.detach().clone()
-    got, expected = (m.logits(m(IDS)) for m in (model, theirs))
+    both: list[Any] = [model, theirs]
+    got, expected = (m.logits(m(IDS)) for m in both)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     probe = torch.randn(got.shape, generator=torch.Generator().manual_seed(9)).double()
     for out in (got, expected):

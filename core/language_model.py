@@ -1,0 +1,50 @@
+"""What every controller architecture provides, so that trainer, sampler and adapters work with a new one unchanged.
+
+`core/models/<model_type>.py` exports `Model`, a `LanguageModel`; `Config`, with a classmethod `from_dict`; and
+`LORA_TARGETS`. Shapes: B rows, T tokens, D hidden, V vocabulary.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from matryoshka.core.attention import Attend
+
+
+class ModelConfig(Protocol):
+    """The sizes that a cache needs, under Llama's `config.json` names."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+
+
+class LanguageModel(nn.Module):
+    """A decoder whose `forward` gives hidden states; whoever needs logits applies the head where it needs them."""
+
+    config: ModelConfig
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The [V, D] output matrix."""
+        raise TypeError(f"{type(self).__name__} does not define head_weight")
+
+    def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+        """Return the [B, T, D] hidden states after the last norm, in the model's dtype.
+
+        positions_BT: int64, default 0..T-1 in every row. attend: what sees what, default causal.
+        """
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the [..., V] logits of hidden states, in at least fp32."""
+        dtype = torch.promote_types(hidden_BTD.dtype, torch.float32)
+        return hidden_BTD.to(dtype) @ self.head_weight.to(dtype).T

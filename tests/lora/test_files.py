@@ -1,0 +1,251 @@
+"""lora/files.py: oracles are peft itself, reading our folders and writing its own, and W + scale B A by hand."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from matryoshka.core.load import load_model
+from matryoshka.core.weights import save_weights
+from matryoshka.lora import files
+from matryoshka.lora.files import adapter_hash, adapter_tensors, load_adapter, merge, read_config, save_adapter
+from matryoshka.lora.linear import LoraConfig, LoraLinear, add_adapter, layers_with, set_active
+
+IDS = torch.tensor([[1, 5, 250, 3, 77, 8, 9, 100], [4, 4, 2, 201, 30, 31, 32, 33]])
+CONFIG = LoraConfig(rank=3, alpha=6.0, dropout=0.25, targets=("q_proj", "v_proj", "down_proj"))
+
+
+def adapted(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """Return the model of `folder` with a random adapter "policy", active."""
+    model: Any = load_model(folder, dtype)
+    add_adapter(model, "policy", CONFIG, seed=0)
+    draws = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in layers_with(model, "policy"):
+            for weight in (module.lora_A["policy"], module.lora_B["policy"]):
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=draws, dtype=torch.float64))
+    set_active(model, "policy")
+    return model
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model.logits(model(IDS))
+    return out
+
+
+def test_peft_reads_ours(tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: peft over transformers' Llama gives our logits; 1e-5 of the largest, for the fp32 norms in theirs."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = adapted(tiny_dir, torch.float64)
+    save_adapter(model, "policy", tmp_path / "adapter", str(tiny_dir))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float64)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", autocast_adapter_dtype=False)
+    with torch.no_grad():
+        expected = theirs(IDS).logits
+        with theirs.disable_adapter():
+            assert not torch.allclose(theirs(IDS).logits, expected, atol=1e-2)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    loaded = theirs.peft_config["default"]
+    assert (loaded.r, loaded.lora_alpha, loaded.lora_dropout, loaded.bias) == (3, 6.0, 0.25, "none")
+
+
+def test_we_read_pefts(tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: the logits of the peft model that wrote the folder."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float64)
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "o_proj", "gate_proj"])
+    theirs = peft.get_peft_model(base, config)
+    draws = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if ".lora_" in name:
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=draws))
+        expected = theirs(IDS).logits
+    theirs.save_pretrained(tmp_path)
+    model: Any = load_model(tiny_dir, torch.float64)
+    load_adapter(model, "theirs", tmp_path)
+    set_active(model, "theirs")
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert read_config(tmp_path) == LoraConfig(2, 8.0, 0.0, ("gate_proj", "o_proj", "q_proj"))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_round_trip(tiny_dir: Path, tmp_path: Path, dtype: torch.dtype | None) -> None:
+    """Oracle: the tensors themselves, to the bit; through a bf16 file, rounded once. Several adapters live together."""
+    model = adapted(tiny_dir)
+    save_adapter(model, "policy", tmp_path / "adapter", "base", dtype)
+    load_adapter(model, "again", tmp_path / "adapter")
+    again = adapter_tensors(model, "again")
+    assert len(again) == 2 * 3 * 2
+    for key, tensor in adapter_tensors(model, "policy").items():
+        expected = tensor if dtype is None else tensor.to(dtype).float()
+        assert again[key].dtype == torch.float32
+        assert torch.equal(again[key], expected), key
+    assert layers_with(model, "again")[0].configs["again"] == LoraConfig(3, 6.0, 0.25, tuple(sorted(CONFIG.targets)))
+    mode = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_mode
+    assert mode == (tmp_path / "adapter" / "adapter_config.json").stat().st_mode
+
+
+def test_keys_are_pefts(tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: the layout by hand."""
+    save_adapter(adapted(tiny_dir), "policy", tmp_path / "adapter", "base")
+    shapes = {key: tuple(t.shape) for key, t in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()}
+    assert shapes["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"] == (3, 64)
+    assert shapes["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"] == (32, 3)
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [files.CONFIG, files.WEIGHTS]
+
+
+def test_merging_keeps_the_function(tiny_dir: Path) -> None:
+    """Oracle: the unmerged forward pass; 2e-5 of logits of order 10, fp32 sums in another order."""
+    model = adapted(tiny_dir)
+    expected = logits(model)
+    merge(model, "policy")
+    assert not any(isinstance(module, LoraLinear) for module in model.modules())
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=2e-5)
+
+
+def test_a_merged_model_is_a_plain_checkpoint(tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: save, load, same logits to the bit, and the names of the checkpoint it came from."""
+    model = adapted(tiny_dir)
+    merge(model, "policy")
+    save_weights(model, tmp_path)
+    shutil.copy(tiny_dir / "config.json", tmp_path)
+    assert torch.equal(logits(load_model(tmp_path)), logits(model))
+
+
+def test_a_bfloat16_base_is_merged_in_fp32(tiny_dir: Path) -> None:
+    """Oracle: W + scale B A in float64, rounded once to bf16; a sum in bf16 would differ in thousands of entries."""
+    model = adapted(tiny_dir, torch.bfloat16)
+    expected = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            delta = 2.0 * module.lora_B["policy"].double() @ module.lora_A["policy"].double()
+            expected[f"{path}.weight"] = module.weight.double() + delta
+    merge(model, "policy")
+    merged = model.state_dict()
+    assert len(expected) == 6
+    wrong = total = 0
+    for name, wide in expected.items():
+        assert merged[name].dtype == torch.bfloat16
+        wrong += int((merged[name] != wide.to(torch.bfloat16)).sum())
+        total += wide.numel()
+    # fp32 rounds before bf16 does: a tie falls the other way about once in 2^16 entries.
+    assert wrong <= total // 1000
+
+
+def test_merging_drops_other_adapters_and_keeps_biases() -> None:
+    """Oracle: by hand; only the named adapter goes into the weight."""
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4).double(), "v_proj": nn.Linear(4, 4).double()})
+    for name, targets in (("policy", ("q_proj",)), ("other", ("q_proj", "v_proj"))):
+        add_adapter(model, name, LoraConfig(rank=2, alpha=2.0, targets=targets), seed=0)
+        for layer in layers_with(model, name):
+            nn.init.normal_(layer.lora_B[name], generator=torch.Generator().manual_seed(1))
+    q, v = model["q_proj"], model["v_proj"]
+    assert isinstance(q, LoraLinear) and isinstance(v, LoraLinear)
+    expected = q.weight + q.lora_B["policy"] @ q.lora_A["policy"]
+    merge(model, "policy")
+    merged_q, merged_v = model["q_proj"], model["v_proj"]
+    assert type(merged_q) is type(merged_v) is nn.Linear
+    torch.testing.assert_close(merged_q.weight.data, expected.data, rtol=0, atol=1e-15)
+    assert torch.equal(merged_v.weight, v.weight)
+    assert q.bias is not None and torch.equal(merged_q.bias, q.bias)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / files.CONFIG
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in {**data, **changes}.items() if value is not ...}))
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    path = folder / files.WEIGHTS
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda f: (f / files.CONFIG).unlink(), FileNotFoundError, "adapter_config.json: no such file"),
+        (lambda f: (f / files.WEIGHTS).unlink(), FileNotFoundError, "adapter_model.safetensors: no such file"),
+        (lambda f: shutil.rmtree(f), FileNotFoundError, "no such file"),
+        (lambda f: (f / files.CONFIG).write_text("{"), ValueError, "not an adapter's configuration"),
+        (lambda f: edit_config(f, r=...), ValueError, "not an adapter's configuration.*'r'"),
+        (lambda f: edit_config(f, use_dora=True), ValueError, "use_dora = True is not supported"),
+        (lambda f: edit_config(f, rank_pattern={"q_proj": 4}), ValueError, "rank_pattern = .* is not supported"),
+        (lambda f: edit_config(f, layers_to_transform=[0]), ValueError, "layers_to_transform = .* is not supported"),
+        (lambda f: edit_config(f, bias="all"), ValueError, "bias = 'all' is not supported"),
+        (lambda f: edit_config(f, target_modules=".*proj"), ValueError, "expected a list of module names"),
+        (lambda f: edit_config(f, target_modules=["q_porj"]), ValueError, "target 'q_porj' matches no linear layer"),
+        (lambda f: edit_config(f, r=4), ValueError, r"has shape \(3, .*\), the model wants \(4, .*\)"),
+        (lambda f: edit_weights(f, lambda t: t.pop(KEY)), ValueError, r"q_proj.lora_A.weight has shape None"),
+        (lambda f: edit_weights(f, lambda t: t.update(extra=t[KEY].clone())), ValueError, "extra has shape"),
+        (lambda f: edit_weights(f, lambda t: t.update({KEY: torch.ones(3, 9)})), ValueError, r"shape \(3, 9\)"),
+        (lambda f: os.truncate(f / files.WEIGHTS, 1000), ValueError, "not a readable safetensors file"),
+        (lambda f: os.truncate(f / files.WEIGHTS, 0), ValueError, "not a readable safetensors file"),
+    ],
+)
+def test_damaged_folders_are_refused(
+    tiny_dir: Path, tmp_path: Path, damage: Callable[[Path], Any], error: type[Exception], message: str
+) -> None:
+    """Oracle: the message; and a model that refused an adapter does not have it, so that a whole one can follow."""
+    folder = tmp_path / "adapter"
+    source = adapted(tiny_dir)
+    save_adapter(source, "policy", folder, "base")
+    shutil.copytree(folder, tmp_path / "whole")
+    damage(folder)
+    model: Any = load_model(tiny_dir)
+    with pytest.raises(error, match=message):
+        load_adapter(model, "policy", folder)
+    load_adapter(model, "policy", tmp_path / "whole")
+    set_active(model, "policy")
+    assert torch.equal(logits(model), logits(source))
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the hash of what was there. A save that fails leaves it, and nothing else; a good one replaces it."""
+    folder = tmp_path / "adapter"
+    save_adapter(adapted(tiny_dir), "policy", folder, "base")
+    before = adapter_hash(folder)
+    other = adapted(tiny_dir, seed=1)
+    with monkeypatch.context() as patch:
+
+        def full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+            path.write_bytes(b"half a file")
+            raise OSError("no space left on device")
+
+        patch.setattr(files, "save_file", full)
+        with pytest.raises(OSError, match="no space left"):
+            save_adapter(other, "policy", folder, "base")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert adapter_hash(folder) == before
+    (folder / "stale.txt").touch()
+    save_adapter(other, "policy", folder, "base")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert sorted(path.name for path in folder.iterdir()) == [files.CONFIG, files.WEIGHTS]
+    assert adapter_hash(folder) != before
+
+
+def test_the_hash_is_of_the_content(tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: invariant; equal adapters have equal hashes, another setting or another weight another one."""
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        save_adapter(adapted(tiny_dir, seed=seed), "policy", tmp_path / name, "base")
+    shutil.copytree(tmp_path / "one", tmp_path / "four")
+    edit_config(tmp_path / "four", lora_alpha=7.0)
+    hashes = [adapter_hash(tmp_path / name) for name in ("one", "two", "three", "four")]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+    assert all(len(value) == 16 for value in hashes)

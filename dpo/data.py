@@ -4,6 +4,7 @@ Token ids that a sampler drew go into training as they are. Text is tokenised on
 with its generation prompt, the completion after it, so that training sees the ids that generation would have seen.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,8 @@ def _conversation_row(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
         if isinstance(chat, str):
             raise ValueError("field 'messages' is a text; expected a list of {role, content}")
         rendered = tokenizer.render(chat)
-        return Item((Tokens(rendered.ids, rendered.mask),), content_key(chat[:1]))
+        opening = itertools.takewhile(lambda message: message.role != "assistant", chat)
+        return Item((Tokens(rendered.ids, rendered.mask),), content_key(*opening))
     name = "completion" if "completion" in row else "response"
     if missing := sorted({"prompt", name} - row.keys()):
         raise ValueError(f"field {missing[0]!r} is missing; expected prompt and completion, or messages; got {sorted(row)}")

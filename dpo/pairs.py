@@ -1,7 +1,8 @@
 """Preference pairs from scored episodes: by prompt over all rounds, deduplicated, capped, seeded.
 
 Both sides are what the controller itself wrote, token for token. Every guidance of an episode that was followed by a new
-plan failed (reward 0); the last one has the episode's reward. A text cut by length is never chosen.
+plan failed (reward 0); the last one has the episode's reward. A text cut by length is never chosen. An episode whose
+black-box call failed for good says nothing of its guidance and is left out.
 """
 
 import random
@@ -15,8 +16,11 @@ from matryoshka.core.records import Messages, PairRule, Preference, Sample, Traj
 
 @dataclass
 class PairCounts:
-    """What became of the samples: all that were scored, distinct ones, cut ones, prompts with both sides, pairs."""
+    """What became of the samples: episodes left out because a call failed for good, samples that were scored, distinct
+    texts, samples cut by length, prompts, prompts with both sides, pairs.
+    """
 
+    failed: int = 0
     samples: int = 0
     distinct: int = 0
     cut_by_length: int = 0
@@ -43,7 +47,7 @@ class _Candidate:
 def make_pairs(trajectories: Sequence[Trajectory], rule: PairRule, seed: int) -> tuple[list[Preference], PairCounts]:
     """Return pairs in a deterministic order, and the counts.
 
-    Equal guidances to one prompt are one candidate with the mean of their rewards. Rule "binary": above 0.5 beats below
+    Equal guidances to one prompt are one candidate with the mean of their rewards, whole if one of them was. Rule "binary": above 0.5 beats below
     0.5; "ranked": any gap above `rule.margin` counts. At most `rule.cap` pairs an example, no pair twice.
     Raises ValueError for an unknown rule.
     """
@@ -52,13 +56,17 @@ def make_pairs(trajectories: Sequence[Trajectory], rule: PairRule, seed: int) ->
     counts = PairCounts()
     prompts: dict[tuple[str, Messages], dict[str, _Candidate]] = defaultdict(dict)
     for trajectory in trajectories:
+        if _failed(trajectory):
+            counts.failed += 1
+            continue
         for index, turn in enumerate(trajectory.turns):
             reward = trajectory.reward if index == len(trajectory.turns) - 1 else 0.0
             counts.samples += 1
             counts.cut_by_length += turn.action.finish_reason == "length"
-            key = content_key(turn.action.text, turn.action.finish_reason)
             group = prompts[trajectory.example_id, turn.prompt]
-            candidate = group.setdefault(key, _Candidate(turn.action, turn.prompt_ids))
+            candidate = group.setdefault(turn.action.text, _Candidate(turn.action, turn.prompt_ids))
+            if candidate.sample.finish_reason == "length":
+                candidate.sample = turn.action
             candidate.rewards.append(reward)
             candidate.sources.append({name: trajectory.info.get(name) for name in ("controller", "draw")})
     counts.prompts = len(prompts)
@@ -84,6 +92,10 @@ def winners(trajectories: Sequence[Trajectory]) -> list[tuple[tuple[int, ...] | 
             key = content_key(trajectory.example_id, turn.prompt, turn.action.text)
             found.setdefault(key, (turn.prompt_ids, turn.prompt, turn.action, trajectory.example_id))
     return [found[key] for key in sorted(found)]
+
+
+def _failed(trajectory: Trajectory) -> bool:
+    return trajectory.info.get("verdict") == "failed"
 
 
 def _matches(ranked: Sequence[_Candidate], rule: PairRule) -> list[tuple[_Candidate, _Candidate]]:

@@ -78,6 +78,7 @@ class Sampler:
         self._queue: queue.Queue[Request | None] = queue.Queue()
         self._waiting: list[Request] = []
         self._cohorts: list[Cohort] = []
+        self._finished: list[tuple[Request, Sample]] = []
         self._prefixes: dict[tuple[str | None, int, tuple[int, ...]], Prefix] = {}
         unknown_V = torch.tensor([not _is_known(tokenizer, id) for id in range(model.config.vocab_size)])
         self._unknown_V = unknown_V.to(model.head_weight.device) if unknown_V.any() else None
@@ -129,6 +130,7 @@ class Sampler:
         finally:
             # Nobody may wait for a worker that is gone, whether it was closed or an unforeseen error ended it.
             self._ended.set()
+            self._deliver()
             self._collect(block=False)
             left = [*self._waiting, *(request for cohort in self._cohorts for request in cohort.requests)]
             fail(left, RuntimeError("sampler: the worker thread has ended, closed or by an error that it printed"))
@@ -145,6 +147,13 @@ class Sampler:
                 for cohort in list(self._cohorts):
                     self._guard(cohort)
                 self._cohorts = [cohort for cohort in self._cohorts if cohort.requests]
+                self._deliver()
+
+    def _deliver(self) -> None:
+        """Hand out what is finished, while no adapter is active: who gets the last answer may use the model at once."""
+        for request, sample in self._finished:
+            answer(request, sample)
+        self._finished = []
 
     def _collect(self, block: bool) -> bool:
         """Move arrived requests to the waiting list; True when the sampler is to close."""
@@ -268,7 +277,7 @@ class Sampler:
             if (sample := finished_sample(request, self.tokenizer.stop_ids)) is not None or request.future.cancelled():
                 finished.add(first + offset)
                 if sample is not None:
-                    answer(request, sample)
+                    self._finished.append((request, sample))
         if finished:
             order = cohort.cache.drop(finished)
             cohort.requests = [cohort.requests[row] for row in order]

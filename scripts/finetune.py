@@ -21,6 +21,7 @@ from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.lora.files import load_adapter, save_adapter
 from matryoshka.lora.linear import LoraConfig, active, add_adapter, copy_adapter, set_active, trainable_parameters
 from matryoshka.scripts.progress import Progress
+from matryoshka.scripts.tracking import scalar_writer
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,6 +47,8 @@ class Settings(Protocol):
     def device(self) -> str: ...
     @property
     def threads(self) -> int: ...
+    @property
+    def tensorboard(self) -> bool: ...
     @property
     def lora(self) -> LoraConfig: ...
     @property
@@ -89,8 +92,11 @@ def finetune(settings: Settings, preference: Preference | None) -> None:
         preference.first_loss if preference is not None else None,
     )
     last: dict[str, float] = {}
-    with Progress("sft" if preference is None else "dpo", settings.train.epochs * math.ceil(len(items) / settings.train.batch_size)) as progress:
+    total = settings.train.epochs * math.ceil(len(items) / settings.train.batch_size)
+    name = "sft" if preference is None else "dpo"
+    with Progress(name, total) as progress, scalar_writer(settings.out, settings.tensorboard) as write_scalars:
         for last in steps:
+            write_scalars(last)
             progress.update(int(last["step"]), f"loss {last['loss']:.4f}")
     save_adapter(model, POLICY, settings.out / "adapter", str(settings.model))
     print(json.dumps({"items": len(items), "skipped": skipped, "adapter": str(settings.out / "adapter"), **last}))

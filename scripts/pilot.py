@@ -54,13 +54,17 @@ def schemes(run: Run) -> dict[str, tuple[str, Scheme]]:
             controller = ScriptedGuidance(f"{name}-{config.seed}", dict(zip(prompts, table, strict=True)))
             found[name] = (label, Scheme(name, _fixed(controller), one_plan))
     found["untrained"] = ("untrained controller", run.policy(""))
-    if config.warmup.source != "none":
+    if run.is_trained("warmup"):
         found["warmup"] = ("after warm-up (SFT)", run.policy("warmup"))
-    for round in range(1, config.rounds + 1):
+    for round in _rounds(run):
         found[f"round_{round}"] = (f"after round {round}", run.policy(f"round-{round}"))
-    if config.star and config.rounds:
+    if run.is_trained("star"):
         found["star"] = ("STaR control (SFT on round 1's wins)", run.policy("star"))
     return found
+
+
+def _rounds(run: Run) -> list[int]:
+    return [round for round in range(1, run.config.rounds + 1) if run.is_trained(f"round-{round}")]
 
 
 def evaluate(run: Run) -> list[Condition]:
@@ -83,7 +87,8 @@ def report(run: Run, conditions: Sequence[Condition], counts: dict[str, Any]) ->
     ladder = [n for n in names if n in ("untrained", "warmup") or n.startswith("round_")]
     comparisons = [*zip(ladder, ladder[1:], strict=False)]
     last = ladder[-1]
-    comparisons += [pair for pair in (("untrained", last), ("star", last)) if pair not in comparisons and pair[0] in names]
+    more = [(first, last) for first in ("untrained", "star") if first in names and first != last]
+    comparisons += [pair for pair in more if pair not in comparisons]
     validation = select_round(run)
     examples = [e for split in HELD_OUT_SPLITS for e in run.task.examples(split)]
     groups = {split: [e.id for e in run.task.examples(split)] for split in HELD_OUT_SPLITS}
@@ -102,7 +107,7 @@ def report(run: Run, conditions: Sequence[Condition], counts: dict[str, Any]) ->
         comparisons=comparisons,
         training={str(stage.relative_to(run.folder)): read_jsonl(stage / "metrics.jsonl") for stage in stages},
         notes=notes(run, validation),
-        counts={**counts, "validation": validation, "seconds": run.seconds()},
+        counts={**counts, "left_out": run.left_out(), "validation": validation, "seconds": run.seconds()},
     )
     write_report(data, run.folder)
     summary = summarise(run, conditions, last)
@@ -113,8 +118,8 @@ def report(run: Run, conditions: Sequence[Condition], counts: dict[str, Any]) ->
 def select_round(run: Run) -> dict[str, Any]:
     """Return validation accuracies of warm-up and rounds, and the policy that they choose (the earlier on a tie)."""
     accuracies = {}
-    stages = ["warmup"] if run.config.warmup.source != "none" else [""]
-    for stage in [*stages, *(f"round-{m}" for m in range(1, run.config.rounds + 1))]:
+    first = "warmup" if run.is_trained("warmup") else ""
+    for stage in [first, *(f"round-{round}" for round in _rounds(run))]:
         scored = run.task.score(run.episodes(run.policy(stage), ["validation"], label=f"validate {stage or 'untrained'}"))
         accuracies[stage or "untrained"] = to_json(scored["accuracy"])
     return {"accuracy": accuracies, "chosen": max(accuracies, key=lambda stage: accuracies[stage]["value"])}
@@ -147,6 +152,9 @@ def notes(run: Run, validation: dict[str, Any]) -> list[str]:
         "problems were used for nothing but this report.",
         "Guidance and code are decoded greedily in evaluation.",
     ]
+    if left_out := run.left_out():
+        counted = ", ".join(f"{n} {what}" for what, n in left_out.items())
+        lines.append(f"Left out of every condition alike, since they do not fit the controller's context: {counted}.")
     if run.config.serve.adapter:
         lines.append(
             "The generator is SmolLM2-135M-Instruct with an adapter that was trained to translate steps into code, line "

@@ -1,12 +1,12 @@
 """The task of a run: its problems by split and its prompts, as [task] in the configuration says."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from matryoshka.core.files import read_jsonl
-from matryoshka.core.records import Example, PairRule
+from matryoshka.core.records import Example, Messages, PairRule
 from matryoshka.scripts.run_config import RunConfig, TaskConfig
 from matryoshka.tasks.pal import gsm8k, words
 from matryoshka.tasks.pal.compact import COMPACT
@@ -16,15 +16,41 @@ from matryoshka.tasks.pal.task import PALTask
 STYLES = {"compact": COMPACT, "full": FULL}
 
 
-def make_task(config: RunConfig) -> PALTask:
-    """Return the run's task with splits warmup, train, validation, test, held_out.
+def load_splits(config: RunConfig) -> dict[str, Sequence[Example]]:
+    """Return the problems of the run: warmup, train, validation, test, held_out.
 
     Raises ValueError, FileNotFoundError for files that are missing, malformed or too short.
     """
-    task = config.task
-    splits = _words(task, config.seed) if task.name == "words" else _gsm8k(task)
+    return _words(config.task, config.seed) if config.task.name == "words" else _gsm8k(config.task)
+
+
+def make_task(
+    config: RunConfig,
+    splits: Mapping[str, Sequence[Example]],
+    count_tokens: Callable[[Messages], int],
+    context_length: int,
+) -> tuple[PALTask, dict[str, int]]:
+    """Return the task over the problems of `splits` that fit, and how many of each split are left out.
+
+    A problem fits if the controller's first prompt and guidance_tokens fit the context together: the sampler's own
+    comparison, made before anything is drawn, so that every condition has the same problems. With overlong = "error"
+    the first that does not fit raises ValueError; so does a split that "skip" would leave without problems.
+    """
+    task, style = config.task, STYLES[config.task.prompts]
+    room = context_length - config.rollout.guidance_tokens
+    kept: dict[str, Sequence[Example]] = {}
+    for split, examples in splits.items():
+        sizes = [count_tokens(style.guidance(example.fields["question"])) for example in examples]
+        kept[split] = [example for example, size in zip(examples, sizes, strict=True) if size <= room]
+        if len(kept[split]) < len(examples) and (config.overlong == "error" or not kept[split]):
+            raise ValueError(
+                f"[task] {split}: {len(examples) - len(kept[split])} of {len(examples)} prompts (the longest has "
+                f"{max(sizes)} tokens) and guidance_tokens {config.rollout.guidance_tokens} exceed the controller's "
+                f"context of {context_length}; lower guidance_tokens, use shorter problems or set overlong = 'skip'"
+            )
+    left_out = {split: n for split, examples in splits.items() if (n := len(examples) - len(kept[split]))}
     rule = PairRule("binary", cap=config.dpo.pairs_per_example)
-    return PALTask(splits, STYLES[task.prompts], task.timeout_s, task.memory_mb * 2**20, rule)
+    return PALTask(kept, style, task.timeout_s, task.memory_mb * 2**20, rule), left_out
 
 
 def _words(task: TaskConfig, seed: int) -> dict[str, Sequence[Example]]:

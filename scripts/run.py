@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,16 @@ from matryoshka.core.config import diff, load_toml, to_toml
 from matryoshka.core.files import Journal, folder_lock, write_json, write_jsonl, write_text
 from matryoshka.core.load import load_model
 from matryoshka.core.protocols import Controller
-from matryoshka.core.records import Example, Preference, RolloutSettings, Sampling, Trajectory, stable_seed, to_json
+from matryoshka.core.records import (
+    Example,
+    Messages,
+    Preference,
+    RolloutSettings,
+    Sampling,
+    Trajectory,
+    stable_seed,
+    to_json,
+)
 from matryoshka.core.tokenizer import Tokenizer
 from matryoshka.core.train import Item, TrainConfig, train
 from matryoshka.dpo.data import completion, fitting, preference_items, read_conversations, text_completion
@@ -38,10 +47,11 @@ from matryoshka.inference.sampler import Sampler
 from matryoshka.lora import files as adapters
 from matryoshka.lora.linear import active, add_adapter, copy_adapter, remove_adapter, set_active, trainable_parameters
 from matryoshka.scripts.doctor import environment
-from matryoshka.scripts.problems import make_task
+from matryoshka.scripts.problems import load_splits, make_task
 from matryoshka.scripts.progress import Progress
 from matryoshka.scripts.run_config import RunConfig
 from matryoshka.scripts.serving import started
+from matryoshka.scripts.tracking import scalar_writer
 from matryoshka.tasks.rollout import Job, job_key, run_rollouts
 
 logger = logging.getLogger(__name__)
@@ -60,25 +70,35 @@ class Scheme:
 
 
 class Run:
-    """An open run directory. Use `open_run`; the fields are shared by the stages."""
+    """An open run directory. Use `open_run`; the fields are shared by the stages.
+
+    What can be wrong with the configuration comes first, so that nobody waits for training to hear of a missing key.
+    """
 
     def __init__(self, config: RunConfig, folder: Path, stack: ExitStack) -> None:
         self.config = config
         self.folder = folder
         self._stack = stack
         self._runner = stack.enter_context(asyncio.Runner())  # one event loop for all stages: clients belong to one
-        self.journal = Journal(folder / "trajectories.jsonl")
-        stack.callback(self.journal.close)
-        self.task = make_task(config)
+        splits = load_splits(config)
+        self.generator = self._open_generator()
         self.threads = config.controller.threads or os.cpu_count() or 1
         torch.set_num_threads(self.threads)
         path = Path(config.controller.path)
         self.model = load_model(path, DTYPES[config.controller.dtype], config.controller.device)
         self.tokenizer = Tokenizer.load(path)
+        context = self.model.config.max_position_embeddings
+        self.task, self._skipped_problems = make_task(config, splits, self._count_tokens, context)
+        if self._skipped_problems:
+            logger.warning("problems that exceed the context are left out of everything: %s", self._skipped_problems)
+        self.journal = Journal(folder / "trajectories.jsonl")
+        stack.callback(self.journal.close)
 
-    @cached_property
-    def generator(self) -> OpenAIGenerator:
-        """The black box, checked; a server of our own is started where [serve] names a model."""
+    def _count_tokens(self, prompt: Messages) -> int:
+        return len(self.tokenizer.render(prompt, add_generation_prompt=True).ids)
+
+    def _open_generator(self) -> OpenAIGenerator:
+        """Return the black box, checked; a server of our own is started where [serve] names a model."""
         config, serve = self.config.generator, self.config.serve
         if serve.model:
             log = self.folder / "generator.log"
@@ -96,6 +116,9 @@ class Run:
 
     def adapter_folder(self, stage: str) -> Path:
         return self.folder / stage / "adapter"
+
+    def is_trained(self, stage: str) -> bool:
+        return self.adapter_folder(stage).exists()
 
     def policy_before(self, round: int) -> str:
         """Return the stage whose policy round `round` starts from and is held to."""
@@ -120,7 +143,7 @@ class Run:
 
     def warmup(self) -> None:
         """Train the warm-up policy: SFT on gold steps or on the user's file."""
-        if self.config.warmup.source == "none" or self.adapter_folder("warmup").exists():
+        if self.config.warmup.source == "none" or self.is_trained("warmup"):
             return
         if self.config.warmup.source == "file":
             items = read_conversations(Path(self.config.warmup.data), self.tokenizer)
@@ -133,7 +156,7 @@ class Run:
 
     def star(self, trajectories: Sequence[Trajectory]) -> None:
         """Train the STaR control: SFT on round 1's distinct winning guidances, from where round 1 started."""
-        if self.adapter_folder("star").exists():
+        if self.is_trained("star"):
             return
         won = winners(trajectories)
         items = [Item((completion(ids or (), sample),), example) for ids, _, sample, example in won]
@@ -144,7 +167,7 @@ class Run:
         """Train round `round` on the pairs of all trajectories so far, choosing the learning rate on validation."""
         stage, before = f"round-{round}", self.policy_before(round)
         pairs, counts = self.pairs(trajectories)
-        if self.adapter_folder(stage).exists():
+        if self.is_trained(stage):
             return counts
         items = preference_items(pairs)
         rates = self.config.dpo.learning_rates or (self.config.dpo.train.learning_rate,)
@@ -171,12 +194,13 @@ class Run:
 
     def _train(self, stage: str, start: str, items: Sequence[Item], config: TrainConfig, sft: bool) -> None:
         """Train POLICY from the policy of `start`, and save it as `stage`'s adapter."""
-        if self.adapter_folder(stage).exists():
+        if self.is_trained(stage):
             return
         context = self.model.config.max_position_embeddings
         items, skipped = fitting(items, context, self.config.overlong)
         if skipped:
             logger.warning("%s: %d items exceed the context of %d tokens and are left out", stage, skipped, context)
+            write_json(self.folder / stage / "left_out.json", skipped)
         self._load_policy(start)
         set_active(self.model, POLICY)
         objective, preference = SFT(), self.config.dpo.objective
@@ -197,8 +221,10 @@ class Run:
             reference,
             first_loss,
         )
-        with Progress(stage, config.epochs * math.ceil(len(items) / config.batch_size)) as progress:
+        total = config.epochs * math.ceil(len(items) / config.batch_size)
+        with Progress(stage, total) as progress, scalar_writer(folder, self.config.tensorboard) as write_scalars:
             for row in steps:
+                write_scalars(row)
                 extra = f" margin {row['margin']:.3f} acc {row['accuracy']:.2f}" if "margin" in row else ""
                 progress.update(int(row["step"]), f"loss {row['loss']:.4f}{extra}")
         self.model.eval()
@@ -281,6 +307,12 @@ class Run:
         self._add_seconds(label or f"{scheme.name} {'+'.join(splits)}", time.monotonic() - started_at)
         return done
 
+    def left_out(self) -> dict[str, int]:
+        """Return what did not fit the context, by split of problems and by stage of training; {} if all did."""
+        files = sorted(self.folder.glob("**/left_out.json"))
+        items = {f"{path.parent.relative_to(self.folder)} items": json.loads(path.read_text()) for path in files}
+        return {**{f"{split} problems": n for split, n in self._skipped_problems.items()}, **items}
+
     def seconds(self) -> dict[str, float]:
         """Return wall-clock seconds by stage, added up over restarts (a killed stage's last part is not in them)."""
         path = self.folder / "seconds.json"
@@ -301,16 +333,16 @@ def open_run(config: RunConfig, root: Path) -> Iterator[Run]:
     with ExitStack() as stack:
         stack.enter_context(folder_lock(folder))
         saved = folder / "config.toml"
-        if saved.exists():
-            if changes := diff(load_toml(RunConfig, saved), config):
-                raise ValueError(
-                    f"{folder}: was started with another configuration: {'; '.join(changes)}. "
-                    "Take the old values to continue, or another name to start afresh"
-                )
-        else:
+        if saved.exists() and (changes := diff(load_toml(RunConfig, saved), config)):
+            raise ValueError(
+                f"{folder}: was started with another configuration: {'; '.join(changes)}. "
+                "Take the old values to continue, or another name to start afresh"
+            )
+        run = Run(config, folder, stack)
+        if not saved.exists():  # a configuration that cannot start binds nobody
             write_json(folder / "environment.json", environment())
             write_text(saved, to_toml(config))
-        yield Run(config, folder, stack)
+        yield run
 
 
 def _copy_folder(source: Path, target: Path) -> None:

@@ -58,6 +58,11 @@ class TaskConfig:
     timeout_s: float = 5.0
     memory_mb: int = 512
 
+    def __post_init__(self) -> None:
+        for name, least in (("warmup", 0), ("train", 1), ("validation", 1), ("test", 1), ("held_out", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"task: {name} {getattr(self, name)} must be at least {least}")
+
 
 @dataclass(frozen=True)
 class WarmupConfig:
@@ -103,7 +108,8 @@ class DpoConfig:
 class RunConfig:
     """A pilot run. name: its folder under `runs/`. star: also train the STaR control (SFT on round 1's winners).
 
-    overlong: what happens to a training item or prompt that does not fit the context, "error" or "skip" (counted).
+    overlong: what happens to a training item or problem that does not fit the context, "error" or "skip" (counted).
+    tensorboard: also write every stage's metrics as TensorBoard events into its folder (the extra `track`).
     """
 
     name: str
@@ -113,6 +119,7 @@ class RunConfig:
     rounds: int = 2
     star: bool = True
     overlong: Literal["error", "skip"] = "error"
+    tensorboard: bool = False
     serve: ServeConfig = ServeConfig()
     task: TaskConfig = TaskConfig()
     lora: LoraConfig = LoraConfig()

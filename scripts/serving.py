@@ -84,7 +84,7 @@ def _end_with_input() -> None:
 def started(config: ServeConfig, deterministic: bool, log: Path) -> Iterator[str]:
     """Start a server for `config` in a process of its own and yield its base URL; it ends with the block or with us.
 
-    Raises RuntimeError with the end of its log when it does not come up.
+    Raises ValueError with the end of its log when it does not come up.
     """
     command = [sys.executable, "-m", "matryoshka.scripts.cli", "serve", "--model", config.model, "--port", "0"]
     command += ["--threads", str(config.threads), "--max-rows", str(config.max_rows), "--with-parent"]
@@ -103,7 +103,8 @@ def started(config: ServeConfig, deterministic: bool, log: Path) -> Iterator[str
         if not url:
             process.wait()
             tail = log.read_text(errors="replace").splitlines()[-8:]
-            raise RuntimeError(f"serve: the generator's server ended with status {process.returncode}:\n" + "\n".join(tail))
+            what = f"serve: the generator's server ended with status {process.returncode} before it was ready"
+            raise ValueError("\n".join([f"{what}; [serve] describes it, and {log} ends:", *tail]))
         yield url
     finally:
         process.terminate()

@@ -1,12 +1,15 @@
 """The subcommands that work on a run directory or on a user's own files; each is thin over `run.py` and `pilot.py`."""
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from matryoshka.core.records import Trajectory, to_json
-from matryoshka.core.train import TrainConfig
+from matryoshka.core.train import Interrupted, TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.lora.linear import LoraConfig
 from matryoshka.scripts import finetune
@@ -15,6 +18,7 @@ from matryoshka.scripts.run import Run, open_run
 from matryoshka.scripts.run_config import RunConfig
 
 RUNS = Path("runs")
+STOPPED = 143  # what a shell reports of a process that SIGTERM ended
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class DpoCommand:
 
     data: the JSONL file. model: a Hugging Face folder. out: where the adapter (PEFT layout), metrics and checkpoints go;
     an unfinished run found there is continued. adapter: an adapter folder to start from, which then is the reference;
-    default a fresh adapter, the base model being the reference. overlong: "error" or "skip" (counted).
+    default a fresh adapter, the base model being the reference. overlong: "error" or "skip" (counted). tensorboard: write
+    the metrics as TensorBoard events too (the extra `track`).
     """
 
     data: Path
@@ -34,6 +39,7 @@ class DpoCommand:
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = 0
+    tensorboard: bool = False
     lora: LoraConfig = LoraConfig()
     objective: Preference = Preference()
     train: TrainConfig = TrainConfig()
@@ -51,25 +57,40 @@ class SftCommand:
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = 0
+    tensorboard: bool = False
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-5, epochs=3))
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """End the process with status STOPPED and one line when a signal stopped training and the state is saved."""
+    try:
+        yield
+    except Interrupted as err:
+        print(f"{err}; the same command continues", file=sys.stderr)
+        sys.exit(STOPPED)
+
+
+@_stoppable()
 def pilot(config: RunConfig) -> None:
     """Run or continue the whole job; the last line printed is its summary as JSON."""
     print(json.dumps(job.pilot(config, RUNS)))
 
 
+@_stoppable()
 def sft(config: SftCommand) -> None:
     """Train an adapter on conversations."""
     finetune.finetune(config, None)
 
 
+@_stoppable()
 def dpo(config: DpoCommand) -> None:
     """Train an adapter on preference pairs."""
     finetune.finetune(config, config.objective)
 
 
+@_stoppable()
 def collect(config: RunConfig) -> None:
     """Warm up and collect the episodes of every round that can be collected: those whose policy is trained."""
     with open_run(config, RUNS) as run:
@@ -97,7 +118,7 @@ def _collected(run: Run) -> list[Trajectory]:
     rows: list[Trajectory] = []
     for round in range(1, run.config.rounds + 1):
         before = run.policy_before(round)
-        if before and not run.adapter_folder(before).exists():
+        if before and not run.is_trained(before):
             break
         rows += run.collect(round)
     return rows

@@ -52,7 +52,7 @@ async def run_rollouts(
 
     limit: episodes in flight. on_done is called once for every episode that ends in this call, not for those read back.
     Any exception other than GeneratorError cancels the episodes in flight and is raised; those that had ended are
-    recorded. Raises RuntimeError when more than `max_failed_share` of at least MIN_EPISODES ended episodes failed;
+    recorded. Raises GeneratorError when more than `max_failed_share` of at least MIN_EPISODES ended episodes failed;
     ValueError for a limit below 1 or two jobs with one key.
     """
     if limit < 1:
@@ -77,7 +77,7 @@ async def run_rollouts(
             if on_done is not None:
                 on_done(job, trajectory)
             if ended >= MIN_EPISODES and len(failed) > max_failed_share * ended:
-                raise RuntimeError(_summary(failed, ended, max_failed_share))
+                raise GeneratorError(_summary(failed, ended, max_failed_share))
 
     pending = [job for job in jobs if job.key not in done]
     queue = iter(pending)

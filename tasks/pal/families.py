@@ -7,7 +7,9 @@ and a, b, c stand for the results of lines 1, 2, 3.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-NAMES = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ian", "Jo", "Kim", "Leo", "Mia", "Ned", "Olga", "Pia")
+NAMES = (
+    "Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ian", "Jo", "Kim", "Leo", "Mia", "Ned", "Olga", "Pia",
+)  # fmt: skip
 ITEMS = (
     "apples", "pens", "cards", "shells", "books", "eggs", "coins", "roses", "plums", "stamps", "beads", "nuts", "balls",
     "cakes", "toys", "pears",
@@ -50,6 +52,8 @@ FAMILIES = (
             "{name} has {P} boxes of {Q} {item} and sells {R} of them. How many {item} are left?",
             "There are {P} boxes with {Q} {item} each. {R} {item} are sold. How many {item} remain?",
             "{name} packs {P} boxes with {Q} {item} in each and then gives {R} {item} to {other}. How many are left?",
+            "{P} crates with {Q} {item} in each arrive. {name} throws {R} {item} away. How many {item} are left?",
+            "{name} sets {P} rows of {Q} {item}. Later {R} of the {item} are taken. How many {item} stay?",
         ),
         ("{P} bags hold {Q} {item} each. {name} eats {R}. How many {item} are there now?",),
         (
@@ -67,6 +71,8 @@ FAMILIES = (
             "{name} has {P} boxes of {Q} {item} and finds {R} more. How many {item} does {name} have?",
             "There are {P} trays with {Q} {item} each and {R} loose {item}. How many {item} are there?",
             "{name} buys {P} packs of {Q} {item}. {other} brings {R} more {item}. How many {item} are there in all?",
+            "{P} crates with {Q} {item} in each arrive. {name} had {R} {item} before. How many {item} are there now?",
+            "{name} sets {P} rows of {Q} {item} and puts {R} {item} beside them. How many {item} is that?",
         ),
         ("{P} bags hold {Q} {item} each, and {R} {item} lie beside them. How many {item} are there?",),
         (
@@ -83,10 +89,12 @@ FAMILIES = (
             "{name} has {P} red and {Q} blue {item} and shares them among {R} friends. How many {item} does each get?",
             "{P} {item} and {Q} {second} are packed into {R} equal bags. How many things are in a bag?",
             "{name} brings {P} {item}, {other} brings {Q}. They share them among {R} children. How many does each get?",
+            "{P} {item} and then {Q} more {item} are put on {R} plates, the same on each. How many are on a plate?",
+            "{R} friends split {P} sweet and {Q} sour {item} equally. How many does one friend get?",
         ),
         ("{name} picked {P} {item}, {other} picked {Q}. They fill {R} baskets equally. How many are in a basket?",),
         (
-            "A class collects {P} {item} on Monday and {Q} on Friday and splits them over {R} tables. How many per table?",
+            "A class collects {P} {item} on Monday and {Q} on Friday for {R} tables. How many per table?",
             "{P} old and {Q} new {item} are divided equally over {R} boxes. How many {item} does one box hold?",
         ),
         lambda v: (v["P"] + v["Q"]) % v["R"] == 0,
@@ -100,11 +108,13 @@ FAMILIES = (
             "{name} buys {P} {item} at {Q} dollars each and pays with {R} dollars. How much change does {name} get?",
             "A toy costs {Q} dollars. {name} has {R} dollars and buys {P} toys. How many dollars are left?",
             "{name} has {R} dollars and buys {P} {item} for {Q} dollars each. How much money is left?",
+            "{P} {item} at {Q} dollars each are paid with {R} dollars. How many dollars come back?",
+            "From {R} dollars {name} pays for {P} {item}, {Q} dollars each. How many dollars remain?",
         ),
         ("With {R} dollars {name} pays for {P} {item} that cost {Q} dollars each. What is left?",),
         (
             "One ticket costs {Q} dollars. {name} hands over {R} dollars for {P} tickets. How many dollars come back?",
-            "{name} owns {R} dollars. Then {P} {item} are bought, {Q} dollars apiece. How many dollars are still there?",
+            "{name} owns {R} dollars. Then {P} {item} are bought, {Q} dollars apiece. What is still there?",
         ),
         lambda v: v["P"] * v["Q"] < v["R"],
     ),
@@ -121,6 +131,8 @@ FAMILIES = (
             "{name} buys {P} {item} at {Q} dollars each and {R} {second} at {S} dollars each. What does {name} pay?",
             "{item} cost {Q} dollars and {second} cost {S} dollars. How much are {P} {item} and {R} {second}?",
             "{name} sells {P} {item} for {Q} dollars each and {R} {second} for {S} dollars each. What comes in?",
+            "{name} pays {Q} dollars for each of {P} {item} and {S} dollars for each of {R} {second}. What is that?",
+            "The shop sold {P} {item} at {Q} dollars and {R} {second} at {S} dollars. How much money is that?",
         ),
         ("What is the price of {P} {item} at {Q} dollars and {R} {second} at {S} dollars?",),
         (
@@ -137,6 +149,8 @@ FAMILIES = (
             "{name} has {P} {item}, gives {Q} to {other} and loses {R}. How many {item} are left?",
             "There were {P} {item}. {Q} were eaten on Monday and {R} on Tuesday. How many {item} remain?",
             "A shop has {P} {item}. It sells {Q} in the morning and {R} at noon. How many {item} are left?",
+            "{name} baked {P} {item}. {other} ate {Q}, and {R} fell down. How many {item} are there now?",
+            "Of {P} {item}, {Q} go to {other} and {R} go to the school. How many {item} does {name} have left?",
         ),
         ("From {P} {item}, {name} takes {Q} and {other} takes {R}. How many are left?",),
         (
@@ -154,6 +168,8 @@ FAMILIES = (
             "{name} earns {Q} dollars a day for {P} days and spends {R} dollars. How much money is left?",
             "{name} works {P} hours at {Q} dollars an hour and then spends {R} dollars. How many dollars remain?",
             "{name} sells {P} {item} for {Q} dollars each and pays {R} dollars for the stall. How much is left?",
+            "{name} fixes {P} bikes for {Q} dollars each and buys food for {R} dollars. How much is left?",
+            "Each of {P} trips brings {Q} dollars. The fuel costs {R} dollars. How many dollars are left?",
         ),
         ("In {P} weeks {name} saves {Q} dollars a week, then spends {R} dollars. What is left?",),
         (
@@ -171,6 +187,8 @@ FAMILIES = (
             "{name} has {P} boxes of {Q} {item} and shares them equally among {R} friends. How many does each get?",
             "{P} packs with {Q} {item} each are divided among {R} children. How many {item} does each child get?",
             "{name} empties {P} bags of {Q} {item} and fills {R} jars equally. How many {item} are in a jar?",
+            "{R} friends divide {P} bowls of {Q} {item} equally. How many {item} does one friend get?",
+            "{name} takes {P} crates with {Q} {item} each and makes {R} equal piles. How many {item} are in a pile?",
         ),
         ("{P} rows of {Q} {item} are shared by {R} people. How many {item} does one person get?",),
         (
@@ -188,6 +206,8 @@ FAMILIES = (
             "Each of {R} children gets {P} {item} and {Q} {second}. How many things are given out?",
             "{name} puts {P} {item} and {Q} {second} into each of {R} bags. How many things are packed?",
             "Every day {name} eats {P} {item} and {Q} {second}. How many does {name} eat in {R} days?",
+            "{R} boxes are filled with {P} {item} and {Q} {second} each. How many things are in the boxes?",
+            "{name} sells {P} {item} and {Q} {second} a day. How many things are sold in {R} days?",
         ),
         ("{R} guests take {P} {item} and {Q} {second} each. How many things are taken?",),
         (
@@ -204,6 +224,8 @@ FAMILIES = (
             "{name} has {P} {item}, gets {Q} from {other} and loses {R}. How many {item} does {name} have?",
             "A shop has {P} {item}, receives {Q} more and sells {R}. How many {item} are there now?",
             "{name} picks {P} {item} and {other} picks {Q}. They eat {R}. How many {item} are left?",
+            "{P} {item} lie in a bowl. {name} puts {Q} in and {other} takes {R} out. How many {item} are in the bowl?",
+            "{name} collects {P} {item}, then {Q} more, and gives {R} to {other}. How many {item} does {name} keep?",
         ),
         ("{P} {item} and {Q} {second} are on a table. {name} takes {R} things. How many are left?",),
         (

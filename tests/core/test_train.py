@@ -244,6 +244,8 @@ def test_micro_batches_are_bounded(limit: int) -> None:
     for micro, after in zip(micros, micros[1:], strict=False):
         assert tree_size([item.sequences[0] for item in [*micro, after[0]]]) > limit
     assert list(micro_batches([], limit)) == []
+    exact = tree_size([item.sequences[0] for item in batch[:3]])
+    assert len(next(micro_batches(batch, exact))) == 3 and len(next(micro_batches(batch, exact - 1))) < 3
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 5])

@@ -162,10 +162,10 @@ def test_the_first_loss_is_exactly_log_two(
 
 def test_first_losses(tiny_dir: Path, tmp_path: Path) -> None:
     """Oracle: 1 / (4 beta^2) for IPO, also where it is large; none is promised for SimPO or with an NLL term."""
-    objective = Preference(loss="ipo", beta=0.03)
-    assert objective.first_loss == pytest.approx(1 / (4 * 0.03**2))
+    objective = Preference(loss="ipo", beta=0.011)  # fp32 misses it by 2e-4, which is rounding
+    assert objective.first_loss == pytest.approx(1 / (4 * 0.011**2))
     row = first_row(tmp_path, adapted_model(tiny_dir), objective, objective.first_loss)
-    assert row["loss"] == pytest.approx(277.777777, rel=1e-6)
+    assert row["loss"] == pytest.approx(2066.115702, rel=1e-6)
     assert Preference(beta=0.5).first_loss == math.log(2)
     assert Preference(loss="simpo").first_loss is Preference(nll_coefficient=0.1).first_loss is None
 

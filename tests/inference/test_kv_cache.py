@@ -100,6 +100,27 @@ def test_prefill_and_decoding(prefix: int, tails: list[int]) -> None:
     assert cache.capacity >= max(tails) + 40
 
 
+@pytest.mark.parametrize("finished", [{0}, {3}, {1, 2}, {0, 3}, {0, 1, 2}, {1}, {0, 1, 2, 3}])
+@pytest.mark.parametrize("prefix", [0, 6])
+def test_finished_rows_make_room(prefix: int, finished: set[int]) -> None:
+    """Oracle: full attention of the rows that are left, in the order that `drop` says, and of those that follow."""
+    rows = make_rows(prefix, [3, 5, 2, 4], 30)
+    cache = new_cache(rows, prefix)
+    feed(cache, rows, [3, 5, 2, 4])
+    order = cache.drop(finished)
+    assert sorted(order) == [row for row in range(4) if row not in finished]
+    left = [rows[row] for row in order]
+    assert cache.lengths_B.tolist() == [row.read - prefix for row in left]
+    if left:
+        feed(cache, left, [1] * len(left))
+    late = make_rows(prefix, [3, 5, 2, 4], 30)[1:]
+    other = new_cache(late, prefix)
+    feed(other, late, [5, 2, 4])
+    cache.extend(other)
+    for _ in range(20):
+        feed(cache, [*left, *late], [1] * cache.rows)
+
+
 @pytest.mark.parametrize("prefix", [0, 6])
 def test_rows_come_and_go(prefix: int) -> None:
     """Oracle: full attention; rows dropped, repeated (one prompt, several samples), and a second cache appended."""

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -336,6 +337,18 @@ def test_deterministic_mode_is_bitwise(tiny_dir: Path) -> None:
         with sampler_of(tiny_dir, model, deterministic=True) as sampler:
             (alone,) = run(sampler, [request])
         assert one == two == alone
+
+
+def test_the_model_is_free_once_the_answers_are_there(tiny_dir: Path) -> None:
+    """Oracle: by definition; whoever has the last answer finds no adapter active, and none switched later."""
+    model = make_model(tiny_dir, ["one"])
+    with sampler_of(tiny_dir, model) as sampler:
+        for seed in range(30):
+            run(sampler, [([1, 2, 3], Sampling(temperature=1.0, max_tokens=2, seed=seed), "one")])
+            assert active_name(model) is None
+            with active(model, "one"):
+                time.sleep(0.002)
+                assert active_name(model) == "one"
 
 
 def test_what_cannot_be_served_is_refused(tiny_dir: Path) -> None:

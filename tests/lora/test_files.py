@@ -233,6 +233,19 @@ def test_a_folder_is_replaced_whole_or_not_at_all(
             save_adapter(other, "policy", folder, "base")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert adapter_hash(folder) == before
+    with monkeypatch.context() as patch:
+
+        def kill(source: Path, target: Path, rename: Any = os.rename) -> None:
+            if target == folder:
+                raise KeyboardInterrupt
+            rename(source, target)
+
+        patch.setattr(os, "rename", kill)
+        with pytest.raises(KeyboardInterrupt):
+            save_adapter(other, "policy", folder, "base")
+    (aside,) = tmp_path.iterdir()  # a kill between the two renames: the old adapter is still to be had
+    assert adapter_hash(aside) == before
+    aside.rename(folder)
     (folder / "stale.txt").touch()
     save_adapter(other, "policy", folder, "base")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

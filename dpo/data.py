@@ -116,7 +116,8 @@ def _conversation_row(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
         return Item((Tokens(rendered.ids, rendered.mask),), content_key(*opening))
     name = "completion" if "completion" in row else "response"
     if missing := sorted({"prompt", name} - row.keys()):
-        raise ValueError(f"field {missing[0]!r} is missing; expected prompt and completion, or messages; got {sorted(row)}")
+        expected = "expected prompt and completion, or messages"
+        raise ValueError(f"field {missing[0]!r} is missing; {expected}; got {sorted(row)}")
     prompt = _text_or_chat(row, "prompt")
     return Item((_tokens(tokenizer, prompt, _text_or_chat(row, name)),), content_key(prompt))
 

@@ -1,8 +1,8 @@
 """Preference pairs from scored episodes: by prompt over all rounds, deduplicated, capped, seeded.
 
-Both sides are what the controller itself wrote, token for token. Every guidance of an episode that was followed by a new
-plan failed (reward 0); the last one has the episode's reward. A text cut by length is never chosen. An episode whose
-black-box call failed for good says nothing of its guidance and is left out.
+Both sides are what the controller itself wrote, token for token. Every guidance of an episode that was followed by a
+new plan failed (reward 0); the last one has the episode's reward. A text cut by length is never chosen. An episode
+whose black-box call failed for good says nothing of its guidance and is left out.
 """
 
 import random
@@ -47,8 +47,9 @@ class _Candidate:
 def make_pairs(trajectories: Sequence[Trajectory], rule: PairRule, seed: int) -> tuple[list[Preference], PairCounts]:
     """Return pairs in a deterministic order, and the counts.
 
-    Equal guidances to one prompt are one candidate with the mean of their rewards, whole if one of them was. Rule "binary": above 0.5 beats below
-    0.5; "ranked": any gap above `rule.margin` counts. At most `rule.cap` pairs an example, no pair twice.
+    Equal guidances to one prompt are one candidate with the mean of their rewards, whole if one of them was. Rule
+    "binary": above 0.5 beats below 0.5; "ranked": any gap above `rule.margin` counts. At most `rule.cap` pairs an
+    example, no pair twice.
     Raises ValueError for an unknown rule.
     """
     if rule.kind not in ("binary", "ranked"):

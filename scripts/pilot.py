@@ -120,8 +120,9 @@ def select_round(run: Run) -> dict[str, Any]:
     accuracies = {}
     first = "warmup" if run.is_trained("warmup") else ""
     for stage in [first, *(f"round-{round}" for round in _rounds(run))]:
-        scored = run.task.score(run.episodes(run.policy(stage), ["validation"], label=f"validate {stage or 'untrained'}"))
-        accuracies[stage or "untrained"] = to_json(scored["accuracy"])
+        name = stage or "untrained"
+        scored = run.task.score(run.episodes(run.policy(stage), ["validation"], label=f"validate {name}"))
+        accuracies[name] = to_json(scored["accuracy"])
     return {"accuracy": accuracies, "chosen": max(accuracies, key=lambda stage: accuracies[stage]["value"])}
 
 
@@ -157,9 +158,9 @@ def notes(run: Run, validation: dict[str, Any]) -> list[str]:
         lines.append(f"Left out of every condition alike, since they do not fit the controller's context: {counted}.")
     if run.config.serve.adapter:
         lines.append(
-            "The generator is SmolLM2-135M-Instruct with an adapter that was trained to translate steps into code, line "
-            "by line. It is good with good steps and poor without them by construction: these numbers show that the "
-            "loop trains a controller, not that the generator is a capable model."
+            "The generator is SmolLM2-135M-Instruct with an adapter that was trained to translate steps into code, "
+            "line by line. It is good with good steps and poor without them by construction: these numbers show that "
+            "the loop trains a controller, not that the generator is a capable model."
         )
     return lines
 

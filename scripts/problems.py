@@ -68,7 +68,8 @@ def _gsm8k(task: TaskConfig) -> dict[str, Sequence[Example]]:
     needed = task.warmup + task.train + task.validation
     train, test = _read(task.train_file, "train_file", needed), _read(task.test_file, "test_file", task.test)
     if shared := {example.id for example in train} & {example.id for example in test}:
-        raise ValueError(f"[task] {len(shared)} questions stand in both train_file and test_file; training would see test")
+        where = "both train_file and test_file; training would see test"
+        raise ValueError(f"[task] {len(shared)} questions stand in {where}")
     warmup, rest = train[: task.warmup], train[task.warmup :]
     return {
         "warmup": warmup,
@@ -85,8 +86,8 @@ def _read(file: str, key: str, count: int) -> list[Example]:
     examples = gsm8k.load(Path(file))
     if len(examples) < count:
         raise ValueError(f"[task] {key} {file} has {len(examples)} problems but the configuration takes {count}")
-    rows = read_jsonl(Path(file))
-    return [_with_steps(example, str(row.get("answer", ""))) for example, row in zip(examples[:count], rows, strict=False)]
+    solutions = [str(row.get("answer", "")) for row in read_jsonl(Path(file))]
+    return [_with_steps(*pair) for pair in zip(examples[:count], solutions, strict=False)]
 
 
 def _with_steps(example: Example, solution: str) -> Example:

@@ -150,7 +150,8 @@ class Run:
         else:
             examples = self.task.examples("warmup")
             if without := [e.id for e in examples if "steps" not in e.fields]:
-                raise ValueError(f"[warmup] source = 'gold', but example {without[0]} has no steps; use source = 'file'")
+                first = f"example {without[0]} has no steps"
+                raise ValueError(f"[warmup] source = 'gold', but {first}; use source = 'file'")
             items = [self._gold_item(example) for example in examples]
         self._train("warmup", "", items, self.config.warmup.train, sft=True)
 
@@ -284,8 +285,8 @@ class Run:
         examples = [example for split in splits for example in self.task.examples(split)]
         generator = self.generator
         started_at = time.monotonic()
-        deterministic = self.config.controller.deterministic
-        with Sampler(self.model, self.tokenizer, self.config.controller.max_rows, deterministic, self.threads) as sampler:
+        max_rows, deterministic = self.config.controller.max_rows, self.config.controller.deterministic
+        with Sampler(self.model, self.tokenizer, max_rows, deterministic, self.threads) as sampler:
             controller = scheme.make(sampler)
             jobs = [
                 Job(job_key(self.task, example, setting, controller, generator), example, setting)

@@ -25,10 +25,10 @@ STOPPED = 143  # what a shell reports of a process that SIGTERM ended
 class DpoCommand:
     """Preference training on a user's own rows (prompt, chosen, rejected, as TRL has them), one JSON object a line.
 
-    data: the JSONL file. model: a Hugging Face folder. out: where the adapter (PEFT layout), metrics and checkpoints go;
-    an unfinished run found there is continued. adapter: an adapter folder to start from, which then is the reference;
-    default a fresh adapter, the base model being the reference. overlong: "error" or "skip" (counted). tensorboard: write
-    the metrics as TensorBoard events too (the extra `track`).
+    data: the JSONL file. model: a Hugging Face folder. out: where the adapter (PEFT layout), metrics and checkpoints
+    go; an unfinished run found there is continued. adapter: an adapter folder to start from, which then is the
+    reference; default a fresh adapter, the base model being the reference. overlong: "error" or "skip" (counted).
+    tensorboard: write the metrics as TensorBoard events too (the extra `track`).
     """
 
     data: Path

@@ -2,7 +2,8 @@
 
     python -m matryoshka.scripts.train_demo_generator --model models/smollm2-135m-instruct
 
-It is a product of this file, `tasks/pal/step_language.py` and a seed; its figures are in `inference/demo_generator/README.md`.
+It is a product of this file, `tasks/pal/step_language.py` and a seed; its figures are in
+`inference/demo_generator/README.md`.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m-instruct"))
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--work", type=Path, default=Path("runs/demo_generator"), help="state, for resume")
-    parser.add_argument("--questions", type=int, default=400)
+    parser.add_argument("--questions", type=int, default=600)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

@@ -186,7 +186,8 @@ def test_errors_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="19 tensors, expected 20"):
         convert_gguf(write_tiny(path, tensors), out)
     with monkeypatch.context() as without:
-        without.setitem(sys.modules, "gguf", None)
+        modules: dict[str, Any] = sys.modules
+        without.setitem(modules, "gguf", None)  # None: not to be found
         with pytest.raises(ValueError, match=r"needs the package gguf; install the extra: .*\[demo\]"):
             convert_gguf(path, out)
     assert list(tmp_path.iterdir()) == [path]

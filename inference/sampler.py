@@ -173,7 +173,8 @@ class Sampler:
         self._waiting = [request for request in self._waiting if not request.future.cancelled()]
         while self._waiting:
             room = self.max_rows - sum(len(cohort.requests) for cohort in self._cohorts)
-            if room <= 0:
+            # A prefill of one row costs almost as much as one of many: wait until a quarter of the rows is free.
+            if room < min(len(self._waiting), max(1, self.max_rows // 4)):
                 return
             oldest = self._waiting[0]
             length, group = (0, [oldest]) if self.deterministic else common_prefix(oldest, self._waiting)

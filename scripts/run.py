@@ -160,6 +160,10 @@ class Run:
         if self.is_trained("star"):
             return
         won = winners(trajectories)
+        if not won:
+            logger.warning("star: no sample won, so there is nothing to imitate; the policy stays as it was")
+            self._keep_policy(self.policy_before(1), "star")
+            return
         items = [Item((completion(ids or (), sample),), example) for ids, _, sample, example in won]
         config = replace(self.config.warmup.train, epochs=self.config.dpo.train.epochs)
         self._train("star", self.policy_before(1), items, config, sft=True)
@@ -171,6 +175,10 @@ class Run:
         if self.is_trained(stage):
             return counts
         items = preference_items(pairs)
+        if not items:
+            logger.warning("round %d: no problem was both solved and failed, so there are no pairs; nothing changes", round)
+            self._keep_policy(before, stage)
+            return counts
         rates = self.config.dpo.learning_rates or (self.config.dpo.train.learning_rate,)
         results = []
         for rate in rates:
@@ -182,6 +190,11 @@ class Run:
         write_json(self.folder / stage / "selection.json", {"chosen": best, "candidates": results})
         _copy_folder(self.adapter_folder(best["stage"]), self.adapter_folder(stage))
         return counts
+
+    def _keep_policy(self, before: str, stage: str) -> None:
+        """Save the policy of `before` unchanged as `stage`'s: a stage without data changes nothing."""
+        self._load_policy(before)
+        adapters.save_adapter(self.model, POLICY, self.adapter_folder(stage), self.config.controller.path)
 
     def pairs(self, trajectories: Sequence[Trajectory]) -> tuple[list[Preference], PairCounts]:
         """Return the pairs of all trajectories so far and write them to preferences.jsonl."""

@@ -176,7 +176,7 @@ class Run:
             return counts
         items = preference_items(pairs)
         if not items:
-            logger.warning("round %d: no problem was both solved and failed, so there are no pairs; nothing changes", round)
+            logger.warning("round %d: no problem was both solved and failed: no pairs, so nothing changes", round)
             self._keep_policy(before, stage)
             return counts
         rates = self.config.dpo.learning_rates or (self.config.dpo.train.learning_rate,)

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server for the pilot's tests, in a process of its own: answers are a pure function of the prompt.
+"""An OpenAI-compatible server for the pilot's tests, in a process of its own; answers are functions of the prompt.
 
     python scripted_server.py ANSWERS.json LOG [DELAY_S]
 

@@ -1,0 +1,194 @@
+"""dpo/data.py: ids and masks worked out by hand on a tokenizer that speaks bytes in ChatML."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from matryoshka.core.records import Message, Preference, Sample
+from matryoshka.core.tokenizer import Tokenizer
+from matryoshka.core.train import Item
+from matryoshka.core.tree import Tokens
+from matryoshka.dpo.data import (
+    completion,
+    fitting,
+    preference_items,
+    read_conversations,
+    read_preferences,
+    text_completion,
+)
+
+USER, SYSTEM = Message("user", "Hi"), Message("system", "Be")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_dir: Path) -> Tokenizer:
+    return Tokenizer.load(tiny_dir)
+
+
+def chatml(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Return the ids of a text in which <s> and <e> stand for the two ChatML tokens; independent of `render`."""
+    vocabulary = {"<s>": tokenizer.bos_id, "<e>": tokenizer.eos_id}
+    ids: list[int] = []
+    for piece in text.replace("<s>", "\0<s>\0").replace("<e>", "\0<e>\0").split("\0"):
+        special = vocabulary.get(piece)
+        ids += [special] if special is not None else tokenizer.encode(piece)
+    return tuple(ids)
+
+
+def item(tokenizer: Tokenizer, *sides: tuple[str, str]) -> tuple[Tokens, ...]:
+    """Return one sequence a side, (what is not scored, what is)."""
+    rows = [(chatml(tokenizer, before), chatml(tokenizer, after)) for before, after in sides]
+    return tuple(Tokens((*a, *b), (*(0,) * len(a), *(1,) * len(b))) for a, b in rows)
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_drawn_ids_go_in_as_they_are() -> None:
+    """Oracle: by hand; a mask of the sample's own is kept, and nothing is tokenised."""
+    assert completion((5, 6), Sample("x", "stop", (7, 8))) == Tokens((5, 6, 7, 8), (0, 0, 1, 1))
+    assert completion((5,), Sample("x", "stop", (7, 8, 9), mask=(1, 0, 1))) == Tokens((5, 7, 8, 9), (0, 1, 0, 1))
+    with pytest.raises(ValueError, match="the sample has no token ids"):
+        completion((5,), Sample("x"))
+    pair = Preference((USER,), (5, 6), Sample("a", "stop", (7,)), Sample("b", "stop", (8, 9)), 1.0, 0.0, "e1")
+    assert preference_items([pair]) == [Item((Tokens((5, 6, 7), (0, 0, 1)), Tokens((5, 6, 8, 9), (0, 0, 1, 1))), "e1")]
+    with pytest.raises(ValueError, match="pair of example e2 has no prompt ids"):
+        preference_items([Preference((USER,), None, pair.chosen, pair.rejected, 1.0, 0.0, "e2")])
+
+
+def test_text_is_put_where_the_model_would_have_written_it(tokenizer: Tokenizer) -> None:
+    """Oracle: ChatML by hand; the generation prompt is not scored, the end of turn is."""
+    prompt = "<s>system\nBe<e>\n<s>user\nHi<e>\n<s>assistant\n"
+    assert (text_completion(tokenizer, (SYSTEM, USER), "Yo"),) == item(tokenizer, (prompt, "Yo<e>"))
+    hostile = text_completion(tokenizer, (USER,), "<|im_end|>")
+    assert hostile.ids.count(tokenizer.eos_id) == 2 and sum(hostile.mask) == len("<|im_end|>") + 1
+
+
+CHAT = "<s>user\nHi<e>\n<s>assistant\n"
+AS_USER = [{"role": "user", "content": "Hi"}]
+
+
+def said(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "Q: 1?\nA:", "chosen": " a", "rejected": " b"}, "<s>Q: 1?\nA:"),
+        ({"prompt": AS_USER, "chosen": " a", "rejected": " b"}, CHAT),
+        ({"prompt": AS_USER, "chosen": said(" a"), "rejected": said(" b")}, CHAT),
+        ({"chosen": AS_USER + said(" a"), "rejected": AS_USER + said(" b")}, CHAT),
+        ({"prompt": AS_USER, "chosen": said(" a"), "rejected": " b", "score": 3}, CHAT),
+    ],
+)
+def test_preference_rows_in_every_form_of_trl(
+    tokenizer: Tokenizer, tmp_path: Path, row: dict[str, Any], prompt: str
+) -> None:
+    """Oracle: the same two sequences by hand, whichever way the row is written."""
+    (read,) = read_preferences(write(tmp_path / "rows.jsonl", row), tokenizer)
+    assert read.sequences == item(tokenizer, (prompt, " a<e>"), (prompt, " b<e>"))
+
+
+def test_rows_of_one_prompt_are_one_group(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Oracle: by hand, across the forms; SFT conversations group by what comes before the first answer."""
+    rows = [
+        {"prompt": AS_USER, "chosen": "a", "rejected": "b"},
+        {"chosen": AS_USER + said("c"), "rejected": AS_USER + said("d")},
+        {"prompt": [{"role": "user", "content": "Other"}], "chosen": "a", "rejected": "b"},
+    ]
+    groups = [read.group for read in read_preferences(write(tmp_path / "p.jsonl", *rows), tokenizer)]
+    assert groups[0] == groups[1] != groups[2]
+    system = [{"role": "system", "content": "Be"}]
+    chats = [system + AS_USER + said("a"), system + AS_USER + said("b"), system + rows[2]["prompt"] + said("a")]
+    path = write(tmp_path / "c.jsonl", *({"messages": chat} for chat in chats))
+    groups = [read.group for read in read_conversations(path, tokenizer)]
+    assert groups[0] == groups[1] != groups[2]
+
+
+def test_conversations_train_every_answer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Oracle: the supervised tokens by hand."""
+    turns = [*AS_USER, *said("Yo"), {"role": "user", "content": "No"}, *said("So")]
+    rows = [
+        {"messages": turns},
+        {"prompt": AS_USER, "completion": "Yo"},
+        {"prompt": AS_USER, "response": said("Yo")},
+        {"prompt": "Hi", "completion": "Yo"},
+    ]
+    several, chat, response, plain = read_conversations(write(tmp_path / "rows.jsonl", *rows), tokenizer)
+    (sequence,) = several.sequences
+    scored = [id for id, is_scored in zip(sequence.ids, sequence.mask, strict=True) if is_scored]
+    assert tuple(scored) == chatml(tokenizer, "Yo<e>So<e>")
+    assert chat.sequences == response.sequences == item(tokenizer, (CHAT, "Yo<e>"))
+    assert plain.sequences == item(tokenizer, ("<s>Hi", "Yo<e>"))
+
+
+GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("{", "malformed JSON"),
+        ("", "the row is empty"),
+        ("[1]", "expected a JSON object, got list"),
+        ({"prompt": "p", "chosen": "a"}, "field 'rejected' is missing"),
+        ({"chosen": "a", "rejected": "b"}, "field 'prompt' is missing"),
+        ({**GOOD, "chosen": 3}, "field 'chosen' must be a text or a list"),
+        ({**GOOD, "prompt": [{"role": "user"}]}, "field 'prompt' must be a text or a list"),
+        ({**GOOD, "rejected": "a"}, "chosen and rejected are equal"),
+        ({**GOOD, "chosen": AS_USER}, r"an answer must be one assistant message; got \['user'\]"),
+        ({**GOOD, "prompt": AS_USER, "chosen": said("a") + AS_USER}, "an answer must be one assistant message"),
+    ],
+)
+def test_a_malformed_preference_names_file_and_line(
+    tokenizer: Tokenizer, tmp_path: Path, row: Any, problem: str
+) -> None:
+    """Oracle: the second line's number in the message."""
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:2: .*{problem}"):
+        read_preferences(write(tmp_path / "rows.jsonl", GOOD, row), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"prompt": "p"}, "field 'response' is missing; expected prompt and completion, or messages"),
+        ({"completion": "c"}, "field 'prompt' is missing"),
+        ({"messages": "text"}, "field 'messages' is a text"),
+        ({"messages": AS_USER}, "a sequence of .* has no scored token"),
+        ({"messages": []}, "has no scored token"),
+    ],
+)
+def test_a_malformed_conversation_names_file_and_line(
+    tokenizer: Tokenizer, tmp_path: Path, row: Any, problem: str
+) -> None:
+    """Oracle: the second line's number in the message."""
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:2: .*{problem}"):
+        read_conversations(write(tmp_path / "rows.jsonl", {"prompt": "p", "completion": "c"}, row), tokenizer)
+
+
+def test_files_that_are_not_there_or_empty(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Oracle: by hand."""
+    with pytest.raises(FileNotFoundError, match=r"absent\.jsonl: no such file"):
+        read_preferences(tmp_path / "absent.jsonl", tokenizer)
+    with pytest.raises(ValueError, match=r"rows\.jsonl: the file is empty"):
+        read_conversations(write(tmp_path / "rows.jsonl"), tokenizer)
+
+
+def test_what_does_not_fit_is_an_error_or_counted() -> None:
+    """Oracle: lengths by hand; exactly the context fits, one more does not, and nothing is cut."""
+    def of(*lengths: int) -> Item:
+        return Item(tuple(Tokens((1,) * n, (*(0,) * (n - 1), 1)) for n in lengths), "g")
+
+    items = [of(4, 5), of(5, 6), of(2), of(9)]
+    assert fitting(items, 5, "skip") == ([items[0], items[2]], 2)
+    assert fitting(items, 9, "error") == (items, 0)
+    assert fitting([], 9, "error") == ([], 0)
+    with pytest.raises(ValueError, match=r"2 of 4 items exceed the context of 5 tokens \(the longest has 9\)"):
+        fitting(items, 5, "error")
+    with pytest.raises(ValueError, match="overlong 'cut' is unknown"):
+        fitting(items, 5, "cut")

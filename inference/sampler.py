@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from matryoshka.core.models.llama import Model
+from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.records import Sample, Sampling, stable_seed
 from matryoshka.core.tokenizer import TextStream, Tokenizer
 from matryoshka.inference.draw import draw_tokens
@@ -59,7 +59,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: Model,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         max_rows: int = 64,
         deterministic: bool = False,

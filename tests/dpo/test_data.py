@@ -96,15 +96,16 @@ def test_preference_rows_in_every_form_of_trl(
 
 def test_rows_of_one_prompt_are_one_group(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Oracle: by hand, across the forms; SFT conversations group by what comes before the first answer."""
+    other = [{"role": "user", "content": "Other"}]
     rows = [
         {"prompt": AS_USER, "chosen": "a", "rejected": "b"},
         {"chosen": AS_USER + said("c"), "rejected": AS_USER + said("d")},
-        {"prompt": [{"role": "user", "content": "Other"}], "chosen": "a", "rejected": "b"},
+        {"prompt": other, "chosen": "a", "rejected": "b"},
     ]
     groups = [read.group for read in read_preferences(write(tmp_path / "p.jsonl", *rows), tokenizer)]
     assert groups[0] == groups[1] != groups[2]
     system = [{"role": "system", "content": "Be"}]
-    chats = [system + AS_USER + said("a"), system + AS_USER + said("b"), system + rows[2]["prompt"] + said("a")]
+    chats = [system + AS_USER + said("a"), system + AS_USER + said("b"), system + other + said("a")]
     path = write(tmp_path / "c.jsonl", *({"messages": chat} for chat in chats))
     groups = [read.group for read in read_conversations(path, tokenizer)]
     assert groups[0] == groups[1] != groups[2]

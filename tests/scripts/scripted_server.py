@@ -1,6 +1,6 @@
 """An OpenAI-compatible server for the pilot's tests, in a process of its own; answers are functions of the prompt.
 
-    python scripted_server.py ANSWERS.json LOG [DELAY_S]
+    python scripted_server.py ANSWERS.json LOG
 
 ANSWERS maps questions to gold answers. The hash of the last message decides between the right program, a wrong one and
 one that raises. Each chat request is appended to LOG (tenant and body hash) and synced before it is answered. The path
@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     answers: dict[str, float]
     log: Path
-    delay_s: float
 
     def do_GET(self) -> None:
         self._send({"object": "list", "data": [{"id": "scripted"}]})
@@ -43,7 +41,6 @@ class Handler(BaseHTTPRequestHandler):
             handle.write(f"{tenant} {hashlib.sha256(body).hexdigest()}\n")
             handle.flush()
             os.fsync(handle.fileno())
-        time.sleep(self.delay_s)
         text = program(json.loads(body)["messages"][-1]["content"], self.answers)
         message = {"role": "assistant", "content": text}
         usage = {"prompt_tokens": 7, "completion_tokens": 5}
@@ -67,7 +64,6 @@ class Handler(BaseHTTPRequestHandler):
 def main() -> None:
     Handler.answers = json.loads(Path(sys.argv[1]).read_text())
     Handler.log = Path(sys.argv[2])
-    Handler.delay_s = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(server.server_address[1], flush=True)

@@ -60,7 +60,8 @@ def ask(url: str, model: str, key: str = "none", **more: Any) -> str | None:
         answer = client.chat.completions.create(
             model=model, messages=[{"role": "user", "content": PROMPT[0].content}], max_tokens=12, **more
         )
-    return answer.choices[0].message.content
+    text: str | None = answer.choices[0].message.content
+    return text
 
 
 def test_the_openai_client_gets_what_the_sampler_draws(tiny_dir: Path, adapter_dir: Path) -> None:

@@ -10,7 +10,7 @@ from matryoshka.core.records import Messages, RolloutSettings, Sample, Sampling
 from matryoshka.eval.baselines import NoGuidance
 from matryoshka.tasks.pal import words
 from matryoshka.tasks.pal.compact import CODE_SYSTEM, COMPACT, EXEMPLARS
-from matryoshka.tasks.pal.families import FAMILIES, HELD_OUT, ITEMS, NAMES
+from matryoshka.tasks.pal.families import FAMILIES, HELD_OUT, ITEMS, NAMES, Family
 from matryoshka.tasks.pal.step_language import lessons
 from matryoshka.tasks.pal.task import PALTask
 from matryoshka.tasks.sandbox import extract_code, run_solution
@@ -86,7 +86,7 @@ def test_every_step_names_its_line_and_every_number_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_gold_programs_give_the_answer(family: "words.Family") -> None:
+def test_gold_programs_give_the_answer(family: Family) -> None:
     """Oracle: the sandbox, that is Python itself, against our own arithmetic; two problems of each family and split."""
     splits = ["held_out"] if family.name in HELD_OUT else ["train", "validation", "test"]
     for split in splits:

@@ -1,7 +1,8 @@
-"""The families of the embedded word problems: number ranges, wordings per split, gold steps and expressions. Data only.
+"""The families of the embedded word problems: number ranges, clauses, gold steps and expressions. Data only.
 
-P, Q, R and S are a problem's numbers. A step is a short sub-question that names its numbers; step i is program line i,
-and a, b, c stand for the results of lines 1, 2, 3.
+A wording is an opening, an event and a question; `words.py` gives every combination to one split. P, Q, R and S are a
+problem's numbers. A step is a short sub-question that names its numbers; step i is program line i, and a, b, c stand
+for the results of lines 1, 2, 3.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,250 +15,215 @@ ITEMS = (
     "apples", "pens", "cards", "shells", "books", "eggs", "coins", "roses", "plums", "stamps", "beads", "nuts", "balls",
     "cakes", "toys", "pears",
 )  # fmt: skip
-HELD_OUT = ("bus", "reading")
+HELD_OUT = ("exchange", "keep_and_share")
+SMALL, MIDDLE, LARGE, NOTES = range(2, 10), range(3, 20), range(20, 60), (50, 80, 90, 100)
+
+GROUPS = (
+    "{name} has {P} boxes of {Q} {item}.",
+    "There are {P} boxes with {Q} {item} each.",
+    "{name} packs {Q} {item} into each of {P} boxes.",
+    "{P} bags hold {Q} {item} each.",
+    "On {P} shelves stand {Q} {item} each.",
+)
+TWO_PARTS = (
+    "{name} has {P} red and {Q} blue {item}.",
+    "{name} picks {P} {item} and {other} picks {Q}.",
+    "There are {P} old and {Q} new {item}.",
+    "{P} {item} come on Monday and {Q} on Friday.",
+)
+KITS = (
+    "A kit has {P} {item} and {Q} {second}.",
+    "Each child gets {P} {item} and {Q} {second}.",
+    "Every table carries {P} {item} and {Q} {second}.",
+    "One bag holds {P} {item} and {Q} {second}.",
+)
+PRICES = (
+    "{name} buys {P} {item} at {Q} dollars each.",
+    "{P} {item} cost {Q} dollars each.",
+    "{name} takes {P} {item}, {Q} dollars apiece.",
+    "{name} wants {P} {item} for {Q} dollars each.",
+)
+EARNINGS = (
+    "{name} earns {Q} dollars a day for {P} days.",
+    "{name} works {P} hours at {Q} dollars an hour.",
+    "{name} sells {P} {item} for {Q} dollars each.",
+    "{name} mows {P} lawns, and each brings {Q} dollars.",
+)
+STOCK = (
+    "{name} has {P} {item}.",
+    "There are {P} {item} in a box.",
+    "A shop has {P} {item}.",
+    "{name} baked {P} {item}.",
+)
+LOSE = ("{R} {item} are sold.", "{other} takes {R} of them.", "Then {R} get lost.", "{R} {item} are eaten.")
+GAIN = (
+    "{R} more {item} arrive.",
+    "{other} brings {R} more.",
+    "Then {name} finds another {R}.",
+    "{R} loose {item} lie beside them.",
+)
+DIVIDE = (
+    "They are shared equally among {R} friends.",
+    "{R} children divide them evenly.",
+    "{R} people split them equally.",
+    "They are dealt out to {R} players.",
+)
+REPEAT = ("There are {R} of them.", "{name} counts {R} of them.", "It is the same for all {R}.", "{name} needs {R}.")
+PAY = (
+    "{name} pays with {R} dollars.",
+    "{name} had {R} dollars.",
+    "{name} hands over {R} dollars.",
+    "{name} brought {R} dollars.",
+)
+SPEND = (
+    "Then {name} spends {R} dollars.",
+    "{R} dollars go for lunch.",
+    "The bus costs {R} dollars.",
+    "{name} gives {R} dollars to {other}.",
+)
+SECOND_KIND = (
+    "{R} {second} cost {S} dollars each.",
+    "Then come {R} {second} at {S} dollars each.",
+    "So are {R} {second}, {S} dollars apiece.",
+    "{other} adds {R} {second} for {S} dollars each.",
+)
+LOSE_TWICE = (
+    "{other} takes {Q} and {R} get lost.",
+    "{Q} are sold in the morning and {R} at noon.",
+    "{Q} go to {other} and {R} to the school.",
+    "First {Q} break, then {R} more.",
+)
+EXCHANGE = ("{Q} are sold and {R} new ones are bought.", "{other} takes {Q} and brings {R} back.")
+KEEP_AND_SHARE = (
+    "{name} keeps {Q} and shares the others among {R} friends.",
+    "{Q} are lost and {R} children divide the rest.",
+)
+HOW_MANY_LEFT = (
+    "How many {item} are left?",
+    "How many {item} remain?",
+    "How many {item} are there now?",
+    "What is the number of {item} now?",
+)
+HOW_MANY = ("How many {item} are there?", "How many {item} are there in all?", "What is the number of {item} now?")
+HOW_MANY_EACH = ("How many {item} does each get?", "How many {item} is that each?", "What is the share of each?")
+HOW_MANY_THINGS = ("How many things is that in all?", "How many things are there?", "What is the number of things?")
+MONEY_LEFT = ("How much money is left?", "How many dollars remain?", "How many dollars are left?", "What is left?")
+COST = ("What does it cost in all?", "How much is that together?", "What is the bill?")
+
+BOXES, PRICE = "How many {item} in {P} boxes of {Q}?", "How much for {P} at {Q} dollars?"
+TOGETHER, FIRST_LOSS = "How many are {P} and {Q} together?", "How many of {P} are left after losing {Q}?"
+LOSING, MORE = "How many are left after losing {R}?", "How many with {R} more?"
+EACH, TIMES = "How many for each of {R}?", "How many for {R} times that?"
 
 
 @dataclass(frozen=True)
 class Family:
+    """ranges: choices of each number; fits: which of them make sense; clauses: opening, event, question."""
+
     name: str
     ranges: Mapping[str, Sequence[int]]
-    fits: Callable[[Mapping[str, int]], bool]
+    clauses: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
     steps: tuple[str, ...]
     expressions: tuple[str, ...]
-    wordings: Mapping[str, tuple[str, ...]]
+    fits: Callable[[Mapping[str, int]], bool] = lambda v: True
 
 
-def _family(
-    name: str,
-    ranges: Mapping[str, Sequence[int]],
-    steps: tuple[str, ...],
-    expressions: tuple[str, ...],
-    train: tuple[str, ...],
-    validation: tuple[str, ...],
-    test: tuple[str, ...],
-    fits: Callable[[Mapping[str, int]], bool] = lambda v: True,
-) -> Family:
-    return Family(name, ranges, fits, steps, expressions, {"train": train, "validation": validation, "test": test})
+def _numbers(p: Sequence[int], q: Sequence[int], r: Sequence[int]) -> dict[str, Sequence[int]]:
+    return {"P": p, "Q": q, "R": r}
 
-
-SMALL, MIDDLE, LARGE = range(2, 10), range(3, 20), range(20, 60)
 
 FAMILIES = (
-    _family(
+    Family(
         "sold",
-        {"P": SMALL, "Q": SMALL, "R": MIDDLE},
-        ("How many {item} in {P} boxes of {Q}?", "How many are left after losing {R}?"),
+        _numbers(SMALL, SMALL, MIDDLE),
+        (GROUPS, LOSE, HOW_MANY_LEFT),
+        (BOXES, LOSING),
         ("{P} * {Q}", "a - {R}"),
-        (
-            "{name} has {P} boxes of {Q} {item} and sells {R} of them. How many {item} are left?",
-            "There are {P} boxes with {Q} {item} each. {R} {item} are sold. How many {item} remain?",
-            "{name} packs {P} boxes with {Q} {item} in each and then gives {R} {item} to {other}. How many are left?",
-            "{P} crates with {Q} {item} in each arrive. {name} throws {R} {item} away. How many {item} are left?",
-            "{name} sets {P} rows of {Q} {item}. Later {R} of the {item} are taken. How many {item} stay?",
-        ),
-        ("{P} bags hold {Q} {item} each. {name} eats {R}. How many {item} are there now?",),
-        (
-            "{name} fills {P} bowls with {Q} {item} apiece, but {R} get lost. How many {item} are still there?",
-            "After buying {P} packs of {Q} {item}, {name} drops {R} {item}. How many {item} are still good?",
-        ),
         lambda v: v["P"] * v["Q"] > v["R"],
     ),
-    _family(
+    Family(
         "found",
-        {"P": SMALL, "Q": SMALL, "R": MIDDLE},
-        ("How many {item} in {P} boxes of {Q}?", "How many with {R} more?"),
+        _numbers(SMALL, SMALL, MIDDLE),
+        (GROUPS, GAIN, HOW_MANY),
+        (BOXES, MORE),
         ("{P} * {Q}", "a + {R}"),
-        (
-            "{name} has {P} boxes of {Q} {item} and finds {R} more. How many {item} does {name} have?",
-            "There are {P} trays with {Q} {item} each and {R} loose {item}. How many {item} are there?",
-            "{name} buys {P} packs of {Q} {item}. {other} brings {R} more {item}. How many {item} are there in all?",
-            "{P} crates with {Q} {item} in each arrive. {name} had {R} {item} before. How many {item} are there now?",
-            "{name} sets {P} rows of {Q} {item} and puts {R} {item} beside them. How many {item} is that?",
-        ),
-        ("{P} bags hold {Q} {item} each, and {R} {item} lie beside them. How many {item} are there?",),
-        (
-            "On {P} shelves stand {Q} {item} each. {name} adds another {R} {item}. What is the number of {item} now?",
-            "{name} got {R} {item} from {other} and owns {P} jars of {Q} {item}. How many {item} does {name} own?",
-        ),
     ),
-    _family(
-        "share",
-        {"P": range(5, 40), "Q": range(5, 40), "R": SMALL},
-        ("How many are {P} and {Q} together?", "How many for each of {R}?"),
-        ("{P} + {Q}", "a / {R}"),
-        (
-            "{name} has {P} red and {Q} blue {item} and shares them among {R} friends. How many {item} does each get?",
-            "{P} {item} and {Q} {second} are packed into {R} equal bags. How many things are in a bag?",
-            "{name} brings {P} {item}, {other} brings {Q}. They share them among {R} children. How many does each get?",
-            "{P} {item} and then {Q} more {item} are put on {R} plates, the same on each. How many are on a plate?",
-            "{R} friends split {P} sweet and {Q} sour {item} equally. How many does one friend get?",
-        ),
-        ("{name} picked {P} {item}, {other} picked {Q}. They fill {R} baskets equally. How many are in a basket?",),
-        (
-            "A class collects {P} {item} on Monday and {Q} on Friday for {R} tables. How many per table?",
-            "{P} old and {Q} new {item} are divided equally over {R} boxes. How many {item} does one box hold?",
-        ),
-        lambda v: (v["P"] + v["Q"]) % v["R"] == 0,
-    ),
-    _family(
-        "change",
-        {"P": SMALL, "Q": SMALL, "R": (50, 80, 90, 100)},
-        ("How much for {P} at {Q} dollars?", "How much is left from {R} dollars?"),
-        ("{P} * {Q}", "{R} - a"),
-        (
-            "{name} buys {P} {item} at {Q} dollars each and pays with {R} dollars. How much change does {name} get?",
-            "A toy costs {Q} dollars. {name} has {R} dollars and buys {P} toys. How many dollars are left?",
-            "{name} has {R} dollars and buys {P} {item} for {Q} dollars each. How much money is left?",
-            "{P} {item} at {Q} dollars each are paid with {R} dollars. How many dollars come back?",
-            "From {R} dollars {name} pays for {P} {item}, {Q} dollars each. How many dollars remain?",
-        ),
-        ("With {R} dollars {name} pays for {P} {item} that cost {Q} dollars each. What is left?",),
-        (
-            "One ticket costs {Q} dollars. {name} hands over {R} dollars for {P} tickets. How many dollars come back?",
-            "{name} owns {R} dollars. Then {P} {item} are bought, {Q} dollars apiece. What is still there?",
-        ),
-        lambda v: v["P"] * v["Q"] < v["R"],
-    ),
-    _family(
-        "two_kinds",
-        {"P": SMALL, "Q": SMALL, "R": SMALL, "S": SMALL},
-        (
-            "How much for {P} at {Q} dollars?",
-            "How much for {R} at {S} dollars?",
-            "How much are both together?",
-        ),
-        ("{P} * {Q}", "{R} * {S}", "a + b"),
-        (
-            "{name} buys {P} {item} at {Q} dollars each and {R} {second} at {S} dollars each. What does {name} pay?",
-            "{item} cost {Q} dollars and {second} cost {S} dollars. How much are {P} {item} and {R} {second}?",
-            "{name} sells {P} {item} for {Q} dollars each and {R} {second} for {S} dollars each. What comes in?",
-            "{name} pays {Q} dollars for each of {P} {item} and {S} dollars for each of {R} {second}. What is that?",
-            "The shop sold {P} {item} at {Q} dollars and {R} {second} at {S} dollars. How much money is that?",
-        ),
-        ("What is the price of {P} {item} at {Q} dollars and {R} {second} at {S} dollars?",),
-        (
-            "For {Q} dollars each {name} gets {P} {item}, and for {S} dollars each {R} {second}. What is the bill?",
-            "{P} {item} are sold at {Q} dollars apiece and {R} {second} at {S} dollars apiece. What comes in?",
-        ),
-    ),
-    _family(
-        "twice_lost",
-        {"P": LARGE, "Q": MIDDLE, "R": MIDDLE},
-        ("How many of {P} are left after losing {Q}?", "How many are left after losing {R}?"),
-        ("{P} - {Q}", "a - {R}"),
-        (
-            "{name} has {P} {item}, gives {Q} to {other} and loses {R}. How many {item} are left?",
-            "There were {P} {item}. {Q} were eaten on Monday and {R} on Tuesday. How many {item} remain?",
-            "A shop has {P} {item}. It sells {Q} in the morning and {R} at noon. How many {item} are left?",
-            "{name} baked {P} {item}. {other} ate {Q}, and {R} fell down. How many {item} are there now?",
-            "Of {P} {item}, {Q} go to {other} and {R} go to the school. How many {item} does {name} have left?",
-        ),
-        ("From {P} {item}, {name} takes {Q} and {other} takes {R}. How many are left?",),
-        (
-            "{name} picked {P} {item}. {Q} of them were bad and {R} were given away. How many {item} does {name} keep?",
-            "Of the {P} {item} in a box, {Q} break and {R} get lost. How many {item} are still in the box?",
-        ),
-        lambda v: v["P"] > v["Q"] + v["R"],
-    ),
-    _family(
-        "wages",
-        {"P": SMALL, "Q": range(5, 15), "R": MIDDLE},
-        ("How much for {P} at {Q} dollars?", "How much is left after spending {R}?"),
-        ("{P} * {Q}", "a - {R}"),
-        (
-            "{name} earns {Q} dollars a day for {P} days and spends {R} dollars. How much money is left?",
-            "{name} works {P} hours at {Q} dollars an hour and then spends {R} dollars. How many dollars remain?",
-            "{name} sells {P} {item} for {Q} dollars each and pays {R} dollars for the stall. How much is left?",
-            "{name} fixes {P} bikes for {Q} dollars each and buys food for {R} dollars. How much is left?",
-            "Each of {P} trips brings {Q} dollars. The fuel costs {R} dollars. How many dollars are left?",
-        ),
-        ("In {P} weeks {name} saves {Q} dollars a week, then spends {R} dollars. What is left?",),
-        (
-            "{name} gets {Q} dollars for each lawn and mows {P} lawns. A lunch costs {name} {R} dollars. What remains?",
-            "For {P} days {name} was paid {Q} dollars daily. The bus cost {R} dollars in all. How many dollars remain?",
-        ),
-        lambda v: v["P"] * v["Q"] > v["R"],
-    ),
-    _family(
+    Family(
         "regroup",
-        {"P": SMALL, "Q": SMALL, "R": SMALL},
-        ("How many {item} in {P} boxes of {Q}?", "How many for each of {R}?"),
+        _numbers(SMALL, SMALL, SMALL),
+        (GROUPS, DIVIDE, HOW_MANY_EACH),
+        (BOXES, EACH),
         ("{P} * {Q}", "a / {R}"),
-        (
-            "{name} has {P} boxes of {Q} {item} and shares them equally among {R} friends. How many does each get?",
-            "{P} packs with {Q} {item} each are divided among {R} children. How many {item} does each child get?",
-            "{name} empties {P} bags of {Q} {item} and fills {R} jars equally. How many {item} are in a jar?",
-            "{R} friends divide {P} bowls of {Q} {item} equally. How many {item} does one friend get?",
-            "{name} takes {P} crates with {Q} {item} each and makes {R} equal piles. How many {item} are in a pile?",
-        ),
-        ("{P} rows of {Q} {item} are shared by {R} people. How many {item} does one person get?",),
-        (
-            "{R} cousins split {P} bundles of {Q} {item} evenly. What is the share of one cousin?",
-            "The {item} from {P} baskets with {Q} apiece go onto {R} plates, as many on each. How many per plate?",
-        ),
         lambda v: v["P"] * v["Q"] % v["R"] == 0 and v["R"] not in (v["P"], v["Q"]),
     ),
-    _family(
-        "gifts",
-        {"P": SMALL, "Q": SMALL, "R": MIDDLE},
-        ("How many are {P} and {Q} together?", "How many for {R} times that?"),
-        ("{P} + {Q}", "a * {R}"),
-        (
-            "Each of {R} children gets {P} {item} and {Q} {second}. How many things are given out?",
-            "{name} puts {P} {item} and {Q} {second} into each of {R} bags. How many things are packed?",
-            "Every day {name} eats {P} {item} and {Q} {second}. How many does {name} eat in {R} days?",
-            "{R} boxes are filled with {P} {item} and {Q} {second} each. How many things are in the boxes?",
-            "{name} sells {P} {item} and {Q} {second} a day. How many things are sold in {R} days?",
-        ),
-        ("{R} guests take {P} {item} and {Q} {second} each. How many things are taken?",),
-        (
-            "A kit has {P} {item} and {Q} {second}. {name} makes {R} kits. How many pieces does {name} need?",
-            "{R} tables carry {P} {item} and {Q} {second} apiece. How many things stand on the tables?",
-        ),
+    Family(
+        "share",
+        _numbers(range(5, 40), range(5, 40), SMALL),
+        (TWO_PARTS, DIVIDE, HOW_MANY_EACH),
+        (TOGETHER, EACH),
+        ("{P} + {Q}", "a / {R}"),
+        lambda v: (v["P"] + v["Q"]) % v["R"] == 0,
     ),
-    _family(
+    Family(
         "refill",
-        {"P": range(5, 40), "Q": range(5, 40), "R": MIDDLE},
-        ("How many are {P} and {Q} together?", "How many are left after losing {R}?"),
+        _numbers(range(5, 40), range(5, 40), MIDDLE),
+        (TWO_PARTS, LOSE, HOW_MANY_LEFT),
+        (TOGETHER, LOSING),
         ("{P} + {Q}", "a - {R}"),
-        (
-            "{name} has {P} {item}, gets {Q} from {other} and loses {R}. How many {item} does {name} have?",
-            "A shop has {P} {item}, receives {Q} more and sells {R}. How many {item} are there now?",
-            "{name} picks {P} {item} and {other} picks {Q}. They eat {R}. How many {item} are left?",
-            "{P} {item} lie in a bowl. {name} puts {Q} in and {other} takes {R} out. How many {item} are in the bowl?",
-            "{name} collects {P} {item}, then {Q} more, and gives {R} to {other}. How many {item} does {name} keep?",
-        ),
-        ("{P} {item} and {Q} {second} are on a table. {name} takes {R} things. How many are left?",),
-        (
-            "{name} baked {P} {item} on Monday and {Q} on Tuesday. {R} of them burned. How many {item} are good?",
-            "To {P} {item} in a drawer {name} adds {Q}. Then {other} borrows {R}. How many {item} are in the drawer?",
-        ),
         lambda v: v["P"] + v["Q"] > v["R"],
     ),
-    _family(
-        "bus",
-        {"P": LARGE, "Q": MIDDLE, "R": MIDDLE},
-        ("How many of {P} are left after losing {Q}?", "How many with {R} more?"),
+    Family(
+        "gifts",
+        _numbers(SMALL, SMALL, MIDDLE),
+        (KITS, REPEAT, HOW_MANY_THINGS),
+        (TOGETHER, TIMES),
+        ("{P} + {Q}", "a * {R}"),
+    ),
+    Family(
+        "change",
+        _numbers(SMALL, SMALL, NOTES),
+        (PRICES, PAY, MONEY_LEFT),
+        (PRICE, "How much is left from {R} dollars?"),
+        ("{P} * {Q}", "{R} - a"),
+        lambda v: v["P"] * v["Q"] < v["R"],
+    ),
+    Family(
+        "wages",
+        _numbers(SMALL, range(5, 15), MIDDLE),
+        (EARNINGS, SPEND, MONEY_LEFT),
+        (PRICE, "How much is left after spending {R}?"),
+        ("{P} * {Q}", "a - {R}"),
+        lambda v: v["P"] * v["Q"] > v["R"],
+    ),
+    Family(
+        "two_kinds",
+        {"P": SMALL, "Q": SMALL, "R": SMALL, "S": SMALL},
+        (PRICES, SECOND_KIND, COST),
+        (PRICE, "How much for {R} at {S} dollars?", "How much are both together?"),
+        ("{P} * {Q}", "{R} * {S}", "a + b"),
+    ),
+    Family(
+        "twice_lost",
+        _numbers(LARGE, MIDDLE, MIDDLE),
+        (STOCK, LOSE_TWICE, HOW_MANY_LEFT),
+        (FIRST_LOSS, LOSING),
+        ("{P} - {Q}", "a - {R}"),
+        lambda v: v["P"] > v["Q"] + v["R"],
+    ),
+    Family(
+        "exchange",
+        _numbers(LARGE, MIDDLE, MIDDLE),
+        (STOCK, EXCHANGE, HOW_MANY),
+        (FIRST_LOSS, MORE),
         ("{P} - {Q}", "a + {R}"),
-        (),
-        (),
-        (
-            "{P} people are on a bus. {Q} get off and {R} get on. How many people are on the bus?",
-            "{name} had {P} {item}, sold {Q} and bought {R} new ones. How many {item} does {name} have now?",
-        ),
         lambda v: v["P"] > v["Q"],
     ),
-    _family(
-        "reading",
-        {"P": range(30, 90), "Q": range(5, 30), "R": SMALL},
-        ("How many of {P} are left after losing {Q}?", "How many for each of {R}?"),
+    Family(
+        "keep_and_share",
+        _numbers(range(30, 90), range(5, 30), SMALL),
+        (STOCK, KEEP_AND_SHARE, HOW_MANY_EACH),
+        (FIRST_LOSS, EACH),
         ("{P} - {Q}", "a / {R}"),
-        (),
-        (),
-        (
-            "A book has {P} pages. {name} has read {Q} and reads the rest in {R} days. How many pages is that a day?",
-            "{name} has {P} {item}, keeps {Q} and shares the others among {R} friends. How many does each friend get?",
-        ),
-        lambda v: (v["P"] - v["Q"]) % v["R"] == 0 and v["P"] > v["Q"],
+        lambda v: v["P"] > v["Q"] and (v["P"] - v["Q"]) % v["R"] == 0,
     ),
 )

@@ -1,8 +1,8 @@
 """Templated multi-step word problems with gold steps and gold programs: the embedded task, made anew from a seed.
 
-Families are in `families.py`. What keeps training and test apart: every wording belongs to one split; every
-(family, numbers) tuple belongs to one split by its hash; two families are held out whole. So no test wording and no
-(family, numbers) tuple occurs in training.
+Families are in `families.py`. What keeps training and test apart: every wording (opening, event and question together)
+and every (family, numbers) tuple belongs to one split, by its hash; two families are held out whole. So no test wording
+and no (family, numbers) tuple occurs in training. The single clauses do: what is asked for is a new combination.
 """
 
 import random
@@ -48,9 +48,9 @@ def program(expressions: Iterable[str]) -> str:
     return "\n".join(["def solution():", *lines, f"    return {lines[-1].strip()[0]}"])
 
 
-def partition(family: str, numbers: tuple[int, ...]) -> str:
-    """Return the split that owns this (family, numbers) tuple: 60% train, 10% validation, 30% test, by hash."""
-    bucket = stable_seed("partition", family, numbers) % 10
+def partition(*parts: object) -> str:
+    """Return the split that owns these numbers or this wording: 60% train, 10% validation, 30% test, by hash."""
+    bucket = stable_seed("partition", *parts) % 10
     return "train" if bucket < 6 else "validation" if bucket < 7 else "test"
 
 
@@ -79,19 +79,21 @@ def load(split: str, n: int, seed: int) -> list[Example]:
 
 
 def draw(family: Family, split: str, draws: random.Random) -> Problem | None:
-    """Return one problem, or None when the drawn numbers are unfit or belong to another split."""
+    """Return one problem, or None when what was drawn is unfit or belongs to another split."""
     values = {key: draws.choice(choices) for key, choices in family.ranges.items()}
     if not family.fits(values) or partition(family.name, tuple(values.values())) != split:
+        return None
+    clauses = tuple(draws.choice(choices) for choices in family.clauses)
+    if partition(family.name, clauses) != split:
         return None
     name, other = draws.sample(NAMES, 2)
     item, second = draws.sample(ITEMS, 2)
     words = {**values, "name": name, "other": other, "item": item, "second": second}
-    template = draws.choice(family.wordings[split])
     expressions = tuple(text.format(**words) for text in family.expressions)
     return Problem(
         family=family.name,
         numbers=tuple(values.values()),
-        question=template.format(**words),
+        question=" ".join(clauses).format(**words),
         steps=tuple(text.format(**words) for text in family.steps),
         expressions=expressions,
         answer=evaluate(expressions),

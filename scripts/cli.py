@@ -75,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     With MATRYOSHKA_DEBUG=1 errors keep their traceback.
     """
+    # Before torch is imported: OpenMP threads that spin while they wait starve the other processes of this machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if name in ("-h", "--help"):
         print(_usage())

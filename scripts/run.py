@@ -346,6 +346,7 @@ def open_run(config: RunConfig, root: Path) -> Iterator[Run]:
     folder = root / config.name
     with ExitStack() as stack:
         stack.enter_context(folder_lock(folder))
+        _sweep(folder)
         saved = folder / "config.toml"
         if saved.exists() and (changes := diff(load_toml(RunConfig, saved), config)):
             raise ValueError(
@@ -357,6 +358,15 @@ def open_run(config: RunConfig, root: Path) -> Iterator[Run]:
             write_json(folder / "environment.json", environment())
             write_text(saved, to_toml(config))
         yield run
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a kill left half-written; nobody else writes here while we hold the lock."""
+    for path in list(folder.rglob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _copy_folder(source: Path, target: Path) -> None:

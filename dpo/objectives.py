@@ -30,7 +30,8 @@ class Preference:
     """A preference loss over items (chosen, rejected), divided by the global number of pairs.
 
     loss: "dpo" (label_smoothing > 0: conservative DPO), "ipo" or "simpo" (no reference; length-normalised).
-    nll_coefficient adds that times the chosen response's mean token cross-entropy.
+    nll_coefficient adds that times the chosen response's mean token cross-entropy, which keeps its likelihood up
+    (Pang et al. 2024, arXiv 2404.19733, eq. 1; there the coefficient is 1).
     """
 
     loss: str = "dpo"

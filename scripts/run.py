@@ -47,6 +47,7 @@ from matryoshka.inference.sampler import Sampler
 from matryoshka.lora import files as adapters
 from matryoshka.lora.linear import active, add_adapter, copy_adapter, remove_adapter, set_active, trainable_parameters
 from matryoshka.scripts.doctor import environment
+from matryoshka.scripts.finetune import DTYPES, POLICY, REFERENCE
 from matryoshka.scripts.problems import load_splits, make_task
 from matryoshka.scripts.progress import Progress
 from matryoshka.scripts.run_config import RunConfig
@@ -56,8 +57,6 @@ from matryoshka.tasks.rollout import Job, job_key, run_rollouts
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-POLICY, REFERENCE = "policy", "reference"
 
 
 @dataclass(frozen=True)

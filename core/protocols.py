@@ -48,13 +48,27 @@ class GeneratorError(RuntimeError):
 
 
 class Task(Protocol):
-    """A benchmark: its problems, its loop, its scores."""
+    """A benchmark: its problems, its loop, its scores.
+
+    main_metric: the name in `score` that choices are made by, higher being better. Every episode's info has protocol,
+    verdict ("right", "wrong", "error", "failed"), calls, prompt_tokens and completion_tokens; every example's fields
+    have "question" and "answer", which the report shows.
+    """
 
     name: str
     version: int
     pair_rule: PairRule
+    main_metric: str
 
     def examples(self, split: str) -> Sequence[Example]: ...
+
+    def first_prompt(self, example: Example) -> Messages:
+        """Return what the controller sees first; it decides whether the example fits the context."""
+        ...
+
+    def gold_guidance(self, example: Example) -> str | None:
+        """Return guidance known to be right, for warm-up and as the ceiling of the report; None where none is known."""
+        ...
 
     async def rollout(
         self, example: Example, controller: Controller, generator: Generator, settings: RolloutSettings

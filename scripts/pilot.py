@@ -13,7 +13,7 @@ from typing import Any
 
 from matryoshka.core.files import read_jsonl, write_json
 from matryoshka.core.protocols import Controller
-from matryoshka.core.records import Example, Trajectory, stable_seed, to_json
+from matryoshka.core.records import Trajectory, stable_seed, to_json
 from matryoshka.eval.baselines import NoGuidance, ScriptedGuidance
 from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.eval.statistics import mcnemar_exact, paired_difference
@@ -45,12 +45,13 @@ def schemes(run: Run) -> dict[str, tuple[str, Scheme]]:
     config, examples = run.config, [e for split in HELD_OUT_SPLITS for e in run.task.examples(split)]
     one_plan = replace(run.settings(greedy=True), outer_turns=1)  # fixed guidance has no second plan
     found = {"no_guidance": ("no guidance", Scheme("no-guidance", _fixed(NoGuidance()), one_plan))}
-    if all("steps" in example.fields for example in examples):
+    gold = [guidance for example in examples if (guidance := run.task.gold_guidance(example)) is not None]
+    if len(gold) == len(examples):
         for name, label, table in (
-            ("wrong_guidance", "wrong guidance (another problem's)", wrong_guidance(examples, config.seed)),
-            ("gold_guidance", "gold guidance", [_gold(example) for example in examples]),
+            ("wrong_guidance", "wrong guidance (another problem's)", wrong_guidance(gold, config.seed)),
+            ("gold_guidance", "gold guidance", gold),
         ):
-            prompts = [run.task.style.guidance(example.fields["question"]) for example in examples]
+            prompts = [run.task.first_prompt(example) for example in examples]
             controller = ScriptedGuidance(f"{name}-{config.seed}", dict(zip(prompts, table, strict=True)))
             found[name] = (label, Scheme(name, _fixed(controller), one_plan))
     found["untrained"] = ("untrained controller", run.policy(""))
@@ -122,7 +123,7 @@ def select_round(run: Run) -> dict[str, Any]:
     for stage in [first, *(f"round-{round}" for round in _rounds(run))]:
         name = stage or "untrained"
         scored = run.task.score(run.episodes(run.policy(stage), ["validation"], label=f"validate {name}"))
-        accuracies[name] = to_json(scored["accuracy"])
+        accuracies[name] = to_json(scored[run.task.main_metric])
     return {"accuracy": accuracies, "chosen": max(accuracies, key=lambda stage: accuracies[stage]["value"])}
 
 
@@ -165,16 +166,11 @@ def notes(run: Run, validation: dict[str, Any]) -> list[str]:
     return lines
 
 
-def wrong_guidance(examples: Sequence[Example], seed: int) -> list[str]:
-    """Return for each example the gold steps of another one, drawn by `seed`."""
+def wrong_guidance(gold: Sequence[str], seed: int) -> list[str]:
+    """Return for each example the gold guidance of another one, drawn by `seed`."""
     draws = random.Random(stable_seed("wrong", seed))
-    others = [draws.choice([o for o in examples if o.fields["steps"] != e.fields["steps"]]) for e in examples]
-    return [_gold(other) for other in others]
+    return [draws.choice([other for other in gold if other != own]) for own in gold]
 
 
 def _fixed(controller: Controller) -> Callable[[Sampler], Controller]:
     return lambda _sampler: controller
-
-
-def _gold(example: Example) -> str:
-    return "\n".join(example.fields["steps"])

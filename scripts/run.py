@@ -148,9 +148,6 @@ class Run:
             items = read_conversations(Path(self.config.warmup.data), self.tokenizer)
         else:
             examples = self.task.examples("warmup")
-            if without := [e.id for e in examples if "steps" not in e.fields]:
-                first = f"example {without[0]} has no steps"
-                raise ValueError(f"[warmup] source = 'gold', but {first}; use source = 'file'")
             items = [self._gold_item(example) for example in examples]
         self._train("warmup", "", items, self.config.warmup.train, sft=True)
 
@@ -183,8 +180,8 @@ class Run:
         for rate in rates:
             candidate = f"{stage}/lr-{rate:g}" if len(rates) > 1 else f"{stage}/train"
             self._train(candidate, before, items, replace(self.config.dpo.train, learning_rate=rate), sft=False)
-            scored = self.task.score(self.episodes(self.policy(candidate), ["validation"]))
-            results.append({"learning_rate": rate, "stage": candidate, "validation": to_json(scored["accuracy"])})
+            scored = self.task.score(self.episodes(self.policy(candidate), ["validation"]))[self.task.main_metric]
+            results.append({"learning_rate": rate, "stage": candidate, "validation": to_json(scored)})
         best = max(results, key=lambda row: row["validation"]["value"])
         write_json(self.folder / stage / "selection.json", {"chosen": best, "candidates": results})
         _copy_folder(self.adapter_folder(best["stage"]), self.adapter_folder(stage))
@@ -202,8 +199,11 @@ class Run:
         return pairs, counts
 
     def _gold_item(self, example: Example) -> Item:
-        prompt = self.task.style.guidance(example.fields["question"])
-        return Item((text_completion(self.tokenizer, prompt, "\n".join(example.fields["steps"])),), example.id)
+        guidance = self.task.gold_guidance(example)
+        if guidance is None:
+            what = f"example {example.id} has no gold guidance"
+            raise ValueError(f"[warmup] source = 'gold', but {what}; use source = 'file'")
+        return Item((text_completion(self.tokenizer, self.task.first_prompt(example), guidance),), example.id)
 
     def _train(self, stage: str, start: str, items: Sequence[Item], config: TrainConfig, sft: bool) -> None:
         """Train POLICY from the policy of `start`, and save it as `stage`'s adapter."""

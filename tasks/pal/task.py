@@ -14,6 +14,7 @@ from matryoshka.core.protocols import Controller, Generator, GeneratorError
 from matryoshka.core.records import (
     Call,
     Example,
+    Messages,
     Metric,
     PairRule,
     RolloutSettings,
@@ -54,6 +55,7 @@ class PALTask:
         self.name = f"pal-{style.name}"
         self.version = version
         self.pair_rule = pair_rule
+        self.main_metric = "accuracy"
         self.style = style
         self._splits = splits
         self._timeout_s = timeout_s
@@ -64,6 +66,15 @@ class PALTask:
         if split not in self._splits:
             raise ValueError(f"{self.name}: split {split!r} is unknown; choose from {sorted(self._splits)}")
         return self._splits[split]
+
+    def first_prompt(self, example: Example) -> Messages:
+        """Return the request for sub-questions."""
+        return self.style.guidance(example.fields["question"])
+
+    def gold_guidance(self, example: Example) -> str | None:
+        """Return the example's own steps, one a line; None if it has no field "steps"."""
+        steps = example.fields.get("steps")
+        return None if steps is None else "\n".join(steps)
 
     async def rollout(
         self, example: Example, controller: Controller, generator: Generator, settings: RolloutSettings
@@ -80,7 +91,7 @@ class PALTask:
         turns: list[Turn] = []
         outcome: Outcome | None = None
         failure: str | None = None
-        prompt = self.style.guidance(question)
+        prompt = self.first_prompt(example)
         try:
             for turn in range(settings.outer_turns):
                 (sample,) = await controller.propose(prompt, 1, _sampling(settings.controller, turn, 0))

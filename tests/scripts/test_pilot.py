@@ -427,7 +427,7 @@ def test_problems_that_do_not_fit_are_refused_or_left_out_of_everything(
     with open_run(config, tmp_path / "all") as run:
         controller = LocalController(_no_sampler(run.tokenizer), None, "counts")
         sizes = {
-            split: {e.id: controller.count_tokens(run.task.style.guidance(e.fields["question"])) for e in examples}
+            split: {e.id: controller.count_tokens(run.task.first_prompt(e)) for e in examples}
             for split in ("train", "test")
             for examples in [run.task.examples(split)]
         }

@@ -50,6 +50,7 @@ class PlayedTask:
     name = "played"
     version = 1
     pair_rule = PairRule()
+    main_metric = "accuracy"
 
     def __init__(self, play: Play) -> None:
         self.play = play
@@ -57,6 +58,12 @@ class PlayedTask:
 
     def examples(self, split: str) -> Sequence[Example]:
         return []
+
+    def first_prompt(self, example: Example) -> Messages:
+        return ()
+
+    def gold_guidance(self, example: Example) -> str | None:
+        return None
 
     async def rollout(
         self, example: Example, controller: Controller, generator: Generator, settings: RolloutSettings

@@ -39,12 +39,20 @@ class Generator(Protocol):
     name: str
 
     async def complete(self, prompt: Messages, sampling: Sampling) -> Sample:
-        """Return one completion. Raises GeneratorError (a RuntimeError) when retries are exhausted."""
+        """Return one completion. Raises GeneratorError when retries are exhausted, RunStopped when the budget is."""
         ...
 
 
 class GeneratorError(RuntimeError):
     """A black-box call that failed for good: it fails its episode, which is recorded with the reason, never the run."""
+
+
+class RunStopped(RuntimeError):
+    """The run ends here by intent, a spent budget or the user's wish; what it has is kept and it can be continued."""
+
+
+class ContextError(ValueError):
+    """A prompt and its completion that do not fit the model's context together."""
 
 
 class Task(Protocol):

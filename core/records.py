@@ -139,6 +139,8 @@ class RolloutSettings:
 
     protocol: "label_free" (retries see execution errors only) or "oracle" (retries also see "wrong answer", as in the
     paper; never mixed with the rest). inner_attempts: generator attempts under one guidance; outer_turns: guidances.
+    overlong: what a later prompt that outgrew the controller's context does, "error" or "skip" (the episode ends as it
+    stands and says so).
     """
 
     controller: Sampling = Sampling()
@@ -146,8 +148,11 @@ class RolloutSettings:
     protocol: str = "label_free"
     inner_attempts: int = 1
     outer_turns: int = 1
+    overlong: str = "error"
 
     def __post_init__(self) -> None:
+        if self.overlong not in ("error", "skip"):
+            raise ValueError(f"settings: overlong {self.overlong!r} is unknown; choose 'error' or 'skip'")
         if self.protocol not in ("label_free", "oracle"):
             raise ValueError(f"settings: protocol {self.protocol!r} is unknown; choose 'label_free' or 'oracle'")
         if self.inner_attempts < 1 or self.outer_turns < 1:

@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from matryoshka.core.protocols import ContextError
 from matryoshka.core.records import Sample, Sampling, Usage
 from matryoshka.core.tokenizer import TextStream
 
@@ -71,9 +72,9 @@ def common_prefix(oldest: Request, waiting: Sequence[Request]) -> tuple[int, lis
 
 
 def check_context(prompt_tokens: int, max_tokens: int, context_length: int) -> None:
-    """Raise ValueError when a prompt and its completion do not fit the context together."""
+    """Raise ContextError when a prompt and its completion do not fit the context together."""
     if prompt_tokens + max_tokens > context_length:
-        raise ValueError(
+        raise ContextError(
             f"prompt of {prompt_tokens} tokens + max_tokens {max_tokens} exceed the context of {context_length}; "
             "shorten the prompt or lower max_tokens"
         )

@@ -46,6 +46,22 @@ def _serve() -> Callable[..., None]:
     return serve
 
 
+def _bench() -> Callable[..., None]:
+    from matryoshka.scripts.bench.command import bench
+
+    return bench
+
+
+def _export(name: str) -> Callable[[], Callable[..., None]]:
+    def load() -> Callable[..., None]:
+        from matryoshka.scripts import export
+
+        function: Callable[..., None] = getattr(export, name)
+        return function
+
+    return load
+
+
 def _stage(name: str) -> Callable[[], Callable[..., None]]:
     def load() -> Callable[..., None]:
         from matryoshka.scripts import stages
@@ -66,7 +82,10 @@ COMMANDS: dict[str, tuple[Callable[[], Callable[..., None]], str]] = {
     "dpo": (_stage("dpo"), "preference training of an adapter on your own pairs"),
     "evaluate": (_stage("evaluate"), "every policy of a pilot on the held-out problems, and the report"),
     "serve": (_serve, "a model and its adapters behind an OpenAI-compatible HTTP server"),
+    "merge": (_export("merge"), "an adapter folded into its model, as a Hugging Face folder"),
+    "export": (_export("export"), "the adapter of a run's stage, in PEFT layout"),
     "convert": (_convert, "a GGUF file, or the embedded controller, as a Hugging Face folder"),
+    "bench": (_bench, "measurements of this machine against other software: matryoshka bench --help lists them"),
 }
 
 
@@ -116,6 +135,9 @@ def read_config(cls: Any, arguments: Sequence[str], program: str) -> Any:
 
 def _run(name: str, arguments: Sequence[str]) -> None:
     function, program = COMMANDS[name][0](), f"matryoshka {name}"
+    if name == "bench":  # each benchmark has a configuration of its own
+        function(arguments, read_config)
+        return
     kinds = [parameter.annotation for parameter in inspect.signature(function).parameters.values()]
     if len(kinds) == 1 and dataclasses.is_dataclass(kinds[0]):
         function(read_config(kinds[0], arguments, program))

@@ -23,7 +23,7 @@ import torch
 from matryoshka.core.config import diff, load_toml, to_toml
 from matryoshka.core.files import Journal, folder_lock, write_json, write_jsonl, write_text
 from matryoshka.core.load import load_model
-from matryoshka.core.protocols import Controller
+from matryoshka.core.protocols import Controller, Generator
 from matryoshka.core.records import (
     Example,
     Messages,
@@ -48,7 +48,7 @@ from matryoshka.lora import files as adapters
 from matryoshka.lora.linear import active, add_adapter, copy_adapter, remove_adapter, set_active, trainable_parameters
 from matryoshka.scripts.doctor import environment
 from matryoshka.scripts.finetune import DTYPES, POLICY, REFERENCE
-from matryoshka.scripts.problems import load_splits, make_task
+from matryoshka.scripts.problems import load_splits, make_task, scripted_generator
 from matryoshka.scripts.progress import Progress
 from matryoshka.scripts.run_config import RunConfig
 from matryoshka.scripts.serving import started
@@ -96,9 +96,11 @@ class Run:
     def _count_tokens(self, prompt: Messages) -> int:
         return len(self.tokenizer.render(prompt, add_generation_prompt=True).ids)
 
-    def _open_generator(self) -> OpenAIGenerator:
+    def _open_generator(self) -> Generator:
         """Return the black box, checked; a server of our own is started where [serve] names a model."""
         config, serve = self.config.generator, self.config.serve
+        if serve.scripted:
+            return scripted_generator(self.config)
         if serve.model:
             log = self.folder / "generator.log"
             url = self._stack.enter_context(started(serve, self.config.controller.deterministic, log))
@@ -258,7 +260,12 @@ class Run:
         )
         generator = Sampling(max_tokens=rollout.code_tokens)
         settings = RolloutSettings(
-            controller, generator, rollout.protocol, rollout.inner_attempts, rollout.outer_turns
+            controller,
+            generator,
+            rollout.protocol,
+            rollout.inner_attempts,
+            rollout.outer_turns,
+            self.config.overlong,
         )
         return replace(settings, **changes)
 

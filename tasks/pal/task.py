@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from matryoshka.core.metrics import wilson
-from matryoshka.core.protocols import Controller, Generator, GeneratorError
+from matryoshka.core.protocols import ContextError, Controller, Generator, GeneratorError
 from matryoshka.core.records import (
     Call,
     Example,
@@ -83,7 +83,7 @@ class PALTask:
 
         A black-box call that fails for good ends the episode with reward 0 and verdict "failed"; it is never raised.
         info: protocol; attempts (programs run); outer_turns (guidances asked for); cut (guidances cut at max_tokens:
-        they run, but are not for training); prediction (the last value, or None); error (of the last program, or of the
+        they run, but are not for training); overlong (a re-plan did not fit the context, so none was made); prediction (the last value, or None); error (of the last program, or of the
         failed call); verdict ("right", "wrong", "error": the last program did not run, "failed"); controller, generator
         (names); calls, prompt_tokens, completion_tokens (of the black box); draw.
         """
@@ -91,10 +91,17 @@ class PALTask:
         turns: list[Turn] = []
         outcome: Outcome | None = None
         failure: str | None = None
+        overlong = False  # a re-plan did not fit the context
         prompt = self.first_prompt(example)
         try:
             for turn in range(settings.outer_turns):
-                (sample,) = await controller.propose(prompt, 1, _sampling(settings.controller, turn, 0))
+                try:
+                    (sample,) = await controller.propose(prompt, 1, _sampling(settings.controller, turn, 0))
+                except ContextError:
+                    if turn == 0 or settings.overlong == "error":
+                        raise
+                    overlong = True
+                    break
                 turns.append(Turn(prompt, controller.prompt_ids(prompt), sample))
                 guidance = guidance_text(sample)
                 request = self.style.code(question, guidance)
@@ -122,6 +129,7 @@ class PALTask:
             "protocol": settings.protocol,
             "attempts": len(calls),
             "outer_turns": len(turns),
+            "overlong": overlong,
             "cut": sum(turn_taken.action.finish_reason == "length" for turn_taken in turns),
             "prediction": prediction,
             "error": outcome.error if failure is None and outcome else failure,

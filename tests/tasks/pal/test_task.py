@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from matryoshka.core.files import read_jsonl
-from matryoshka.core.protocols import GeneratorError
+from matryoshka.core.protocols import ContextError, GeneratorError
 from matryoshka.core.records import (
     Example,
     Messages,
@@ -109,6 +109,7 @@ def test_one_right_attempt_is_recorded_completely() -> None:
         "protocol": "label_free",
         "attempts": 1,
         "outer_turns": 1,
+        "overlong": False,
         "cut": 0,
         "prediction": 12,
         "error": None,
@@ -156,6 +157,33 @@ def test_exhausted_attempts_make_the_controller_plan_again() -> None:
     info = trajectory.info
     assert (trajectory.reward, info["verdict"], info["error"]) == (0.0, "error", CRASH_ERROR)
     assert (info["attempts"], info["outer_turns"], info["prompt_tokens"], info["completion_tokens"]) == (4, 2, 400, 40)
+
+
+def test_a_replan_beyond_the_context_stops_or_ends_the_episode_as_configured() -> None:
+    """Oracle: the setting's contract; the first prompt never ends quietly, whatever the setting."""
+
+    class Narrow(ScriptedController):
+        """Has room for a few prompts only."""
+
+        room = 1
+
+        async def propose(self, prompt: Messages, n: int, sampling: Sampling) -> list[Sample]:
+            if len(self.asked) == self.room:
+                raise ContextError("too long")
+            return await super().propose(prompt, n, sampling)
+
+    settings = RolloutSettings(outer_turns=3)
+    with pytest.raises(ContextError):
+        roll(Narrow("first"), ScriptedGenerator(CRASH), settings)
+    trajectory = roll(Narrow("first"), ScriptedGenerator(CRASH), replace(settings, overlong="skip"))
+    assert len(trajectory.turns) == 1 and trajectory.info["overlong"] is True
+    assert trajectory.info["verdict"] == "error"
+    nothing = Narrow("first")
+    nothing.room = 0
+    with pytest.raises(ContextError):
+        roll(nothing, ScriptedGenerator(CRASH), replace(settings, overlong="skip"))
+    with pytest.raises(ValueError, match="overlong 'cut' is unknown"):
+        RolloutSettings(overlong="cut")
 
 
 def test_later_requests_are_new_draws_and_reproducible() -> None:

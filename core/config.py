@@ -1,7 +1,8 @@
 """Typed configuration: frozen dataclasses, filled from a TOML file and then from overrides, written back resolved.
 
 A field is bool, int, float, str, Path, a Literal of strings, a tuple[x, ...] of scalars, an Optional of those (None is
-a key that is absent from the TOML, so the default of such a field is None), or a nested dataclass (a table).
+a key that is absent from the TOML, so the default of such a field is None), a nested dataclass (a table), or a
+tuple[x, ...] of dataclasses (an array of tables, [[name]]).
 A key that a table leaves out takes the default that the enclosing dataclass gives it. No value is coerced but an
 integer where a float is expected; `load_toml` of what `to_toml` wrote is the same configuration.
 """
@@ -195,7 +196,8 @@ def _hints(cls: Any) -> dict[str, Any]:
     for f in dataclasses.fields(cls):
         inner, optional = _unwrap(hints[f.name])
         args = typing.get_args(inner)
-        is_tuple = typing.get_origin(inner) is tuple and len(args) == 2 and args[0] in SCALARS and args[1] is Ellipsis
+        is_tuple = typing.get_origin(inner) is tuple and len(args) == 2 and args[1] is Ellipsis
+        is_tuple = is_tuple and (args[0] in SCALARS or dataclasses.is_dataclass(args[0]))
         is_literal = typing.get_origin(inner) is typing.Literal and all(isinstance(arg, str) for arg in args)
         if not (inner in SCALARS or is_tuple or is_literal or dataclasses.is_dataclass(inner)):
             raise TypeError(f"{cls.__name__}.{f.name}: a configuration cannot hold {hints[f.name]}")
@@ -241,6 +243,9 @@ def _flatten(config: Any, key: str) -> Iterator[tuple[str, Any]]:
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             yield from _flatten(value, _join(key, f.name))
+        elif _is_array(value):
+            for i, row in enumerate(value):
+                yield from _flatten(row, f"{_join(key, f.name)}[{i}]")
         else:
             yield _join(key, f.name), value
 
@@ -252,14 +257,21 @@ def _lines(config: Any, key: str, base: Any) -> Iterator[str]:
         value = getattr(config, f.name)
         default = _default(f) if base is None else getattr(base, f.name)
         if dataclasses.is_dataclass(value):
-            tables.append((f.name, value, None if default is dataclasses.MISSING else default))
+            below = None if default is dataclasses.MISSING else default
+            tables.append((f"[{_join(key, f.name)}]", f.name, value, below))
+        elif _is_array(value):
+            tables += [(f"[[{_join(key, f.name)}]]", f.name, row, None) for row in value]
         elif value is not None:
             yield f"{f.name} = {_render(value)}"
         elif default is not None:
             raise ValueError(f"{_join(key, f.name)}: None cannot be written, since the default is {_render(default)}")
-    for name, value, default in tables:
-        yield f"\n[{_join(key, name)}]"
+    for header, name, value, default in tables:
+        yield f"\n{header}"
         yield from _lines(value, _join(key, name), default)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and dataclasses.is_dataclass(value[0])
 
 
 def _render(value: Any) -> str:
@@ -283,7 +295,8 @@ def _expected(kind: Any) -> str:
     if dataclasses.is_dataclass(inner):
         return "a table"
     if typing.get_origin(inner) is tuple:
-        return f"a list of {typing.get_args(inner)[0].__name__}"
+        item = typing.get_args(inner)[0]
+        return "an array of tables" if dataclasses.is_dataclass(item) else f"a list of {item.__name__}"
     if typing.get_origin(inner) is typing.Literal:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(inner))
     return f"{inner.__name__}{' or none' if optional else ''}"

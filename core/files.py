@@ -85,15 +85,23 @@ class Journal:
             except (json.JSONDecodeError, KeyError, TypeError) as err:
                 raise ValueError(f"{path}:{number}: not a journal row ({err}); expected an object with 'key'") from err
 
-    def append(self, key: str, row: dict[str, Any]) -> None:
-        """Record `row` under `key` durably. Raises ValueError if the key is there already."""
+    def append(self, key: str, row: dict[str, Any], sync: bool = True) -> None:
+        """Record `row` under `key` durably. Raises ValueError if the key is there already.
+
+        Without `sync` a power cut may still take it until `sync()` is called; a kill may not.
+        """
         if key in self.rows:
             raise ValueError(f"{self.path}: key {key} is recorded already")
         row = {"key": key, **row}
         self._handle.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         self._handle.flush()
-        os.fsync(self._handle.fileno())
         self.rows[key] = row
+        if sync:
+            self.sync()
+
+    def sync(self) -> None:
+        """Return when the disk holds what was appended; it may run in another thread than `append`."""
+        os.fsync(self._handle.fileno())
 
     def close(self) -> None:
         self._handle.close()

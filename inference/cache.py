@@ -1,33 +1,42 @@
-"""Every black-box answer that was paid for, in one SQLite file that several processes may share.
+"""Every black-box answer that was paid for, and what was spent, in one SQLite file that several processes may share.
 
-The invariant: an answer whose `put` returned is found by every later `get`, also after kill -9. The file is in WAL mode
-with synchronous=NORMAL: a commit hands its pages to the operating system, which outlives the process, but waits for no
-disk, so it takes microseconds of the event loop. What that leaves open is a power cut or a crash of the whole machine:
-it may take the last answers, never the file. WAL wants a local disk. Answers are never replaced: the first one stays.
+The invariant: an answer whose `put` returned is found by every later `get`, also after kill -9, and its tokens are in
+`spending`, also when the answer is pruned. The file is in WAL mode with synchronous=NORMAL: a commit hands its pages to
+the operating system, which outlives the process, but waits for no disk, so it takes microseconds of the event loop.
+What that leaves open is a power cut or a crash of the whole machine: it may take the last answers, never the file. WAL
+wants a local disk. Answers are never replaced: the first one stays. No request, header or key is ever stored.
 """
 
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from matryoshka.core.records import Messages, Sample, Sampling, content_key, from_json, to_json
+from matryoshka.core.records import Messages, Sample, Sampling, Usage, content_key, from_json, to_json
+from matryoshka.inference.accounts import FROM_ANSWERS, TABLES, Accounts, Spending, add
 
 APPLICATION_ID = 0x4D54524B  # in SQLite's header: this file is ours
-VERSION = 1
+VERSION = 2  # 1 had only the answers
 BUSY_S = 30.0
+
+_ANSWERS = (
+    "CREATE TABLE answers (key TEXT PRIMARY KEY, generator TEXT NOT NULL, sample TEXT NOT NULL,"
+    " created REAL NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)"
+)
 
 
 @dataclass(frozen=True)
 class CacheTotals:
-    """What one generator's answers in the cache have cost."""
+    """What one generator's answers in the cache have cost, and when (Unix time) they came."""
 
     answers: int
     prompt_tokens: int
     completion_tokens: int
+    first: float = field(default=0.0, compare=False)
+    last: float = field(default=0.0, compare=False)
 
 
 def answer_key(endpoint: str, model: str, messages: Messages, sampling: Sampling) -> str:
@@ -45,6 +54,7 @@ class ResponseCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._errors():
             self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
+        self._accounts = Accounts(self._db)
         try:
             with self._errors():
                 self._open()
@@ -55,20 +65,21 @@ class ResponseCache:
     def _open(self) -> None:
         """Check the file, or lay it out if it is empty, under the write lock: two processes may come at once."""
         self._db.execute("PRAGMA synchronous = NORMAL")
-        self._db.execute("BEGIN IMMEDIATE")
-        with self._db:  # commits, or rolls back on an error
+        with self._transaction():
             (application,) = self._db.execute("PRAGMA application_id").fetchone()
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             (num_tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
             if num_tables == 0 and application == 0:
-                self._db.execute(
-                    "CREATE TABLE answers (key TEXT PRIMARY KEY, generator TEXT NOT NULL, sample TEXT NOT NULL,"
-                    " created REAL NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)"
-                )
+                for statement in (_ANSWERS, *TABLES):
+                    self._db.execute(statement)
                 self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 self._db.execute(f"PRAGMA user_version = {VERSION}")
             elif application != APPLICATION_ID:
                 raise ValueError(f"{self.path}: an SQLite file of another program; choose another path for the cache")
+            elif version == 1:
+                for statement in (*TABLES, FROM_ANSWERS):
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version = {VERSION}")
             elif version != VERSION:
                 raise ValueError(
                     f"{self.path}: a response cache of version {version}, expected {VERSION}; choose another path"
@@ -81,35 +92,112 @@ class ResponseCache:
         """Return the answer under `key`, or None. Raises ValueError when the file is damaged."""
         with self._errors():
             row = self._db.execute("SELECT sample FROM answers WHERE key = ?", (key,)).fetchone()
-        if row is None:
-            return None
-        try:
-            return from_json(Sample, json.loads(row[0]))
-        except ValueError as err:
-            raise ValueError(f"{self.path}: the answer under key {key} is damaged: {err}") from err
+        return None if row is None else self._sample(key, row[0])
 
     def put(self, key: str, sample: Sample, generator: str = "") -> None:
-        """Keep the answer durably before returning; an answer that is there already stays.
+        """Keep the answer durably and add its tokens to `spending` before returning; it ends a claim of its key.
 
-        `generator` names who answered, for `totals`. Raises ValueError when the file cannot be written.
+        An answer that is there already stays. `generator` names who answered. Raises ValueError when the file cannot be
+        written.
         """
         text = json.dumps(to_json(sample))
         usage = sample.usage
         row = (key, generator, text, time.time(), usage.prompt_tokens, usage.completion_tokens)
-        with self._errors():
+        with self._errors(), self._transaction():
             self._db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
+            self._accounts.answered(generator, usage)
+            self._accounts.release(key)
+
+    # Requests on their way, and what was spent; see accounts.py.
+
+    def claim(self, key: str, generator: str = "") -> bool:
+        """Return whether `key` is now ours to ask: False while a living process, this one included, is asking it."""
+        with self._errors(), self._transaction():
+            return self._accounts.claim(key, generator)
+
+    def release(self, key: str) -> None:
+        """End the claim of `key`: it is not asked any more."""
+        with self._errors():
+            self._accounts.release(key)
+
+    def hold(self, key: str, generator: str, most: Usage, fits: Callable[[Usage], bool]) -> Usage | None:
+        """Hold `most` for the claimed `key` if `fits` takes all that is spent, held and asked for, and return None.
+
+        Otherwise hold nothing and return what others hold: no tokens if nothing is on its way that could cost less.
+        """
+        with self._errors(), self._transaction():
+            self._accounts.bury(generator)
+            known = self._accounts.spending(generator)
+            if not fits(add(add(known.spent, known.held), most)):
+                return known.held
+            self._accounts.hold(key, most)
+        return None
+
+    def unhold(self, key: str, generator: str, cost: Usage) -> None:
+        """End the hold of `key`, whose attempt brought no answer but may have cost `cost`."""
+        with self._errors(), self._transaction():
+            if cost != Usage():
+                self._accounts.lost(generator, cost)
+            self._accounts.hold(key, Usage())
+
+    def spending(self, generator: str) -> Spending:
+        """Return what `generator` was asked and at most cost; what a killed process held counts as lost."""
+        with self._errors(), self._transaction():
+            self._accounts.bury(generator)
+            return self._accounts.spending(generator)
 
     def totals(self) -> dict[str, CacheTotals]:
-        """Return the number of answers and their tokens by generator."""
+        """Return the number of answers, their tokens and their times by generator."""
         with self._errors():
             rows = self._db.execute(
-                "SELECT generator, count(*), sum(prompt_tokens), sum(completion_tokens) FROM answers"
-                " GROUP BY generator ORDER BY generator"
+                "SELECT generator, count(*), sum(prompt_tokens), sum(completion_tokens), min(created), max(created)"
+                " FROM answers GROUP BY generator ORDER BY generator"
             ).fetchall()
         return {generator: CacheTotals(*numbers) for generator, *numbers in rows}
 
+    def generators(self) -> list[str]:
+        """Return the names of all that were asked, those without an answer included."""
+        with self._errors():
+            rows = self._db.execute("SELECT generator FROM spent UNION SELECT generator FROM answers ORDER BY 1")
+            return [name for (name,) in rows.fetchall()]
+
+    def rows(self, generator: str | None = None) -> Iterator[tuple[str, str, float, Sample]]:
+        """Yield (key, generator, Unix time, answer), oldest first; of one generator if one is named."""
+        where, values = ("", ()) if generator is None else (" WHERE generator = ?", (generator,))
+        with self._errors():
+            columns = "key, generator, created, sample"
+            found = self._db.execute(f"SELECT {columns} FROM answers{where} ORDER BY created, key", values)
+            for key, name, created, text in found:
+                yield key, name, created, self._sample(key, text)
+
+    def prune(self, before: float, generator: str | None = None) -> int:
+        """Delete the answers that came before the Unix time `before`, give the space back and return their number.
+
+        What they cost stays in `spending`.
+        """
+        where, values = "created < ?", [before, *([] if generator is None else [generator])]
+        where += "" if generator is None else " AND generator = ?"
+        with self._errors():
+            count = self._db.execute(f"DELETE FROM answers WHERE {where}", values).rowcount
+            self._db.execute("VACUUM")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return count
+
     def close(self) -> None:
         self._db.close()
+
+    def _sample(self, key: str, text: str) -> Sample:
+        try:
+            return from_json(Sample, json.loads(text))
+        except ValueError as err:
+            raise ValueError(f"{self.path}: the answer under key {key} is damaged: {err}") from err
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Hold the write lock; commit at the end, or roll back on an error."""
+        self._db.execute("BEGIN IMMEDIATE")
+        with self._db:
+            yield
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

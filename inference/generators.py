@@ -1,9 +1,10 @@
-"""The black box behind an OpenAI-compatible endpoint: cached, retried, asked once.
+"""The black box behind OpenAI-compatible endpoints: cached, limited, budgeted, retried, asked once.
 
-A request goes out only if its answer is neither in the cache nor on its way. What may pass (busy, overloaded, cut off)
-is retried within bounds and then fails its episode with GeneratorError; what would fail every call (a wrong key, model
-or parameter) is a ValueError and stops the run. The invariant: an answer that was received is in the cache before
-anything else can run, so neither a cancellation nor a kill makes it be paid for twice.
+A request goes out only if its answer is neither in the cache nor on its way, from this process or another one that
+shares the cache. What may pass (busy, overloaded, cut off) is retried within bounds and then fails its episode with
+GeneratorError; what would fail every call (a wrong key, model or parameter) is a ValueError and stops the run. The
+invariant: an answer that was received is in the cache before anything else can run, so neither a cancellation nor a
+kill makes it be paid for twice. docs/generators.md has the table of what happens at each fault.
 """
 
 import asyncio
@@ -11,75 +12,43 @@ import difflib
 import json
 import logging
 import math
-import os
 import random
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from typing import Any
-
-import openai
-from openai import AsyncAzureOpenAI, AsyncOpenAI
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from matryoshka.core.protocols import GeneratorError
 from matryoshka.core.records import Messages, Sample, Sampling, Usage
 from matryoshka.inference.cache import ResponseCache, answer_key
+from matryoshka.inference.chat_api import (
+    AttemptError,
+    chat_body,
+    likely_tokens,
+    most_tokens,
+    parse_answer,
+    refusal,
+    remedy,
+)
+from matryoshka.inference.generator_config import GeneratorConfig as GeneratorConfig
+from matryoshka.inference.http_client import HttpClient, Reply, TransportError
+from matryoshka.inference.limits import backoff_s
+from matryoshka.inference.pool import Endpoint, Pool
+from matryoshka.inference.prices import is_same_model, load_prices, price_of
+from matryoshka.inference.spending import Budget, Purse
 
 logger = logging.getLogger(__name__)
 
-MAX_BACKOFF_S = 60.0
-MAX_RETRY_AFTER_S = 600.0  # a server that asks for more (a spent daily quota) fails the call at once
 CHECK_TIMEOUT_S = 20.0
-
-# A 400 about this one prompt fails its episode only. OpenAI and Azure give a code, other servers only words.
-_PROMPT_CODES = {"context_length_exceeded", "string_above_max_length", "invalid_prompt", "content_filter"}
-_PROMPT_WORDS = ("context length", "context size", "context window", "prompt is too long", "input token count")
-
-
-@dataclass(frozen=True)
-class GeneratorConfig:
-    """Where the black box answers and how patiently it is asked.
-
-    model: its name there; on Azure the name of the deployment. api_key_env: the environment variable that holds the
-    key, "" for a server that wants none. timeout_s: one attempt, from request to whole answer. backoff_s: the first
-    wait, doubled each time. concurrency: requests at a time, those that wait for a retry included. identity: what the
-    answers are kept under instead of base_url, for a server whose port is another one each time.
-    """
-
-    base_url: str
-    model: str
-    api_key_env: str = "OPENAI_API_KEY"
-    api: str = "openai"
-    api_version: str = ""
-    max_retries: int = 5
-    timeout_s: float = 120.0
-    concurrency: int = 64
-    backoff_s: float = 0.5
-    identity: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.base_url.startswith(("http://", "https://")):
-            raise ValueError(f"generator: base_url {self.base_url!r} must start with http:// or https://")
-        if not self.model:
-            raise ValueError("generator: model is empty; give the name that the endpoint serves")
-        if self.api not in ("openai", "azure"):
-            raise ValueError(f"generator: api {self.api!r} is unknown; choose 'openai' or 'azure'")
-        if (self.api == "azure") != bool(self.api_version):
-            raise ValueError(
-                f"generator: api {self.api!r} with api_version {self.api_version!r}; 'azure' needs one, such as "
-                "'2024-10-21', and 'openai' has none"
-            )
-        if self.max_retries < 0 or self.concurrency < 1 or self.timeout_s <= 0 or self.backoff_s < 0:
-            raise ValueError(
-                f"generator: max_retries {self.max_retries} and backoff_s {self.backoff_s} must not be negative, "
-                f"concurrency {self.concurrency} and timeout_s {self.timeout_s} must be positive"
-            )
+CLAIM_POLL_S = 0.2  # how often to look whether another process has its answer
 
 
 @dataclass
 class GeneratorStats:
-    """Counts since construction. HTTP requests sent = asked + retries; calls = asked + shared + cache_hits."""
+    """Counts since construction. HTTP requests sent = asked + retries; calls = asked + shared + cache_hits.
+
+    reasons: how often an attempt failed, by what the failure was.
+    """
 
     asked: int = 0
     shared: int = 0
@@ -88,6 +57,7 @@ class GeneratorStats:
     failures: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -98,57 +68,44 @@ class _Flight:
     waiters: int = 0
 
 
-class _BadAnswerError(Exception):
-    """A 200 that holds no answer."""
-
-
 class OpenAIGenerator:
-    """A core.protocols.Generator over one endpoint. One object lives in one event loop."""
+    """A core.protocols.Generator over one endpoint or several. One object lives in one event loop."""
 
-    def __init__(self, config: GeneratorConfig, cache: ResponseCache | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, config: GeneratorConfig, cache: ResponseCache | None = None, seed: int = 0, budget: Budget | None = None
+    ) -> None:
         """Make the client; nothing is sent. `seed` drives the jitter of the waits.
 
-        Raises ValueError when the environment variable that should hold the key is missing or empty.
+        Raises ValueError when an environment variable that should hold a key is missing or empty, or when the budget
+        cannot be kept; FileNotFoundError for a file of prices that is not there.
         """
-        key = os.environ.get(config.api_key_env, "").strip() if config.api_key_env else "none"
-        if not key:
-            raise ValueError(
-                f"generator: environment variable {config.api_key_env} holds no key for {config.base_url}; set it, "
-                'or set api_key_env to "" for a server that needs none'
-            )
         self.config = config
-        self.name = f"{config.model}@{config.identity or config.base_url}"
+        self.name = f"{config.model}@{config.where}"
         self.stats = GeneratorStats()
+        prices = load_prices(Path(config.prices) if config.prices else None)
+        self.price = price_of(prices, config.served_model or config.model)
+        self.purse = Purse(self.name, cache, self.price, budget or Budget())
+        self.endpoints = tuple(Endpoint(endpoint) for endpoint in (config.first_endpoint, *config.other_endpoints))
         self._cache = cache
+        self._extra = config.extra
         self._jitter = random.Random(seed)
-        self._slots = asyncio.Semaphore(config.concurrency)
         self._flights: dict[str, _Flight] = {}
-        self._client: AsyncOpenAI
-        if config.api == "azure":
-            self._client = AsyncAzureOpenAI(
-                azure_endpoint=config.base_url,
-                api_version=config.api_version,
-                api_key=key,
-                max_retries=0,
-                timeout=config.timeout_s,
-            )
-        else:
-            self._client = AsyncOpenAI(base_url=config.base_url, api_key=key, max_retries=0, timeout=config.timeout_s)
+        self._pool = Pool(self.endpoints)
+        self._client = HttpClient()
 
     async def complete(self, prompt: Messages, sampling: Sampling) -> Sample:
-        """Return the answer to `prompt`: from the cache, from an equal request on its way, or from the endpoint.
+        """Return the answer to `prompt`: from the cache, from an equal request on its way, or from an endpoint.
 
         The endpoint gets seed = sampling.seed + sampling.draw if temperature > 0, and no seed if it is 0. Raises
-        GeneratorError when this prompt cannot be answered, and ValueError when no prompt can: a wrong key or model.
+        GeneratorError when this prompt cannot be answered, ValueError when no prompt can (a wrong key or model), and
+        RunStopped when the answer could cross the budget.
         """
-        key = answer_key(self.config.identity or self.config.base_url, self.config.model, prompt, sampling)
-        if self._cache is not None and (found := self._cache.get(key)) is not None:
-            self.stats.cache_hits += 1
+        key = answer_key(self.config.where, self.config.model, prompt, sampling)
+        if (found := self._find(key)) is not None:
             return found
         flight = self._flights.get(key)
         if flight is None:
-            self.stats.asked += 1
-            flight = self._flights[key] = _Flight(asyncio.create_task(self._ask(key, prompt, sampling)))
+            flight = self._flights[key] = _Flight(asyncio.create_task(self._answer(key, prompt, sampling)))
         else:
             self.stats.shared += 1
         flight.waiters += 1
@@ -162,39 +119,17 @@ class OpenAIGenerator:
                     del self._flights[key]
 
     async def check(self) -> None:
-        """Return if the endpoint answers, takes the key and serves the model.
+        """Return if an endpoint answers, takes the key and serves the model; those that do not are retired.
 
         An endpoint without a list of models (404, 405 or 501) passes, and on Azure, whose list holds no deployments,
-        only the key is checked. Raises ValueError naming the endpoint otherwise.
+        only the key is checked. Raises ValueError naming the endpoints if none is left.
         """
-        try:
-            async with asyncio.timeout(min(CHECK_TIMEOUT_S, self.config.timeout_s)):
-                raw = await self._client.models.with_raw_response.list()
-        except openai.APIStatusError as err:
-            if err.status_code in (404, 405, 501):
-                return
-            raise ValueError(self._refusal(err)) from err
-        except (openai.APIConnectionError, TimeoutError) as err:
-            raise ValueError(
-                f"generator: no answer from {self.config.base_url} ({_reason(err)}); is the server running, and is "
-                "base_url right?"
-            ) from err
-        if self.config.api == "azure":
-            return
-        try:
-            served = [row["id"] for row in json.loads(raw.http_response.text)["data"]]
-            names = {str(name).removeprefix("models/") for name in served}  # Gemini lists models/NAME and takes NAME
-        except (ValueError, KeyError, TypeError) as err:
-            raise ValueError(
-                f"generator: {self.config.base_url} answers, but not with OpenAI's list of models; base_url usually "
-                "ends in /v1"
-            ) from err
-        if self.config.model.removeprefix("models/") not in names:
-            nearest = difflib.get_close_matches(self.config.model, sorted(names), n=5, cutoff=0.0)
-            raise ValueError(
-                f"generator: model {self.config.model!r} is not served at {self.config.base_url}; nearest of "
-                f"{len(names)}: {', '.join(nearest) or 'none'}"
-            )
+        problems = await asyncio.gather(*(self._problem(endpoint) for endpoint in self.endpoints))
+        if all(problems):
+            raise ValueError("\n".join(problems))
+        for endpoint, problem in zip(self.endpoints, problems, strict=True):
+            if problem:
+                self._pool.retire(endpoint, problem)
 
     async def aclose(self) -> None:
         """Cancel what is on its way and close the connections."""
@@ -202,115 +137,170 @@ class OpenAIGenerator:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._client.close()
+        await self._client.aclose()
+
+    async def _answer(self, key: str, prompt: Messages, sampling: Sampling) -> Sample:
+        """Return the answer, asked for by us or by another process that shares the cache; raises as `complete` does."""
+        if self._cache is None:
+            return await self._ask(key, prompt, sampling)
+        while not self._cache.claim(key, self.name):
+            await asyncio.sleep(CLAIM_POLL_S)
+            if (found := self._find(key)) is not None:
+                return found
+        try:
+            found = self._find(key)  # it may have come between our look and our claim
+            return found if found is not None else await self._ask(key, prompt, sampling)
+        finally:
+            self._cache.release(key)
 
     async def _ask(self, key: str, prompt: Messages, sampling: Sampling) -> Sample:
-        """Return the endpoint's answer after putting it in the cache; see `complete` for what is raised."""
-        # A request keeps its slot while it waits for a retry: an overloaded endpoint is then asked less, not more.
-        async with self._slots:
-            for attempt in range(self.config.max_retries + 1):
+        """Return an endpoint's answer after putting it in the cache; raises as `complete` does."""
+        self.stats.asked += 1
+        tokens, deadline = likely_tokens(prompt, sampling), math.inf
+        attempts = failures = 0
+        while True:
+            # A request keeps its place while it waits for a retry: an overloaded endpoint is asked less, not more.
+            async with self._pool.lease(tokens) as lease:
+                endpoint = lease.endpoint
+                deadline = min(deadline, time.monotonic() + self.config.total_timeout_s)
+                attempts += 1
                 try:
-                    async with asyncio.timeout(self.config.timeout_s):
-                        raw = await self._send(prompt, sampling)
-                        # No await from here to the return: what was received is kept before anything can cancel us.
-                        sample = _parse_answer(raw.http_response.text)
-                        self._keep(key, sample)
-                        return sample
-                except openai.APIStatusError as err:
-                    self._raise_if_final(err)
-                    reason, asked_wait_s = f"{err.status_code} {err.message}", _retry_after_s(err.response.headers)
-                except (openai.APIConnectionError, TimeoutError, _BadAnswerError) as err:
-                    reason, asked_wait_s = _reason(err), 0.0
-                if attempt == self.config.max_retries or asked_wait_s > MAX_RETRY_AFTER_S:
-                    break
-                wait_s = min(MAX_BACKOFF_S, self.config.backoff_s * 2.0**attempt) * self._jitter.uniform(0.5, 1.0)
-                wait_s += asked_wait_s
-                logger.info("%s: %s; retry %d in %.1f s", self.name, reason, attempt + 1, wait_s)
-                self.stats.retries += 1
-                await asyncio.sleep(wait_s)
-            self.stats.failures += 1
-            wait = f"; the server asks to wait {asked_wait_s:g} s" if asked_wait_s > MAX_RETRY_AFTER_S else ""
-            raise GeneratorError(f"{self.name}: no answer after {attempt + 1} attempts, at last: {reason}{wait}")
+                    sample = await self._attempt(endpoint, key, prompt, sampling, deadline)
+                    lease.used = sample.usage.prompt_tokens + sample.usage.completion_tokens
+                    return sample
+                except AttemptError as err:
+                    self.stats.reasons[f"HTTP {err.status}" if err.status else err.reason.partition(":")[0]] += 1
+                    if err.blame == "endpoint":
+                        self._pool.retire(endpoint, self._refused(endpoint, err))
+                        if self._pool.alive:
+                            self.stats.retries += 1
+                            continue  # another one takes it, and it counts as no failure of the request
+                    if err.blame != "passing":
+                        self.stats.failures += 1
+                        if err.blame == "prompt":
+                            raise GeneratorError(f"{self.name}: the prompt is refused: {err.reason}") from err
+                        raise ValueError(self._refused(endpoint, err)) from err
+                    # A server that says when to come back is obeyed until total_timeout_s; it has not failed.
+                    failures += err.retry_after_s == 0
+                    wait = backoff_s(max(0, failures - 1), self.config.backoff_s, self._jitter)
+                    others = any(other.is_free for other in self._pool.alive if other is not endpoint)
+                    whole_wait = wait if others else max(wait, err.retry_after_s)
+                    is_late = whole_wait > deadline - time.monotonic()
+                    if is_late or failures > self.config.max_retries:
+                        self.stats.failures += 1
+                        raise GeneratorError(self._exhausted(attempts, err, is_late)) from err
+                    logger.info("%s: %s; retry %d in %.1f s", self.name, err.reason, attempts, whole_wait)
+                    await asyncio.sleep(wait)  # the rest of what the server asked for, the pool waits
+            self.stats.retries += 1
 
-    async def _send(self, prompt: Messages, sampling: Sampling) -> Any:
-        request: dict[str, Any] = {
-            "model": self.config.model,
-            "messages": [{"role": message.role, "content": message.content} for message in prompt],
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_tokens,
-        }
-        if sampling.stop:
-            request["stop"] = list(sampling.stop)
-        if sampling.temperature > 0:
-            request["seed"] = sampling.seed + sampling.draw
-        return await self._client.chat.completions.with_raw_response.create(**request)
-
-    def _keep(self, key: str, sample: Sample) -> None:
+    async def _attempt(
+        self, endpoint: Endpoint, key: str, prompt: Messages, sampling: Sampling, deadline: float
+    ) -> Sample:
+        """Return the answer to one request, kept. Raises AttemptError, what it may have cost being accounted for."""
+        config, most = self.config, most_tokens(prompt, sampling)
+        body = chat_body(endpoint.model, prompt, sampling, config.length_key, config.omit, self._extra)
+        await self.purse.hold(key, most)
+        sent_at = time.monotonic()
+        timeout_s = min(config.timeout_s, max(0.0, deadline - sent_at))
+        endpoint.stats.sent += 1
+        try:
+            reply = await self._client.request(
+                "POST", endpoint.chat_url, endpoint.headers, body, timeout_s, endpoint.proxy
+            )
+            # No await from here to the return: what was received is kept before anything can cancel us.
+            sample = self._sample(endpoint, replace(reply, text=endpoint.hide(reply.text)))
+        except TransportError as err:
+            error = AttemptError(endpoint.hide(str(err)), "passing", None if err.sent else Usage())
+            self._failed(endpoint, error, key, most, sent_at)
+            raise error from err
+        except AttemptError as err:
+            self._failed(endpoint, err, key, most, sent_at)
+            raise
+        except asyncio.CancelledError:
+            self.purse.settle(key, most)  # it was sent, and may be billed though nobody waits for it any more
+            raise
+        endpoint.succeeded()
         self.stats.prompt_tokens += sample.usage.prompt_tokens
         self.stats.completion_tokens += sample.usage.completion_tokens
         if self._cache is not None:
             self._cache.put(key, sample, self.name)
+        self.purse.settled()
+        return sample
 
-    def _raise_if_final(self, err: openai.APIStatusError) -> None:
-        """Raise what a retry cannot mend: GeneratorError about this prompt, ValueError about every call."""
-        status = err.status_code
-        passing = status in (408, 409, 429) or status >= 500
-        if passing and err.code != "insufficient_quota":  # OpenAI's 429 for an account without money
-            return
-        self.stats.failures += 1
-        about_prompt = err.code in _PROMPT_CODES or any(word in err.message.lower() for word in _PROMPT_WORDS)
-        if status == 413 or (status == 400 and about_prompt):
-            raise GeneratorError(f"{self.name}: the prompt is refused: {status} {err.message}") from err
-        raise ValueError(self._refusal(err)) from err
+    def _find(self, key: str) -> Sample | None:
+        found = None if self._cache is None else self._cache.get(key)
+        self.stats.cache_hits += found is not None
+        return found
 
-    def _refusal(self, err: openai.APIStatusError) -> str:
-        remedies = {
-            401: f"check the key in {self.config.api_key_env or 'api_key_env (none is set)'}",
-            403: f"check what the key in {self.config.api_key_env or 'api_key_env (none is set)'} may use",
-            404: "check that base_url is right (it usually ends in /v1) and that the model is served there",
-            429: "the account has no quota left: add to it, then start again",
-        }
-        remedy = remedies.get(err.status_code, "check base_url, model and the sampling parameters")
-        if err.status_code >= 500:
-            remedy = "wait until the server is well and start again"
-        return (
-            f"generator: {self.config.base_url} refused model {self.config.model!r}: {err.status_code} "
-            f"{err.message}; {remedy}"
-        )
+    def _sample(self, endpoint: Endpoint, reply: Reply) -> Sample:
+        """Return the sample that `reply` holds. Raises AttemptError for anything but an answer of our model."""
+        if reply.status != 200:
+            raise refusal(reply)
+        answer = parse_answer(reply.text)
+        names = [name for name in (self.config.served_model, endpoint.model) if name]
+        # A deployment's name on Azure says nothing about its model.
+        is_ours = endpoint.is_azure and not self.config.served_model
+        is_ours = is_ours or not answer.model or any(is_same_model(name, answer.model) for name in names)
+        if not is_ours:
+            reason = f"the answer is from model {answer.model!r}"
+            raise AttemptError(reason, "endpoint", answer.sample.usage, status=200)
+        return answer.sample
 
+    def _failed(self, endpoint: Endpoint, err: AttemptError, key: str, most: Usage, sent_at: float) -> None:
+        """Account for an attempt without an answer: its cost, and its endpoint's health."""
+        self.purse.settle(key, most if err.cost is None else err.cost)
+        endpoint.stats.failed += 1
+        if err.blame == "passing":
+            # A wait that no call could sit out (a spent daily quota) is no pause: each call fails by itself.
+            pause_s = err.retry_after_s if err.retry_after_s <= self.config.total_timeout_s else 0.0
+            endpoint.failed(sent_at, pause_s, alone=len(self._pool.alive) == 1)
 
-def _parse_answer(text: str) -> Sample:
-    """Return the Sample that a 200's body holds. Raises _BadAnswerError when it holds none."""
-    try:
-        data = json.loads(text)
-        choice = data["choices"][0]
-        content, finish_reason = choice["message"]["content"], choice.get("finish_reason") or "stop"
-        usage = data.get("usage") or {}
-        tokens = Usage(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as err:
-        raise _BadAnswerError(f"the answer holds no choice with a message ({text[:200]!r})") from err
-    if not isinstance(content, str):
-        raise _BadAnswerError(f"the message has no content (finish_reason {finish_reason!r})")
-    return Sample(content, str(finish_reason), usage=tokens)
+    def _exhausted(self, attempts: int, err: AttemptError, is_late: bool) -> str:
+        text = f"{self.name}: no answer after {attempts} attempts, at last: {err.reason}"
+        if is_late:
+            asks = f"the server asks to wait {err.retry_after_s:g} s, and " if err.retry_after_s else ""
+            text += f"; {asks}the next attempt would begin after total_timeout_s ({self.config.total_timeout_s:g} s)"
+        return text
 
+    def _refused(self, endpoint: Endpoint, err: AttemptError) -> str:
+        what = f"refused model {endpoint.model!r}: {err.reason}; {remedy(err.status, endpoint.key_name)}"
+        if err.status == 200:
+            what = f"was asked for model {endpoint.model!r}, but {err.reason}; "
+            what += "if that is the one that you mean, set [generator] served_model to its name"
+        return f"generator: {endpoint.base_url} {what}"
 
-def _retry_after_s(headers: Mapping[str, str]) -> float:
-    """Return the seconds that Retry-After asks for, as a number or as a date; 0 without it."""
-    value = headers.get("retry-after", "")
-    try:
-        seconds = float(value)
-    except ValueError:
+    async def _problem(self, endpoint: Endpoint) -> str:
+        """Return why `endpoint` cannot answer, "" if it can as far as its list of models tells."""
+        timeout_s = min(CHECK_TIMEOUT_S, self.config.timeout_s)
         try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return 0.0
-    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
-
-
-def _reason(err: BaseException) -> str:
-    if isinstance(err, TimeoutError | openai.APITimeoutError):
-        return "timed out"
-    if isinstance(err, openai.APIConnectionError):  # its own text is only "Connection error."
-        return f"connection failed: {err.__cause__ or err}"
-    return str(err)
+            reply = await self._client.request(
+                "GET", endpoint.models_url, endpoint.headers, None, timeout_s, endpoint.proxy
+            )
+        except TransportError as err:
+            reason = endpoint.hide(str(err))
+            return (
+                f"generator: no answer from {endpoint.base_url} ({reason}); is the server running, and is base_url "
+                "right?"
+            )
+        if reply.status in (404, 405, 501):
+            return ""
+        text = endpoint.hide(reply.text)
+        if reply.status != 200:
+            return self._refused(endpoint, refusal(replace(reply, text=text)))
+        if endpoint.is_azure:
+            return ""
+        try:
+            served = [row["id"] for row in json.loads(text)["data"]]
+            names = {str(name).removeprefix("models/") for name in served}  # Gemini lists models/NAME and takes NAME
+        except (ValueError, KeyError, TypeError):
+            return (
+                f"generator: {endpoint.base_url} answers, but not with OpenAI's list of models; base_url usually ends "
+                "in /v1"
+            )
+        if endpoint.model.removeprefix("models/") in names:
+            return ""
+        nearest = difflib.get_close_matches(endpoint.model, sorted(names), n=5, cutoff=0.0)
+        return (
+            f"generator: model {endpoint.model!r} is not served at {endpoint.base_url}; nearest of {len(names)}: "
+            f"{', '.join(nearest) or 'none'}"
+        )

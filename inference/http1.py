@@ -26,6 +26,7 @@ IDLE_S = 75.0  # a kept-alive connection without a request
 TRANSFER_S = 60.0  # one request coming in, or one answer going out
 LINGER_S = 2.0
 GRACE_S = 30.0
+BACKLOG = 2048  # connections that may come at the same moment; the default of 100 makes the others wait a second
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _SINGLE = ("authorization", "content-length", "host")  # two of these would leave the meaning open
@@ -94,7 +95,7 @@ async def serve_http(handler: Handler, host: str, port: int, ready: Callable[[in
         task.add_done_callback(lambda task: connections.pop(task))
 
     try:
-        server = await asyncio.start_server(accept, host, port)
+        server = await asyncio.start_server(accept, host, port, backlog=BACKLOG)
     except (OSError, OverflowError) as err:
         raise ValueError(f"serve: cannot listen on {host}:{port} ({err}); choose another, or port 0 for any") from err
     watched = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()

@@ -26,7 +26,7 @@ from rich.text import Text
 from matryoshka.scripts.convert import smollm2_gguf
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNTIME = ("torch", "safetensors", "tokenizers", "numpy", "openai", "tyro", "rich", "jinja2")
+RUNTIME = ("torch", "safetensors", "tokenizers", "numpy", "aiohttp", "tyro", "rich", "jinja2")
 # Import name -> the extra that brings it.
 OPTIONAL = {
     "triton": "cuda",
@@ -45,6 +45,7 @@ OPTIONAL = {
     "rouge_score": "lamp",
     "sacrebleu": "lamp",
     "sklearn": "lamp",
+    "openai": "test",
     "transformers": "test",
     "peft": "test",
     "trl": "test",

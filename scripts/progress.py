@@ -32,6 +32,8 @@ class Progress:
         self._shown = now
         elapsed = now - self.started
         left = elapsed / done * (self.total - done) if done else 0.0
-        line = f"{self.label} {done}/{self.total} {text} [{elapsed:.0f} s, {left:.0f} s left]"
+        per_s = done / elapsed if elapsed else 0.0
+        rate = f"{per_s:.1f}/s" if per_s >= 1 else f"{60 * per_s:.1f}/min"
+        line = f"{self.label} {done}/{self.total} {text} [{elapsed:.0f} s, {rate}, {left:.0f} s left]"
         sys.stderr.write(f"\r\x1b[K{line}" if self._live else line + "\n")
         sys.stderr.flush()

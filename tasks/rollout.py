@@ -3,7 +3,8 @@
 At most `limit` episodes are in flight, each a coroutine of its task, so a slow call delays nobody. A journal keyed by
 content makes a run resumable: what is recorded is read back, never run again. An episode whose black-box call failed
 for good (verdict "failed") is returned but not recorded as done, so that a resumed run tries it again; too many of
-them stop the run.
+them stop the run. A spent budget, or the user's wish to stop, ends the run in order: no episode begins, those in flight
+go on as far as they can and are recorded.
 """
 
 import asyncio
@@ -12,11 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from matryoshka.core.files import Journal
-from matryoshka.core.protocols import Controller, Generator, GeneratorError, Task
+from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped, Task
 from matryoshka.core.records import Example, RolloutSettings, Trajectory, content_key, from_json, to_json
 
 # A share of failed episodes says something only after this many.
 MIN_EPISODES = 20
+SYNC_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,14 @@ async def run_rollouts(
     limit: int,
     on_done: Callable[[Job, Trajectory], None] | None = None,
     max_failed_share: float = 0.2,
+    stop: asyncio.Event | None = None,
 ) -> list[Trajectory]:
     """Return the trajectories of `jobs`, in their order, running those that `journal` does not hold.
 
     limit: episodes in flight. on_done is called once for every episode that ends in this call, not for those read back.
-    Any exception other than GeneratorError cancels the episodes in flight and is raised; those that had ended are
-    recorded. Raises GeneratorError when more than `max_failed_share` of at least MIN_EPISODES ended episodes failed;
+    Any exception other than GeneratorError and RunStopped cancels the episodes in flight and is raised; those that had
+    ended are recorded. Raises GeneratorError when more than `max_failed_share` of at least MIN_EPISODES ended episodes
+    failed; RunStopped, once all in flight have ended, when an episode raised it or `stop` was set before all were done;
     ValueError for a limit below 1 or two jobs with one key.
     """
     if limit < 1:
@@ -62,17 +66,24 @@ async def run_rollouts(
         raise ValueError(f"rollouts: {count} jobs have the key {key}; give each its own `draw` in the settings")
     done = {job.key: _recorded(journal, job.key) for job in jobs if job.key in journal.rows}
     failed: list[Trajectory] = []
+    stopped: list[RunStopped] = []
     ended = 0
 
     async def work(queue: Iterator[Job]) -> None:
         nonlocal ended
         for job in queue:
-            trajectory = await _episode(task, job, controller, generator)
+            if stopped or (stop is not None and stop.is_set()):
+                return
+            try:
+                trajectory = await _episode(task, job, controller, generator)
+            except RunStopped as err:
+                stopped.append(err)
+                return
             ended += 1
             if trajectory.info.get("verdict") == "failed":
                 failed.append(trajectory)
             else:
-                journal.append(job.key, {"trajectory": to_json(trajectory)})
+                journal.append(job.key, {"trajectory": to_json(trajectory)}, sync=False)
             done[job.key] = trajectory
             if on_done is not None:
                 on_done(job, trajectory)
@@ -81,13 +92,31 @@ async def run_rollouts(
 
     pending = [job for job in jobs if job.key not in done]
     queue = iter(pending)
+    syncing = asyncio.create_task(_keep_synced(journal))
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(min(limit, len(pending))):
                 group.create_task(work(queue))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from errors
+    finally:
+        syncing.cancel()
+        journal.sync()
+    if stopped:
+        raise stopped[0]
+    if len(done) < len(jobs):
+        raise RunStopped(f"rollouts: stopped with {len(done)} of {len(jobs)} episodes done, all of them recorded")
     return [done[job.key] for job in jobs]
+
+
+async def _keep_synced(journal: Journal) -> None:
+    """Sync the journal to its disk as it grows, in a thread: all episodes would wait for it otherwise."""
+    synced = len(journal.rows)
+    while True:
+        await asyncio.sleep(SYNC_S)
+        if synced < len(journal.rows):
+            synced = len(journal.rows)
+            await asyncio.to_thread(journal.sync)
 
 
 async def _episode(task: Task, job: Job, controller: Controller, generator: Generator) -> Trajectory:

@@ -221,3 +221,37 @@ def test_a_field_that_toml_cannot_carry_is_a_programming_error() -> None:
         to_toml(Bad())
     with pytest.raises(TypeError, match="AlsoBad.clip: the default of an Optional must be None"):
         to_toml(AlsoBad())
+
+
+@dataclass(frozen=True)
+class Row:
+    url: str
+    limit: int = 0
+    inner: Trainer = Trainer()
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str = "t"
+    rows: tuple[Row, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tables:
+    table: Table = Table()
+
+
+def test_arrays_of_tables_go_in_and_out(tmp_path: Path) -> None:
+    """Oracle: the dataclasses written out by hand, the file that comes back, and the key path of each mistake."""
+    text = '[table]\n[[table.rows]]\nurl = "a"\n[[table.rows]]\nurl = "b"\nlimit = 3\n[table.rows.inner]\nepochs = 2\n'
+    config = load_toml(Tables, write(tmp_path, text))
+    assert config == Tables(Table("t", (Row("a"), Row("b", 3, Trainer(epochs=2)))))
+    assert load_toml(Tables, write(tmp_path, to_toml(config))) == config
+    assert load_toml(Tables, write(tmp_path, to_toml(Tables()))) == Tables()
+    changed = Tables(Table("t", (Row("a"), Row("c", 3, Trainer(epochs=2)))))
+    assert diff(config, changed) == ['table.rows[1].url: "b" -> "c"']
+    assert diff(config, config) == [] != diff(config, Tables())
+    with pytest.raises(ValueError, match=r"table\.rows\[1\]\.limt: unknown key; did you mean .*\[1\]\.limit'"):
+        load_toml(Tables, write(tmp_path, '[[table.rows]]\nurl = "a"\n[[table.rows]]\nurl = "b"\nlimt = 3\n'))
+    with pytest.raises(ValueError, match="rows: expected an array of tables, got str"):
+        load_toml(Tables, write(tmp_path, '[table]\nrows = "a"\n'))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from matryoshka.core.records import Message, Sample, Sampling, Usage
+from matryoshka.inference.accounts import Spending
 from matryoshka.inference.cache import CacheTotals, ResponseCache, answer_key
 
 PROMPT = (Message("system", "be brief"), Message("user", "2 + 2 = \u2753"))
@@ -176,3 +177,46 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot use the response cache") as caught:
         ResponseCache(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_cache_of_version_1_is_taken_over(tmp_path: Path) -> None:
+    """Oracle: the tables of version 1 written by hand; answers stay, and what they cost is known."""
+    path = tmp_path / "c"
+    with sqlite3.connect(path) as db:
+        db.execute(
+            "CREATE TABLE answers (key TEXT PRIMARY KEY, generator TEXT NOT NULL, sample TEXT NOT NULL,"
+            " created REAL NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)"
+        )
+        for key in "ab":
+            db.execute("INSERT INTO answers VALUES (?, 'm@u', ?, 1.0, 11, 3)", (key, json.dumps({"text": key})))
+        db.execute(f"PRAGMA application_id = {0x4D54524B}")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    for _ in range(2):
+        cache = ResponseCache(path)
+        assert cache.get("b") == Sample("b") and cache.claim("k", "m@u")
+        cache.release("k")
+        assert cache.spending("m@u") == Spending(2, Usage(22, 6))
+        cache.close()
+
+
+def test_pruned_answers_stay_paid_for(tmp_path: Path) -> None:
+    """Oracle: by hand. Old answers of one generator go; what all cost is still known, and the file shrinks."""
+    path = tmp_path / "c"
+    cache = ResponseCache(path)
+    for i in range(60):
+        cache.put(f"a{i}", replace(SAMPLE, text="x" * 5000), "a")
+        cache.put(f"b{i}", SAMPLE, "b")
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE answers SET created = 100 + CAST(substr(key, 2) AS INTEGER)")
+    db.close()
+    assert [key for key, *_ in cache.rows("b")] == [f"b{i}" for i in range(60)]  # oldest first
+    cache.prune(0.0)
+    before = path.stat().st_size
+    assert cache.prune(150.0, "a") == 50
+    assert cache.totals() == {"a": CacheTotals(10, 110, 30), "b": CacheTotals(60, 660, 180)}
+    assert (cache.totals()["a"].first, cache.totals()["a"].last) == (150.0, 159.0)
+    assert cache.spending("a") == Spending(60, Usage(660, 180))
+    assert cache.get("a49") is None and cache.get("a50") is not None and cache.get("b0") == SAMPLE
+    assert path.stat().st_size < before / 2
+    assert cache.prune(1e12) == 70 and cache.generators() == ["a", "b"]

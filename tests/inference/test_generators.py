@@ -6,8 +6,6 @@ The oracle throughout is the server's own list of requests that it saw: what was
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -15,112 +13,11 @@ from typing import Any
 import pytest
 
 from matryoshka.core.protocols import Generator, GeneratorError
-from matryoshka.core.records import Message, Sample, Sampling, Usage
+from matryoshka.core.records import Sample, Sampling, Usage
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
-
-PROMPT = (Message("system", "be brief"), Message("user", "2 + 2?"))
-GREEDY = Sampling(max_tokens=8)
-
-
-def answer(content: Any = "four", finish_reason: str = "stop") -> str:
-    choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": finish_reason}
-    usage = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
-    return json.dumps({"id": "x", "object": "chat.completion", "created": 0, "choices": [choice], "usage": usage})
-
-
-def failure(message: str, code: str | None = None) -> str:
-    return json.dumps({"error": {"message": message, "type": "t", "param": None, "code": code}})
-
-
-OK = (200, answer())
-
-
-class Endpoint:
-    """Answers request i with script[i], then with OK: (status, body), (status, body, headers), "drop" or "hang"."""
-
-    def __init__(self, *script: Any, models: Any = ("m", "model-b")) -> None:
-        self.script = list(script)
-        self.models = models
-        self.seen: list[dict[str, Any]] = []  # bodies of the requests for answers
-        self.heads: list[str] = []
-        self.times: list[float] = []
-        self.gate: asyncio.Event | None = None
-        self.running = self.most_running = 0
-        self.url = ""
-
-    async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-                sizes = [line for line in head.split("\r\n") if line.startswith("content-length:")]
-                body = await reader.readexactly(int(sizes[0].split(":")[1])) if sizes else b""
-                self.heads.append(head)
-                if "/models" in head.splitlines()[0]:
-                    reply = self.models
-                    if isinstance(reply, tuple) and isinstance(reply[0], str):
-                        reply = (200, json.dumps({"data": [{"id": name} for name in reply]}))
-                else:
-                    reply = await self.completion(json.loads(body))
-                if reply == "drop":
-                    return
-                if reply == "hang":
-                    await reader.read()  # until the client gives up
-                    return
-                status, text, headers = (*reply, {}) if len(reply) == 2 else reply
-                lines = [
-                    f"HTTP/1.1 {status} X",
-                    f"Content-Length: {len(text.encode())}",
-                    "Content-Type: application/json",
-                ]
-                lines += [f"{name}: {value}" for name, value in headers.items()]
-                writer.write(("\r\n".join(lines) + "\r\n\r\n" + text).encode())
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
-
-    async def completion(self, body: dict[str, Any]) -> Any:
-        self.seen.append(body)
-        self.times.append(time.monotonic())
-        reply = self.script.pop(0) if self.script else OK
-        self.running += 1
-        self.most_running = max(self.most_running, self.running)
-        if self.gate is not None:
-            await self.gate.wait()
-        self.running -= 1
-        return reply
-
-    @asynccontextmanager
-    async def up(self) -> AsyncIterator["Endpoint"]:
-        server = await asyncio.start_server(self.connection, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-        try:
-            yield self
-        finally:
-            server.close()
-
-
-def run(
-    endpoint: Endpoint,
-    scene: Callable[[OpenAIGenerator], Awaitable[None]],
-    cache: ResponseCache | None = None,
-    **settings: Any,
-) -> OpenAIGenerator:
-    async def main() -> OpenAIGenerator:
-        async with endpoint.up():
-            config = GeneratorConfig(
-                **{"base_url": endpoint.url, "model": "m", "api_key_env": "", "backoff_s": 0.001, **settings}
-            )
-            generator = OpenAIGenerator(config, cache)
-            try:
-                await scene(generator)
-            finally:
-                await generator.aclose()
-            return generator
-
-    return asyncio.run(main())
+from matryoshka.inference.http_client import HttpClient, Reply
+from matryoshka.tests.inference.endpoint import GREEDY, PROMPT, Endpoint, answer, failure, run
 
 
 def test_request_and_answer() -> None:
@@ -209,7 +106,7 @@ def test_a_hanging_server_is_timed_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "trouble, reason", [((500, failure("boom")), "500.*boom"), ("drop", "failed"), ("hang", "timed")]
+    "trouble, reason", [((500, failure("boom")), "500.*boom"), ("drop", "connection broke"), ("hang", "timed")]
 )
 def test_exhausted_retries_fail_the_episode(trouble: Any, reason: str) -> None:
     """Oracle: max_retries + 1 requests, then GeneratorError with model, count and last reason; nothing in the cache."""
@@ -235,6 +132,17 @@ def test_retry_after_is_waited_out(as_date: bool) -> None:
 
     run(endpoint, scene)
     assert endpoint.times[1] - endpoint.times[0] >= 0.5
+
+
+def test_a_server_that_says_when_to_come_back_has_not_failed() -> None:
+    """Oracle: the count: with no retry allowed, three 429 with a wait and then an answer are four requests."""
+    endpoint = Endpoint(*[(429, failure("slow down"), {"Retry-After": "0.05"})] * 3)
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        assert (await generator.complete(PROMPT, GREEDY)).text == "four"
+
+    run(endpoint, scene, max_retries=0)
+    assert len(endpoint.seen) == 4
 
 
 def test_a_wait_of_hours_fails_at_once() -> None:
@@ -416,21 +324,23 @@ def test_an_answer_received_is_kept_though_its_caller_is_cancelled(
     A cancellation strikes at a task's next await: with one between the receipt and `put`, the cache would be empty.
     """
     endpoint, path = Endpoint(), tmp_path / "c"
-    send = OpenAIGenerator._send
+    request = HttpClient.request
     callers: list[asyncio.Task[Sample]] = []
+    ours: list[OpenAIGenerator] = []
 
-    async def send_then_cancel_all(self: OpenAIGenerator, prompt: Any, sampling: Sampling) -> Any:
-        raw = await send(self, prompt, sampling)
-        for task in (*callers, *(flight.task for flight in self._flights.values())):
+    async def request_then_cancel_all(self: HttpClient, *arguments: Any) -> Reply:
+        reply = await request(self, *arguments)
+        for task in (*callers, *(flight.task for flight in ours[0]._flights.values())):
             task.cancel()
-        return raw
+        return reply
 
     async def scene(generator: OpenAIGenerator) -> None:
+        ours.append(generator)
         callers.append(asyncio.create_task(generator.complete(PROMPT, GREEDY)))
         await asyncio.wait(callers)
         assert callers[0].cancelled()
 
-    monkeypatch.setattr(OpenAIGenerator, "_send", send_then_cancel_all)
+    monkeypatch.setattr(HttpClient, "request", request_then_cancel_all)
     run(endpoint, scene, ResponseCache(path))
     monkeypatch.undo()
     assert list(ResponseCache(path).totals()) == [f"m@{endpoint.url}"]

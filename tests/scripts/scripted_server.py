@@ -44,7 +44,9 @@ class Handler(BaseHTTPRequestHandler):
         text = program(json.loads(body)["messages"][-1]["content"], self.answers)
         message = {"role": "assistant", "content": text}
         usage = {"prompt_tokens": 7, "completion_tokens": 5}
-        self._send({"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage})
+        # Some servers do tell what they were told: a client that keeps it would keep the key.
+        told = self.headers.get("Authorization", "")
+        self._send({"id": told, "choices": [{"message": message, "finish_reason": "stop"}], "usage": usage})
 
     def _send(self, value: dict[str, Any]) -> None:
         data = json.dumps(value).encode()

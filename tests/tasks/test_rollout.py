@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from matryoshka.core.files import Journal
-from matryoshka.core.protocols import Controller, Generator, GeneratorError
+from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped
 from matryoshka.core.records import (
     Example,
     Messages,
@@ -205,6 +205,44 @@ def test_failures_within_the_allowed_share_do_not_stop_the_run(tmp_path: Path) -
 
     _, runs = drive(every_fifth, tmp_path / "j", limit=1)
     assert sum(run.info["verdict"] == "failed" for run in runs) == 8
+
+
+def test_a_spent_budget_lets_the_others_end(tmp_path: Path) -> None:
+    """Oracle: of eight in flight the third is refused; the other seven end and are recorded, and none begins after."""
+
+    async def third_is_refused(example: Example) -> str:
+        await asyncio.sleep(0.01)
+        if example.id == "2":
+            raise RunStopped("the budget")
+        await asyncio.sleep(0.05)
+        return "right"
+
+    with pytest.raises(RunStopped, match="the budget"):
+        drive(third_is_refused, tmp_path / "j")
+    assert sorted(keys(tmp_path / "j")) == sorted(f"k{i}" for i in range(8) if i != 2)
+    assert len(drive(right, tmp_path / "j")[1]) == 40
+
+
+def test_a_stop_lets_those_in_flight_end(tmp_path: Path) -> None:
+    """Oracle: the event is set by the fifth of the first eight; all that had begun are recorded, no other begins."""
+
+    async def main() -> None:
+        stop = asyncio.Event()
+
+        async def sets(example: Example) -> str:
+            await asyncio.sleep(0.02)
+            if example.id == "4":
+                stop.set()
+            return "right"
+
+        task, record = PlayedTask(sets), Journal(tmp_path / "j")
+        with pytest.raises(RunStopped, match="of 40 episodes done"):
+            await run_rollouts(task, JOBS, CONTROLLER, GENERATOR, record, 8, stop=stop)
+        record.close()
+        assert 8 <= len(task.started) <= 12  # workers 0 to 3 had begun another one by then
+        assert sorted(keys(tmp_path / "j")) == sorted(f"k{i}" for i in task.started)
+
+    asyncio.run(main())
 
 
 def test_two_jobs_of_one_key_are_an_error(tmp_path: Path) -> None:

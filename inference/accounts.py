@@ -1,0 +1,154 @@
+"""What is on its way and what was spent: the accounts of a response cache, in the same file and the same transactions.
+
+A claim is a process's word that it is asking a request, so that no other asks it too; a hold is the most that a claimed
+request can cost; what is spent is added up by generator and outlives pruned answers. The invariant: at any moment, also
+after kill -9, `spent` + `held` of a generator is at least what its provider can bill for requests that went out under a
+hold. Methods run in the caller's transaction.
+"""
+
+import os
+import sqlite3
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from matryoshka.core.records import Usage
+
+FOREIGN_CLAIM_S = 3600.0  # after this a claim counts as dead whose owner cannot be seen from here (another container)
+
+TABLES = (
+    "CREATE TABLE spent (generator TEXT PRIMARY KEY, answers INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL,"
+    " completion_tokens INTEGER NOT NULL, lost INTEGER NOT NULL, lost_prompt_tokens INTEGER NOT NULL,"
+    " lost_completion_tokens INTEGER NOT NULL)",
+    "CREATE TABLE claims (key TEXT PRIMARY KEY, generator TEXT NOT NULL, owner TEXT NOT NULL, since REAL NOT NULL,"
+    " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)",
+)
+# For a cache of version 1, which had only answers.
+FROM_ANSWERS = (
+    "INSERT INTO spent SELECT generator, count(*), sum(prompt_tokens), sum(completion_tokens), 0, 0, 0"
+    " FROM answers GROUP BY generator"
+)
+_SPEND = (
+    "INSERT INTO spent VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (generator) DO UPDATE SET"
+    " answers = answers + excluded.answers, prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
+    " completion_tokens = completion_tokens + excluded.completion_tokens, lost = lost + excluded.lost,"
+    " lost_prompt_tokens = lost_prompt_tokens + excluded.lost_prompt_tokens,"
+    " lost_completion_tokens = lost_completion_tokens + excluded.lost_completion_tokens"
+)
+_HELD = "SELECT coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0) FROM claims WHERE generator = ?"
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What one generator was ever asked through this file, pruned answers included.
+
+    usage: of the answers that came. lost: attempts that may have been billed though no answer came, and lost_usage, at
+    most what they cost. held: at most what requests that are on their way now will cost.
+    """
+
+    answers: int = 0
+    usage: Usage = Usage()
+    lost: int = 0
+    lost_usage: Usage = Usage()
+    held: Usage = Usage()
+
+    @property
+    def spent(self) -> Usage:
+        """What counts against a budget: the answers, and what may have been billed."""
+        return add(self.usage, self.lost_usage)
+
+
+def add(a: Usage, b: Usage) -> Usage:
+    """Return the tokens of both."""
+    return Usage(a.prompt_tokens + b.prompt_tokens, a.completion_tokens + b.completion_tokens)
+
+
+class Accounts:
+    """The tables `spent` and `claims` behind one connection."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    def claim(self, key: str, generator: str) -> bool:
+        """Return whether `key` is now ours to ask: False while a living process, this one included, is asking it.
+
+        The claim of a process that died is taken over; what it held counts as lost.
+        """
+        row = self._db.execute("SELECT owner, since FROM claims WHERE key = ?", (key,)).fetchone()
+        if row is not None and _is_alive(*row):
+            return False
+        self._bury(key, generator)
+        values = (key, generator, _owner(os.getpid()), time.time())
+        self._db.execute("INSERT INTO claims VALUES (?, ?, ?, ?, 0, 0)", values)
+        return True
+
+    def release(self, key: str) -> None:
+        """End the claim of `key`, if there is one, and its hold."""
+        self._db.execute("DELETE FROM claims WHERE key = ?", (key,))
+
+    def hold(self, key: str, most: Usage) -> None:
+        """Hold `most` for the claimed `key`, in place of what it held."""
+        values = (most.prompt_tokens, most.completion_tokens, key)
+        self._db.execute("UPDATE claims SET prompt_tokens = ?, completion_tokens = ? WHERE key = ?", values)
+
+    def answered(self, generator: str, usage: Usage) -> None:
+        """Add an answer that cost `usage`."""
+        self._db.execute(_SPEND, (generator, 1, usage.prompt_tokens, usage.completion_tokens, 0, 0, 0))
+
+    def lost(self, generator: str, most: Usage) -> None:
+        """Add an attempt without an answer that may have cost `most`."""
+        self._db.execute(_SPEND, (generator, 0, 0, 0, 1, most.prompt_tokens, most.completion_tokens))
+
+    def bury(self, generator: str) -> None:
+        """End the claims of processes that died; what they held counts as lost."""
+        query = "SELECT owner, max(since) FROM claims WHERE generator = ? GROUP BY owner"
+        owners = self._db.execute(query, (generator,)).fetchall()
+        for owner in [owner for owner, since in owners if not _is_alive(owner, since)]:
+            keys = self._db.execute("SELECT key FROM claims WHERE generator = ? AND owner = ?", (generator, owner))
+            for (key,) in keys.fetchall():
+                self._bury(key, generator)
+
+    def spending(self, generator: str) -> Spending:
+        """Return the account of `generator`."""
+        row = self._db.execute("SELECT * FROM spent WHERE generator = ?", (generator,)).fetchone()
+        held = Usage(*self._db.execute(_HELD, (generator,)).fetchone())
+        if row is None:
+            return Spending(held=held)
+        _, answers, prompt, completion, lost, lost_prompt, lost_completion = row
+        return Spending(answers, Usage(prompt, completion), lost, Usage(lost_prompt, lost_completion), held)
+
+    def _bury(self, key: str, generator: str) -> None:
+        row = self._db.execute("SELECT prompt_tokens, completion_tokens FROM claims WHERE key = ?", (key,)).fetchone()
+        if row is not None and row != (0, 0):
+            self.lost(generator, Usage(*row))
+        self.release(key)
+
+
+@cache
+def _owner(pid: int) -> str:
+    """Return a name of process `pid` that no later one has: where its number counts, the number, when it started."""
+    return f"{_space()} {pid} {_started(pid)}"
+
+
+def _is_alive(owner: str, since: float) -> bool:
+    space, pid, started = owner.rsplit(" ", 2)
+    if space != _space():
+        return time.time() - since < FOREIGN_CLAIM_S
+    return _started(int(pid)) == started
+
+
+def _space() -> str:
+    """Return what tells apart the process numbers of two containers or hosts."""
+    try:
+        return f"{os.uname().nodename} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # a sandboxed kernel may not show it
+        return os.uname().nodename
+
+
+def _started(pid: int) -> str:
+    """Return the clock tick at which process `pid` started, "" if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

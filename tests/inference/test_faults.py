@@ -1,0 +1,152 @@
+"""What the client does at each fault of a server: the table of docs/generators.md, each row of it tried.
+
+The oracle is the endpoint's own count of requests, the exception, and what the accounts say was lost.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from matryoshka.core.protocols import GeneratorError
+from matryoshka.core.records import Usage
+from matryoshka.inference.cache import ResponseCache
+from matryoshka.inference.chat_api import most_tokens
+from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
+from matryoshka.tests.inference.endpoint import GREEDY, PROMPT, Endpoint, answer, failure, run
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "generators.md"
+MOST = most_tokens(PROMPT, GREEDY)
+TIMEOUT_S = 0.3
+AGAIN, EPISODE, RUN = "asked again", "the episode fails", "the run stops"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row: what the server does once, what comes of it, and what counts as perhaps billed."""
+
+    server: str
+    reply: Any
+    outcome: str
+    lost: Usage = Usage()
+    note: str = ""
+    least_s: float = 0.0
+
+    def row(self) -> str:
+        counted = {Usage(): "nothing", MOST: "its upper bound"}.get(self.lost, "the answer's tokens")
+        requests = 2 if self.outcome == AGAIN else 1
+        return f"| {self.server} | {self.outcome}{self.note and '; ' + self.note} | {requests} | {counted} |"
+
+
+BACKOFF = "after the back-off"
+FAULTS = [
+    Fault("drops the connection before it answers", "drop", AGAIN, MOST, BACKOFF),
+    Fault("drops the connection in the middle of the body", "half", AGAIN, MOST, BACKOFF),
+    Fault("never answers", "hang", AGAIN, MOST, "given up after `timeout_s`", 0.5 * TIMEOUT_S),
+    Fault("sends the body a byte at a time", "trickle", AGAIN, MOST, "given up after `timeout_s`", 0.5 * TIMEOUT_S),
+    Fault("sends JSON that breaks off", (200, answer()[:60]), AGAIN, MOST, BACKOFF),
+    Fault("sends a page that is no JSON, with status 200", (200, "<html>hello</html>"), AGAIN, MOST, BACKOFF),
+    Fault("sends no choices", (200, '{"choices": []}'), AGAIN, MOST, BACKOFF),
+    Fault("sends a message without content", (200, answer(None)), AGAIN, Usage(7, 2), BACKOFF),
+    Fault("spends all tokens on thinking", (200, answer(None, "length")), EPISODE, Usage(7, 2), "raise its max_tokens"),
+    Fault("filters its answer away", (200, answer(None, "content_filter")), EPISODE, Usage(7, 2)),
+    Fault(
+        "answers from another model",
+        (200, answer(model="other")),
+        RUN,
+        Usage(7, 2),
+        "both models are named; `served_model` says which one is meant",
+    ),
+    Fault(
+        "429 with Retry-After",
+        (429, failure("slow down"), {"Retry-After": "0.5"}),
+        AGAIN,
+        Usage(),
+        "no request goes there before that time",
+        0.5,
+    ),
+    Fault("429 without Retry-After", (429, failure("slow down")), AGAIN, Usage(), BACKOFF),
+    Fault(
+        "429 with a Retry-After beyond `total_timeout_s`",
+        (429, failure("daily quota"), {"Retry-After": "86400"}),
+        EPISODE,
+        Usage(),
+        "at once",
+    ),
+    Fault("429 `insufficient_quota`", (429, failure("pay first", "insufficient_quota")), RUN),
+    Fault("500, 503 and other 5xx", (503, failure("overloaded")), AGAIN, Usage(), BACKOFF),
+    Fault("408, 502, 504, 524 (a gateway gave up)", (502, "<html>bad gateway</html>"), AGAIN, MOST, BACKOFF),
+    Fault("409", (409, failure("conflict")), AGAIN, Usage(), BACKOFF),
+    Fault("401, 403 (the key)", (401, failure("bad key", "invalid_api_key")), RUN),
+    Fault("404 (the URL or the model)", (404, failure("no such model")), RUN),
+    Fault("400 about the prompt (too long, filtered)", (400, failure("x", "context_length_exceeded")), EPISODE),
+    Fault("413", (413, failure("too large")), EPISODE),
+    Fault("400, 422 about a parameter", (400, failure("top_p is not supported")), RUN),
+    Fault("a redirect", (307, "", {"Location": "http://127.0.0.1:1/"}), RUN, Usage(), "redirects are not followed"),
+]
+REFUSES = "| refuses connections | the episode fails; after `max_retries` more tries, with back-off | 0 | nothing |"
+HEAD = ["| the server | the client | requests | counted as perhaps billed |", "|---|---|---|---|"]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.server)
+def test_fault(fault: Fault, tmp_path: Path) -> None:
+    """Oracle: requests that the endpoint saw, the kind of exception, the time between requests, the accounts."""
+    endpoint, cache = Endpoint(fault.reply), ResponseCache(tmp_path / "c")
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        if fault.outcome == AGAIN:
+            assert (await generator.complete(PROMPT, GREEDY)).text == "four"
+            assert endpoint.times[1] - endpoint.times[0] >= fault.least_s
+        elif fault.outcome == EPISODE:
+            with pytest.raises(GeneratorError):
+                await generator.complete(PROMPT, GREEDY)
+        else:
+            with pytest.raises(ValueError, match="^generator: http"):
+                await generator.complete(PROMPT, GREEDY)
+        known = cache.spending(generator.name)
+        assert known.lost_usage == fault.lost and known.lost == (fault.lost != Usage())
+        assert known.answers == (fault.outcome == AGAIN) and known.held == Usage()
+
+    run(endpoint, scene, cache, timeout_s=TIMEOUT_S if fault.reply in ("hang", "trickle") else 60.0)
+    assert len(endpoint.seen) == (2 if fault.outcome == AGAIN else 1)
+    assert endpoint.seen[0] == endpoint.seen[-1]
+
+
+def test_refused_connections(tmp_path: Path) -> None:
+    """Oracle: nothing listens on the port, so nothing can be billed; max_retries + 1 tries are told of."""
+
+    async def main() -> None:
+        server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        server.close()
+        cache = ResponseCache(tmp_path / "c")
+        generator = OpenAIGenerator(GeneratorConfig(url, "m", "", max_retries=2, backoff_s=0.001), cache)
+        with pytest.raises(GeneratorError, match="after 3 attempts, at last: connection failed"):
+            await generator.complete(PROMPT, GREEDY)
+        assert cache.spending(generator.name).spent == Usage()
+        await generator.aclose()
+
+    asyncio.run(main())
+
+
+def test_total_time_bounds_the_call() -> None:
+    """Oracle: the wall clock. Attempts of 0.3 s that all hang would take 2 s in all; the call ends within 0.7 s."""
+    endpoint = Endpoint(*["hang"] * 9)
+    started = time.monotonic()
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        with pytest.raises(GeneratorError, match="timed out after 0.*total_timeout_s"):
+            await generator.complete(PROMPT, GREEDY)
+
+    run(endpoint, scene, timeout_s=0.3, total_timeout_s=0.7, backoff_s=0.01)
+    assert 0.3 < time.monotonic() - started < 1.5 and len(endpoint.seen) <= 3
+
+
+def test_the_table_in_the_docs_is_this_one() -> None:
+    """Oracle: the rows above, which the tests hold; on a difference, paste what is printed."""
+    table = "\n".join([*HEAD, REFUSES, *(fault.row() for fault in FAULTS)])
+    print(table)
+    assert table in DOCS.read_text()

@@ -1,0 +1,203 @@
+"""Budgets are kept by what can happen, not by what usually does; accounts survive kills and pruning.
+
+The oracle is the endpoint's own sum of what it would have billed.
+"""
+
+import asyncio
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from matryoshka.core.protocols import RunStopped
+from matryoshka.core.records import Message, Sample, Sampling, Usage
+from matryoshka.core.tokenizer import Tokenizer
+from matryoshka.inference.accounts import Spending
+from matryoshka.inference.cache import ResponseCache, answer_key
+from matryoshka.inference.chat_api import most_tokens
+from matryoshka.inference.generators import OpenAIGenerator
+from matryoshka.inference.prices import Price
+from matryoshka.inference.spending import Budget, Purse
+from matryoshka.tests.inference.endpoint import GREEDY, PROMPT, Endpoint, run
+
+MOST = most_tokens(PROMPT, GREEDY)
+BOUND = MOST.prompt_tokens + MOST.completion_tokens
+PER_ANSWER = 9  # what the endpoint says that an answer cost: 7 + 2 tokens
+
+
+def draw(number: int) -> Sampling:
+    return Sampling(temperature=1.0, max_tokens=8, draw=number)
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_the_line_is_not_crossed_and_a_larger_budget_goes_on(at_once: int, tmp_path: Path) -> None:
+    """Oracle: by hand. Requests of 9 tokens go out as long as what is spent and one upper bound fit the budget: then
+    n = floor((budget - bound) / 9) + 1 of them, however many are tried at once. Nothing is asked twice later.
+    """
+    budget = 20 * PER_ANSWER + BOUND - 1
+    expected = (budget - BOUND) // PER_ANSWER + 1
+    endpoint, path = Endpoint(), tmp_path / "c"
+
+    async def spend(generator: OpenAIGenerator) -> None:
+        answered = 0
+        while True:
+            calls = [generator.complete(PROMPT, draw(answered + i)) for i in range(at_once)]
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            answered += sum(isinstance(result, Sample) for result in results)
+            if stops := [result for result in results if isinstance(result, BaseException)]:
+                assert all(isinstance(stop, RunStopped) for stop in stops)
+                assert f"of at most {BOUND} tokens, could cross the budget of {budget:,} tokens" in str(stops[0])
+                return
+
+    run(endpoint, spend, ResponseCache(path), Budget(tokens=budget), identity="same")
+    assert len(endpoint.seen) == expected and PER_ANSWER * expected <= budget
+    endpoint = Endpoint()
+
+    async def go_on(generator: OpenAIGenerator) -> None:
+        for i in range(expected + 2):
+            await generator.complete(PROMPT, draw(i))
+        assert generator.purse.spending().usage == Usage(7 * (expected + 2), 2 * (expected + 2))
+
+    run(endpoint, go_on, ResponseCache(path), Budget(tokens=10 * budget), identity="same")
+    assert len(endpoint.seen) == 2
+
+
+def test_dollars_are_tokens_times_prices(tmp_path: Path) -> None:
+    """Oracle: by hand: 7 tokens at 1000 and 2 at 2000 dollars a million are 0.011 dollars an answer."""
+    prices = tmp_path / "prices.toml"
+    prices.write_text("m = { input = 1000, output = 2000 }\n")
+    endpoint = Endpoint()
+    bound = (MOST.prompt_tokens * 1000 + MOST.completion_tokens * 2000) / 1e6
+    budget = Budget(usd=0.011 * 3 + bound - 0.0001)
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        for i in range(3):
+            await generator.complete(PROMPT, draw(i))
+        assert generator.purse.usd() == pytest.approx(0.033)
+        assert generator.purse.shown() == "0.0330 USD"
+        with pytest.raises(RunStopped, match="27 tokens, 0.0330 USD"):
+            await generator.complete(PROMPT, draw(3))
+
+    run(endpoint, scene, ResponseCache(tmp_path / "c"), budget, prices=str(prices))
+    assert len(endpoint.seen) == 3
+
+
+def test_requests_wait_for_others_that_may_cost_less(tmp_path: Path) -> None:
+    """Oracle: the budget has room for one upper bound and a half. Two calls at once are both answered, one by one."""
+    endpoint = Endpoint()
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        await asyncio.gather(*(generator.complete(PROMPT, draw(i)) for i in range(2)))
+
+    run(endpoint, scene, ResponseCache(tmp_path / "c"), Budget(tokens=BOUND * 3 // 2))
+    assert (endpoint.most_running, len(endpoint.seen)) == (1, 2)
+
+
+def test_an_attempt_that_may_have_been_billed_counts(tmp_path: Path) -> None:
+    """Oracle: a dropped request counts with its bound, so that the retry no longer fits; a cancelled one as well."""
+    cache, endpoint = ResponseCache(tmp_path / "c"), Endpoint("drop")
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        with pytest.raises(RunStopped, match="1 attempts that brought no answer"):
+            await generator.complete(PROMPT, GREEDY)
+        assert generator.purse.spending() == Spending(0, Usage(), 1, MOST, Usage())
+
+    run(endpoint, scene, cache, Budget(tokens=2 * BOUND - 1))
+    assert len(endpoint.seen) == 1
+
+    async def cancelled(generator: OpenAIGenerator) -> None:
+        endpoint.gate = asyncio.Event()
+        call = asyncio.create_task(generator.complete(PROMPT, draw(1)))
+        while len(endpoint.seen) < 2:
+            await asyncio.sleep(0.005)
+        call.cancel()
+        await asyncio.wait([call])
+        assert generator.purse.spending().lost_usage == MOST
+
+    run(endpoint, cancelled, cache)
+
+
+def test_a_killed_process_may_have_been_billed_and_its_claim_is_free(tmp_path: Path) -> None:
+    """Oracle: a process claims, holds and kills itself with SIGKILL; its hold counts as spent, its key can be asked."""
+    path = tmp_path / "c"
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom matryoshka.core.records import Usage\n"
+        "from matryoshka.inference.cache import ResponseCache\nc = ResponseCache(Path(sys.argv[1]))\n"
+        "assert c.claim('k', 'g') and c.hold('k', 'g', Usage(100, 8), lambda usage: True) is None\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code, str(path)], env=environment)
+    assert done.returncode == -signal.SIGKILL
+    cache = ResponseCache(path)
+    assert cache.spending("g") == Spending(lost=1, lost_usage=Usage(100, 8))
+    assert cache.claim("k", "g") and not cache.claim("k", "g")
+
+
+def test_a_claim_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
+    """Oracle: claims written by hand: of a process number that no longer is, and of another machine, new and old."""
+    cache = ResponseCache(tmp_path / "c")
+    assert cache.claim("mine", "g")
+    with sqlite3.connect(tmp_path / "c") as db:
+        (owner,) = db.execute("SELECT owner FROM claims").fetchone()
+        space = owner.rsplit(" ", 2)[0]
+        now = time.time()
+        for key, who, since in (
+            ("dead", f"{space} 4194999 1", now),
+            ("recycled", f"{space} {os.getpid()} 1", now),
+            ("far", "elsewhere pid:[1] 1 1", now),
+            ("far and old", "elsewhere pid:[1] 1 1", now - 4000),
+        ):
+            db.execute("INSERT INTO claims VALUES (?, 'g', ?, ?, 5, 5)", (key, who, since))
+    db.close()
+    asked = {key: cache.claim(key, "g") for key in ("mine", "dead", "recycled", "far", "far and old")}
+    assert asked == {"mine": False, "dead": True, "recycled": True, "far": False, "far and old": True}
+    assert cache.spending("g") == Spending(lost=3, lost_usage=Usage(15, 15), held=Usage(5, 5))
+
+
+def test_two_processes_ask_the_same_once(tmp_path: Path) -> None:
+    """Oracle: the server's count. Another connection to the file has claimed the request and answers it later."""
+    endpoint, path = Endpoint(), tmp_path / "c"
+    other = ResponseCache(path)
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        key = answer_key(generator.config.where, "m", PROMPT, draw(2))
+        assert other.claim(key, generator.name)
+        waiting = asyncio.create_task(generator.complete(PROMPT, draw(2)))
+        await asyncio.sleep(0.1)
+        assert not waiting.done() and not endpoint.seen
+        other.put(key, Sample("theirs"), generator.name)
+        assert (await waiting).text == "theirs"
+        key = answer_key(generator.config.where, "m", PROMPT, draw(3))
+        assert other.claim(key, generator.name)
+        waiting = asyncio.create_task(generator.complete(PROMPT, draw(3)))
+        await asyncio.sleep(0.1)
+        other.release(key)  # it failed there; now it is ours to ask
+        assert (await waiting).text == "four"
+
+    run(endpoint, scene, ResponseCache(path))
+    assert len(endpoint.seen) == 1
+
+
+def test_budgets_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
+    cache = ResponseCache(tmp_path / "c")
+    with pytest.raises(ValueError, match="response cache; give the generator one"):
+        Purse("m", None, Price(1, 1), Budget(tokens=1))
+    with pytest.raises(ValueError, match="no price of m is known.*--budget-tokens"):
+        Purse("m", cache, None, Budget(usd=1))
+    with pytest.raises(ValueError, match="must not be negative"):
+        Budget(usd=-1)
+    assert Purse("m", cache, None, Budget(tokens=5)).shown() == "0 tokens"
+
+
+@pytest.mark.parametrize("text", ["", "a" * 1000, "\u4f60\u597d" * 100, "\U0001f600" * 50, "1+2=3\n\t" * 40])
+def test_the_upper_bound_is_one(text: str, smollm2: Tokenizer) -> None:
+    """Oracle: a tokenizer whose chat template adds a system prompt of its own makes no more tokens than the bound."""
+    for prompt in ((Message("user", text),), (Message("system", text), Message("user", text))):
+        size = len(smollm2.render(prompt, add_generation_prompt=True).ids)
+        assert size <= most_tokens(prompt, GREEDY).prompt_tokens

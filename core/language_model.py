@@ -13,8 +13,14 @@ from matryoshka.core.attention import Attend
 
 
 class ModelConfig(Protocol):
-    """The sizes that a cache needs, under Llama's `config.json` names."""
+    """The sizes that a cache and the memory planner need, under Llama's `config.json` names."""
 
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
     @property
@@ -25,6 +31,16 @@ class ModelConfig(Protocol):
     def head_dim(self) -> int: ...
     @property
     def max_position_embeddings(self) -> int: ...
+
+
+def together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """Return the output of every layer for the same input; layers with a method `forward_together` may share work."""
+    shared = getattr(layers[0], "forward_together", None)
+    if shared is not None:
+        outputs: tuple[Tensor, ...] | None = shared(x, layers)
+        if outputs is not None:
+            return outputs
+    return tuple(layer(x) for layer in layers)
 
 
 class LanguageModel(nn.Module):

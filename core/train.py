@@ -1,23 +1,23 @@
 """The one training loop: SFT and every preference loss differ only in the objective that they hand in.
 
-In order: next batch (a pure function of seed, epoch and step) -> reference log-probs -> policy log-probs -> objective,
-divided by the global count of items or tokens -> backward -> clip -> non-finite check -> optimizer -> metrics ->
-checkpoint. `train` is a generator: it yields one metrics row a step, and the caller shows or drops it. A run that is
-killed and started again continues from its last checkpoint with the same bits (held by a test on CPU). Not here: the
-model's mode. Dropout is on where the caller says model.train().
+In order: next batch (a pure function of seed, epoch and step), packed into micro-batches (`core/packing.py`) ->
+reference log-probs -> policy log-probs -> objective, divided by the global count of items or tokens -> backward -> clip
+-> non-finite check -> optimizer -> metrics -> checkpoint. `train` is a generator: it yields one metrics row a step, and
+the caller shows or drops it. A run that is killed and started again continues from its last checkpoint with the same
+bits (held by a test on CPU). Not here: the model's mode. Dropout is on where the caller says model.train().
 """
 
 import dataclasses
 import hashlib
 import json
 import math
-import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -25,12 +25,18 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from matryoshka.core.attention import Masked
+from matryoshka.core.activations import POLICIES
+from matryoshka.core.attention import bucket, tree_attention
 from matryoshka.core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from matryoshka.core.files import write_text
 from matryoshka.core.language_model import LanguageModel
+from matryoshka.core.memory import MemoryPlan, plan_memory
+from matryoshka.core.optimizer import parameter_groups
+from matryoshka.core.packing import Item as Item
+from matryoshka.core.packing import batch_at as batch_at
+from matryoshka.core.packing import check_budget, plan
 from matryoshka.core.records import stable_seed
-from matryoshka.core.tree import Nodes, Tokens, TokenTree, build_tree, insert
+from matryoshka.core.tree import TokenTree, build_tree
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,11 @@ class TrainConfig:
     """How to train; every default is the paper's or the field's.
 
     batch_size counts items (conversations or preference pairs) per optimizer step; micro_batch_tokens bounds the tree
-    tokens that are in flight at once. min_lr_ratio: floor of the cosine. save_every: optimizer steps between
-    checkpoints (0: only at the end and on a signal).
+    tokens that are in flight at once (an item that alone has more is refused). min_lr_ratio: floor of the cosine.
+    save_every: optimizer steps between checkpoints (0: only at the end and on a signal). lora_plus_ratio: rate of
+    LoRA's B over that of A (LoRA+; its authors use 16). activations: what forward keeps for backward, "none",
+    "selective", "full", "offload" (`core/activations.py`) or "auto", the fastest that fits; no bit of the result
+    depends on it. compile_blocks: whole blocks by torch.compile.
     """
 
     learning_rate: float = 5e-6
@@ -52,6 +61,9 @@ class TrainConfig:
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
+    lora_plus_ratio: float = 1.0
+    activations: str = "auto"
+    compile_blocks: bool = False
     save_every: int = 0
     seed: int = 42
 
@@ -61,25 +73,10 @@ class TrainConfig:
                 raise ValueError(f"train: {name} {getattr(self, name)} must be at least 1")
         if not self.learning_rate > 0:
             raise ValueError(f"train: learning_rate {self.learning_rate} must be above 0")
-
-
-@dataclass(frozen=True)
-class Item:
-    """One unit of the batch: its sequences (SFT: one; preference: chosen, rejected), each with scored tokens.
-
-    Items of one group share a prompt.
-    """
-
-    sequences: tuple[Tokens, ...]
-    group: str
-
-    def __post_init__(self) -> None:
-        for sequence in self.sequences:
-            if not any(sequence.mask):
-                raise ValueError(
-                    f"item of group {self.group!r}: a sequence of {len(sequence.ids)} tokens has no scored token; "
-                    "leave the item out, there is nothing to train on"
-                )
+        if not self.lora_plus_ratio > 0:
+            raise ValueError(f"train: lora_plus_ratio {self.lora_plus_ratio} must be above 0")
+        if self.activations not in ("auto", *POLICIES):
+            raise ValueError(f"train: activations {self.activations!r} is unknown; choose from {['auto', *POLICIES]}")
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,19 @@ class Objective(Protocol):
 
 
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden_SD, head_VD, target_S) -> [S]
+Reference = Callable[[], AbstractContextManager[None]]  # inside of it the model computes the reference policy
+
+
+class ReferenceCache(Protocol):
+    """Reference log-probs that were computed before (`dpo/reference.py`)."""
+
+    def verify(self, items: Sequence[Item], compute: Callable[[Item], Tensor]) -> None:
+        """Compare some of what is stored for `items` with `compute`. Raises ValueError where they differ."""
+        ...
+
+    def get(self, items: Sequence[Item], compute: Callable[[], Tensor]) -> Tensor:
+        """Return the [S] log-probs of all items' scored tokens; `compute` gives those that are not stored yet."""
+        ...
 
 
 class Interrupted(RuntimeError):
@@ -113,23 +123,28 @@ def train(
     objective: Objective,
     token_logps: LogProbs,
     folder: Path,
-    reference: Callable[[], AbstractContextManager[None]] | None = None,
+    reference: Reference | None = None,
     first_loss: float | None = None,
+    cache: ReferenceCache | None = None,
 ) -> Iterator[dict[str, float]]:
     """Train `parameters` in place and yield a metrics row per optimizer step: step, epoch, loss, grad_norm, lr, ...
 
-    reference: context in which the model computes the reference policy. first_loss: what the first micro-batch's mean
-    loss must be (ln 2 for DPO, policy and reference being equal); checked to 1e-5 of it, and of 1 where it is below.
+    reference: context in which the model computes the reference policy; cache: where its log-probs are kept.
+    first_loss: what the first micro-batch's mean loss must be (ln 2 for DPO, policy and reference being equal; its
+    reference is computed, cache or not); checked to 1e-5 of it, and of 1 where it is below.
     State and metrics.jsonl go to `folder`; an unfinished run found there is continued.
-    Raises ValueError for no items, another first loss, or a folder that another configuration, objective or data wrote;
-    FloatingPointError before the optimizer on a non-finite loss or gradient; Interrupted on SIGTERM or SIGINT, after
-    the step that runs is done and saved.
+    Raises ValueError for no items, an item beyond micro_batch_tokens, another first loss, or a folder that another
+    configuration, objective or data wrote; FloatingPointError before the optimizer on a non-finite loss or gradient,
+    naming the example whose hidden states are not finite; Interrupted on SIGTERM or SIGINT, after the step that runs is
+    done and saved.
     """
     if not items:
         raise ValueError(f"train: no items to train on ({folder}); collect more samples or check the data file")
+    check_budget(items, config.micro_batch_tokens)
     device = next(iter(parameters.values())).device
+    memory = plan_memory(config.activations, model, parameters, config.micro_batch_tokens, config.compile_blocks)
     optimizer = torch.optim.AdamW(
-        parameters.values(),
+        parameter_groups(parameters, config.lora_plus_ratio),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
@@ -141,20 +156,27 @@ def train(
         step = load_checkpoint(found, parameters, optimizer, run)
     metrics_path = folder / "metrics.jsonl"
     _keep_metrics(metrics_path, step)
+
+    def micro_batch(items: Sequence[Item]) -> MicroBatch:
+        return MicroBatch(model, token_logps, items, config.micro_batch_tokens, device, memory)
+
     with _stop_signal() as stop:
+        if cache is not None and reference is not None and step < num_steps:
+            cache.verify(items, lambda item: micro_batch([item]).reference_logps(reference))
         while step < num_steps:
             started = time.perf_counter()
             epoch, batch = batch_at(items, step, config.batch_size, config.seed)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, num_steps, config)
+                group["lr"] = learning_rate(step, num_steps, config) * group["ratio"]
             torch.manual_seed(stable_seed("dropout", config.seed, step))
             optimizer.zero_grad(set_to_none=True)  # a step that failed in this process left its gradients behind
             expected = first_loss if step == 0 else None
-            row = _accumulate(model, batch, config, objective, token_logps, reference, device, expected)
+            where = f"train: step {step + 1}"
+            row = _accumulate(batch, config, objective, micro_batch, reference, cache, expected, where)
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
             if not math.isfinite(row["loss"]) or not torch.isfinite(norm):
                 raise FloatingPointError(
-                    f"train: step {step + 1}: loss {row['loss']}, gradient norm {norm.item()}; nothing was updated. "
+                    f"{where}: loss {row['loss']}, gradient norm {norm.item()}; nothing was updated. "
                     "Lower the learning rate or look at this step's items"
                 )
             optimizer.step()
@@ -181,8 +203,8 @@ def train(
 
 
 def _fingerprint(config: TrainConfig, objective: Objective, items: Sequence[Item]) -> str:
-    """Return a hash of all that decides the result, so not of save_every, nor of how the batch is cut up."""
-    decisive = dataclasses.replace(config, save_every=0, micro_batch_tokens=1)
+    """Return a hash of all that decides the result, so not of save_every, nor of how the batch is cut up and kept."""
+    decisive = dataclasses.replace(config, save_every=0, micro_batch_tokens=1, activations="auto")
     name = repr(objective) if dataclasses.is_dataclass(objective) else type(objective).__qualname__
     digest = hashlib.sha256(f"{decisive} {name}".encode())
     for item in items:
@@ -190,45 +212,93 @@ def _fingerprint(config: TrainConfig, objective: Objective, items: Sequence[Item
     return digest.hexdigest()
 
 
+class MicroBatch:
+    """Items whose token tree the model computes as often as asked: for the reference, for the policy."""
+
+    def __init__(
+        self, model: LanguageModel, token_logps: LogProbs, items: Sequence[Item], max_tokens: int, device: torch.device,
+        memory: MemoryPlan,
+    ) -> None:  # fmt: skip
+        """max_tokens: the budget; it decides which lengths CUDA's attention is compiled for."""
+        self._model, self._token_logps, self._memory = model, token_logps, memory
+        self.tree = tree = build_tree([sequence for item in items for sequence in item.sequences])
+        if device.type == "cuda":
+            tree = tree.padded(bucket(len(tree.ids_T), max_tokens))
+        self._attend = tree_attention(tree, device)
+        self._ids_T, self._positions_T = tree.ids_T.to(device), tree.positions_T.to(device)
+        # Siblings often go on with the same token: one prediction, scored once however many sequences share it.
+        pairs_2S = torch.stack((tree.source_S, tree.target_S))
+        pairs_2U, of_S = torch.unique(pairs_2S, dim=1, return_inverse=True)
+        (self._source_U, self._target_U), self._of_S = pairs_2U.to(device), of_S.to(device)
+
+    def hidden(self) -> Tensor:
+        """Return the [U, D] hidden states that predict the distinct scored tokens."""
+        with self._memory.activations(len(self._ids_T)):
+            hidden_TD: Tensor = self._model(self._ids_T[None], self._positions_T[None], self._attend)[0]
+        return hidden_TD[self._source_U]
+
+    def logps(self) -> Tensor:
+        """Return the [S] log-probs of the scored tokens."""
+        return self._token_logps(self.hidden(), self._model.head_weight, self._target_U)[self._of_S]
+
+    def reference_logps(self, reference: Reference) -> Tensor:
+        """Return the reference's [S] log-probs of the scored tokens."""
+        with torch.no_grad(), reference():
+            return self.logps()
+
+
 def _accumulate(
-    model: LanguageModel,
     batch: Sequence[Item],
     config: TrainConfig,
     objective: Objective,
-    token_logps: LogProbs,
-    reference: Callable[[], AbstractContextManager[None]] | None,
-    device: torch.device,
+    micro_batch: Callable[[Sequence[Item]], MicroBatch],
+    reference: Reference | None,
+    cache: ReferenceCache | None,
     first_loss: float | None,
+    where: str,
 ) -> dict[str, float]:
     """Run forward and backward over the batch's micro-batches and return loss, per-item metrics and token counts."""
     totals = Totals(len(batch), sum(sum(s.mask) for item in batch for s in item.sequences))
-    loss_sum = 0.0
-    sums: dict[str, float] = {}
-    tree_tokens = padded_tokens = 0
-    for micro in micro_batches(batch, config.micro_batch_tokens):
-        tree = build_tree([sequence for item in micro for sequence in item.sequences])
-        attend = Masked(tree.attention_mask().to(device))
-
-        def forward(tree: TokenTree = tree, attend: Masked = attend) -> Tensor:
-            hidden_TD = model(tree.ids_T.to(device)[None], tree.positions_T.to(device)[None], attend)[0]
-            return token_logps(hidden_TD[tree.source_S.to(device)], model.head_weight, tree.target_S.to(device))
-
+    packed = plan(batch, config.micro_batch_tokens)
+    losses: list[Tensor] = []
+    sums: dict[str, list[Tensor]] = {}
+    for items in packed.micro_batches:
+        micro = micro_batch(items)
         reference_S = None
         if reference is not None:
-            with torch.no_grad(), reference():
-                reference_S = forward()
-        loss, metrics = objective(forward(), reference_S, tree, totals)
+            compute = partial(micro.reference_logps, reference)
+            reference_S = compute() if cache is None or first_loss is not None else cache.get(items, compute)
+        logps_S = micro.logps()
+        loss, metrics = objective(logps_S, reference_S, micro.tree, totals)
         if first_loss is not None:
-            _check_first(loss.item() * totals.items / len(micro), first_loss)
+            _check_first(loss.item() * totals.items / len(items), first_loss)
             first_loss = None
         loss.backward()  # type: ignore[no-untyped-call]
-        loss_sum += loss.item()
+        losses.append(loss.detach())
         for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-        tree_tokens += len(tree.ids_T)
-        padded_tokens += tree.num_padded
-    means = {name: value / totals.items for name, value in sums.items()}
-    return {"loss": loss_sum, **means, "tokens": tree_tokens, "padded_tokens": padded_tokens}
+            sums.setdefault(name, []).append(value)
+    # The device was not waited for until here.
+    values = torch.stack(losses).tolist()
+    for items, value in zip(packed.micro_batches, values, strict=True):
+        if not math.isfinite(value):
+            _check_hidden(items, micro_batch, where)
+    means = {name: sum(torch.stack(parts).tolist()) / totals.items for name, parts in sums.items()}
+    return {"loss": sum(values), **means, "tokens": packed.tree_tokens, "padded_tokens": packed.padded_tokens}
+
+
+def _check_hidden(examples: Sequence[Item], micro_batch: Callable[[Sequence[Item]], MicroBatch], where: str) -> None:
+    """Raise FloatingPointError naming the examples whose hidden states are not finite, if there are any.
+
+    Each is computed alone: 0 x NaN is NaN, so in a common tree one that is not finite spoils its neighbours.
+    """
+    with torch.no_grad():
+        bad = [item.group for item in examples if not micro_batch([item]).hidden().isfinite().all()]
+    if bad:
+        raise FloatingPointError(
+            f"{where}: the hidden states of example {bad[0]!r} ({len(bad)} of {len(examples)} in its micro-batch) are "
+            "not finite; nothing was updated. Lower the learning rate, or look at that example and at the adapter that "
+            "training started from"
+        )
 
 
 def _check_first(loss: float, expected: float) -> None:
@@ -237,39 +307,6 @@ def _check_first(loss: float, expected: float) -> None:
             f"train: the first loss is {loss:.8f} but policy and reference are equal, so it must be {expected:.8f}; "
             "the reference adapter differs from the policy, or dropout is on"
         )
-
-
-def batch_at(items: Sequence[Item], step: int, batch_size: int, seed: int) -> tuple[int, list[Item]]:
-    """Return (epoch, items) of optimizer step `step`: groups shuffled by (seed, epoch), kept together, then cut."""
-    per_epoch = math.ceil(len(items) / batch_size)
-    epoch, index = divmod(step, per_epoch)
-    groups: dict[str, list[Item]] = {}
-    for item in items:
-        groups.setdefault(item.group, []).append(item)
-    order = sorted(groups)
-    random.Random(stable_seed("batches", seed, epoch)).shuffle(order)
-    shuffled = [item for name in order for item in groups[name]]
-    return epoch, shuffled[index * batch_size : (index + 1) * batch_size]
-
-
-def micro_batches(batch: Sequence[Item], max_tokens: int) -> Iterator[list[Item]]:
-    """Yield consecutive items whose common tree has at most `max_tokens` tokens; one too large item stands alone."""
-    micro: list[Item] = []
-    nodes: Nodes = {}
-    for item in batch:
-        nodes = _grown(nodes, item)
-        if micro and len(nodes) > max_tokens:
-            yield micro
-            micro, nodes = [], _grown({}, item)
-        micro.append(item)
-    if micro:
-        yield micro
-
-
-def _grown(nodes: Nodes, item: Item) -> Nodes:
-    for sequence in item.sequences:
-        insert(nodes, sequence.ids)
-    return nodes
 
 
 def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:

@@ -2,16 +2,22 @@
 
 Each node is one token with its position and its parent; attention sees ancestors only, so log-probs and gradients equal
 those of the sequences one at a time (held in float64 by a test). A sequence's last token is only ever predicted, never
-read, so it gets no node.
+read, so it gets no node. Nodes lie in preorder, siblings by id: a subtree is a range, and token q sees token k exactly
+where k <= q < end[k]. The layout depends on the set of sequences, not on their order.
 
 Shapes: T tree tokens, S scored tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,16 @@ class Tokens:
 class TokenTree:
     """A packed forest.
 
-    ids_T, positions_T: int64. parent_T: index of each token's parent, -1 at a root. source_S: index of the tree token
-    whose hidden state predicts scored token s; target_S: its id; sequence_S: which input sequence it belongs to, in
-    order. num_padded: tokens of the padded layout that this tree stands for.
+    ids_T, positions_T: int64. parent_T: index of each token's parent, -1 at a root. end_T: index after the last token
+    of its subtree. source_S: index of the tree token whose hidden state predicts scored token s; target_S: its id;
+    sequence_S: which input sequence it belongs to, in order. num_padded: tokens of the padded layout that this tree
+    stands for.
     """
 
     ids_T: Tensor
     positions_T: Tensor
     parent_T: Tensor
+    end_T: Tensor
     source_S: Tensor
     target_S: Tensor
     sequence_S: Tensor
@@ -48,58 +56,99 @@ class TokenTree:
 
     def attention_mask(self) -> Tensor:
         """Return the [T, T] bool mask: true where column is the row itself or one of its ancestors."""
-        size = len(self.ids_T)
-        mask_TT = torch.zeros(size, size, dtype=torch.bool)
-        for token, parent in enumerate(self.parent_T.tolist()):
-            if parent >= 0:
-                mask_TT[token] = mask_TT[parent]
-            mask_TT[token, token] = True
-        return mask_TT
+        rows_T = np.arange(len(self.end_T), dtype=np.int32)
+        before_end_TT = rows_T[:, None] < self.end_T.numpy().astype(np.int32)  # numpy compares five times faster here
+        return torch.from_numpy(before_end_TT).tril_()
 
     def sum_by_sequence(self, values_S: Tensor) -> Tensor:
-        """Return the sum of per-scored-token values over each input sequence, [num_sequences]."""
-        return values_S.new_zeros(self.num_sequences).index_add(0, self.sequence_S.to(values_S.device), values_S)
+        """Return the sum of per-scored-token values over each input sequence, [num_sequences].
 
+        A segment sum, the sequences standing in order: index_add adds in another order each time on CUDA.
+        """
+        lengths = torch.bincount(self.sequence_S, minlength=self.num_sequences)
+        return torch.segment_reduce(values_S, "sum", lengths=lengths.to(values_S.device))
 
-Nodes = dict[tuple[int, int], int]  # (parent node, -1 at a root; token id) -> node, numbered in order of insertion
-
-
-def insert(nodes: Nodes, ids: Sequence[int]) -> list[int]:
-    """Return the nodes of ids[:-1] from the root down, made where the forest `nodes` lacks them."""
-    path = []
-    node = -1
-    for token in ids[:-1]:
-        node = nodes.setdefault((node, token), len(nodes))
-        path.append(node)
-    return path
+    def padded(self, size: int) -> "TokenTree":
+        """Return the tree with `size` tokens: what is added are roots of id 0 that nobody sees and nothing scores."""
+        added = size - len(self.ids_T)
+        if added < 0:
+            raise ValueError(f"tree: {len(self.ids_T)} tokens cannot be padded to {size}")
+        return replace(
+            self,
+            ids_T=F.pad(self.ids_T, (0, added)),
+            positions_T=F.pad(self.positions_T, (0, added)),
+            parent_T=F.pad(self.parent_T, (0, added), value=-1),
+            end_T=torch.cat((self.end_T, torch.arange(size - added, size) + 1)),
+        )
 
 
 def build_tree(sequences: Sequence[Tokens]) -> TokenTree:
-    """Return the forest of `sequences`, shared prefixes merged token by token, in order of first appearance."""
-    nodes: Nodes = {}
-    scored: list[tuple[int, int, int]] = []
+    """Return the forest of `sequences`, shared prefixes merged token by token."""
+    reads = read_ids(sequences)
+    order, shared = shared_prefixes(reads)
+    size = sum(map(len, reads)) - sum(shared)
+    ids, positions, parents, ends = (np.empty(size, dtype=np.int64) for _ in range(4))
+    paths: dict[int, Ids] = {}
+    path, start = np.empty(0, dtype=np.int64), 0
+    for index, common in zip(order, shared, strict=True):
+        read = reads[index]
+        stop = start + len(read) - common
+        ends[path[common:]] = start  # the branch that this one leaves is complete
+        path = np.concatenate((path[:common], np.arange(start, stop)))
+        paths[index] = path
+        ids[start:stop] = read[common:]
+        positions[start:stop] = np.arange(common, len(read))
+        parents[path[common:]] = np.concatenate(([-1], path))[common : len(read)]
+        start = stop
+    ends[path] = size
+    scored: list[Ids] = [np.empty((3, 0), dtype=np.int64)]
     for index, sequence in enumerate(sequences):
-        path = insert(nodes, sequence.ids)
-        scored += [(path[at - 1], sequence.ids[at], index) for at, is_scored in enumerate(sequence.mask) if is_scored]
-    positions: list[int] = []
-    for parent, _ in nodes:
-        positions.append(positions[parent] + 1 if parent >= 0 else 0)
-    columns = torch.tensor(scored, dtype=torch.int64).reshape(-1, 3)
+        (at,) = np.nonzero(np.array(sequence.mask))
+        targets = np.array(sequence.ids, dtype=np.int64)[at]
+        scored.append(np.stack((paths[index][at - 1], targets, np.full(len(at), index))))
+    source_S, target_S, sequence_S = torch.from_numpy(np.concatenate(scored, axis=1))
     return TokenTree(
-        ids_T=torch.tensor([token for _, token in nodes], dtype=torch.int64),
-        positions_T=torch.tensor(positions, dtype=torch.int64),
-        parent_T=torch.tensor([parent for parent, _ in nodes], dtype=torch.int64),
-        source_S=columns[:, 0],
-        target_S=columns[:, 1],
-        sequence_S=columns[:, 2],
+        ids_T=torch.from_numpy(ids),
+        positions_T=torch.from_numpy(positions),
+        parent_T=torch.from_numpy(parents),
+        end_T=torch.from_numpy(ends),
+        source_S=source_S,
+        target_S=target_S,
+        sequence_S=sequence_S,
         num_sequences=len(sequences),
-        num_padded=len(sequences) * max((len(s.ids) for s in sequences), default=0),
+        num_padded=padded_size(sequences),
     )
 
 
 def tree_size(sequences: Sequence[Tokens]) -> int:
-    """Return how many tokens the forest of `sequences` has, without building tensors."""
-    nodes: Nodes = {}
-    for sequence in sequences:
-        insert(nodes, sequence.ids)
-    return len(nodes)
+    """Return how many tokens the forest of `sequences` has, without building it."""
+    reads = read_ids(sequences)
+    return sum(map(len, reads)) - sum(shared_prefixes(reads)[1])
+
+
+def padded_size(sequences: Sequence[Tokens]) -> int:
+    """Return the tokens of the padded layout: as many rows as sequences, all as long as the longest."""
+    return len(sequences) * max((len(s.ids) for s in sequences), default=0)
+
+
+def read_ids(sequences: Sequence[Tokens]) -> list[Ids]:
+    """Return the ids that a model reads of each sequence: all but the last."""
+    return [np.array(sequence.ids[:-1], dtype=np.int64) for sequence in sequences]
+
+
+def shared_prefixes(reads: Sequence[Ids]) -> tuple[list[int], list[int]]:
+    """Return the indices of `reads` in lexicographic order and how many first ids each shares with the one before.
+
+    In that order the longest prefix that a sequence shares with any earlier one is what it shares with its neighbour.
+    """
+    keys = [read.astype(">i8").tobytes() for read in reads]  # bytes compare as ids do
+    order = sorted(range(len(reads)), key=keys.__getitem__)
+    shared = [0, *(_shared(reads[one], reads[two]) for one, two in zip(order, order[1:], strict=False))]
+    return order, shared[: len(reads)]
+
+
+def _shared(one: Ids, two: Ids) -> int:
+    size = min(len(one), len(two))
+    differs = one[:size] != two[:size]
+    first = int(differs.argmax()) if size else 0
+    return first if size and differs[first] else size

@@ -77,6 +77,18 @@ def fitting(items: Sequence[Item], context_length: int, overlong: str) -> tuple[
     return kept, len(items) - len(kept)
 
 
+def distinct(items: Sequence[Item]) -> tuple[list[Item], int]:
+    """Return the items without those whose sequences an earlier one has, and how many were left out.
+
+    For preference pairs: the same pair twice says nothing new, and its weight would depend on how often it was drawn.
+    Rows of an SFT file that repeat are kept: repeating is how a user gives them weight.
+    """
+    first: dict[tuple[Tokens, ...], Item] = {}
+    for item in items:
+        first.setdefault(item.sequences, item)
+    return list(first.values()), len(items) - len(first)
+
+
 def _read(path: Path, convert: Callable[[dict[str, Any]], Item]) -> list[Item]:
     items = []
     for number, row in enumerate(read_jsonl(path), start=1):

@@ -1,62 +1,295 @@
-"""Log-probs of chosen tokens from hidden states and a frozen head, without ever holding the [tokens, vocab] matrix.
+"""Log-probs of chosen tokens straight from hidden states and a head: the [tokens, vocab] matrix never exists.
 
-For a frozen head W the gradient of logp(y) with respect to the hidden state is W[y] - softmax(h W^T) W: it needs
-nothing that the forward pass does not have at hand. So the forward pass forms it tile by tile (two vocabulary products
-in training, one without gradients) and the backward pass is a row scale. `eager_logps` is the specification.
+The gradient of logp(y) with respect to the hidden state is (1 - p_y) (W[y] - E[W_j | j != y]), which needs nothing that
+the forward pass does not have at hand. So the forward pass forms it tile by tile (two vocabulary products in training,
+one without gradients) and the backward pass is a row scale. The target stands apart from the other tokens throughout:
+log-prob and gradient keep their relative accuracy where p is near 1. A trainable head gets its own gradient from tiles
+that are computed again (two more products). `eager_logps` is the specification.
 
-Shapes: S scored tokens, D hidden, V vocabulary.
+Every pass over the same hidden states takes the same tiles in the same order: policy and reference get the same bits.
+What is not a number in the hidden states is not a number in the log-prob of its row, and of no other.
+
+Shapes: S scored tokens, T tokens, D hidden, V vocabulary.
 """
 
-from typing import Any
+import math
+import os
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-ROWS_PER_TILE = 256  # 256 rows x 49k..128k vocabulary x 4 bytes = 50..130 MB of logits at a time
+# Torch's path: 1024 x 2048 fp32 logits stay in a CPU's cache between the products; more rows than that read the head
+# once per row tile. The head's own gradient on a GPU takes larger ones: its accumulator passes through memory.
+ROWS, COLUMNS = 1024, 2048
+GPU_ROWS, GPU_COLUMNS = 4096, 8192
+KERNEL_DTYPES = (torch.bfloat16, torch.float32)
+
+
+class Scored(NamedTuple):
+    """What a pass over the vocabulary gives for each scored token, in at least fp32.
+
+    direction_SD: d logp / d hidden, in fp32 (Triton: the hidden states' dtype); None where it was not asked for.
+    entropy_S: of the distribution that the token was scored under, in nats; None likewise.
+    """
+
+    logps_S: Tensor
+    logsumexp_S: Tensor
+    entropy_S: Tensor | None
+    direction_SD: Tensor | None
 
 
 def eager_logps(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor) -> Tensor:
     """Return log softmax(h W^T)[y], [S], in at least fp32: the plain computation, which autograd differentiates."""
-    dtype = torch.promote_types(hidden_SD.dtype, torch.float32)
+    dtype = _wide(hidden_SD, head_VD)
     logits_SV = hidden_SD.to(dtype) @ head_VD.to(dtype).T
     return logits_SV.log_softmax(-1).gather(1, target_S.unsqueeze(1)).squeeze(1)
-
-
-class FrozenHead(torch.autograd.Function):
-    """logp_S of (hidden_SD, frozen head_VD, target_S); the gradient direction is formed in the forward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor) -> Tensor:
-        dtype = torch.promote_types(hidden_SD.dtype, torch.float32)
-        head = head_VD.to(dtype)
-        logps_S = hidden_SD.new_empty(len(target_S), dtype=dtype)
-        direction_SD = torch.empty_like(hidden_SD, dtype=dtype) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(target_S), ROWS_PER_TILE):
-            rows = slice(start, start + ROWS_PER_TILE)
-            logits = hidden_SD[rows].to(dtype) @ head.T
-            target = target_S[rows].unsqueeze(1)
-            logsumexp = logits.logsumexp(-1, keepdim=True)
-            logps_S[rows] = (logits.gather(1, target) - logsumexp).squeeze(1)
-            if direction_SD is not None:
-                probs = logits.sub_(logsumexp).exp_()
-                direction_SD[rows] = head[target.squeeze(1)] - probs @ head
-        if direction_SD is not None:
-            ctx.save_for_backward(direction_SD)
-        ctx.hidden_dtype = hidden_SD.dtype
-        return logps_S
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        (direction_SD,) = ctx.saved_tensors
-        return (direction_SD * grads[0].unsqueeze(1)).to(ctx.hidden_dtype), None, None
 
 
 def token_logps(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor) -> Tensor:
     """Return the log-prob of target_S[s] given hidden_SD[s], [S], in at least fp32.
 
-    A frozen head takes the tiled path; a trainable head is differentiated by autograd through `eager_logps`.
+    Differentiable in the hidden states and, where it requires a gradient, in the head; not twice. Raises ValueError for
+    shapes that do not fit and, on a CPU, targets outside the vocabulary (elsewhere such a log-prob is not a number).
     """
-    if head_VD.requires_grad and torch.is_grad_enabled():
-        return eager_logps(hidden_SD, head_VD, target_S)
-    logps: Tensor = FrozenHead.apply(hidden_SD, head_VD, target_S)  # type: ignore[no-untyped-call]
-    return logps
+    return _apply(hidden_SD, head_VD, target_S, False)[0]
+
+
+def token_logps_and_entropy(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-probs of `token_logps`, to the bit, and the entropy of each row's distribution in nats, [S].
+
+    The entropy comes from the same tiles and is a metric: no gradient flows through it.
+    """
+    logps_S, entropy_S = _apply(hidden_SD, head_VD, target_S, True)
+    assert entropy_S is not None
+    return logps_S, entropy_S
+
+
+def scored_logps(hidden_TD: Tensor, head_VD: Tensor, source_S: Tensor, target_S: Tensor) -> Tensor:
+    """Return the log-prob of target_S[s] given hidden_TD[source_S[s]], [S]; equal (source, target) are computed once.
+
+    The index tensors may lie on the CPU, where sorting them delays no GPU. In a token tree, answers that begin alike
+    share these tokens: about half of them in a batch of sampled pairs.
+    """
+    pairs_2U, index_S = torch.unique(torch.stack((source_S, target_S)), dim=1, return_inverse=True)
+    source_U, target_U = pairs_2U.to(hidden_TD.device)
+    return token_logps(hidden_TD[source_U], head_VD, target_U)[index_S.to(hidden_TD.device)]
+
+
+def extra_bytes(
+    num_tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, gpu: bool, training: bool
+) -> int:
+    """Return the most bytes that `token_logps` with a frozen head and its backward hold beyond their inputs.
+
+    dtype: of hidden states and head alike. gpu: the Triton path. Scratch space inside MKL or cuBLAS is not counted.
+    """
+    size = dtype.itemsize
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    if gpu and dtype in KERNEL_DTYPES:
+        from matryoshka.dpo.kernels import tile_shape
+
+        rows, columns = tile_shape(num_tokens, vocabulary, dtype)
+        tiles = rows * columns * wide + (rows * (vocabulary * size + hidden_size * (wide + size)) if training else 0)
+        kept = num_tokens * hidden_size * size if training else 0
+    else:
+        rows, columns = _balanced(num_tokens, ROWS), min(COLUMNS, vocabulary)
+        converted = 0 if size == wide else (rows + 2 * columns) * hidden_size * wide
+        tiles = rows * columns * wide + max(converted, rows * hidden_size * size if training else 0)
+        kept = num_tokens * hidden_size * wide if training else 0
+    gradient = num_tokens * hidden_size * size if training else 0
+    return kept + max(tiles, gradient)
+
+
+def _apply(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    if hidden_SD.ndim != 2 or head_VD.ndim != 2 or hidden_SD.shape[1] != head_VD.shape[1]:
+        raise ValueError(
+            f"head: hidden states {list(hidden_SD.shape)} and head {list(head_VD.shape)}; expected [S, D] and [V, D]"
+        )
+    if target_S.shape != hidden_SD.shape[:1]:
+        raise ValueError(f"head: {list(target_S.shape)} targets for {len(hidden_SD)} hidden states; expected one each")
+    if target_S.device.type == "cpu" and len(target_S) and not 0 <= target_S.min() <= target_S.max() < len(head_VD):
+        raise ValueError(
+            f"head: targets from {target_S.min()} to {target_S.max()}, but the head has rows 0 to {len(head_VD) - 1}; "
+            "tokenizer and model differ, or a padding id was scored"
+        )
+    if not torch.is_grad_enabled():  # or a leaf that requires a gradient would be given one that nobody asks for
+        hidden_SD, head_VD = hidden_SD.detach(), head_VD.detach()
+    pair: tuple[Tensor, Tensor | None] = FlashHead.apply(hidden_SD, head_VD, target_S, with_entropy)  # type: ignore[no-untyped-call]
+    return pair
+
+
+class FlashHead(torch.autograd.Function):
+    """(logp_S, entropy_S or None) of (hidden_SD, head_VD, target_S, with_entropy)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        for_hidden, for_head = ctx.needs_input_grad[:2]
+        if _takes_kernels(hidden_SD, head_VD):
+            from matryoshka.dpo import kernels
+
+            scored = kernels.score_tiles(hidden_SD, head_VD, target_S, for_hidden)
+        else:
+            scored = score_tiles(hidden_SD, head_VD, target_S, for_hidden, with_entropy)
+        again = (hidden_SD, head_VD, target_S, scored.logps_S, scored.logsumexp_S) if for_head else (None,) * 5
+        ctx.save_for_backward(scored.direction_SD, *again)
+        ctx.hidden_dtype = hidden_SD.dtype
+        entropy_S = scored.entropy_S if with_entropy else None
+        if entropy_S is not None:
+            ctx.mark_non_differentiable(entropy_S)
+        return scored.logps_S, entropy_S
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_S: Tensor, _: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+        direction_SD, hidden_SD, head_VD, target_S, logps_S, logsumexp_S = ctx.saved_tensors
+        grad_hidden = grad_head = None
+        if direction_SD is not None:
+            grad_hidden = torch.empty_like(direction_SD, dtype=ctx.hidden_dtype)
+            torch.mul(direction_SD, grad_S.unsqueeze(1), out=grad_hidden)
+        if head_VD is not None:
+            grad_head = head_gradient(hidden_SD, head_VD, target_S, logps_S, logsumexp_S, grad_S)
+        return grad_hidden, grad_head, None, None
+
+
+def _takes_kernels(hidden_SD: Tensor, head_VD: Tensor) -> bool:
+    """Whether Triton computes this: bf16 or fp32 on a GPU, or anywhere under Triton's interpreter."""
+    same = hidden_SD.dtype == head_VD.dtype and hidden_SD.dtype in KERNEL_DTYPES
+    return same and (hidden_SD.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def score_tiles(
+    hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, with_direction: bool, with_entropy: bool
+) -> Scored:
+    """Return log-probs, log-sum-exps, and what else is asked for, by torch alone, on any device and dtype."""
+    dtype = _wide(hidden_SD, head_VD)
+    (num_tokens, size), vocabulary = hidden_SD.shape, len(head_VD)
+    rows, columns = _balanced(num_tokens, ROWS), min(COLUMNS, vocabulary)
+    logits = hidden_SD.new_empty(rows * columns, dtype=dtype)
+    state_4S = new_state(hidden_SD, dtype)
+    direction_SD = hidden_SD.new_zeros(num_tokens, size, dtype=dtype) if with_direction else None
+    for start in range(0, num_tokens, rows):
+        tile = slice(start, start + rows)
+        hidden, target = hidden_SD[tile].to(dtype), target_S[tile].unsqueeze(1)
+        reference, rest, moment, own = state_4S[:, tile].unsqueeze(2)
+        for first in range(0, vocabulary, columns):
+            weight = head_VD[first : first + columns].to(dtype)
+            shape = len(hidden), len(weight)
+            z = torch.mm(hidden, weight.T, out=logits[: math.prod(shape)].view(shape))
+            column, here = _local(target, first, len(weight))
+            picked = z.gather(1, column)
+            own.copy_(torch.where(here, picked, own))
+            z.scatter_(1, column, picked.masked_fill_(here, torch.finfo(dtype).min))
+            highest = torch.maximum(reference, z.amax(1, keepdim=True))
+            shift = reference - highest
+            keep = shift.exp()
+            reference.copy_(highest)
+            z.sub_(highest)
+            if with_entropy:
+                moment.add_(shift * rest).mul_(keep).add_(z.exp().mul_(z).sum(1, keepdim=True))
+            mass = z.exp_()
+            rest.mul_(keep).add_(mass.sum(1, keepdim=True))
+            if direction_SD is not None:
+                direction_SD[tile].mul_(keep).addmm_(mass, weight)
+        if direction_SD is not None:
+            to_direction(direction_SD[tile], head_VD, target_S[tile], state_4S[:, tile])
+    return summary(state_4S, direction_SD)
+
+
+def new_state(hidden_SD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what a pass over the vocabulary keeps of each row, [4, S], as it is before the first tile.
+
+    Over all tokens but the target: reference, a logit near the highest; rest, the sum of e^(z - reference); moment, the
+    sum of (z - reference) e^(z - reference). Then own, the target's logit: not a number until its tile comes.
+    """
+    state_4S = hidden_SD.new_zeros(4, len(hidden_SD), dtype=dtype)
+    state_4S[0] = torch.finfo(dtype).min / 2  # above what stands in for a left-out logit, below any logit
+    state_4S[3] = math.nan
+    return state_4S
+
+
+def summary(state_4S: Tensor, direction_SD: Tensor | None) -> Scored:
+    """Return the results of a finished state. With o the log odds against the target, logp = -log(1 + e^o)."""
+    reference, rest, moment, own = state_4S
+    odds = _odds(state_4S)
+    logps = F.logsigmoid(-odds)
+    logsumexp = own - logps
+    others = odds.sigmoid() * (logsumexp - reference - moment / rest.clamp_min(torch.finfo(rest.dtype).tiny))
+    return Scored(logps, logsumexp, others - logps.exp() * logps, direction_SD)
+
+
+def to_direction(sums_SD: Tensor, head_VD: Tensor, target_S: Tensor, state_4S: Tensor) -> None:
+    """Turn sums of e^(z - reference) W over all tokens but the target into (1 - p) (W[y] - sums / rest), in place."""
+    away = _odds(state_4S).sigmoid().unsqueeze(1)
+    # Where all of the rest underflows, so does `away`.
+    rest = state_4S[1].clamp_min(torch.finfo(sums_SD.dtype).tiny).unsqueeze(1)
+    own = head_VD[target_S.clamp(0, len(head_VD) - 1)]
+    sums_SD.mul_(-away / rest).addcmul_(own, away)
+
+
+def _odds(state_4S: Tensor) -> Tensor:
+    """Return log((1 - p) / p) of the targets; not a number where the target's logit is infinite."""
+    reference, rest, _, own = state_4S
+    odds: Tensor = rest.log() + (reference - own) + 0 * own
+    return odds
+
+
+def head_gradient(
+    hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, logps_S: Tensor, logsumexp_S: Tensor, grad_S: Tensor
+) -> Tensor:
+    """Return the sum over s of grad_S[s] (onehot(y_s) - p_s) h_s^T, [V, D] in the head's dtype."""
+    dtype = logps_S.dtype
+    on_tensor_cores = hidden_SD.is_cuda and hidden_SD.dtype == head_VD.dtype == torch.bfloat16
+    operand = torch.bfloat16 if on_tensor_cores else dtype
+    most_rows, most_columns = (GPU_ROWS, GPU_COLUMNS) if on_tensor_cores else (ROWS, COLUMNS)
+    rows, columns = _balanced(len(hidden_SD), most_rows), min(most_columns, len(head_VD))
+    grad_head = torch.zeros_like(head_VD)
+    logits = hidden_SD.new_empty(rows * columns, dtype=dtype)
+    own_S = -torch.expm1(logps_S) * grad_S
+    for first in range(0, len(head_VD), columns):
+        weight = head_VD[first : first + columns].to(operand)
+        result = grad_head[first : first + columns]
+        total = result if result.dtype == dtype else torch.zeros_like(result, dtype=dtype)
+        for start in range(0, len(hidden_SD), rows):
+            tile = slice(start, start + rows)
+            hidden = hidden_SD[tile].to(operand)
+            shape = len(hidden), len(weight)
+            z = product(hidden, weight.T, out=logits[: math.prod(shape)].view(shape))
+            z.sub_(logsumexp_S[tile].unsqueeze(1)).exp_().mul_(-grad_S[tile].unsqueeze(1))
+            column, here = _local(target_S[tile].unsqueeze(1), first, len(weight))
+            z.scatter_(1, column, torch.where(here, own_S[tile].unsqueeze(1), z.gather(1, column)))
+            if operand == dtype:
+                total.addmm_(z.T, hidden)
+            else:
+                total += product(z.to(operand).T, hidden)
+        if total is not result:
+            result.copy_(total)
+    return grad_head
+
+
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return left @ right, accumulated and returned in at least fp32: on a GPU straight from the tensor cores."""
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    if left.is_cuda and left.dtype != dtype:
+        return torch.mm(left, right, out_dtype=dtype, out=out)
+    return torch.mm(left.to(dtype), right.to(dtype), out=out)
+
+
+def _local(target: Tensor, first: int, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Return each target's column in the tile that begins at token `first`, any column where it is not in it, and
+    whether it is."""
+    column = (target - first).clamp_(0, num_columns - 1)
+    return column, column + first == target
+
+
+def _balanced(total: int, most: int) -> int:
+    """Return the size of the parts, `most` at most, that `total` is cut into."""
+    num_parts = max(1, -(-total // most))
+    return max(1, -(-total // num_parts))
+
+
+def _wide(hidden_SD: Tensor, head_VD: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(hidden_SD.dtype, head_VD.dtype), torch.float32)

@@ -1,19 +1,24 @@
 """What the training loop minimises: SFT's cross-entropy and the preference losses, over a token tree's scored tokens.
 
 An objective divides by the global counts it is given, so accumulation over micro-batches adds up to one exact mean.
+Policy and reference are subtracted token by token before anything is summed: where they agree, the margin is exactly 0
+in any order of summation.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from matryoshka.core.train import Totals
 from matryoshka.core.tree import TokenTree
-from matryoshka.dpo.losses import dpo_loss, ipo_loss, simpo_loss
+from matryoshka.dpo.head import scored_logps
+from matryoshka.dpo.losses import dpo_loss, hinge_loss, ipo_loss, nll_term, robust_loss, simpo_loss
 
-LOSSES = ("dpo", "ipo", "simpo")
+SMOOTHED = ("dpo", "robust", "simpo")
+LOSSES = (*SMOOTHED, "ipo", "hinge")
 
 
 class SFT:
@@ -25,13 +30,35 @@ class SFT:
         return -logps_S.sum() / totals.tokens, {}
 
 
+class Pairs(NamedTuple):
+    """What an objective makes of each preference pair, [P]: losses carry the gradient, rewards are for reading."""
+
+    losses_P: Tensor
+    chosen_reward_P: Tensor
+    rejected_reward_P: Tensor
+
+    @property
+    def margin_P(self) -> Tensor:
+        return self.chosen_reward_P - self.rejected_reward_P
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean over the pairs."""
+        return self.losses_P.mean()
+
+    @property
+    def accuracy(self) -> Tensor:
+        """The share of pairs whose chosen side has the higher reward."""
+        return (self.margin_P > 0).to(self.margin_P.dtype).mean()
+
+
 @dataclass(frozen=True)
 class Preference:
     """A preference loss over items (chosen, rejected), divided by the global number of pairs.
 
-    loss: "dpo" (label_smoothing > 0: conservative DPO), "ipo" or "simpo" (no reference; length-normalised).
-    nll_coefficient adds that times the chosen response's mean token cross-entropy, which keeps its likelihood up
-    (Pang et al. 2024, arXiv 2404.19733, eq. 1; there the coefficient is 1).
+    loss: "dpo" (label_smoothing > 0: conservative DPO), "robust", "simpo" (no reference; length-normalised), "ipo" or
+    "hinge"; `dpo/losses.py` has their equations. nll_coefficient adds that times the chosen response's mean token
+    cross-entropy. Raises ValueError for an unknown loss, a number out of range, or smoothing where the loss has none.
     """
 
     loss: str = "dpo"
@@ -47,6 +74,13 @@ class Preference:
             raise ValueError(f"dpo: beta {self.beta} must be above 0")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"dpo: label_smoothing {self.label_smoothing} must lie in [0, 0.5)")
+        if self.label_smoothing and self.loss not in SMOOTHED:
+            raise ValueError(
+                f"dpo: loss {self.loss!r} has no label_smoothing, but it is {self.label_smoothing}; "
+                f"set it to 0 or choose a loss from {list(SMOOTHED)}"
+            )
+        if not self.nll_coefficient >= 0:
+            raise ValueError(f"dpo: nll_coefficient {self.nll_coefficient} must not be below 0")
 
     @property
     def needs_reference(self) -> bool:
@@ -54,40 +88,63 @@ class Preference:
 
     @property
     def first_loss(self) -> float | None:
-        """The mean loss where policy and reference are equal: ln 2 (any smoothing), 1 / (4 beta^2) for IPO."""
+        """The mean loss where policy and reference are equal, if all pairs have the same: ln 2 for any smoothing."""
         if self.nll_coefficient or self.loss == "simpo":
             return None
-        return math.log(2) if self.loss == "dpo" else 1 / (4 * self.beta**2)
+        return {"ipo": 1 / (4 * self.beta**2), "hinge": 1.0}.get(self.loss, math.log(2))
+
+    def pairs(self, logps_S: Tensor, reference_S: Tensor | None, tree: TokenTree) -> Pairs:
+        """Return the losses and rewards of the tree's pairs from the log-probs of its scored tokens.
+
+        Rewards are beta times the log-ratio to the reference (simpo: the mean log-prob). Raises ValueError where the
+        loss needs a reference and there is none.
+        """
+        if not self.needs_reference:
+            reference_S = None
+        elif reference_S is None:
+            raise ValueError(f"dpo: loss {self.loss!r} needs reference log-probs and got none")
+
+        def sides(values_S: Tensor) -> tuple[Tensor, Tensor]:
+            chosen_P, rejected_P = tree.sum_by_sequence(values_S).view(-1, 2).unbind(1)
+            return chosen_P, rejected_P
+
+        chosen_length_P, rejected_length_P = sides(torch.ones_like(logps_S))
+        chosen_P, rejected_P = sides(logps_S if reference_S is None else logps_S - reference_S)
+        if self.loss == "simpo":
+            chosen_P, rejected_P = chosen_P / chosen_length_P, rejected_P / rejected_length_P
+            losses_P = simpo_loss(chosen_P, rejected_P, self.beta, self.gamma_beta_ratio, self.label_smoothing)
+        elif self.loss == "robust":
+            losses_P = robust_loss(chosen_P - rejected_P, self.beta, self.label_smoothing)
+        elif self.loss == "ipo":
+            losses_P = ipo_loss(chosen_P - rejected_P, self.beta)
+        elif self.loss == "hinge":
+            losses_P = hinge_loss(chosen_P - rejected_P, self.beta)
+        else:
+            losses_P = dpo_loss(chosen_P - rejected_P, self.beta, self.label_smoothing)
+        if self.nll_coefficient:
+            losses_P = losses_P + nll_term(sides(logps_S)[0] / chosen_length_P, self.nll_coefficient)
+        return Pairs(losses_P, self.beta * chosen_P.detach(), self.beta * rejected_P.detach())
 
     def __call__(
         self, logps_S: Tensor, reference_S: Tensor | None, tree: TokenTree, totals: Totals
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen_P, rejected_P = tree.sum_by_sequence(logps_S).view(-1, 2).unbind(1)
-        chosen_length_P, rejected_length_P = tree.sum_by_sequence(torch.ones_like(logps_S)).view(-1, 2).unbind(1)
-        if self.loss == "simpo":
-            lengths = (chosen_length_P, rejected_length_P)
-            losses_P = simpo_loss(
-                chosen_P, rejected_P, *lengths, self.beta, self.gamma_beta_ratio, self.label_smoothing
-            )
-            rewards = self.beta * chosen_P / chosen_length_P, self.beta * rejected_P / rejected_length_P
-        else:
-            if reference_S is None:
-                raise ValueError(f"dpo: loss {self.loss!r} needs reference log-probs and got none")
-            ref_chosen_P, ref_rejected_P = tree.sum_by_sequence(reference_S).view(-1, 2).unbind(1)
-            four = (chosen_P, rejected_P, ref_chosen_P, ref_rejected_P)
-            if self.loss == "dpo":
-                losses_P = dpo_loss(*four, self.beta, self.label_smoothing)
-            else:
-                losses_P = ipo_loss(*four, self.beta)
-            rewards = self.beta * (chosen_P - ref_chosen_P), self.beta * (rejected_P - ref_rejected_P)
-        if self.nll_coefficient:
-            losses_P = losses_P - self.nll_coefficient * chosen_P / chosen_length_P
+        pairs = self.pairs(logps_S, reference_S, tree)
         metrics = {
-            "margin": (rewards[0] - rewards[1]).detach().sum(),
-            "accuracy": (rewards[0] > rewards[1]).sum(),
-            "chosen_reward": rewards[0].detach().sum(),
-            "rejected_reward": rewards[1].detach().sum(),
+            "margin": pairs.margin_P.sum(),
+            "accuracy": (pairs.margin_P > 0).sum(),
+            "chosen_reward": pairs.chosen_reward_P.sum(),
+            "rejected_reward": pairs.rejected_reward_P.sum(),
         }
-        return losses_P.sum() / totals.items, metrics
+        return pairs.losses_P.sum() / totals.items, metrics
 
 
+def fused_preference_loss(
+    objective: Preference, hidden_TD: Tensor, head_VD: Tensor, tree: TokenTree, reference_S: Tensor | None = None
+) -> Pairs:
+    """Return loss, rewards, margins and accuracy of the tree's pairs straight from its [T, D] hidden states.
+
+    Logits exist a tile at a time and never again in the backward pass; a scored token that several sequences share is
+    computed once. reference_S: the reference's log-probs of the tree's scored tokens, from `scored_logps` over its
+    hidden states (without gradients) or kept from earlier. The same numbers as head and objective one after the other.
+    """
+    return objective.pairs(scored_logps(hidden_TD, head_VD, tree.source_S, tree.target_S), reference_S, tree)

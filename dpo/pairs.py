@@ -48,20 +48,19 @@ def make_pairs(trajectories: Sequence[Trajectory], rule: PairRule, seed: int) ->
     """Return pairs in a deterministic order, and the counts.
 
     Equal guidances to one prompt are one candidate with the mean of their rewards, whole if one of them was. Rule
-    "binary": above 0.5 beats below 0.5; "ranked": any gap above `rule.margin` counts. At most `rule.cap` pairs an
-    example, no pair twice.
+    "binary": above 0.5 beats below 0.5; "ranked": any gap above `rule.margin` counts, the widest first. At most
+    `rule.cap` pairs an example, no pair twice.
     Raises ValueError for an unknown rule.
     """
     if rule.kind not in ("binary", "ranked"):
         raise ValueError(f"pairs: rule {rule.kind!r} is unknown; choose 'binary' or 'ranked'")
     counts = PairCounts()
+    counts.failed = sum(map(_failed, trajectories))
+    trajectories = [trajectory for trajectory in trajectories if not _failed(trajectory)]
     prompts: dict[tuple[str, Messages], dict[str, _Candidate]] = defaultdict(dict)
-    for trajectory in trajectories:
-        if _failed(trajectory):
-            counts.failed += 1
-            continue
+    for trajectory, last_reward in zip(trajectories, _rewards(trajectories, rule.scores), strict=True):
         for index, turn in enumerate(trajectory.turns):
-            reward = trajectory.reward if index == len(trajectory.turns) - 1 else 0.0
+            reward = last_reward if index == len(trajectory.turns) - 1 else 0.0
             counts.samples += 1
             counts.cut_by_length += turn.action.finish_reason == "length"
             group = prompts[trajectory.example_id, turn.prompt]
@@ -82,6 +81,26 @@ def make_pairs(trajectories: Sequence[Trajectory], rule: PairRule, seed: int) ->
     kept = [pair for example_id in sorted(by_example) for pair in by_example[example_id][: rule.cap]]
     counts.pairs = len(kept)
     return kept, counts
+
+
+def _rewards(trajectories: Sequence[Trajectory], scores: Sequence[str]) -> list[float]:
+    """Return each episode's reward or, where `scores` are named, their mean rank among the example's episodes.
+
+    A rank is the share of the example's other episodes that the score beats, ties counted half: 0 worst, 1 best.
+    """
+    if not scores:
+        return [trajectory.reward for trajectory in trajectories]
+    groups: dict[str, list[Trajectory]] = defaultdict(list)
+    for trajectory in trajectories:
+        groups[trajectory.example_id].append(trajectory)
+
+    def rank(trajectory: Trajectory, name: str) -> float:
+        own = float(trajectory.info[name])
+        rivals = [float(rival.info[name]) for rival in groups[trajectory.example_id]]
+        beaten = sum((value < own) + 0.5 * (value == own) for value in rivals) - 0.5
+        return beaten / max(1, len(rivals) - 1)
+
+    return [sum(rank(trajectory, name) for name in scores) / len(scores) for trajectory in trajectories]
 
 
 def winners(trajectories: Sequence[Trajectory]) -> list[tuple[tuple[int, ...] | None, Messages, Sample, str]]:

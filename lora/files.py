@@ -1,7 +1,8 @@
 """Adapter files in PEFT's layout, so that PEFT and vLLM load ours and we load theirs; and merging in fp32.
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors` with keys
-`base_model.model.<module path>.lora_A.weight` [R, I] and `...lora_B.weight` [O, R].
+`base_model.model.<module path>.lora_A.weight` [R, I], `...lora_B.weight` [O, R] and, with DoRA,
+`...lora_magnitude_vector` [O].
 """
 
 import hashlib
@@ -22,7 +23,7 @@ PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings of PEFT that change the computation or which layers it touches, and that we do not compute.
 REFUSED = (
-    "use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "exclude_modules",
+    "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "exclude_modules",
     "layers_to_transform", "layer_replication", "trainable_token_indices", "target_parameters", "lora_bias",
     "alora_invocation_tokens", "use_qalora", "use_bdlora",
 )  # fmt: skip
@@ -34,8 +35,9 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     tensors = {}
     for path, module in model.named_modules():
         if isinstance(module, LoraLinear) and name in module.configs:
-            tensors[f"{PREFIX}{path}.lora_A.weight"] = module.lora_A[name].detach().contiguous()
-            tensors[f"{PREFIX}{path}.lora_B.weight"] = module.lora_B[name].detach().contiguous()
+            for part, parameters in module.parts(name).items():
+                suffix = ".weight" if parameters[name].ndim == 2 else ""  # PEFT writes its vectors without
+                tensors[f"{PREFIX}{path}.{part}{suffix}"] = parameters[name].detach().contiguous()
     return tensors
 
 
@@ -60,6 +62,8 @@ def save_adapter(model: nn.Module, name: str, folder: Path, base_model: str, dty
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+    # Only where they are on: a plain adapter's file, and with it its hash, is what it was before there were variants.
+    peft |= {key: True for key, is_on in (("use_rslora", config.rslora), ("use_dora", config.dora)) if is_on}
 
     def write(path: Path) -> None:
         path.touch()
@@ -93,12 +97,13 @@ def read_config(folder: Path) -> LoraConfig:
                          "target_modules") from err
     for key in REFUSED:
         if data.get(key):
-            raise ValueError(f"{path}: {key} = {data[key]!r} is not supported; expected plain LoRA")
+            raise ValueError(f"{path}: {key} = {data[key]!r} is not supported; expected plain LoRA, rsLoRA or DoRA")
     if data.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias = {data['bias']!r} is not supported; expected 'none'")
     if not isinstance(targets, list):
         raise ValueError(f"{path}: target_modules = {targets!r}; expected a list of module names")
-    return LoraConfig(rank, alpha, float(data.get("lora_dropout", 0.0)), tuple(sorted(targets)))
+    rslora, dora = bool(data.get("use_rslora")), bool(data.get("use_dora"))
+    return LoraConfig(rank, alpha, float(data.get("lora_dropout", 0.0)), tuple(sorted(targets)), rslora, dora)
 
 
 def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
@@ -137,7 +142,8 @@ def adapter_hash(folder: Path) -> str:
 
 
 def merge(model: nn.Module, name: str) -> None:
-    """Fold adapter `name` into the weights: W + scale B A, summed in at least fp32 and rounded once to W's dtype.
+    """Fold adapter `name` into the weights: W + scale B A, its rows rescaled with DoRA, computed in at least fp32 and
+    rounded once to W's dtype.
 
     Every adapter is dropped and each LoRA layer becomes a plain linear layer again.
     """
@@ -149,8 +155,7 @@ def merge(model: nn.Module, name: str) -> None:
         plain = nn.Linear(inputs, outputs, bias=module.bias is not None, device="meta").train(module.training)
         weight = module.weight.detach()
         if name in module.configs:
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            weight = (weight.to(wide) + module.delta(name).detach().to(wide)).to(weight.dtype)
+            weight = module.merged(name).to(weight.dtype)
         plain.weight = nn.Parameter(weight, requires_grad=False)
         if module.bias is not None:
             plain.bias = nn.Parameter(module.bias.detach(), requires_grad=False)

@@ -1,8 +1,10 @@
-"""LoRA layers by hand: y = x W^T + b + (alpha / r) * dropout(x) A^T B^T, W and b frozen.
+"""LoRA layers: y = x W^T + b + scale * dropout(x) A^T B^T, W and b frozen, scale = alpha / r (rsLoRA: alpha / sqrt(r)).
 
 A layer holds several named adapters of which at most one is active: "policy" is trained, "reference" is the frozen
-policy of the round before, none is the base model. The backward pass is written out: the frozen weight gets no
-gradient, and x A^T is recomputed rather than kept. Source: Hu et al. 2021 (arXiv 2106.09685), eq. 3.
+policy of the round before, none is the base model. DoRA trains the length of every row of W + scale B A besides:
+y = (x W^T + scale * dropout(x) A^T B^T) * m / ||W + scale B A|| + b, the norm being a constant to the gradient.
+Sources: Hu et al. 2021 (arXiv 2106.09685), eq. 3; Kalajdzievski 2023 (2312.03732); Liu et al. 2024 (2402.09353),
+eq. 5 and 11.
 
 Shapes: M rows (all leading dimensions), I inputs, O outputs, R rank.
 """
@@ -11,21 +13,29 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from matryoshka.lora.functions import LoraFunction, weight_norm
+
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """rank r, alpha (scale = alpha / r), dropout on the adapter's input, and which projections carry an adapter."""
+    """rank r, alpha, dropout on the adapter's input, which projections carry an adapter, and two variants.
+
+    rslora: scale by alpha / sqrt(r), so that a higher rank does not mean smaller steps. dora: train lengths of rows
+    besides; costs another product of W with A in every pass, keeps one more tensor of the output's size a layer, and
+    such an adapter has to be merged for servers that know LoRA alone (vLLM).
+    """
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    rslora: bool = False
+    dora: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -35,35 +45,14 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
-
-
-class LoraFunction(torch.autograd.Function):
-    """x W^T + scale * (z A^T) B^T, with z = dropout(x) (z is x itself where dropout is 0)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, z: Tensor, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(z, weight_OI, a_RI, b_OR)
-        ctx.scale = scale
-        return F.linear(x, weight_OI).add_(F.linear(F.linear(z, a_RI), b_OR), alpha=scale)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        z, weight_OI, a_RI, b_OR = ctx.saved_tensors
-        grad_MO, z_MI = grad.reshape(-1, grad.shape[-1]), z.reshape(-1, z.shape[-1])
-        grad_MR = (grad_MO @ b_OR).mul_(ctx.scale)
-        grad_x = (grad @ weight_OI) if ctx.needs_input_grad[0] else None
-        grad_z = (grad_MR @ a_RI).view(z.shape) if ctx.needs_input_grad[1] else None
-        grad_a = grad_MR.T @ z_MI
-        grad_b = (grad_MO.T @ (z_MI @ a_RI.T)).mul_(ctx.scale)
-        return grad_x, grad_z, None, grad_a, grad_b, None
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class LoraLinear(nn.Module):
     """A frozen linear layer (`weight`, `bias`: the checkpoint's names) with named adapters beside it.
 
-    Adapter matrices are fp32 (float64 beside a float64 base) and cast to the input's dtype in the product.
+    Adapter matrices are fp32 (float64 beside a float64 base) and rounded to the input's dtype in the product. Their
+    names are PEFT's; `lora_magnitude_vector` is DoRA's m.
     """
 
     def __init__(self, base: nn.Linear) -> None:
@@ -72,23 +61,76 @@ class LoraLinear(nn.Module):
         self.bias = None if base.bias is None else base.bias.requires_grad_(False)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
+        self.lora_magnitude_vector = nn.ParameterDict()
         self.configs: dict[str, LoraConfig] = {}
         self.active: str | None = None
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.active is None or self.active not in self.configs:
+        name = self.active
+        if name is None or name not in self.configs:
             return F.linear(x, self.weight, self.bias)
-        config = self.configs[self.active]
-        z = F.dropout(x, config.dropout) if self.training and config.dropout else x
-        a_RI, b_OR = self.lora_A[self.active].to(x.dtype), self.lora_B[self.active].to(x.dtype)
-        y: Tensor = LoraFunction.apply(x, z, self.weight, a_RI, b_OR, config.scale)  # type: ignore[no-untyped-call]
-        return y if self.bias is None else y + self.bias
+        return _adapted(x, [self], name)[0]
+
+    def forward_together(self, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...] | None:
+        """Return the outputs of layers that read the same x, this one the first, in fewer products than one by one.
+
+        None where they cannot be: another kind of layer, another adapter, or dropout, which is drawn for each layer.
+        Measured with SmolLM2-135M, 950 tokens, rank 8, one CPU core: q, k, v 11% and gate, up 4% less time, forward and
+        backward, which is 1.4% of a training step.
+        """
+        name = self.active
+        if name is None or name not in self.configs or (self.training and self.configs[name].dropout):
+            return None
+        alike = [layer for layer in layers if isinstance(layer, LoraLinear) and layer.active == name]
+        if len(alike) < len(layers) or any(layer.configs.get(name) is not self.configs[name] for layer in alike):
+            return None
+        return _adapted(x, alike, name)
+
+    def parts(self, name: str) -> dict[str, nn.ParameterDict]:
+        """Return the dictionaries that hold a parameter of adapter `name`, by their own names."""
+        parts = {"lora_A": self.lora_A, "lora_B": self.lora_B, "lora_magnitude_vector": self.lora_magnitude_vector}
+        return {part: parameters for part, parameters in parts.items() if name in parameters}
+
+    def attach(self, name: str, config: LoraConfig, a_RI: Tensor, b_OR: Tensor) -> None:
+        """Make `name` an adapter of these matrices; DoRA's lengths are those of W + scale B A, so it changes no row."""
+        self.configs[name] = config
+        self.lora_A[name], self.lora_B[name] = nn.Parameter(a_RI), nn.Parameter(b_OR)
+        if config.dora:
+            self.lora_magnitude_vector[name] = nn.Parameter(weight_norm(self.weight, a_RI, b_OR, config.scale))
+
+    def row_scale(self, name: str) -> Tensor:
+        """Return DoRA's m / ||W + scale B A||, [O], differentiable in m alone."""
+        a_RI, b_OR = self.lora_A[name].detach(), self.lora_B[name].detach()
+        norm_O = weight_norm(self.weight, a_RI, b_OR, self.configs[name].scale)
+        magnitude_O: Tensor = self.lora_magnitude_vector[name]
+        return magnitude_O / norm_O.clamp_min(torch.finfo(norm_O.dtype).tiny)  # a row of zeros: 0, not 0 / 0
+
+    @torch.no_grad()
+    def merged(self, name: str) -> Tensor:
+        """Return the weight that computes the same without adapter `name`'s own product, [O, I], in at least fp32."""
+        weight_OI = self.weight.to(self.lora_A[name].dtype) + self.delta(name)
+        return weight_OI * self.row_scale(name).unsqueeze(1) if self.configs[name].dora else weight_OI
 
     def delta(self, name: str) -> Tensor:
         """Return scale * B A of adapter `name`, [O, I], in the adapter's dtype."""
         product: Tensor = self.lora_B[name] @ self.lora_A[name]
         return self.configs[name].scale * product
+
+
+def _adapted(x: Tensor, layers: Sequence[LoraLinear], name: str) -> tuple[Tensor, ...]:
+    """Return what every layer computes from x with adapter `name`, whose configuration is the same in all."""
+    config = layers[0].configs[name]
+    drop = config.dropout if layers[0].training else 0.0
+    seed = int(torch.randint(2**62, ()).item()) if drop else 0
+    flat: list[Tensor | None] = []
+    for layer in layers:
+        flat += [layer.weight, None if config.dora else layer.bias, layer.lora_A[name], layer.lora_B[name]]
+    outputs: tuple[Tensor, ...] = LoraFunction.apply(x, config.scale, drop, seed, *flat)  # type: ignore[no-untyped-call]
+    if not config.dora:
+        return outputs
+    scaled = (y * layer.row_scale(name).to(y.dtype) for layer, y in zip(layers, outputs, strict=True))
+    return tuple(y if layer.bias is None else y + layer.bias for layer, y in zip(layers, scaled, strict=True))
 
 
 def add_adapter(model: nn.Module, name: str, config: LoraConfig, seed: int) -> None:
@@ -123,15 +165,16 @@ def add_adapter(model: nn.Module, name: str, config: LoraConfig, seed: int) -> N
         dtype = torch.promote_types(module.weight.dtype, torch.float32)
         bound = 1 / math.sqrt(inputs)
         a_RI = (torch.rand(config.rank, inputs, generator=draws, dtype=torch.float64) * 2 - 1) * bound
-        module.lora_A[name] = nn.Parameter(a_RI.to(module.weight.device, dtype))
-        module.lora_B[name] = nn.Parameter(torch.zeros(outputs, config.rank, device=module.weight.device, dtype=dtype))
-        module.configs[name] = config
+        b_OR = torch.zeros(outputs, config.rank, device=module.weight.device, dtype=dtype)
+        module.attach(name, config, a_RI.to(module.weight.device, dtype), b_OR)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
     """Forget adapter `name`. Raises ValueError when the model has no such adapter."""
     for module in layers_with(model, name):
-        del module.lora_A[name], module.lora_B[name], module.configs[name]
+        for parameters in module.parts(name).values():
+            del parameters[name]
+        del module.configs[name]
         if module.active == name:
             module.active = None
 
@@ -139,8 +182,8 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 def copy_adapter(model: nn.Module, source: str, target: str) -> None:
     """Make `target` a frozen copy of adapter `source` (the reference policy of the round that begins)."""
     for module in layers_with(model, source):
-        module.lora_A[target] = nn.Parameter(module.lora_A[source].detach().clone(), requires_grad=False)
-        module.lora_B[target] = nn.Parameter(module.lora_B[source].detach().clone(), requires_grad=False)
+        for parameters in module.parts(source).values():
+            parameters[target] = nn.Parameter(parameters[source].detach().clone(), requires_grad=False)
         module.configs[target] = module.configs[source]
 
 
@@ -174,8 +217,8 @@ def active(model: nn.Module, name: str | None) -> Iterator[None]:
 
 def trainable_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Return the parameters of adapter `name` by their full names; every other parameter is frozen by the call."""
-    layers_with(model, name)
-    chosen = {path: p for path, p in model.named_parameters() if path.endswith((f"lora_A.{name}", f"lora_B.{name}"))}
+    chosen_ids = {id(part[name]) for module in layers_with(model, name) for part in module.parts(name).values()}
+    chosen = {path: p for path, p in model.named_parameters() if id(p) in chosen_ids}
     for path, parameter in model.named_parameters():
         parameter.requires_grad_(path in chosen)
     return chosen

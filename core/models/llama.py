@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from matryoshka.core.activations import recomputed, run_attention, run_block
 from matryoshka.core.attention import Attend, Causal
-from matryoshka.core.language_model import LanguageModel
+from matryoshka.core.elementwise import at_least_fp32, rms_norm, rope_tables, rotate, swiglu
+from matryoshka.core.language_model import LanguageModel, together
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -107,11 +108,6 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling:
     return RopeScaling(kind, **{name: rope[name] for name in needed[kind]})
 
 
-def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """Return float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def rope_frequencies(config: Config) -> Tensor:
     """Return the [H/2] angular frequencies in float64. Source: RoFormer eq. 15; Llama-3.1's `llama3` scaling."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device="cpu") / config.head_dim
@@ -128,14 +124,6 @@ def rope_frequencies(config: Config) -> Tensor:
     return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
 
 
-def rotate(x_BNTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
-    """Return x rotated by its position, halves paired (i, i + H/2), computed in the tables' dtype."""
-    x = x_BNTH.to(cos_BTH.dtype)
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x * cos_BTH.unsqueeze(1) + turned * sin_BTH.unsqueeze(1)).to(x_BNTH.dtype)
-
-
 class RMSNorm(nn.Module):
     """weight * x / sqrt(mean(x^2) + eps), the division in at least fp32. Source: Zhang & Sennrich 2019, eq. 4."""
 
@@ -145,9 +133,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        x = x_BTD.to(at_least_fp32(x_BTD.dtype))
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x.to(x_BTD.dtype)
+        return rms_norm(x_BTD, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -164,11 +150,13 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, cos_BTH: Tensor, sin_BTH: Tensor, attend: Attend, layer: int) -> Tensor:
         rows, tokens, _ = x_BTD.shape
-        q_BNTH, k_BGTH, v_BGTH = (
-            proj(x_BTD).view(rows, tokens, -1, self.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        q_BTNH, k_BTGH, v_BTGH = (
+            out.view(rows, tokens, -1, self.head_dim) for out in together(x_BTD, self.q_proj, self.k_proj, self.v_proj)
         )
-        out_BNTH = attend(layer, rotate(q_BNTH, cos_BTH, sin_BTH), rotate(k_BGTH, cos_BTH, sin_BTH), v_BGTH)
+        q_BTNH, k_BTGH = rotate(q_BTNH, cos_BTH, sin_BTH), rotate(k_BTGH, cos_BTH, sin_BTH)
+        # Heads become a dimension of their own by strides alone; attention that answers in q's strides saves a copy.
+        q_BNTH, k_BGTH, v_BGTH = (heads.transpose(1, 2) for heads in (q_BTNH, k_BTGH, v_BTGH))
+        out_BNTH = run_attention(attend, layer, q_BNTH, k_BGTH, v_BGTH)
         out: Tensor = self.o_proj(out_BNTH.transpose(1, 2).reshape(rows, tokens, -1))
         return out
 
@@ -183,7 +171,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        out: Tensor = self.down_proj(recomputed(swiglu, *together(x_BTD, self.gate_proj, self.up_proj)))
         return out
 
 
@@ -196,8 +184,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_BTD: Tensor, cos_BTH: Tensor, sin_BTH: Tensor, attend: Attend, layer: int) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_BTH, sin_BTH, attend, layer)
-        out: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        x_BTD = x_BTD + self.self_attn(recomputed(self.input_layernorm, x_BTD), cos_BTH, sin_BTH, attend, layer)
+        out: Tensor = x_BTD + self.mlp(recomputed(self.post_attention_layernorm, x_BTD))
         return out
 
 
@@ -236,11 +224,9 @@ class Model(LanguageModel):
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         attend = attend or Causal()
         x_BTD = self.model.embed_tokens(ids_BT)
-        angles = positions_BT.unsqueeze(-1) * rope_frequencies(self.config).to(ids_BT.device)
-        angles = torch.cat((angles, angles), dim=-1)
-        tables = at_least_fp32(x_BTD.dtype)
-        cos_BTH, sin_BTH = angles.cos().to(tables), angles.sin().to(tables)
+        frequencies = rope_frequencies(self.config).to(ids_BT.device)
+        cos_BTH, sin_BTH = rope_tables(positions_BT, frequencies, at_least_fp32(x_BTD.dtype))
         for index, layer in enumerate(self.model.layers):
-            x_BTD = layer(x_BTD, cos_BTH, sin_BTH, attend, index)
+            x_BTD = run_block(layer, x_BTD, cos_BTH, sin_BTH, attend, index)
         hidden: Tensor = self.model.norm(x_BTD)
         return hidden

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from matryoshka.core.checkpoint import latest_checkpoint
 from matryoshka.core.load import load_model
+from matryoshka.core.packing import batch_at, plan
 from matryoshka.core.records import Message
 from matryoshka.core.tokenizer import Tokenizer
-from matryoshka.core.train import Interrupted, Item, Totals, TrainConfig, batch_at, learning_rate, micro_batches, train
+from matryoshka.core.train import Interrupted, Item, Totals, TrainConfig, learning_rate, train
 from matryoshka.core.tree import Tokens, TokenTree, build_tree, tree_size
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT, Preference
@@ -111,7 +112,8 @@ def test_micro_batches_give_the_same_gradients(tiny_dir: Path, tmp_path: Path, o
             torch.nn.init.normal_(layer.lora_B["policy"], std=0.1, generator=torch.Generator().manual_seed(1))
     start = values(model)
     found = {}
-    for limit in (1, 40, 10**6):
+    one = max(tree_size(item.sequences) for item in items)
+    for limit in (one, 40, 10**6):
         for name, weight in trainable_parameters(model, "policy").items():
             weight.data.copy_(start[name])
         calls = 0
@@ -131,13 +133,13 @@ def test_micro_batches_give_the_same_gradients(tiny_dir: Path, tmp_path: Path, o
         for handle in handles:
             handle.remove()
         found[limit] = (calls, row["loss"], row["grad_norm"], sums)
-    assert found[1][0] == len(items) > found[40][0] > found[10**6][0] == 1
-    for limit in (1, 40):
+    assert found[one][0] > found[40][0] > found[10**6][0] == 1
+    for limit in (one, 40):
         assert found[limit][1:3] == pytest.approx(found[10**6][1:3], rel=1e-12)
         for name, expected in found[10**6][3].items():
             torch.testing.assert_close(found[limit][3][name], expected, rtol=0, atol=1e-12, msg=name)
-    norm = torch.stack([g.square().sum() for g in found[1][3].values()]).sum().sqrt().item()
-    assert norm == pytest.approx(found[1][2], rel=1e-12)
+    norm = torch.stack([g.square().sum() for g in found[one][3].values()]).sum().sqrt().item()
+    assert norm == pytest.approx(found[one][2], rel=1e-12)
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.01, 1e6])
@@ -190,9 +192,11 @@ def test_rows(tiny_dir: Path, tmp_path: Path) -> None:
     assert {row["steps"] for row in rows} == {6}
     for step, row in enumerate(rows):
         _, batch = batch_at(items, step, 4, CONFIG.seed)
-        micros = [[i.sequences[0] for i in micro] for micro in micro_batches(batch, CONFIG.micro_batch_tokens)]
+        packed = plan(batch, CONFIG.micro_batch_tokens)
+        micros = [[item.sequences[0] for item in micro] for micro in packed.micro_batches]
         assert row["tokens"] == sum(tree_size(micro) for micro in micros)
         assert row["padded_tokens"] == sum(len(micro) * max(len(s.ids) for s in micro) for micro in micros)
+        assert row["padded_tokens"] - row["tokens"] == packed.saved
     assert [{**row, "steps": 6} for row in metrics(tmp_path)] == [
         {name: value for name, value in row.items() if name != "seconds"} for row in rows
     ]
@@ -211,41 +215,6 @@ def test_training_learns(tiny_dir: Path, tmp_path: Path) -> None:
     assert torch.equal(model.model.embed_tokens.weight, base)
     with active(model, None):
         assert torch.equal(model(torch.tensor([[1, 2]])), load_model(tiny_dir)(torch.tensor([[1, 2]])))
-
-
-def test_batches_are_a_pure_function_of_seed_and_step() -> None:
-    """Oracle: invariants: an epoch is a permutation, groups stay together, and nothing but seed and epoch decides."""
-    items = conversations(30)
-    identity = {id(item): index for index, item in enumerate(items)}
-    orders = []
-    for epoch in range(3):
-        batches = [batch_at(items, 8 * epoch + step, 4, 1) for step in range(8)]
-        assert {number for number, _ in batches} == {epoch}
-        assert [len(batch) for _, batch in batches] == [4] * 7 + [2]
-        order = [identity[id(item)] for _, batch in batches for item in batch]
-        assert sorted(order) == list(range(30))
-        assert all(order[i] // 2 == order[i + 1] // 2 for i in range(0, 30, 2))
-        orders.append(order)
-    assert len({tuple(order) for order in orders}) == 3
-    again = [identity[id(item)] for step in range(8, 16) for item in batch_at(items, step, 4, 1)[1]]
-    assert again == orders[1]
-    assert [identity[id(item)] for item in batch_at(items, 0, 30, 2)[1]] != orders[0]
-    assert [identity[id(item)] for item in batch_at(items, 0, 30, 1)[1]] == orders[0]  # the batch size only cuts
-
-
-@pytest.mark.parametrize("limit", [1, 25, 60, 10**6])
-def test_micro_batches_are_bounded(limit: int) -> None:
-    """Oracle: invariants: consecutive, complete, within the limit unless alone, and never two that fit together."""
-    batch = conversations(12)
-    micros = list(micro_batches(batch, limit))
-    assert [item for micro in micros for item in micro] == batch
-    for micro in micros:
-        assert len(micro) == 1 or tree_size([item.sequences[0] for item in micro]) <= limit
-    for micro, after in zip(micros, micros[1:], strict=False):
-        assert tree_size([item.sequences[0] for item in [*micro, after[0]]]) > limit
-    assert list(micro_batches([], limit)) == []
-    exact = tree_size([item.sequences[0] for item in batch[:3]])
-    assert len(next(micro_batches(batch, exact))) == 3 and len(next(micro_batches(batch, exact - 1))) < 3
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
@@ -285,7 +254,7 @@ def test_how_the_work_is_cut_up_may_change(tiny_dir: Path, tmp_path: Path) -> No
         next(rows)
     rows.close()  # type: ignore[attr-defined]
     part = make_model(tiny_dir)
-    assert len(list(sft(part, tmp_path / "part", replace(CONFIG, micro_batch_tokens=1)))) == 3
+    assert len(list(sft(part, tmp_path / "part", replace(CONFIG, micro_batch_tokens=17)))) == 3
     for name, value in values(whole).items():
         torch.testing.assert_close(values(part)[name], value, rtol=0, atol=1e-4, msg=name)
     loaded = make_model(tiny_dir)
@@ -381,6 +350,44 @@ def test_nothing_non_finite_reaches_the_optimizer(tiny_dir: Path, tmp_path: Path
         weight.data.copy_(after_one[name])
     next(sft(clean, tmp_path / "clean", config))
     assert same(values(model), values(clean))
+
+
+@pytest.mark.parametrize("limit", [17, 10**6])
+def test_hidden_states_that_are_not_finite_are_named(tiny_dir: Path, tmp_path: Path, limit: int) -> None:
+    """Oracle: by hand: one row of the embedding becomes NaN, and one example's second answer token has that id.
+
+    The step is refused, whatever the other micro-batches gave: parameters and metrics as before it.
+    """
+    items = conversations()
+    token = next(id for id in range(256) if all(id not in item.sequences[0].ids for item in items))
+    ids = (*items[5].sequences[0].ids[:11], token, 7, 8)
+    items[5] = Item((Tokens(ids, (0,) * 10 + (1,) * 4),), "the bad one")
+    model = make_model(tiny_dir)
+    with torch.no_grad():
+        embedding = model.model.embed_tokens.weight
+        model.lm_head = torch.nn.Linear(embedding.shape[1], embedding.shape[0], bias=False)
+        model.lm_head.weight.copy_(embedding).requires_grad_(False)
+        model.config = replace(model.config, tie_word_embeddings=False)
+        embedding[token] = math.nan
+    before = values(model)
+    config = replace(CONFIG, batch_size=10, micro_batch_tokens=limit)
+    message = (
+        r"train: step 1: the hidden states of example 'the bad one' \(1 of \d+ in its micro-batch\) are not finite; "
+        "nothing was updated"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        next(sft(model, tmp_path, config, items))
+    assert same(values(model), before) and metrics(tmp_path) == [] and latest_checkpoint(tmp_path) is None
+
+
+def test_an_item_beyond_the_budget_is_refused_before_anything_is_written(tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: the message, which names the example; no folder."""
+    items = conversations()
+    size = max(tree_size(item.sequences) for item in items)
+    config = replace(CONFIG, micro_batch_tokens=size - 1)
+    with pytest.raises(ValueError, match=rf"\(example 'group \d'\): .* take {size} tree tokens, micro_batch_tokens is"):
+        next(sft(make_model(tiny_dir), tmp_path / "run", config))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_wrong_first_loss_is_refused(tiny_dir: Path, tmp_path: Path) -> None:
@@ -508,5 +515,3 @@ def test_errors(tiny_dir: Path, tmp_path: Path) -> None:
             TrainConfig(**{name: 0})
     with pytest.raises(ValueError, match="learning_rate 0.0 must be above 0"):
         TrainConfig(learning_rate=0.0)
-    with pytest.raises(ValueError, match="item of group 'g': a sequence of 2 tokens has no scored token"):
-        Item((Tokens((1, 2), (0, 1)), Tokens((1, 2), (0, 0))), "g")

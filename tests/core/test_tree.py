@@ -8,10 +8,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from matryoshka.core.attention import Masked
+from matryoshka.core import attention
+from matryoshka.core.attention import Attend, Branches, Masked
 from matryoshka.core.models.llama import Config, Model
-from matryoshka.core.tree import Tokens, build_tree, tree_size
+from matryoshka.core.train import Totals
+from matryoshka.core.tree import Tokens, TokenTree, build_tree, padded_size, tree_size
 from matryoshka.dpo.head import token_logps
+from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.lora.linear import LoraConfig, add_adapter, set_active, trainable_parameters
 
 VOCAB = 11
@@ -55,6 +58,12 @@ def one_at_a_time(sequences: list[Tokens]) -> list[Tensor]:
     return out
 
 
+def logps_of(tree: TokenTree, attend: Attend) -> Tensor:
+    """Return the log-probs of the tree's scored tokens."""
+    hidden_TD = MODEL(tree.ids_T[None], tree.positions_T[None], attend)[0]
+    return token_logps(hidden_TD[tree.source_S], MODEL.head_weight, tree.target_S)
+
+
 @st.composite
 def forests(draw: st.DrawFn) -> list[Tokens]:
     """Branching conversations: depth to 5, single tokens to several, identical siblings, with and without a header.
@@ -76,14 +85,25 @@ def forests(draw: st.DrawFn) -> list[Tokens]:
     return sequences
 
 
+def branches(tree: TokenTree, call: int) -> Attend:
+    """Return the blockwise attention that a block's cost beside its scores leads to: 0 splits all that can be split."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "CALL", call)
+        patch.setattr(attention, "PIECE", 2)
+        return Branches(tree)
+
+
 @settings(max_examples=60, deadline=None)
-@given(forests())
-@example([Tokens((1, 2, 3), (0, 1, 1))] * 3)  # identical siblings
-@example([Tokens((1, 2), (0, 1)), Tokens((3, 2), (0, 1))])  # two roots
-@example([Tokens((1, 2, 3), (0, 0, 1)), Tokens((1, 2), (0, 1)), Tokens((1, 2, 4), (0, 0, 1))])  # one inside another
-@example([Tokens((5,), (0,)), Tokens((1, 5), (0, 1))])  # nothing to read
-def test_log_probs_and_gradients_are_those_of_single_sequences(sequences: list[Tokens]) -> None:
-    """Oracle: `one_at_a_time`; sequences weighted unequally, so that a gradient that went astray shows. 1e-10."""
+@given(forests(), st.sampled_from([None, 0, 10, 2048]))
+@example([Tokens((1, 2, 3), (0, 1, 1))] * 3, 0)  # identical siblings
+@example([Tokens((1, 2), (0, 1)), Tokens((3, 2), (0, 1))], 0)  # two roots
+@example([Tokens((1, 2, 3), (0, 0, 1)), Tokens((1, 2), (0, 1)), Tokens((1, 2, 4), (0, 0, 1))], 0)  # one inside another
+@example([Tokens((5,), (0,)), Tokens((1, 5), (0, 1))], 0)  # nothing to read
+def test_log_probs_and_gradients_are_those_of_single_sequences(sequences: list[Tokens], call: int | None) -> None:
+    """Oracle: `one_at_a_time`; sequences weighted unequally, so that a gradient that went astray shows. 1e-10.
+
+    With the dense mask (call None) and block by block.
+    """
     tree = build_tree(sequences)
     assert len(tree.ids_T) == tree_size(sequences)
     expected = one_at_a_time(sequences)
@@ -94,14 +114,60 @@ def test_log_probs_and_gradients_are_those_of_single_sequences(sequences: list[T
         return
     wanted = torch.autograd.grad(torch.stack(values).sum(), list(PARAMETERS.values()))
 
-    hidden_TD = MODEL(tree.ids_T[None], tree.positions_T[None], Masked(tree.attention_mask()))[0]
-    logps_S = token_logps(hidden_TD[tree.source_S], MODEL.head_weight, tree.target_S)
+    logps_S = logps_of(tree, Masked(tree.attention_mask()) if call is None else branches(tree, call))
     torch.testing.assert_close(logps_S, torch.cat(expected), rtol=0, atol=1e-10)
     sums = tree.sum_by_sequence(logps_S)
     torch.testing.assert_close(sums, torch.stack([logps.sum() for logps in expected]), rtol=0, atol=1e-10)
     got = torch.autograd.grad((sums * weights).sum(), list(PARAMETERS.values()))
     assert sum(float(gradient.abs().sum()) for gradient in wanted) > 0
     for name, ours, theirs in zip(PARAMETERS, got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10, msg=f"gradient of {name}")
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[str, list[Tokens]]:
+    """What is trained on: pairs; groups of K answers to a question; dialogues in which every second turn is scored."""
+    kind = draw(st.sampled_from(["pairs", "groups", "dialogues"]))
+    turn = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=3)
+    header = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=4))
+    questions = draw(st.lists(turn, min_size=1, max_size=3))
+    sequences = []
+    for question in questions:
+        for _ in range({"pairs": 2, "groups": draw(st.integers(2, 4)), "dialogues": 2}[kind]):
+            ids, mask = [*header, *question], [0] * (len(header) + len(question))
+            for number in range(4 if kind == "dialogues" else 1):
+                said = draw(turn)
+                ids += said
+                mask += [1 - number % 2] * len(said)
+            sequences.append(Tokens(tuple(ids), tuple(mask)))
+    return kind, sequences
+
+
+@settings(max_examples=25, deadline=None)
+@given(batches(), st.sampled_from([0, 2048]))
+def test_the_loss_of_every_kind_of_batch(batch: tuple[str, list[Tokens]], call: int) -> None:
+    """Oracle: the objective by hand on `one_at_a_time`: DPO's -log sigmoid; the mean over tokens; for groups -log
+    softmax of the first of K over summed log-probs. Loss and every adapter gradient, 1e-10.
+    """
+    kind, sequences = batch
+    tree, singles = build_tree(sequences), one_at_a_time(sequences)
+    logps_S = logps_of(tree, branches(tree, call))
+    sums, wanted_sums = tree.sum_by_sequence(logps_S), torch.stack([logps.sum() for logps in singles])
+    pairs, tokens = len(sequences) // 2, sum(len(logps) for logps in singles)
+    if kind == "pairs":
+        reference_S = torch.linspace(-3, -1, len(logps_S), dtype=torch.float64)
+        loss, _ = Preference(beta=0.3)(logps_S, reference_S, tree, Totals(pairs, tokens))
+        reference = torch.stack([part.sum() for part in torch.split(reference_S, [len(x) for x in singles])])
+        margins = (wanted_sums - reference).view(-1, 2)
+        wanted = -torch.sigmoid(0.3 * (margins[:, 0] - margins[:, 1])).log().mean()
+    elif kind == "dialogues":
+        loss, _ = SFT()(logps_S, None, tree, Totals(len(sequences), tokens))
+        wanted = -torch.cat(singles).mean()
+    else:
+        loss, wanted = (-x.log_softmax(0)[0] for x in (sums, wanted_sums))
+    torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-10)
+    gradients = [torch.autograd.grad(x, list(PARAMETERS.values())) for x in (loss, wanted)]
+    for name, ours, theirs in zip(PARAMETERS, *gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10, msg=f"gradient of {name}")
 
 
@@ -112,6 +178,7 @@ def test_layout_by_hand() -> None:
     assert tree.ids_T.tolist() == [7, 8, 9, 1, 3]
     assert tree.positions_T.tolist() == [0, 1, 2, 3, 4]
     assert tree.parent_T.tolist() == [-1, 0, 1, 2, 3]
+    assert tree.end_T.tolist() == [5, 5, 5, 5, 5]
     assert tree.source_S.tolist() == [2, 3, 2, 4]
     assert tree.target_S.tolist() == [1, 2, 1, 4]
     assert tree.sequence_S.tolist() == [0, 0, 1, 1]
@@ -124,6 +191,7 @@ def test_branches_do_not_see_each_other() -> None:
     tree = build_tree([Tokens((1, 2, 3, 9), (0, 0, 0, 1)), Tokens((1, 4, 9), (0, 0, 1)), Tokens((4, 9), (0, 1))])
     assert tree.ids_T.tolist() == [1, 2, 3, 4, 4]
     assert tree.positions_T.tolist() == [0, 1, 2, 1, 0]
+    assert tree.end_T.tolist() == [4, 3, 3, 4, 5]
     expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
     assert tree.attention_mask().int().tolist() == expected
 
@@ -149,21 +217,53 @@ def test_the_last_token_is_never_read() -> None:
 
 
 def test_order_of_sequences_does_not_matter() -> None:
-    """Oracle: invariance; shuffled sequences give the same log-probs, shuffled."""
+    """Oracle: invariance; shuffled sequences give the same nodes, and the same log-probs to the bit, shuffled."""
     draws = random.Random(0)
     sequences = []
     for _ in range(6):
         ids = tuple(draws.choice((1, 2)) for _ in range(7))
         sequences.append(Tokens(ids, (0, 1, 1, 1, 1, 1, 1)))
     order = draws.sample(range(6), 6)
+    one, two = build_tree(sequences), build_tree([sequences[i] for i in order])
+    for name in ("ids_T", "positions_T", "parent_T", "end_T"):
+        assert torch.equal(getattr(one, name), getattr(two, name))
+    with torch.no_grad():
+        sums = [tree.sum_by_sequence(logps_of(tree, Masked(tree.attention_mask()))) for tree in (one, two)]
+    torch.testing.assert_close(sums[1], sums[0][order], rtol=0, atol=0)
 
-    def sums(of: list[Tokens]) -> Tensor:
-        tree = build_tree(of)
-        with torch.no_grad():
-            hidden_TD = MODEL(tree.ids_T[None], tree.positions_T[None], Masked(tree.attention_mask()))[0]
-            return tree.sum_by_sequence(token_logps(hidden_TD[tree.source_S], MODEL.head_weight, tree.target_S))
 
-    torch.testing.assert_close(sums([sequences[i] for i in order]), sums(sequences)[order], rtol=0, atol=1e-12)
+@settings(max_examples=60, deadline=None)
+@given(forests())
+def test_nodes_lie_in_preorder(sequences: list[Tokens]) -> None:
+    """Oracle: the forest as a set of prefixes, one node each; ancestors by walking up, subtrees by counting."""
+    tree = build_tree(sequences)
+    prefixes = {s.ids[:end] for s in sequences for end in range(1, len(s.ids))}
+    names: list[tuple[int, ...]] = []
+    for node, (id, parent) in enumerate(zip(tree.ids_T.tolist(), tree.parent_T.tolist(), strict=True)):
+        assert parent < node
+        names.append((*(names[parent] if parent >= 0 else ()), id))
+    assert names == sorted(prefixes)  # sorted prefixes are a preorder
+    assert tree.positions_T.tolist() == [len(name) - 1 for name in names]
+    mask = tree.attention_mask()
+    for node, name in enumerate(names):
+        below = [n for n, other in enumerate(names) if other[: len(name)] == name]
+        assert below == list(range(node, int(tree.end_T[node])))
+        assert torch.nonzero(mask[:, node]).flatten().tolist() == below
+    assert tree.num_padded == padded_size(sequences)
+
+
+def test_padding_changes_nothing() -> None:
+    """Oracle: the tree without it; padding sees itself alone."""
+    tree = build_tree([Tokens((1, 2, 3, 9), (0, 0, 1, 1)), Tokens((1, 4, 9), (0, 0, 1))])
+    padded = tree.padded(7)
+    assert padded.attention_mask()[:4, :4].equal(tree.attention_mask())
+    assert padded.attention_mask()[4:].int().tolist() == torch.eye(7, dtype=torch.int32)[4:].tolist()
+    with torch.no_grad():
+        one, two = (logps_of(x, Masked(x.attention_mask())) for x in (tree, padded))
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-12)
+    assert tree.padded(4).ids_T.equal(tree.ids_T)
+    with pytest.raises(ValueError, match="4 tokens cannot be padded to 3"):
+        tree.padded(3)
 
 
 @pytest.mark.parametrize(

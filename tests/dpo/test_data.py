@@ -12,6 +12,7 @@ from matryoshka.core.train import Item
 from matryoshka.core.tree import Tokens
 from matryoshka.dpo.data import (
     completion,
+    distinct,
     fitting,
     preference_items,
     read_conversations,
@@ -193,3 +194,15 @@ def test_what_does_not_fit_is_an_error_or_counted() -> None:
         fitting(items, 5, "error")
     with pytest.raises(ValueError, match="overlong 'cut' is unknown"):
         fitting(items, 5, "cut")
+
+
+def test_repeated_pairs_are_merged_and_counted() -> None:
+    """Oracle: by hand: token ids and masks decide, the first one stays in its place, whatever its group."""
+    def of(group: str, mask: int, *ids: int) -> Item:
+        return Item((Tokens(ids, (0, mask, 1)), Tokens((*ids[:2], 9), (0, 0, 1))), group)
+
+    items = [of("a", 0, 1, 2, 3), of("b", 0, 1, 2, 3), of("a", 1, 1, 2, 3), of("a", 0, 1, 2, 4), of("a", 0, 1, 2, 3)]
+    assert distinct(items) == ([items[0], items[2], items[3]], 2)
+    swapped = Item(items[0].sequences[::-1], "a")  # the opposite preference is another pair
+    assert distinct([items[0], swapped]) == ([items[0], swapped], 0)
+    assert distinct([]) == ([], 0)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ IDS = torch.tensor([[1, 5, 250, 3, 77, 8, 9, 100], [4, 4, 2, 201, 30, 31, 32, 33
 CONFIG = LoraConfig(rank=3, alpha=6.0, dropout=0.25, targets=("q_proj", "v_proj", "down_proj"))
 
 
-def adapted(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def adapted(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, config: LoraConfig = CONFIG) -> Any:
     """Return the model of `folder` with a random adapter "policy", active."""
     model: Any = load_model(folder, dtype)
-    add_adapter(model, "policy", CONFIG, seed=0)
+    add_adapter(model, "policy", config, seed=0)
     draws = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in layers_with(model, "policy"):
-            for weight in (module.lora_A["policy"], module.lora_B["policy"]):
+            for part in module.parts("policy").values():
+                weight = part["policy"]
                 weight.copy_(0.3 * torch.randn(weight.shape, generator=draws, dtype=torch.float64))
     set_active(model, "policy")
     return model
@@ -41,10 +43,14 @@ def logits(model: Any) -> Tensor:
     return out
 
 
-def test_peft_reads_ours(tiny_dir: Path, tmp_path: Path) -> None:
+VARIANTS = [(), ("rslora",), ("dora",), ("rslora", "dora")]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "+".join(variant) or "lora")
+def test_peft_reads_ours(tiny_dir: Path, tmp_path: Path, variant: tuple[str, ...]) -> None:
     """Oracle: peft over transformers' Llama gives our logits; 1e-5 of the largest, for the fp32 norms in theirs."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    model = adapted(tiny_dir, torch.float64)
+    model = adapted(tiny_dir, torch.float64, config=replace(CONFIG, **dict.fromkeys(variant, True)))
     save_adapter(model, "policy", tmp_path / "adapter", str(tiny_dir))
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float64)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", autocast_adapter_dtype=False)
@@ -55,13 +61,18 @@ def test_peft_reads_ours(tiny_dir: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     loaded = theirs.peft_config["default"]
     assert (loaded.r, loaded.lora_alpha, loaded.lora_dropout, loaded.bias) == (3, 6.0, 0.25, "none")
+    assert (loaded.use_rslora, loaded.use_dora) == ("rslora" in variant, "dora" in variant)
+    merge(model, "policy")
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-def test_we_read_pefts(tiny_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "+".join(variant) or "lora")
+def test_we_read_pefts(tiny_dir: Path, tmp_path: Path, variant: tuple[str, ...]) -> None:
     """Oracle: the logits of the peft model that wrote the folder."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float64)
-    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "o_proj", "gate_proj"])
+    flags = {f"use_{name}": True for name in variant}
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "o_proj", "gate_proj"], **flags)
     theirs = peft.get_peft_model(base, config)
     draws = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -74,7 +85,8 @@ def test_we_read_pefts(tiny_dir: Path, tmp_path: Path) -> None:
     load_adapter(model, "theirs", tmp_path)
     set_active(model, "theirs")
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-    assert read_config(tmp_path) == LoraConfig(2, 8.0, 0.0, ("gate_proj", "o_proj", "q_proj"))
+    targets = ("gate_proj", "o_proj", "q_proj")
+    assert read_config(tmp_path) == LoraConfig(2, 8.0, 0.0, targets, "rslora" in variant, "dora" in variant)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -95,12 +107,22 @@ def test_round_trip(tiny_dir: Path, tmp_path: Path, dtype: torch.dtype | None) -
 
 
 def test_keys_are_pefts(tiny_dir: Path, tmp_path: Path) -> None:
-    """Oracle: the layout by hand."""
+    """Oracle: the layout by hand. A plain adapter's configuration says nothing of variants, so its hash stays."""
     save_adapter(adapted(tiny_dir), "policy", tmp_path / "adapter", "base")
     shapes = {key: tuple(t.shape) for key, t in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()}
     assert shapes["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"] == (3, 64)
     assert shapes["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"] == (32, 3)
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [files.CONFIG, files.WEIGHTS]
+    names = set(json.loads((tmp_path / "adapter" / files.CONFIG).read_text()))
+    assert names == {
+        "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules",
+        "bias", "fan_in_fan_out", "inference_mode",
+    }  # fmt: skip
+    save_adapter(adapted(tiny_dir, config=replace(CONFIG, dora=True)), "policy", tmp_path / "dora", "base")
+    shapes = {key: tuple(t.shape) for key, t in load_file(tmp_path / "dora" / files.WEIGHTS).items()}
+    assert shapes["base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector"] == (32,)
+    assert len(shapes) == 2 * 3 * 3
+    assert set(json.loads((tmp_path / "dora" / files.CONFIG).read_text())) == names | {"use_dora"}
 
 
 def test_merging_keeps_the_function(tiny_dir: Path) -> None:
@@ -183,7 +205,8 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda f: shutil.rmtree(f), FileNotFoundError, "no such file"),
         (lambda f: (f / files.CONFIG).write_text("{"), ValueError, "not an adapter's configuration"),
         (lambda f: edit_config(f, r=...), ValueError, "not an adapter's configuration.*'r'"),
-        (lambda f: edit_config(f, use_dora=True), ValueError, "use_dora = True is not supported"),
+        (lambda f: edit_config(f, use_qalora=True), ValueError, "use_qalora = True is not supported"),
+        (lambda f: edit_config(f, use_dora=True), ValueError, "lora_magnitude_vector has shape None"),
         (lambda f: edit_config(f, rank_pattern={"q_proj": 4}), ValueError, "rank_pattern = .* is not supported"),
         (lambda f: edit_config(f, layers_to_transform=[0]), ValueError, "layers_to_transform = .* is not supported"),
         (lambda f: edit_config(f, bias="all"), ValueError, "bias = 'all' is not supported"),

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka.core.load import load_model
+from matryoshka.lora.files import merge
+from matryoshka.lora.functions import LoraFunction
 from matryoshka.lora.linear import (
     LoraConfig,
-    LoraFunction,
     LoraLinear,
     active,
     add_adapter,
@@ -27,11 +28,12 @@ IDS = torch.tensor([[1, 5, 250, 3, 77, 8, 9, 100], [4, 4, 2, 201, 30, 31, 32, 33
 
 
 def filled(model: nn.Module, name: str, seed: int = 0) -> None:
-    """Give adapter `name` random values in both matrices."""
+    """Give adapter `name` random values in all of its parameters."""
     draws = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in layers_with(model, name):
-            for weight in (module.lora_A[name], module.lora_B[name]):
+            for part in module.parts(name).values():
+                weight = part[name]
                 weight.copy_(0.2 * torch.randn(weight.shape, generator=draws, dtype=torch.float64))
 
 
@@ -46,41 +48,128 @@ def matrices(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, generator=draws, dtype=torch.float64) for shape in shapes]
 
 
+def lora(x: Tensor, *layers: Tensor | None, drop: float = 0.0) -> tuple[Tensor, ...]:
+    """Return LoraFunction's outputs at scale 0.7 and dropout seed 3; layers: weight, bias, A, B of each."""
+    return LoraFunction.apply(x, 0.7, drop, 3, *layers)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.4])
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)])
-def test_gradients_by_finite_differences(leading: tuple[int, ...]) -> None:
-    """Oracle: torch's gradcheck in float64, z being x (dropout 0) and z being another tensor (dropout), any shape."""
-    x, z, w, a, b = matrices((*leading, 5), (*leading, 5), (4, 5), (2, 5), (4, 2))
-    for tensor in (x, z, a, b):
+def test_gradients_by_finite_differences(leading: tuple[int, ...], drop: float) -> None:
+    """Oracle: torch's gradcheck in float64, for one layer and for two together, any shape, with and without dropout."""
+    x, w, bias, a, b = matrices((*leading, 5), (4, 5), (4,), (2, 5), (4, 2))
+    other_w, other_a, other_b = matrices((3, 5), (1, 5), (3, 1))
+    for tensor in (x, a, b, other_a, other_b):
         tensor.requires_grad_()
 
-    def same(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return LoraFunction.apply(x, x, w, a, b, 0.7)  # type: ignore[no-any-return, no-untyped-call]
+    def one(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        return lora(x, w, bias, a, b, drop=drop)
 
-    def other(x: Tensor, z: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return LoraFunction.apply(x, z, w, a, b, 0.7)  # type: ignore[no-any-return, no-untyped-call]
+    def two(x: Tensor, a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> tuple[Tensor, ...]:
+        return lora(x, w, bias, a, b, other_w, None, other_a, other_b, drop=drop)
 
-    assert torch.autograd.gradcheck(same, (x, a, b))
-    assert torch.autograd.gradcheck(other, (x, z, a, b))
-    if 0 not in leading:
-        assert torch.autograd.gradgradcheck(other, (x, z, a, b))
+    assert torch.autograd.gradcheck(one, (x, a, b))
+    assert torch.autograd.gradcheck(two, (x, a, b, other_a, other_b))
+
+
+def test_second_derivatives_are_refused() -> None:
+    """Oracle: the message; a number that leaves out what is kept for the first derivative would be wrong."""
+    x, w, a, b = matrices((3, 5), (4, 5), (2, 5), (4, 2))
+    x.requires_grad_()
+    (y,) = lora(x, w, None, a, b)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()  # type: ignore[no-untyped-call]
 
 
 def test_value_by_hand() -> None:
-    """Oracle: x (W + scale B A)^T, one product with the merged matrix."""
-    x, w, a, b = matrices((3, 5), (4, 5), (2, 5), (4, 2))
-    y: Tensor = LoraFunction.apply(x, x, w, a, b, 0.7)  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(y, x @ (w + 0.7 * b @ a).T, rtol=0, atol=1e-13)
+    """Oracle: x (W + scale B A)^T + bias, one product with the merged matrix; a layer beside it changes nothing."""
+    x, w, bias, a, b = matrices((3, 5), (4, 5), (4,), (2, 5), (4, 2))
+    (y,) = lora(x, w, bias, a, b)
+    torch.testing.assert_close(y, x @ (w + 0.7 * b @ a).T + bias, rtol=0, atol=1e-13)
+    first, second = lora(x, w, bias, a, b, 2 * w, None, b.T @ w, b)
+    torch.testing.assert_close(first, y, rtol=0, atol=1e-13)
+    torch.testing.assert_close(second, x @ (2 * w + 0.7 * b @ b.T @ w).T, rtol=0, atol=1e-13)
 
 
 def test_the_frozen_weight_gets_no_gradient() -> None:
-    """Oracle: by definition, though the weight asks for one; and an input that wants none costs none."""
-    x, w, a, b = matrices((3, 5), (4, 5), (2, 5), (4, 2))
-    for tensor in (w, a, b):
+    """Oracle: by definition, though weight and bias ask for one; and an input that wants none costs none."""
+    x, w, bias, a, b = matrices((3, 5), (4, 5), (4,), (2, 5), (4, 2))
+    for tensor in (w, bias, a, b):
         tensor.requires_grad_()
-    y: Tensor = LoraFunction.apply(x, x, w, a, b, 0.7)  # type: ignore[no-untyped-call]
-    y.sum().backward()  # type: ignore[no-untyped-call]
-    assert w.grad is None and x.grad is None
+    lora(x, w, bias, a, b)[0].sum().backward()  # type: ignore[no-untyped-call]
+    assert w.grad is None and bias.grad is None and x.grad is None
     assert a.grad is not None and b.grad is not None
+    x.requires_grad_()
+    lora(x, w, bias, a.detach(), b.detach())[0].sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(x.grad, (w + 0.7 * b @ a).sum(0).expand(3, 5), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.4])
+def test_what_is_kept_for_the_backward_pass(drop: float) -> None:
+    """Oracle: by hand; x and the matrices as they are, and the ranks of both layers for each row. No mask, no copy."""
+    x, w, a, b = matrices((3, 5), (4, 5), (2, 5), (4, 2))
+    for tensor in (x, a, b):
+        tensor.requires_grad_()
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        lora(x, w, None, a, b, w, None, a, b, drop=drop)
+    for tensor in (x, w, a, b):
+        del kept[tensor.data_ptr()]
+    assert [tuple(tensor.shape) for tensor in kept.values()] == [(3, 2 + 2)]
+
+
+def test_layers_that_read_the_same_are_computed_together(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the same model layer by layer, float64, 1e-12.
+
+    Calls by hand, for two blocks: qkv, o, gate and up, down together, or all seven apart. Apart where dropout is drawn,
+    and where one of the layers carries no adapter.
+    """
+    model = load_model(tiny_dir, torch.float64)
+    add_adapter(model, "policy", LoraConfig(rank=3), seed=0)
+    filled(model, "policy")
+    parameters = trainable_parameters(model, "policy")
+    set_active(model, "policy")
+    calls: list[int] = []
+    apply = LoraFunction.apply
+
+    def counted(x: Tensor, *rest: Any) -> Any:
+        calls.append((len(rest) - 3) // 4)
+        return apply(x, *rest)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(LoraFunction, "apply", counted)
+
+    def run() -> tuple[list[int], list[Tensor]]:
+        calls.clear()
+        out = model.logits(model(IDS))
+        grads = torch.autograd.grad(out.square().sum(), list(parameters.values()))
+        return list(calls), [out, *grads]
+
+    together, shared = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraLinear, "forward_together", lambda self, x, layers: None)
+        apart, alone = run()
+    assert together == [3, 1, 2, 1] * 2 and apart == [1] * 7 * 2
+    for got, expected in zip(shared, alone, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+    add_adapter(model, "some", LoraConfig(rank=2, targets=("q_proj", "v_proj", "gate_proj", "up_proj")), seed=0)
+    add_adapter(model, "drop", LoraConfig(rank=2, dropout=0.5), seed=0)
+    for name, expected_calls in (("some", [1, 1, 2]), ("drop", [1] * 7)):
+        calls.clear()
+        with active(model, name):
+            model.train()
+            logits(model)
+        assert calls == expected_calls * 2, name
+    calls.clear()
+    with active(model, "drop"):
+        logits(model.eval())
+    assert calls == [3, 1, 2, 1] * 2
 
 
 def test_a_new_adapter_is_the_identity(tiny_dir: Path) -> None:
@@ -110,16 +199,25 @@ def test_the_seed_decides_the_start(tiny_dir: Path) -> None:
     assert not torch.equal(starts[0], starts[2])
 
 
+VARIANTS: dict[str, dict[str, Any]] = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}}
+VARIANTS["both"] = {"use_rslora": True, "use_dora": True}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("targets", [ALL, ("q_proj", "v_proj")])
-def test_equals_peft(tiny_dir: Path, targets: tuple[str, ...]) -> None:
-    """Oracle: peft's own LoRA layers put into a second copy of the model: logits and every gradient, float64, 1e-12."""
+def test_equals_peft(tiny_dir: Path, targets: tuple[str, ...], variant: dict[str, Any]) -> None:
+    """Oracle: peft's own layers in a second copy of the model: logits, every gradient, merged weights; float64, 1e-12.
+
+    All of DoRA's parameters are random, its lengths too: at their start value the norm would cancel out.
+    """
     peft = pytest.importorskip("peft")
     model, other = load_model(tiny_dir, torch.float64), load_model(tiny_dir, torch.float64)
-    add_adapter(model, "policy", LoraConfig(rank=3, alpha=12.0, targets=targets), seed=0)
+    flags = {key.removeprefix("use_"): value for key, value in variant.items()}
+    add_adapter(model, "policy", LoraConfig(rank=3, alpha=12.0, targets=targets, **flags), seed=0)
     filled(model, "policy")
     set_active(model, "policy")
     parameters = trainable_parameters(model, "policy")
-    config = peft.LoraConfig(r=3, lora_alpha=12, lora_dropout=0.0, target_modules=list(targets))
+    config = peft.LoraConfig(r=3, lora_alpha=12, lora_dropout=0.0, target_modules=list(targets), **variant)
     theirs = peft.inject_adapter_in_model(config, other)
     their_parameters = {name: weight for name, weight in theirs.named_parameters() if ".lora_" in name}
 
@@ -139,6 +237,56 @@ def test_equals_peft(tiny_dir: Path, targets: tuple[str, ...]) -> None:
         wanted = their_parameters[their_name(name)].grad
         assert weight.grad is not None and wanted is not None
         torch.testing.assert_close(weight.grad, wanted, rtol=1e-10, atol=1e-12, msg=name)
+    merge(model, "policy")
+    merged = model.state_dict()
+    compared = 0
+    for name, module in theirs.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.merge()
+            torch.testing.assert_close(merged[f"{name}.weight"], module.base_layer.weight.data, rtol=0, atol=1e-12)
+            compared += 1
+    assert compared == 2 * len(targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_dora_adapter_is_the_identity(tiny_dir: Path, dtype: torch.dtype) -> None:
+    """Oracle: invariant, to the bit: m is the norm that it is divided by. A row of zeros stays one."""
+    model = load_model(tiny_dir, dtype)
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.self_attn.q_proj").get_parameter("weight")[3] = 0
+    base = logits(model)
+    add_adapter(model, "policy", LoraConfig(rank=4, dora=True), seed=1)
+    set_active(model, "policy")
+    assert torch.equal(logits(model), base)
+    copy_adapter(model, "policy", "reference")
+    with active(model, "reference"):
+        assert torch.equal(logits(model), base)
+    assert len(trainable_parameters(model, "policy")) == 2 * 7 * 3
+    for name in ("policy", "reference"):
+        remove_adapter(model, name)
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    assert torch.equal(logits(model), base)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_dora_by_hand(bias: bool) -> None:
+    """Oracle: m (W + s B A) / ||W + s B A|| by rows, the sum written out. The bias is not scaled, the norm exact."""
+    layer = LoraLinear(nn.Linear(5, 4, bias=bias).double())
+    a, b, x = matrices((2, 5), (4, 2), (3, 5))
+    layer.attach("policy", LoraConfig(rank=2, alpha=3.0, targets=("q_proj",), dora=True), a, b)
+    whole = layer.weight + 1.5 * b @ a
+    torch.testing.assert_close(layer.lora_magnitude_vector["policy"], whole.norm(dim=1), rtol=0, atol=1e-13)
+    with torch.no_grad():
+        layer.lora_magnitude_vector["policy"].copy_(torch.tensor([1.0, -2.0, 0.0, 0.5]))
+    layer.active = "policy"
+    expected = x @ (layer.lora_magnitude_vector["policy"] / whole.norm(dim=1) * whole.T)
+    torch.testing.assert_close(layer(x), expected + (layer.bias if bias else 0), rtol=0, atol=1e-13)
+
+
+def test_the_scales_by_hand() -> None:
+    """Oracle: alpha / r = 32 / 16, and alpha / sqrt(r) = 32 / 4."""
+    assert LoraConfig(rank=16, alpha=32.0).scale == 2.0
+    assert LoraConfig(rank=16, alpha=32.0, rslora=True).scale == 8.0
 
 
 def test_dropout_acts_on_the_adapter_in_training_only(tiny_dir: Path) -> None:

@@ -1,0 +1,42 @@
+"""Direct action: the generator thinks, acts and sees what came of it, one command a call (ReAct's scheme).
+
+With a plan in its first message it is a second control scheme beside programs, without one a baseline.
+Source: Yao et al., "ReAct: Synergizing Reasoning and Acting in Language Models", 2022 (arXiv 2210.03629).
+"""
+
+import re
+from collections.abc import Awaitable, Callable
+
+from matryoshka.core.records import Call, Message, Messages, Sample
+from matryoshka.tasks.alfworld.session import Session
+
+_ACTION = re.compile(r"^\s*(?:act(?:ion)?\s*:|>)\s*(.+)$", re.IGNORECASE | re.MULTILINE)
+REMINDER = "End your reply with a line that begins with 'Act: ' and a command."
+
+
+def action_in(reply: str) -> str:
+    """Return the first command of a reply, "" if there is none; what a model imagines after it does not count."""
+    match = _ACTION.search(reply)
+    return match[1].strip().strip("`'\"").rstrip(".").strip() if match else ""
+
+
+async def play(
+    prompt: Messages,
+    session: Session,
+    complete: Callable[[Messages, int], Awaitable[Sample]],
+    calls: list[Call],
+) -> None:
+    """Act in `session` until the task is done or no action is left; every call is added to `calls`.
+
+    complete(prompt, n): the n-th reply. A reply without a command spends an action, as thinking does in ReAct.
+    """
+    number = 0
+    while session.steps_left > 0:
+        sample = await complete(prompt, number)
+        command = action_in(sample.text)
+        observation = session.act(command)
+        calls.append(Call(prompt, sample, f"> {command}\n{observation}"))
+        said = observation if command else f"{observation} {REMINDER}"
+        # An empty reply would leave an assistant's turn without words, which some endpoints refuse.
+        prompt = (*prompt, Message("assistant", sample.text.strip() or "Act:"), Message("user", said))
+        number += 1

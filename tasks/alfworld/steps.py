@@ -1,0 +1,152 @@
+"""The language of plans: what a numbered step says, and the program that does just that, right or wrong.
+
+A step is "find OBJECT in PLACES" (and take it), "clean|heat|cool OBJECT with PLACES", "put OBJECT in PLACES" or
+"use OBJECT in PLACES", with articles or without; PLACES are names ("cabinet 2") or types ("cabinet": each of them in
+turn), tried in the order in which the step names them. What a line says otherwise is kept as its words alone.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+NUMBERED = re.compile(r"\s*#?\s*(?:\[?step\s*\d+\]?|\d+\s*[.)])\s*:?\s*(.+)", re.IGNORECASE)
+_NOISE = re.compile(r"\b(?:a|an|the|some|any|another|first|second|hot|cool|clean)\b|[\[\]().]")
+_VERBS = {
+    **dict.fromkeys(("find", "look for", "search for", "take", "get", "pick up"), "find"),
+    **{verb: verb for verb in ("clean", "heat", "cool")},
+    **dict.fromkeys(("put", "place", "move"), "put"),
+    **dict.fromkeys(("use", "turn on", "switch on"), "use"),
+}
+_STEP = re.compile(
+    rf"({'|'.join(_VERBS)})\s+([a-z]+)(?:\s+\d+)?\s*(?::|\b(?:in|into|on|onto|at|to|from|with|using|near)\b)\s*(.+)"
+)
+_PLACE = re.compile(r"[a-z]+(?: \d+)?")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step. verb: "find", "clean", "heat", "cool", "put", "use", or "" where the words say none of them."""
+
+    verb: str
+    thing: str = ""
+    places: tuple[str, ...] = ()
+    words: str = ""
+
+
+def parse_plan(text: str) -> list[Step]:
+    """Return the numbered steps of a plan, in its order; lines without a number are not steps."""
+    return [parse_step(match[1]) for line in text.splitlines() if (match := NUMBERED.match(line))]
+
+
+def parse_step(words: str) -> Step:
+    """Return what one line says."""
+    verb, separator, rest = words.lower().strip().partition(" ")
+    plain = re.sub(r"\s+", " ", verb + separator + _NOISE.sub(" ", rest)).strip()
+    match = _STEP.match(plain.partition(" and take")[0])
+    if match is None:
+        return Step("", words=words.strip())
+    parts = [part.strip() for part in re.split(r",|;|\bor\b|\band\b", match[3])]
+    places = tuple(part for part in parts if _PLACE.fullmatch(part))
+    return Step(_VERBS[match[1]], match[2], places, words.strip())
+
+
+def write_full(steps: Sequence[Step]) -> str:
+    """Return the plan in sentences: a general plan, then "[Step 1] ..."."""
+    general = {"find": "find a {0}", "put": "put it in {1}", "use": "turn on the {0}"}
+    detailed = {
+        "find": "Find a {0} in {2} and take it.",
+        "put": "Put the {0} in {2}.",
+        "use": "Turn on the {0} in {2}.",
+    }
+    texts: dict[bool, list[str]] = {True: [], False: []}
+    for step in steps:
+        *before, last = step.places
+        named = (step.thing, step.places[0], f"{', '.join(before)} or {last}" if before else last)
+        texts[True].append(general.get(step.verb, f"{step.verb} it").format(*named))
+        texts[False].append(detailed.get(step.verb, f"{step.verb.capitalize()} the {{0}} with {{2}}.").format(*named))
+    lines = [f"[Step {number}] {text}" for number, text in enumerate(texts[False], start=1)]
+    return "\n".join([f"General plan: {', then '.join(texts[True])}.", *lines])
+
+
+def write_compact(steps: Sequence[Step]) -> str:
+    """Return the plan in as few words as can be: "1. find mug: countertop, cabinet"."""
+    lines = [f"{step.verb} {step.thing}: {', '.join(step.places)}" for step in steps]
+    return "\n".join(f"{number}. {line}" for number, line in enumerate(lines, start=1))
+
+
+def program(steps: Sequence[Step], header: str = "") -> str:
+    """Return the program that takes every step literally and stops at the first one that cannot be done."""
+    blocks = [f"# {header}\n"] if header else []
+    blocks += [f"def step_{number}(agent, memory):\n{_body(number, step)}\n" for number, step in enumerate(steps, 1)]
+    return "\n".join(blocks) or 'def step_1(agent, memory):\n    raise AssertionError("There is no plan to follow.")\n'
+
+
+def _body(number: int, step: Step) -> str:
+    # A comment holds whatever a model wrote: one line, and nothing that would end it.
+    words = "".join(char if char.isprintable() else " " for char in step.words or write_compact([step])[3:])
+    note = f"# [Step {number}] {words.strip()}"
+    thing, places = repr(step.thing), f"[{', '.join(map(repr, step.places))}]"
+    if step.verb == "find":
+        lines = [
+            note,
+            f"found = agent.find({thing}, {places})",
+            f"assert found, 'There is no {step.thing} in these places.'",
+            f"memory[{thing}], place = found",
+            f"agent.take(memory[{thing}], place)",
+            f"assert agent.holding == memory[{thing}], 'I could not take the {step.thing}.'",
+        ]
+    elif step.verb == "use":
+        lines = [
+            note,
+            f"found = agent.find({thing}, {places})",
+            f"assert found, 'There is no {step.thing} in these places.'",
+            "answer = agent.use(found[0])",
+            f"assert answer.startswith('You turn on'), 'I could not turn on the {step.thing}.'",
+        ]
+    elif step.verb == "put":
+        lines = [
+            note,
+            f"for place in agent.places(*{places}):",
+            "    agent.visit(place)",
+            f"    agent.put(memory[{thing}], place)",
+            "    if not agent.holding:",
+            "        break",
+            f"assert not agent.holding, 'I could not put the {step.thing} there.'",
+        ]
+    elif step.verb:
+        lines = [
+            note,
+            "answer = ''",
+            f"for place in agent.places(*{places}):",
+            "    agent.go_to(place)",
+            f"    answer = agent.{step.verb}(memory[{thing}], place)",
+            f"    if answer.startswith('You {step.verb}'):",
+            "        break",
+            f"assert answer.startswith('You {step.verb}'), 'I could not {step.verb} the {step.thing} there.'",
+        ]
+    else:
+        lines = [note, f"raise AssertionError({f'I do not understand: {step.words}'!r})"]
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def from_walkthrough(commands: Sequence[str], where: Mapping[str, str]) -> list[Step]:
+    """Return the steps that a walkthrough takes, every place by its own name. where: object -> its first receptacle.
+
+    Raises ValueError naming a command that no step stands for.
+    """
+    steps: list[Step] = []
+    for command in commands:
+        match command.split(" "):
+            case ["go" | "open" | "close", *_]:
+                pass
+            case ["take", thing, _, "from", *place]:
+                steps.append(Step("find", thing, (" ".join(place),)))
+            case ["clean" | "heat" | "cool" as verb, thing, _, "with", *place]:
+                steps.append(Step(verb, thing, (" ".join(place),)))
+            case ["move", thing, _, "to", *place]:
+                steps.append(Step("put", thing, (" ".join(place),)))
+            case ["use", thing, number]:
+                steps.append(Step("use", thing, (where[f"{thing} {number}"],)))
+            case _:
+                raise ValueError(f"walkthrough: no step stands for {command!r}")
+    return steps

@@ -1,0 +1,191 @@
+"""What models are shown: exemplars that are true, an API that exists, nothing that only gold knows."""
+
+import asyncio
+import inspect
+import re
+
+import pytest
+
+from matryoshka.core.records import Message, Messages
+from matryoshka.tasks.alfworld.agent import Agent, kind_of, receptacles_of, task_of
+from matryoshka.tasks.alfworld.compact import SHOTS, compact_style
+from matryoshka.tasks.alfworld.engine import Engine
+from matryoshka.tasks.alfworld.exemplars import EXEMPLARS
+from matryoshka.tasks.alfworld.game import load_game
+from matryoshka.tasks.alfworld.games import TASK_TYPES
+from matryoshka.tasks.alfworld.program import AskRefusedError, Limits, run_program
+from matryoshka.tasks.alfworld.prompts import API, PLAN_MARK, Scene, Style, ask, full_style
+from matryoshka.tasks.alfworld.session import Session, screen_text
+from matryoshka.tasks.alfworld.steps import parse_plan, program, write_compact, write_full
+
+# What stands where in the exemplars' rooms: the thing of the task where a sensible search finds it late, or a lamp.
+THINGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "pick_and_place_simple": {"cellphone": ("dresser 1",)},
+    "look_at_obj_in_light": {"newspaper": ("armchair 1",), "floorlamp": ("tvstand 1",)},
+    "pick_clean_then_place_in_recep": {"plate": ("diningtable 1",)},
+    "pick_heat_then_place_in_recep": {"potato": ("garbagecan 1",)},
+    "pick_cool_then_place_in_recep": {"tomato": ("sinkbasin 1",)},
+    "pick_two_obj_and_place": {"soapbar": ("sinkbasin 1", "bathtubbasin 1")},
+}
+OPENABLE = ("cabinet", "drawer", "fridge", "microwave")
+MADE = {"clean": "isClean", "heat": "isHot", "cool": "isCool"}
+
+
+def place_id(kind: str, number: str) -> str:
+    """Return an id of ALFWorld's form: a basin's ends in what it is."""
+    stem = kind.removesuffix("basin")
+    return f"{stem}_bar_{99 - int(number)}" + f"_bar_{kind}" * (stem != kind)
+
+
+def room(task_type: str) -> dict[str, object]:
+    """Return an exemplar's room as a game of its own, written from its screen and the table above."""
+    screen = EXEMPLARS[task_type].screen
+    receptacles, things = receptacles_of(screen), THINGS[task_type]
+    facts = ["atLocation agent1 loc0"]
+    objects = ["agent1 - agent", "loc0 - location"]
+    kinds = {kind_of(name) for name in receptacles} | {"sinkbasin", "microwave", "fridge"}
+    objects += [f"{kind}Type - rtype" for kind in sorted(kinds)]
+    objects += [f"{kind}Type - otype" for kind in sorted({*things, "knife", "butterknife"})]
+    # Numbers run against the order of ids: the first id of a type gets the highest number.
+    place_ids = {name: place_id(*name.split()) for name in receptacles}
+    for number, (name, id) in enumerate(place_ids.items(), start=1):
+        objects += [f"{id} - receptacle", f"loc{number} - location"]
+        facts += [f"receptacleAtLocation {id} loc{number}", f"receptacleType {id} {kind_of(name)}Type"]
+        facts += [f"openable {id}"] * (kind_of(name) in OPENABLE)
+    for thing, places in things.items():
+        for number, place in enumerate(places):
+            id = f"{thing}_bar_{number}"
+            objects.append(f"{id} - object")
+            here = f"loc{receptacles.index(place) + 1}"
+            facts += [f"objectType {id} {thing}Type", f"inReceptacle {id} {place_ids[place]}"]
+            facts += [f"objectAtLocation {id} {here}"]
+            facts += [f"{trait} {id}" for trait in ("pickupable", "cleanable", "heatable", "coolable")]
+            facts += [f"toggleable {id}"] * thing.endswith("lamp")
+        facts += [f"canContain {kind}Type {thing}Type" for kind in kinds]
+    first, second = EXEMPLARS[task_type].steps[0], EXEMPLARS[task_type].steps[1]
+    target = EXEMPLARS[task_type].steps[-1].places[0]
+    inside = f"(objectType ?o {first.thing}Type) (inReceptacle ?o ?r)"
+    if second.verb in MADE:
+        inside += f" ({MADE[second.verb]} ?o)"
+    if task_type == "pick_two_obj_and_place":
+        twin = f"(not (= ?o ?p)) (objectType ?p {first.thing}Type) (inReceptacle ?p ?r)"
+        inside += f" (exists (?p - object) (and {twin}))"
+    goal = f"(exists (?r - receptacle) (exists (?o - object) (and (receptacleType ?r {target}Type) {inside})))"
+    if task_type == "look_at_obj_in_light":
+        lit = "(isToggled ?o) (inReceptacle ?o ?r) (receptacleAtLocation ?r ?l) (atLocation ?a ?l)"
+        goal = f"(exists (?o - object ?r - receptacle ?a - agent ?l - location) (and {lit}))"
+        goal = f"(and {goal} (exists (?o - object ?a - agent) (and (objectType ?o {first.thing}Type) (holds ?a ?o))))"
+    text = f"(define (problem room) (:domain alfred) (:objects {' '.join(objects)})"
+    text += f" (:init {' '.join(f'({fact})' for fact in facts)}) (:goal {goal}))"
+    return {"game": task_type, "task_type": task_type, "task": task_of(screen), "walkthrough": [], "pddl_problem": text}
+
+
+async def no_answer(question: str) -> str:
+    raise AskRefusedError("nobody answers")
+
+
+@pytest.mark.parametrize("task_type", TASK_TYPES)
+def test_every_exemplar_is_won_by_its_own_program(task_type: str) -> None:
+    """Oracle: the engine, in a room with the exemplar's first screen to the letter; the plan as steps and as text."""
+    exemplar = EXEMPLARS[task_type]
+    for steps in (exemplar.steps, parse_plan(write_full(exemplar.steps)), parse_plan(write_compact(exemplar.steps))):
+        session = Session(Engine(load_game(room(task_type))), 50)
+        assert session.screen == exemplar.screen
+        outcome = asyncio.run(run_program(program(steps), session, no_answer, Limits(10.0, 128 * 2**20)))
+        assert (session.won, outcome.error) == (True, "")
+        assert 4 <= len(session.history) <= 20
+
+
+@pytest.mark.parametrize("task_type", TASK_TYPES)
+def test_every_exemplar_needs_each_of_its_steps(task_type: str) -> None:
+    """Oracle: the engine, which a program without any one of the steps does not win."""
+    steps = EXEMPLARS[task_type].steps
+    for left_out in range(len(steps)):
+        session = Session(Engine(load_game(room(task_type))), 50)
+        fewer = program([step for number, step in enumerate(steps) if number != left_out])
+        asyncio.run(run_program(fewer, session, no_answer, Limits(10.0, 128 * 2**20)))
+        assert not session.won
+
+
+def test_the_agent_has_what_the_prompt_promises() -> None:
+    """Oracle: the class: every name and every argument, and nothing of it is kept secret."""
+    for name, arguments in re.findall(r"agent\.(\w+)(\([^)]*\))?", API):
+        member = inspect.getattr_static(Agent, name)
+        if not arguments:
+            assert isinstance(member, property), name
+            continue
+        wanted = [argument.strip(" *") for argument in arguments.strip("()").split(",") if argument.strip()]
+        assert list(inspect.signature(member).parameters)[1:] == wanted, name
+    public = {name for name in vars(Agent) if not name.startswith("_")}
+    assert public == set(re.findall(r"agent\.(\w+)", API))
+
+
+def scene(task_type: str = "pick_heat_then_place_in_recep") -> Scene:
+    """Return a scene that is none of the exemplars."""
+    seen = "Looking quickly around you, you see a cabinet 2, a cabinet 1, and a stove 1."
+    task = "Your task is to: heat some yam and put it in cabinet."
+    return Scene(f"You are in the middle of a room. {seen}\n\n{task}", task_type)
+
+
+def text_of(prompt: Messages) -> str:
+    return "\n".join(message.content for message in prompt)
+
+
+@pytest.mark.parametrize("task_type", TASK_TYPES)
+def test_the_full_style_shows_the_exemplar_of_the_type(task_type: str) -> None:
+    """Oracle: by eye: its screen and plan to the controller, also its program to the generator, the scene last."""
+    style, shot = full_style(37), EXEMPLARS[task_type]
+    plan = style.plan(scene(task_type))
+    assert [message.role for message in plan] == ["system", "user", "assistant", "user"]
+    assert plan[1].content == shot.screen and plan[2].content == write_full(shot.steps)
+    assert plan[3].content == scene().screen
+    solve = style.solve(scene(task_type), "my plan")
+    assert "37 actions" in solve[0].content and API in solve[0].content
+    assert solve[1].content == f"{shot.screen}{PLAN_MARK}{write_full(shot.steps)}"
+    assert solve[2].content == f"```python\n{program(shot.steps).strip()}\n```"
+    assert solve[3].content == f"{scene().screen}{PLAN_MARK}my plan"
+
+
+def test_without_a_plan_no_plan_is_shown() -> None:
+    """Oracle: the mark before a plan is nowhere in the prompt."""
+    for style in (full_style(), compact_style()):
+        for prompt in (style.solve(scene(), ""), style.act(scene(), "")):
+            assert PLAN_MARK not in text_of(prompt)
+        assert PLAN_MARK in text_of(style.solve(scene(), "p")) and PLAN_MARK in text_of(style.act(scene(), "p"))
+
+
+def test_direct_action_names_the_commands_of_the_household() -> None:
+    """Oracle: ALFWorld's wording before and since 0.4.0."""
+    new, old = (full_style(50, verbs).act(scene(), "") for verbs in ("current", "old"))
+    assert "move THING to RECEPTACLE" in new[0].content and "put THING in/on RECEPTACLE" not in new[0].content
+    assert "put THING in/on RECEPTACLE" in old[0].content and "{" not in old[0].content + new[0].content
+
+
+def test_compact_prompts_share_their_shots_and_are_short() -> None:
+    """Oracle: by eye: the same messages before the last one; there the task and each type of receptacle once."""
+    style = compact_style()
+    prompts = [style.plan(scene(task_type)) for task_type in TASK_TYPES]
+    assert len({prompt[:-1] for prompt in prompts}) == 1 and len(prompts[0]) == 2 * len(SHOTS) + 2
+    assert prompts[0][-1] == Message("user", "cabinet, stove\nheat some yam and put it in cabinet")
+    assert style.write(EXEMPLARS["look_at_obj_in_light"].steps) == prompts[0][4].content
+
+
+@pytest.mark.parametrize("style", [full_style(), compact_style()], ids=lambda style: style.name)
+def test_what_went_wrong_is_shown_after_what_was_said(style: Style) -> None:
+    """Oracle: by eye: the conversation continues, roles alternate."""
+    again = style.replan(scene(), "the plan", "it broke")
+    assert again[:-2] == style.plan(scene()) and again[-2] == Message("assistant", "the plan")
+    assert "it broke" in again[-1].content
+    retry = style.retry(scene(), "the plan", "the code\n", "it broke")
+    assert retry[:-2] == style.solve(scene(), "the plan")
+    assert retry[-2].content == "```python\nthe code\n```" and "it broke" in retry[-1].content
+    for prompt in (again, retry, ask("where?")):
+        roles = [message.role for message in prompt]
+        assert roles[0] == "system" and roles[1:] == ["user", "assistant"] * ((len(roles) - 1) // 2) + ["user"]
+
+
+def test_the_screen_loses_only_its_title() -> None:
+    """Oracle: the engine's own first words."""
+    text = Engine(load_game(room("pick_heat_then_place_in_recep"))).observation.text
+    assert text == f"-= Welcome to TextWorld, ALFRED! =-\n\n{screen_text(text)}"
+    assert screen_text("no title") == "no title"

@@ -2,7 +2,10 @@
 
 from setuptools import setup
 
-FOLDERS = ["core", "core.models", "lora", "dpo", "inference", "tasks", "tasks.pal", "eval", "scripts"]
+FOLDERS = [
+    "core", "core.models", "lora", "dpo", "inference", "tasks", "tasks.pal", "tasks.alfworld", "tasks.lamp", "eval",
+    "scripts", "scripts.bench",
+]
 
 setup(
     packages=[f"matryoshka.{name}" for name in FOLDERS],

@@ -1,6 +1,10 @@
-"""Interval estimates of shares. Metrics of text and paired tests live with the evaluation; this is what tasks need."""
+"""Interval estimates: of shares in closed form, of any other statistic by the bootstrap. Paired tests are in eval."""
 
 import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 from matryoshka.core.records import Metric
 
@@ -23,3 +27,19 @@ def wilson(successes: int, n: int) -> Metric:
     half = Z_95 / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
     # At the ends the interval reaches 0 or 1 exactly; rounding must not push it past the share itself.
     return Metric(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)), n)
+
+
+def bootstrap(n: int, statistic: Callable[[Any], float], resamples: int = 1000, seed: int = 0) -> Metric:
+    """Return `statistic` over n observations with its 95% percentile bootstrap interval.
+
+    statistic: gets an integer array of indices into the observations, which it may hold repeatedly.
+    Source: Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979) 1-26.
+    Raises ValueError unless n >= 1 and resamples >= 1.
+    """
+    if n < 1 or resamples < 1:
+        raise ValueError(f"bootstrap: {n} observations, {resamples} resamples; expected at least 1 of each")
+    draws = np.random.default_rng(seed)
+    values = [statistic(draws.integers(0, n, n)) for _ in range(resamples)]
+    low, high = (float(bound) for bound in np.quantile(values, [0.025, 0.975]))
+    value = float(statistic(np.arange(n)))
+    return Metric(value, min(low, value), max(high, value), n)

@@ -126,11 +126,15 @@ class Preference:
 
 @dataclass(frozen=True)
 class PairRule:
-    """What a task says about making pairs: kind "binary" (1 over 0) or "ranked" (gap > margin); cap per example."""
+    """What a task says about making pairs: kind "binary" (1 over 0) or "ranked" (gap > margin); cap per example.
+
+    scores: names in an episode's info whose mean rank among the example's episodes takes the reward's place.
+    """
 
     kind: str = "binary"
     cap: int = 4
     margin: float = 0.0
+    scores: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
-"""Control schemes that need no model: no guidance at all, and guidance fixed in advance.
+"""Control schemes that need no model of ours: no guidance, guidance fixed in advance, the black box guiding itself.
 
 They stand where a trained controller would and run through the same loop, so what separates two rows of a report is
-the guidance alone. Neither ever calls a model, and neither answers a prompt that it was not made for.
+the guidance alone.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+from matryoshka.core.protocols import Generator
 from matryoshka.core.records import Messages, Sample, Sampling
 
 
@@ -50,4 +52,24 @@ class ScriptedGuidance:
 
     def count_tokens(self, prompt: Messages) -> int:
         """Return 0: nothing reads the prompt."""
+        return 0
+
+
+class GeneratorGuidance:
+    """Controller that asks the generator itself: a baseline, and the teacher of a warm-up where no gold is known."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.name = f"own-guidance-of-{generator.name}"
+        self._generator = generator
+
+    async def propose(self, prompt: Messages, n: int, sampling: Sampling) -> list[Sample]:
+        """Return the generator's answers, draws sampling.draw .. sampling.draw + n - 1."""
+        return [await self._generator.complete(prompt, replace(sampling, draw=sampling.draw + i)) for i in range(n)]
+
+    def prompt_ids(self, prompt: Messages) -> tuple[int, ...] | None:
+        """Return None: there is no tokenizer."""
+        return None
+
+    def count_tokens(self, prompt: Messages) -> int:
+        """Return 0: no context of ours holds the prompt."""
         return 0

@@ -14,7 +14,17 @@ from typing import Any
 
 from matryoshka.eval import plots
 from matryoshka.eval.episodes import pack
-from matryoshka.eval.markdown import PROTOCOL_NOTES, bounds, flatten, p_value, points, share
+from matryoshka.eval.markdown import (
+    PROTOCOL_NOTES,
+    SCORE_HEADS,
+    bounds,
+    flatten,
+    p_value,
+    points,
+    score,
+    score_difference,
+    share,
+)
 from matryoshka.eval.script import SCRIPT
 from matryoshka.eval.style import STYLE
 from matryoshka.eval.summary import ReportInput, Table
@@ -75,7 +85,7 @@ def _results(table: Table, heading: bool = False) -> str:
     title = f"<h3>{escape(table.name)}</h3>" if heading else ""
     ticks = plots.axis(SHARE_SCALE, SHARE_TICKS, ["0", "25", "50", "75", "100%"])
     head = f'<th></th><th class="name">condition</th><th>accuracy</th><th>95% Wilson</th><th class="plot">{ticks}</th>'
-    head += "<th>right</th><th>n</th><th>executable</th>"
+    head += "<th>score</th>" * (table.rows[0].score is not None) + "<th>right</th><th>n</th><th>executable</th>"
     head += "<th>calls</th><th>tokens</th><th>seconds</th>" * cost
     body = []
     for number, row in enumerate(table.rows, start=1):
@@ -89,7 +99,9 @@ def _results(table: Table, heading: bool = False) -> str:
         )
         cells = f'<td class="number">{number}</td><td class="name">{escape(row.label)}</td>'
         cells += f'<td><strong>{share(row.accuracy.value)}</strong></td><td class="soft">{bounds(row.accuracy)}</td>'
-        cells += f'<td class="plot">{drawn}</td><td>{row.verdicts["right"]:,}</td><td class="soft">{table.n:,}</td>'
+        cells += f'<td class="plot">{drawn}</td>'
+        cells += "" if row.score is None else f"<td>{score(row.score)}</td>"
+        cells += f'<td>{row.verdicts["right"]:,}</td><td class="soft">{table.n:,}</td>'
         ended = f"{row.verdicts['error']} raised an error, {row.verdicts['failed']} failed"
         cells += f'<td title="{ended}">{share(row.executable.value)}</td>'
         if cost:
@@ -108,6 +120,7 @@ def _differences(table: Table, heading: bool) -> str:
     axis = plots.axis(scale, ticks, [_minus(f"{100 * tick:+.0f}") if tick else "0" for tick in ticks])
     head = f'<th class="name">second minus first</th><th>points</th><th class="plot">{axis}</th>'
     head += "<th>gained</th><th>lost</th><th>n</th><th>exact McNemar p</th>"
+    head += "".join(f"<th>{name}</th>" for name in SCORE_HEADS if table.differences[0].scores)
     body = []
     for d in table.differences:
         estimate, _, limits = _minus(points(d.paired)).partition(" ")
@@ -119,7 +132,9 @@ def _differences(table: Table, heading: bool) -> str:
             f'<tr><td class="name">{second} <span class="soft">minus</span> {first}</td>'
             f'<td><strong>{estimate}</strong> <span class="soft">{limits}</span></td><td class="plot">{drawn}</td>'
             f'<td>{d.paired.gained:,}</td><td>{d.paired.lost:,}</td><td class="soft">{d.paired.n:,}</td>'
-            f"<td>{escape(p_value(d.paired.p))}</td></tr>"
+            f"<td>{escape(p_value(d.paired.p))}</td>"
+            + "".join(f"<td>{escape(_minus(cell))}</td>" for cell in score_difference(d.scores))
+            + "</tr>"
         )
     caption = f"Paired differences in percentage points, {table.protocol} protocol, n = {table.n:,}."
     if not heading:

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matryoshka.core.records import Metric
-from matryoshka.eval.statistics import Paired
+from matryoshka.eval.statistics import Paired, PairedScores
 from matryoshka.eval.summary import ReportInput, Table
 
+SCORE_HEADS = ["score [95% bootstrap]", "sign-flip p"]
 PROTOCOL_NOTES = {
     "label-free": "a retry sees execution errors only; no gold answer is used",
     "oracle": "a retry also sees whether the answer was wrong; not comparable with label-free numbers",
@@ -60,6 +61,18 @@ def points(paired: Paired) -> str:
     return f"{100 * paired.difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def score(metric: Metric) -> str:
+    """Return a graded score with its interval, e.g. "0.624 [0.562, 0.683]"."""
+    return f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]"
+
+
+def score_difference(scores: PairedScores | None) -> list[str]:
+    """Return the cells under SCORE_HEADS; none where there are no scores."""
+    if scores is None:
+        return []
+    return [f"{scores.difference:+.3f} [{scores.low:+.3f}, {scores.high:+.3f}]", p_value(scores.p)]
+
+
 def p_value(p: float) -> str:
     """Return p with three decimals, e.g. "0.070", with four below 0.001, or "<0.0001"."""
     if p < 1e-4:
@@ -79,15 +92,19 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
 
 
 def _table(table: Table) -> list[str]:
-    cost = table.rows[0].calls is not None
+    cost, graded = table.rows[0].calls is not None, table.rows[0].score is not None
     head = ["condition", "accuracy [95% Wilson]", "right", "n", "executable", "error", "failed"]
     rows = []
     for row in table.rows:
         cells = [f"{row.label} (`{row.name}`)", percent(row.accuracy), f"{row.verdicts['right']}", f"{table.n}"]
         cells += [share(row.executable.value), f"{row.verdicts['error']}", f"{row.verdicts['failed']}"]
+        if row.score is not None:
+            cells.insert(1, score(row.score))
         if cost:
             cells += [f"{row.calls:,}", f"{row.tokens:,}", f"{row.seconds:,.1f}"]
         rows.append(cells)
+    if graded:
+        head.insert(1, "score [95% bootstrap]")
     parts = [
         f"{table.protocol} protocol, n = {table.n}.",
         _grid(head + ["calls", "tokens", "seconds"] * cost, rows),
@@ -97,7 +114,7 @@ def _table(table: Table) -> list[str]:
         parts.append(f"Paired differences in percentage points, {table.protocol} protocol, n = {table.n}.")
         parts.append(
             _grid(
-                ["difference", "points [95% Newcombe]", "gained", "lost", "exact McNemar p"],
+                ["difference", "points [95% Newcombe]", "gained", "lost", "exact McNemar p"] + SCORE_HEADS * graded,
                 [
                     [
                         f"{labels[d.second]} minus {labels[d.first]}",
@@ -105,6 +122,7 @@ def _table(table: Table) -> list[str]:
                         f"{d.paired.gained}",
                         f"{d.paired.lost}",
                         p_value(d.paired.p),
+                        *score_difference(d.scores),
                     ]
                     for d in table.differences
                 ],

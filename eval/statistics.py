@@ -1,15 +1,22 @@
-"""Paired comparison of two conditions over the same examples: exact McNemar test, difference with its interval.
+"""Paired comparison of two conditions over the same examples: test, and difference with its interval.
 
-Pure functions of right/wrong outcomes. Two conditions answer the same examples, so only the examples on which they
-disagree carry information; treating the two accuracies as independent would waste it. The p value is exact, the
-interval approximate: near 0.05 they may disagree. Neither corrects for the number of comparisons made.
+Pure functions of right/wrong outcomes (exact McNemar test) or of graded scores (sign-flip test). Two conditions answer
+the same examples, so only the examples on which they disagree carry information; treating the two means as independent
+would waste it. The interval is approximate: near 0.05 it and the p value may disagree. Neither corrects for the number
+of comparisons made.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from matryoshka.core.metrics import wilson
+import numpy as np
+
+from matryoshka.core.metrics import bootstrap, wilson
+
+EXACT_FLIPS = 14  # differences up to which every assignment of signs is counted
+FLIPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,46 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Paired:
     low = difference - _add(two.value - two.low, one.high - one.value, phi)
     high = difference + _add(two.high - two.value, one.value - one.low, phi)
     return Paired(n, gained, lost, difference, max(-1.0, low), min(1.0, high), mcnemar_exact(gained, lost))
+
+
+@dataclass(frozen=True)
+class PairedScores:
+    """Mean of second minus first over n examples, its 95% bootstrap interval, two-sided p of the sign-flip test."""
+
+    n: int
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_scores(first: Sequence[float], second: Sequence[float], seed: int = 0) -> PairedScores:
+    """Return the mean score of `second` minus that of `first`, item i of both being the same example.
+
+    Under the null the sign of each difference is a coin's: p is the share of assignments of signs whose mean is at
+    least as far from 0 as the observed one. All are counted where at most EXACT_FLIPS differences are not 0; otherwise
+    FLIPS drawn ones and the observed one, so that p is at least 1 / (FLIPS + 1).
+    Source: Fisher, "The Design of Experiments", 1935, section 21; Phipson and Smyth, Statistical Applications in
+    Genetics and Molecular Biology 9 (2010) article 39, for the observed assignment being counted.
+
+    Raises ValueError if the lengths differ or are 0.
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(
+            f"paired_scores: got {len(first)} and {len(second)} scores; expected as many of both, at least one, item i "
+            "of both being the same example"
+        )
+    differences = np.array(second, float) - np.array(first, float)
+    interval = bootstrap(len(differences), lambda i: float(differences[i].mean()), seed=seed)
+    moved = differences[differences != 0]
+    observed = abs(moved.sum()) * (1 - 1e-12)  # sums of equal terms in another order may round apart
+    if len(moved) <= EXACT_FLIPS:
+        signs = np.array(list(itertools.product((-1, 1), repeat=len(moved))))
+        p = float((abs(signs @ moved) >= observed).mean())
+    else:
+        signs = np.random.default_rng(seed).choice((-1, 1), size=(FLIPS, len(moved)))
+        p = float(((abs(signs @ moved) >= observed).sum() + 1) / (FLIPS + 1))
+    return PairedScores(len(differences), interval.value, interval.low, interval.high, p)
 
 
 def _correlation(a: int, b: int, c: int, d: int) -> float:

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from matryoshka.core.metrics import wilson
+import numpy as np
+
+from matryoshka.core.metrics import bootstrap, wilson
 from matryoshka.core.records import Example, Metric, Trajectory
-from matryoshka.eval.statistics import Paired, paired_difference
+from matryoshka.eval.statistics import Paired, PairedScores, paired_difference, paired_scores
 
 PROTOCOLS = {"label_free": "label-free", "oracle": "oracle"}
 VERDICTS = ("right", "wrong", "error", "failed")
@@ -56,7 +58,10 @@ class ReportInput:
 
 @dataclass(frozen=True)
 class Row:
-    """One condition in one table. executable: share of episodes with an answer; the cost only over all examples."""
+    """One condition in one table. executable: share of episodes with an answer; the cost only over all examples.
+
+    score: the mean of the episodes' graded scores, where every episode of the report has one (info "score").
+    """
 
     name: str
     label: str
@@ -66,15 +71,17 @@ class Row:
     calls: int | None = None
     tokens: int | None = None
     seconds: float | None = None
+    score: Metric | None = None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Second minus first condition, example by example."""
+    """Second minus first condition, example by example, in right answers and, where there are any, in scores."""
 
     first: str
     second: str
     paired: Paired
+    scores: PairedScores | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,7 @@ def _table(
     cost: bool,
 ) -> Table:
     rows = []
+    scores = _scores(data, ids)
     for condition in data.conditions:
         seen = [verdicts[condition.name][example_id] for example_id in ids]
         counts = {verdict: seen.count(verdict) for verdict in VERDICTS}
@@ -123,13 +131,35 @@ def _table(
                 condition.calls if cost else None,
                 condition.tokens if cost else None,
                 condition.seconds if cost else None,
+                _mean(scores[condition.name]) if scores else None,
             )
         )
     right = {c.name: [verdicts[c.name][example_id] == "right" for example_id in ids] for c in data.conditions}
     differences = tuple(
-        Difference(first, second, paired_difference(right[first], right[second])) for first, second in data.comparisons
+        Difference(
+            first,
+            second,
+            paired_difference(right[first], right[second]),
+            paired_scores(scores[first], scores[second]) if scores else None,
+        )
+        for first, second in data.comparisons
     )
     return Table(name, PROTOCOLS[protocol], len(ids), tuple(rows), differences)
+
+
+def _scores(data: ReportInput, ids: Sequence[str]) -> dict[str, list[float]]:
+    """Return condition name -> the graded score of each of `ids`; {} unless every episode has one."""
+    found: dict[str, dict[str, Any]] = {
+        c.name: {t.example_id: t.info.get("score") for t in c.trajectories} for c in data.conditions
+    }
+    if any(score is None for row in found.values() for score in row.values()):
+        return {}
+    return {name: [float(row[example_id]) for example_id in ids] for name, row in found.items()}
+
+
+def _mean(scores: Sequence[float]) -> Metric:
+    values = np.array(scores)
+    return bootstrap(len(values), lambda i: float(values[i].mean()))
 
 
 def _check(data: ReportInput) -> tuple[dict[str, dict[str, str]], str]:

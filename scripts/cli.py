@@ -72,6 +72,30 @@ def _stage(name: str) -> Callable[[], Callable[..., None]]:
     return load
 
 
+def _cache() -> Callable[..., None]:
+    from matryoshka.scripts.cache_command import cache
+
+    return cache
+
+
+def _estimate() -> Callable[..., None]:
+    from matryoshka.scripts.estimate import estimate
+
+    return estimate
+
+
+def _curve() -> Callable[..., None]:
+    from matryoshka.scripts.curve import curve
+
+    return curve
+
+
+def _data() -> Callable[..., None]:
+    from matryoshka.scripts.data import data
+
+    return data
+
+
 # Name -> (what imports and returns the function, one line of help).
 COMMANDS: dict[str, tuple[Callable[[], Callable[..., None]], str]] = {
     "doctor": (_doctor, "what this machine has: hardware, kernels, servers, data, keys"),
@@ -81,6 +105,10 @@ COMMANDS: dict[str, tuple[Callable[[], Callable[..., None]], str]] = {
     "pairs": (_stage("pairs"), "a pilot's preference pairs from the episodes collected so far"),
     "dpo": (_stage("dpo"), "preference training of an adapter on your own pairs"),
     "evaluate": (_stage("evaluate"), "every policy of a pilot on the held-out problems, and the report"),
+    "curve": (_curve, "a pilot over several seeds, and what its policies gain stage by stage"),
+    "estimate": (_estimate, "what a pilot will cost, from 20 training examples that are really run"),
+    "cache": (_cache, "the answers that a run has paid for: stats, prune, export"),
+    "data": (_data, "a benchmark's own files, checked and resumable: matryoshka data lamp --task 2N"),
     "serve": (_serve, "a model and its adapters behind an OpenAI-compatible HTTP server"),
     "merge": (_export("merge"), "an adapter folded into its model, as a Hugging Face folder"),
     "export": (_export("export"), "the adapter of a run's stage, in PEFT layout"),
@@ -92,7 +120,7 @@ COMMANDS: dict[str, tuple[Callable[[], Callable[..., None]], str]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit status: 0, or 2 for a user's error, which is one line on stderr.
 
-    With MATRYOSHKA_DEBUG=1 errors keep their traceback.
+    130 is Ctrl-C. With MATRYOSHKA_DEBUG=1 errors keep their traceback.
     """
     # Before torch is imported: OpenMP threads that spin while they wait starve the other processes of this machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -109,6 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` for one, has seen enough; Python must not flush into it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        if os.environ.get(DEBUG) == "1":
+            raise
+        print("stopped at once; what was recorded is kept, and the same command continues", file=sys.stderr)
+        return 130
     except (ValueError, OSError, GeneratorError) as err:
         if os.environ.get(DEBUG) == "1":
             raise

@@ -2,11 +2,7 @@
 
 import json
 import logging
-import math
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -14,18 +10,14 @@ import torch
 
 from matryoshka.core.load import load_model
 from matryoshka.core.tokenizer import Tokenizer
-from matryoshka.core.train import TrainConfig, train
-from matryoshka.dpo.data import fitting, read_conversations, read_preferences
-from matryoshka.dpo.head import token_logps
-from matryoshka.dpo.objectives import SFT, Preference
-from matryoshka.lora.files import load_adapter, save_adapter
-from matryoshka.lora.linear import LoraConfig, active, add_adapter, copy_adapter, set_active, trainable_parameters
-from matryoshka.scripts.progress import Progress
-from matryoshka.scripts.tracking import scalar_writer
+from matryoshka.core.train import TrainConfig
+from matryoshka.dpo.data import distinct, fitting, read_conversations, read_preferences
+from matryoshka.dpo.objectives import Preference
+from matryoshka.lora.files import load_adapter
+from matryoshka.lora.linear import LoraConfig, add_adapter
+from matryoshka.scripts.training import DTYPES, POLICY, train_policy
 
 logger = logging.getLogger(__name__)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-POLICY, REFERENCE = "policy", "reference"
 
 
 class Settings(Protocol):
@@ -55,10 +47,11 @@ class Settings(Protocol):
     def train(self) -> TrainConfig: ...
 
 
-def finetune(settings: Settings, preference: Preference | None) -> None:
+def finetune(settings: Settings, preference: Preference | None, reference_cache: Path | None = None) -> None:
     """Train an adapter and write it to `out/adapter`; the last line printed is a summary as JSON.
 
-    preference None is SFT. Raises ValueError, FileNotFoundError for wrong settings and malformed data.
+    preference None is SFT. reference_cache: a file that keeps reference log-probs. Pairs that repeat an earlier one are
+    left out and counted. Raises ValueError, FileNotFoundError for wrong settings and malformed data.
     """
     if settings.dtype not in DTYPES:
         raise ValueError(f"dtype {settings.dtype!r} is unknown; choose from {list(DTYPES)}")
@@ -69,34 +62,26 @@ def finetune(settings: Settings, preference: Preference | None) -> None:
     items, skipped = fitting(items, model.config.max_position_embeddings, settings.overlong)
     if skipped:
         logger.warning("%s: %d rows exceed the context and are left out", settings.data, skipped)
+    repeated = 0
+    if preference is not None:
+        items, repeated = distinct(items)
+    if repeated:
+        logger.warning("%s: %d rows repeat an earlier pair and are left out", settings.data, repeated)
     if settings.adapter:
         load_adapter(model, POLICY, settings.adapter)
     else:
         add_adapter(model, POLICY, settings.lora, settings.train.seed)
-    set_active(model, POLICY)
-    reference: Callable[[], AbstractContextManager[None]] | None = None
-    if preference is not None and preference.needs_reference:
-        if settings.adapter:
-            copy_adapter(model, POLICY, REFERENCE)
-        reference = partial(active, model, REFERENCE if settings.adapter else None)
-    model.train(preference is None)
-    steps = train(
+    last = train_policy(
         model,
-        trainable_parameters(model, POLICY),
+        settings.model,
         items,
         settings.train,
-        SFT() if preference is None else preference,
-        token_logps,
+        preference,
         settings.out,
-        reference,
-        preference.first_loss if preference is not None else None,
+        "sft" if preference is None else "dpo",
+        fresh=settings.adapter is None,
+        reference_cache=reference_cache,
+        tensorboard=settings.tensorboard,
     )
-    last: dict[str, float] = {}
-    total = settings.train.epochs * math.ceil(len(items) / settings.train.batch_size)
-    name = "sft" if preference is None else "dpo"
-    with Progress(name, total) as progress, scalar_writer(settings.out, settings.tensorboard) as write_scalars:
-        for last in steps:
-            write_scalars(last)
-            progress.update(int(last["step"]), f"loss {last['loss']:.4f}")
-    save_adapter(model, POLICY, settings.out / "adapter", str(settings.model))
-    print(json.dumps({"items": len(items), "skipped": skipped, "adapter": str(settings.out / "adapter"), **last}))
+    counts = {"items": len(items), "skipped": skipped, "repeated": repeated}
+    print(json.dumps({**counts, "adapter": str(settings.out / "adapter"), **last}))

@@ -1,12 +1,13 @@
 """PAL's problems by split, made from the seed ("words") or read from GSM8K files ("gsm8k"), and the task over them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from matryoshka.core.files import read_jsonl
-from matryoshka.core.records import Example, PairRule
+from matryoshka.core.protocols import Generator
+from matryoshka.core.records import Example, Messages, PairRule
 from matryoshka.scripts.run_config import RunConfig, TaskConfig
 from matryoshka.tasks.pal import gsm8k, words
 from matryoshka.tasks.pal.compact import COMPACT
@@ -21,14 +22,21 @@ def load_splits(config: RunConfig) -> dict[str, Sequence[Example]]:
 
     Raises ValueError, FileNotFoundError for files that are missing, malformed or too short.
     """
-    return _words(config.task, config.seed) if config.task.name == "words" else _gsm8k(config.task)
+    return _words(config.task, config.seed) if config.task.name == "words" else _gsm8k(config)
 
 
-def make_task(config: RunConfig, splits: Mapping[str, Sequence[Example]]) -> PALTask:
+def make_task(
+    config: RunConfig, splits: Mapping[str, Sequence[Example]], count_tokens: Callable[[Messages], int]
+) -> PALTask:
     """Return the task over the problems of `splits`."""
     task = config.task
     rule = PairRule("binary", cap=config.dpo.pairs_per_example)
     return PALTask(splits, STYLES[task.prompts], task.timeout_s, task.memory_mb * 2**20, rule)
+
+
+def scripted_generator(name: str) -> Generator:
+    """Raise ValueError: programs are written by models only."""
+    raise ValueError(f"[serve] scripted {name!r}: the tasks 'words' and 'gsm8k' have no scripted generator")
 
 
 def _words(task: TaskConfig, seed: int) -> dict[str, Sequence[Example]]:
@@ -42,13 +50,21 @@ def _words(task: TaskConfig, seed: int) -> dict[str, Sequence[Example]]:
     }
 
 
-def _gsm8k(task: TaskConfig) -> dict[str, Sequence[Example]]:
+def _gsm8k(config: RunConfig) -> dict[str, Sequence[Example]]:
+    task, gold = config.task, config.warmup.source == "gold"
     needed = task.warmup + task.train + task.validation
-    train, test = _read(task.train_file, "train_file", needed), _read(task.test_file, "test_file", task.test)
-    if shared := {example.id for example in train} & {example.id for example in test}:
+    train = _read(task.train_file, "train_file", needed)
+    test = _read(task.test_file, "test_file", task.test)[: task.test]
+    # A warm-up problem teaches its steps, so rows without annotations are left to the other splits.
+    warmup = [example for example in train if "steps" in example.fields or not gold][: task.warmup]
+    if len(warmup) < task.warmup:
+        where = f"[task] train_file {task.train_file}"
+        raise ValueError(f"{where} has {len(warmup)} annotated problems but the warm-up takes {task.warmup}")
+    taught = {example.id for example in warmup}
+    rest = [example for example in train if example.id not in taught][: task.train + task.validation]
+    if shared := (taught | {example.id for example in rest}) & {example.id for example in test}:
         where = "both train_file and test_file; training would see test"
         raise ValueError(f"[task] {len(shared)} questions stand in {where}")
-    warmup, rest = train[: task.warmup], train[task.warmup :]
     return {
         "warmup": warmup,
         "train": rest[: task.train],
@@ -65,7 +81,7 @@ def _read(file: str, key: str, count: int) -> list[Example]:
     if len(examples) < count:
         raise ValueError(f"[task] {key} {file} has {len(examples)} problems but the configuration takes {count}")
     solutions = [str(row.get("answer", "")) for row in read_jsonl(Path(file))]
-    return [_with_steps(*pair) for pair in zip(examples[:count], solutions, strict=False)]
+    return [_with_steps(*pair) for pair in zip(examples, solutions, strict=True)]
 
 
 def _with_steps(example: Example, solution: str) -> Example:

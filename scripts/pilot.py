@@ -13,16 +13,17 @@ from typing import Any
 
 from matryoshka.core.files import read_jsonl, write_json
 from matryoshka.core.protocols import Controller
-from matryoshka.core.records import Trajectory, stable_seed, to_json
-from matryoshka.eval.baselines import NoGuidance, ScriptedGuidance
+from matryoshka.core.records import Example, Trajectory, stable_seed, to_json
+from matryoshka.eval.baselines import GeneratorGuidance, NoGuidance, ScriptedGuidance
 from matryoshka.eval.report import Condition, ReportInput, write_report
-from matryoshka.eval.statistics import mcnemar_exact, paired_difference
+from matryoshka.eval.statistics import Paired, PairedScores, paired_difference, paired_scores
 from matryoshka.inference.sampler import Sampler
 from matryoshka.scripts.doctor import environment
 from matryoshka.scripts.run import Run, Scheme, open_run
 from matryoshka.scripts.run_config import RunConfig
 
 HELD_OUT_SPLITS = ("test", "held_out")
+BASELINES = {"rag_1": "one retrieved entry (RAG)", "rag_4": "four retrieved entries (RAG)"}
 
 
 def pilot(config: RunConfig, root: Path = Path("runs")) -> dict[str, Any]:
@@ -54,6 +55,13 @@ def schemes(run: Run) -> dict[str, tuple[str, Scheme]]:
             prompts = [run.task.first_prompt(example) for example in examples]
             controller = ScriptedGuidance(f"{name}-{config.seed}", dict(zip(prompts, table, strict=True)))
             found[name] = (label, Scheme(name, _fixed(controller), one_plan))
+    if config.warmup.source == "generator" or config.task.name == "lamp":
+        own = GeneratorGuidance(run.generator)
+        found["own_guidance"] = ("the generator's own guidance", Scheme("own-guidance", _fixed(own), one_plan))
+    for name in examples[0].fields.get("baselines", {}):  # guidance that the task itself knows without a controller
+        known = {run.task.first_prompt(example): example.fields["baselines"][name] for example in examples}
+        fixed = _fixed(ScriptedGuidance(f"{name}-{config.seed}", known))
+        found[name] = (BASELINES[name], Scheme(name, fixed, one_plan))
     found["untrained"] = ("untrained controller", run.policy(""))
     if run.is_trained("warmup"):
         found["warmup"] = ("after warm-up (SFT)", run.policy("warmup"))
@@ -68,11 +76,11 @@ def _rounds(run: Run) -> list[int]:
     return [round for round in range(1, run.config.rounds + 1) if run.is_trained(f"round-{round}")]
 
 
-def evaluate(run: Run) -> list[Condition]:
-    """Return every condition over the held-out problems, one greedy episode each."""
+def evaluate(run: Run, what: str = "evaluate") -> list[Condition]:
+    """Return every condition over the held-out problems, one greedy episode each; `what` names the time it takes."""
     conditions = []
     for name, (label, scheme) in schemes(run).items():
-        stage = f"evaluate {name}"
+        stage = f"{what} {name}"
         episodes = run.episodes(scheme, HELD_OUT_SPLITS, label=stage)
         calls = sum(t.info["calls"] for t in episodes)
         usage = [turn.action.usage for t in episodes for turn in t.turns]
@@ -85,7 +93,7 @@ def evaluate(run: Run) -> list[Condition]:
 def report(run: Run, conditions: Sequence[Condition], counts: dict[str, Any]) -> dict[str, Any]:
     """Write report.json, .md, .html into the run's folder and return the summary."""
     names = [condition.name for condition in conditions]
-    ladder = [n for n in names if n in ("untrained", "warmup") or n.startswith("round_")]
+    ladder = steps(names)
     comparisons = [*zip(ladder, ladder[1:], strict=False)]
     last = ladder[-1]
     more = [(first, last) for first in ("untrained", "star") if first in names and first != last]
@@ -104,16 +112,61 @@ def report(run: Run, conditions: Sequence[Condition], counts: dict[str, Any]) ->
         versions={"python": machine["python"], **machine["versions"], "commit": machine["commit"]},
         conditions=conditions,
         examples=examples,
-        groups={labels[split]: ids for split, ids in groups.items() if ids} if groups["held_out"] else {},
+        groups={labels[split]: ids for split, ids in groups.items() if ids and groups["held_out"]} | by_type(examples),
         comparisons=comparisons,
         training={str(stage.relative_to(run.folder)): read_jsonl(stage / "metrics.jsonl") for stage in stages},
         notes=notes(run, validation),
-        counts={**counts, "left_out": run.left_out(), "validation": validation, "seconds": run.seconds()},
+        counts={
+            **counts,
+            "metrics": scores(run, conditions),
+            "left_out": run.left_out(),
+            "validation": validation,
+            "seconds": run.seconds(),
+            **_cost(run),
+        },
     )
     write_report(data, run.folder)
+    verdicts = {c.name: {t.example_id: t.info["verdict"] for t in c.trajectories} for c in conditions}
+    write_json(run.folder / "verdicts.json", verdicts)
     summary = summarise(run, conditions, last)
     write_json(run.folder / "summary.json", summary)
     return summary
+
+
+def scores(run: Run, conditions: Sequence[Condition]) -> dict[str, dict[str, float]]:
+    """Return the value of every metric of the task for each condition, over all held-out examples."""
+    found = {condition.name: run.task.score(condition.trajectories) for condition in conditions}
+    return {name: {key: round(metric.value, 4) for key, metric in row.items()} for name, row in found.items()}
+
+
+def steps(names: Sequence[str]) -> list[str]:
+    """Return those of the conditions that are the controller's own steps, from untrained to the last round."""
+    return [n for n in names if n in ("untrained", "warmup") or n.startswith("round_")]
+
+
+def transfer(run: Run, generators: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the summary of every policy of `run` with each of other generators, and write them to transfer.json."""
+    found = {}
+    for name in generators:
+        run.use_generator(name)
+        conditions = evaluate(run, f"transfer {name}")
+        found[name] = summarise(run, conditions, steps([condition.name for condition in conditions])[-1])
+        found[name] |= {"metrics": scores(run, conditions)}
+        write_json(run.folder / "transfer.json", found)
+    return found
+
+
+def by_type(examples: Sequence[Example]) -> dict[str, list[str]]:
+    """Return the ids of examples by their field "task_type", where a task has types; {} where it has none."""
+    groups: dict[str, list[str]] = {}
+    for example in examples:
+        if "task_type" in example.fields:
+            groups.setdefault(example.fields["task_type"], []).append(example.id)
+    return groups
+
+
+def _cost(run: Run) -> dict[str, Any]:
+    return {"black box": spending} if (spending := run.spending()) else {}
 
 
 def select_round(run: Run) -> dict[str, Any]:
@@ -128,23 +181,40 @@ def select_round(run: Run) -> dict[str, Any]:
 
 
 def summarise(run: Run, conditions: Sequence[Condition], last: str) -> dict[str, Any]:
-    """Return the one-line summary: accuracies over the `test` split, and exact McNemar p values."""
+    """Return the one-line summary over the `test` split: a mean for each condition, and paired tests of the last one.
+
+    The means are accuracies with exact McNemar tests or, where every episode has a graded "score", scores with
+    sign-flip tests. trained: the last condition; p: of it against the untrained one.
+    """
     ids = [example.id for example in run.task.examples("test")]
-    right = {}
-    for condition in conditions:
-        verdicts = {t.example_id: t.info["verdict"] == "right" for t in condition.trajectories}
-        right[condition.name] = [verdicts[id] for id in ids]
-    summary: dict[str, Any] = {"examples": len(ids)}
-    summary |= {name: round(sum(rows) / len(rows), 4) for name, rows in right.items()}
+    rows = {condition.name: {t.example_id: t for t in condition.trajectories} for condition in conditions}
+    graded = all("score" in row[id].info for row in rows.values() for id in ids)
+    right = {name: [row[id].info["verdict"] == "right" for id in ids] for name, row in rows.items()}
+    values = {name: [float(row[id].info["score"]) for id in ids] for name, row in rows.items()} if graded else right
+
+    def compared(first: str) -> Paired | PairedScores:
+        return (
+            paired_scores(values[first], values[last]) if graded else paired_difference(right[first], right[last])
+        )
+
+    summary: dict[str, Any] = {"task": task_label(run.config), "examples": len(ids)}
+    summary |= {name: round(sum(row) / len(row), 4) for name, row in values.items()}
     for first, key in (("untrained", "p_trained_vs_untrained"), ("warmup", "p_trained_vs_warmup")):
-        if first in right:
-            compared = paired_difference(right[first], right[last])
-            summary[key] = mcnemar_exact(compared.gained, compared.lost)
+        if first in values:
+            difference = compared(first)
+            summary[key] = difference.p
             if first == "warmup":
-                summary["gain_over_warmup"] = [round(x, 4) for x in (compared.difference, compared.low, compared.high)]
+                gain = (difference.difference, difference.low, difference.high)
+                summary["gain_over_warmup"] = [round(x, 4) for x in gain]
+    summary |= {"trained": summary[last], "p": summary["p_trained_vs_untrained"]}
     summary["seconds"] = round(sum(run.seconds().values()), 1)
     summary["report"] = str(run.folder / "report.html")
     return summary
+
+
+def task_label(config: RunConfig) -> str:
+    """Return what the task is called in a summary."""
+    return f"LaMP-{config.task.lamp.task}" if config.task.name == "lamp" else config.task.name
 
 
 def notes(run: Run, validation: dict[str, Any]) -> list[str]:
@@ -162,6 +232,11 @@ def notes(run: Run, validation: dict[str, Any]) -> list[str]:
             "The generator is SmolLM2-135M-Instruct with an adapter that was trained to translate steps into code, "
             "line by line. It is good with good steps and poor without them by construction: these numbers show that "
             "the loop trains a controller, not that the generator is a capable model."
+        )
+    if run.config.serve.scripted:
+        lines.append(
+            f"The generator is a script ({run.generator.name}) that takes guidance at its word, not a model: these "
+            "numbers show that the loop trains a controller to write what such a reader can use, nothing more."
         )
     return lines
 

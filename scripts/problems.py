@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from matryoshka.core.protocols import Task
+from matryoshka.core.protocols import Generator, Task
 from matryoshka.core.records import Example, Messages
-from matryoshka.scripts import pal_problems
-from matryoshka.scripts.run_config import RunConfig
+from matryoshka.scripts import alfworld_problems, lamp_problems, pal_problems
+from matryoshka.scripts.run_config import RunConfig, TaskConfig
 
 
 class Problems(Protocol):
@@ -16,12 +16,23 @@ class Problems(Protocol):
         """Return the problems: warmup, train, validation, test, held_out."""
         ...
 
-    def make_task(self, config: RunConfig, splits: Mapping[str, Sequence[Example]]) -> Task:
-        """Return the task over the problems of `splits`."""
+    def make_task(
+        self, config: RunConfig, splits: Mapping[str, Sequence[Example]], count_tokens: Callable[[Messages], int]
+    ) -> Task:
+        """Return the task over the problems of `splits`; count_tokens: of a prompt in the controller's context."""
+        ...
+
+    def scripted_generator(self, name: str) -> Generator:
+        """Return the scripted generator `name`. Raises ValueError naming those that there are."""
         ...
 
 
-PROBLEMS: dict[str, Problems] = {"words": pal_problems, "gsm8k": pal_problems}
+PROBLEMS: dict[str, Problems] = {
+    "words": pal_problems,
+    "gsm8k": pal_problems,
+    "alfworld": alfworld_problems,
+    "lamp": lamp_problems,
+}
 
 
 def load_splits(config: RunConfig) -> dict[str, Sequence[Example]]:
@@ -45,7 +56,7 @@ def make_task(
     the first that does not fit raises ValueError; so does a split that "skip" would leave without problems.
     """
     problems = PROBLEMS[config.task.name]
-    task = problems.make_task(config, splits)
+    task = problems.make_task(config, splits, count_tokens)
     room = context_length - config.rollout.guidance_tokens
     kept: dict[str, Sequence[Example]] = {}
     for split, examples in splits.items():
@@ -58,4 +69,9 @@ def make_task(
                 f"context of {context_length}; lower guidance_tokens, use shorter problems or set overlong = 'skip'"
             )
     left_out = {split: n for split, examples in splits.items() if (n := len(examples) - len(kept[split]))}
-    return problems.make_task(config, kept), left_out
+    return problems.make_task(config, kept, count_tokens), left_out
+
+
+def scripted_generator(task: TaskConfig, name: str) -> Generator:
+    """Return the task's scripted generator `name`. Raises ValueError naming those that it has."""
+    return PROBLEMS[task.name].scripted_generator(name)

@@ -7,14 +7,12 @@ it is in the cache: so a run that was killed anywhere costs at most the work in 
 import asyncio
 import json
 import logging
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ import torch
 from matryoshka.core.config import diff, load_toml, to_toml
 from matryoshka.core.files import Journal, folder_lock, write_json, write_jsonl, write_text
 from matryoshka.core.load import load_model
-from matryoshka.core.protocols import Controller, Generator
+from matryoshka.core.protocols import Controller, Generator, RunStopped
 from matryoshka.core.records import (
     Example,
     Messages,
@@ -31,32 +29,39 @@ from matryoshka.core.records import (
     RolloutSettings,
     Sampling,
     Trajectory,
+    Turn,
     stable_seed,
     to_json,
 )
 from matryoshka.core.tokenizer import Tokenizer
-from matryoshka.core.train import Item, TrainConfig, train
-from matryoshka.dpo.data import completion, fitting, preference_items, read_conversations, text_completion
-from matryoshka.dpo.head import token_logps
-from matryoshka.dpo.objectives import SFT
+from matryoshka.core.train import Interrupted, Item, TrainConfig
+from matryoshka.dpo.data import completion, distinct, fitting, preference_items, read_conversations, text_completion
 from matryoshka.dpo.pairs import PairCounts, make_pairs, winners
+from matryoshka.eval.baselines import GeneratorGuidance
 from matryoshka.inference.cache import ResponseCache
-from matryoshka.inference.generators import OpenAIGenerator
+from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
 from matryoshka.inference.local import LocalController
 from matryoshka.inference.sampler import Sampler
+from matryoshka.inference.spending import Budget, Purse
 from matryoshka.lora import files as adapters
-from matryoshka.lora.linear import active, add_adapter, copy_adapter, remove_adapter, set_active, trainable_parameters
+from matryoshka.lora.linear import add_adapter, remove_adapter
 from matryoshka.scripts.doctor import environment
-from matryoshka.scripts.finetune import DTYPES, POLICY, REFERENCE
+from matryoshka.scripts.interrupt import stop_on_signal
 from matryoshka.scripts.problems import load_splits, make_task, scripted_generator
 from matryoshka.scripts.progress import Progress
-from matryoshka.scripts.run_config import RunConfig
+from matryoshka.scripts.run_config import RunConfig, ServeConfig
 from matryoshka.scripts.serving import started
-from matryoshka.scripts.tracking import scalar_writer
+from matryoshka.scripts.training import DTYPES, POLICY, REFERENCE, train_policy
 from matryoshka.tasks.rollout import Job, job_key, run_rollouts
 
 logger = logging.getLogger(__name__)
 
+# Settings that a run may be continued with another value of.
+_PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "total_timeout_s")
+FREE_TO_CHANGE = (
+    *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints"),
+    *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
+)
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,15 @@ class Run:
     What can be wrong with the configuration comes first, so that nobody waits for training to hear of a missing key.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, config: RunConfig, folder: Path, stack: ExitStack, cache: Path | None = None) -> None:
         self.config = config
+        self.purse: Purse | None = None  # the generator's account, where it has one
+        self._cache = cache or folder / "cache.sqlite"
         self.folder = folder
         self._stack = stack
         self._runner = stack.enter_context(asyncio.Runner())  # one event loop for all stages: clients belong to one
         splits = load_splits(config)
-        self.generator = self._open_generator()
+        self.generator = self._open_generator(config.generator, config.serve)
         self.threads = config.controller.threads or os.cpu_count() or 1
         torch.set_num_threads(self.threads)
         path = Path(config.controller.path)
@@ -96,19 +103,36 @@ class Run:
     def _count_tokens(self, prompt: Messages) -> int:
         return len(self.tokenizer.render(prompt, add_generation_prompt=True).ids)
 
-    def _open_generator(self) -> Generator:
-        """Return the black box, checked; a server of our own is started where [serve] names a model."""
+    def use_generator(self, name: str) -> None:
+        """Take another black box from now on: a TOML file with [generator]'s keys, else one beside the present one.
+
+        That is another scripted generator of the task, where [serve] names one, or another model at [generator].
+        """
         config, serve = self.config.generator, self.config.serve
+        if name.endswith(".toml"):
+            config, serve = load_toml(GeneratorConfig, name), ServeConfig()
+        elif serve.scripted:
+            serve = replace(serve, scripted=name)
+        elif serve.model:
+            raise ValueError(f"generator {name!r}: [serve] starts one model alone; name others by TOML files")
+        else:
+            config = replace(config, model=name)
+        self.generator = self._open_generator(config, serve)
+
+    def _open_generator(self, config: GeneratorConfig, serve: ServeConfig) -> Generator:
+        """Return the black box, checked; a server of our own is started where [serve] names a model."""
         if serve.scripted:
-            return scripted_generator(self.config)
+            return scripted_generator(self.config.task, serve.scripted)
         if serve.model:
             log = self.folder / "generator.log"
             url = self._stack.enter_context(started(serve, self.config.controller.deterministic, log))
             digest = adapters.adapter_hash(Path(serve.adapter)) if serve.adapter else "base"
             config = replace(config, base_url=url, model=serve.name, identity=f"{Path(serve.model).name}+{digest}")
-        cache = ResponseCache(self.folder / "cache.sqlite")
+        cache = ResponseCache(self._cache)
         self._stack.callback(cache.close)
-        generator = OpenAIGenerator(config, cache, self.config.seed)
+        budget = Budget(self.config.budget_usd, self.config.budget_tokens)
+        generator = OpenAIGenerator(config, cache, self.config.seed, budget)
+        self.purse = generator.purse
         self._stack.callback(lambda: self._runner.run(generator.aclose()))
         self._runner.run(generator.check())
         return generator
@@ -143,15 +167,33 @@ class Run:
     # Training.
 
     def warmup(self) -> None:
-        """Train the warm-up policy: SFT on gold steps or on the user's file."""
+        """Train the warm-up policy: SFT on gold steps, on the user's file or on the generator's own successes."""
         if self.config.warmup.source == "none" or self.is_trained("warmup"):
             return
         if self.config.warmup.source == "file":
             items = read_conversations(Path(self.config.warmup.data), self.tokenizer)
+        elif self.config.warmup.source == "generator":
+            items = self._own_wins()
         else:
             examples = self.task.examples("warmup")
             items = [self._gold_item(example) for example in examples]
         self._train("warmup", "", items, self.config.warmup.train, sft=True)
+
+    def _own_wins(self) -> list[Item]:
+        """Return SFT items of the plans that the generator made for itself and succeeded with."""
+        config = self.config.warmup
+        scheme = Scheme("generator", lambda _: GeneratorGuidance(self.generator), self.settings(greedy=False))
+        sampled = self._sampled(stable_seed("warmup", self.config.seed), config.samples)
+        kept: dict[str, list[Item]] = {example.id: [] for example in self.task.examples("warmup")}
+        prompts = {example.id: self.task.first_prompt(example) for example in self.task.examples("warmup")}
+        for _, _, sample, id in winners(self.episodes(scheme, ["warmup"], sampled, "warmup runs")):
+            if len(kept[id]) < config.wins_per_example:
+                kept[id].append(Item((text_completion(self.tokenizer, prompts[id], sample.text),), id))
+        items = [item for items in kept.values() for item in items]
+        if not items:
+            runs = f"{len(kept)} examples x {config.samples} episodes"
+            raise ValueError(f"[warmup] source = 'generator', but none of {runs} succeeded; use another source")
+        return items
 
     def star(self, trajectories: Sequence[Trajectory]) -> None:
         """Train the STaR control: SFT on round 1's distinct winning guidances, from where round 1 started."""
@@ -172,7 +214,9 @@ class Run:
         pairs, counts = self.pairs(trajectories)
         if self.is_trained(stage):
             return counts
-        items = preference_items(pairs)
+        items, repeated = distinct(preference_items(pairs))
+        if repeated:
+            logger.warning("%s: %d pairs repeat those of an equal prompt and are left out", stage, repeated)
         if not items:
             logger.warning("round %d: no problem was both solved and failed: no pairs, so nothing changes", round)
             self._keep_policy(before, stage)
@@ -217,34 +261,19 @@ class Run:
             logger.warning("%s: %d items exceed the context of %d tokens and are left out", stage, skipped, context)
             write_json(self.folder / stage / "left_out.json", skipped)
         self._load_policy(start)
-        set_active(self.model, POLICY)
-        objective, preference = SFT(), self.config.dpo.objective
-        reference, first_loss = None, None
-        if not sft and preference.needs_reference:
-            copy_adapter(self.model, POLICY, REFERENCE)
-            reference, first_loss = partial(active, self.model, REFERENCE), preference.first_loss
-        self.model.train(sft)  # dropout is for SFT; a preference loss compares policy and reference without it
         folder = self.folder / stage
-        steps = train(
+        train_policy(
             self.model,
-            trainable_parameters(self.model, POLICY),
+            Path(self.config.controller.path),
             items,
             config,
-            objective if sft else preference,
-            token_logps,
+            None if sft else self.config.dpo.objective,
             folder,
-            reference,
-            first_loss,
+            stage,
+            fresh=not start,
+            reference_cache=self.folder / "reference.sqlite" if self.config.dpo.reference_cache else None,
+            tensorboard=self.config.tensorboard,
         )
-        total = config.epochs * math.ceil(len(items) / config.batch_size)
-        with Progress(stage, total) as progress, scalar_writer(folder, self.config.tensorboard) as write_scalars:
-            for row in steps:
-                write_scalars(row)
-                extra = f" margin {row['margin']:.3f} acc {row['accuracy']:.2f}" if "margin" in row else ""
-                progress.update(int(row["step"]), f"loss {row['loss']:.4f}{extra}")
-        self.model.eval()
-        set_active(self.model, None)
-        adapters.save_adapter(self.model, POLICY, self.adapter_folder(stage), self.config.controller.path)
         for checkpoint in folder.glob("step-*"):
             shutil.rmtree(checkpoint)  # the adapter is whole; the optimizer's state is not needed again
 
@@ -285,13 +314,37 @@ class Run:
     def collect(self, round: int) -> list[Trajectory]:
         """Return K sampled episodes for each training problem under the policy that round `round` starts from."""
         scheme = self.policy(self.policy_before(round))
-        seed = stable_seed("collect", self.config.seed, round)
+        sampled = self._sampled(stable_seed("collect", self.config.seed, round), self.config.rollout.samples)
+        done = self.episodes(scheme, ["train"], sampled, f"collect {round}")
+        return done + self._bootstrapped(round, done)
+
+    def _bootstrapped(self, round: int, done: Sequence[Trajectory]) -> list[Trajectory]:
+        """Return episodes that the generator guides, for each training problem that no episode of `done` solved."""
+        samples = self.config.rollout.bootstrap
+        solved = {trajectory.example_id for trajectory in done if trajectory.reward > 0.5}
+        hard = {trajectory.example_id for trajectory in done} - solved
+        if not samples or not hard:
+            return []
+        scheme = Scheme("generator", lambda _: GeneratorGuidance(self.generator), self.settings(greedy=False))
+        sampled = self._sampled(stable_seed("bootstrap", self.config.seed, round), samples)
+        episodes = self.episodes(scheme, ["train"], sampled, f"bootstrap {round}", only=hard)
+        return [self._in_our_tokens(episode) for episode in episodes]
+
+    def _in_our_tokens(self, episode: Trajectory) -> Trajectory:
+        """Return `episode` with its guidance in the controller's tokens, as if it had drawn it, to be trained on."""
+
+        def ours(turn: Turn) -> Turn:
+            ids = self.tokenizer.render(turn.prompt, add_generation_prompt=True).ids
+            said = (*self.tokenizer.encode(turn.action.text), self.tokenizer.eos_id)
+            return replace(turn, prompt_ids=ids, action=replace(turn.action, token_ids=said))
+
+        return replace(episode, turns=tuple(map(ours, episode.turns)))
+
+    def _sampled(self, seed: int, samples: int) -> list[RolloutSettings]:
+        """Return the settings of `samples` draws at the collection temperature."""
         settings = self.settings(greedy=False)
-        sampled = [
-            replace(settings, controller=replace(settings.controller, seed=seed, draw=draw))
-            for draw in range(self.config.rollout.samples)
-        ]
-        return self.episodes(scheme, ["train"], sampled, f"collect {round}")
+        draws = range(samples)
+        return [replace(settings, controller=replace(settings.controller, seed=seed, draw=draw)) for draw in draws]
 
     def episodes(
         self,
@@ -299,9 +352,16 @@ class Run:
         splits: Sequence[str],
         settings: Sequence[RolloutSettings] = (),
         label: str = "",
+        first: int | None = None,
+        only: Collection[str] | None = None,
     ) -> list[Trajectory]:
-        """Return the episodes of `scheme` over `splits` (once each, or once per settings), recorded ones read back."""
-        examples = [example for split in splits for example in self.task.examples(split)]
+        """Return the episodes of `scheme` over `splits` (once each, or once per settings), recorded ones read back.
+
+        first: only of so many examples. only: of those with these ids. Raises RunStopped when the budget is spent,
+        Interrupted on SIGINT or SIGTERM, both when the episodes in flight have ended.
+        """
+        examples = [example for split in splits for example in self.task.examples(split)][:first]
+        examples = [example for example in examples if only is None or example.id in only]
         generator = self.generator
         started_at = time.monotonic()
         max_rows, deterministic = self.config.controller.max_rows, self.config.controller.deterministic
@@ -318,12 +378,25 @@ class Run:
                 def show(job: Job, trajectory: Trajectory) -> None:
                     nonlocal right, ended
                     ended, right = ended + 1, right + (trajectory.reward > 0.5)
-                    progress.update(ended, f"right {right / ended:.2f}")
+                    cost = f" {self.purse.shown()}" if self.purse is not None else ""
+                    progress.update(ended, f"right {right / ended:.2f}{cost}")
 
-                limit = 1 if deterministic else self.config.rollout.limit
-                done = self._runner.run(
-                    run_rollouts(self.task, jobs, controller, generator, self.journal, limit, show)
-                )
+                async def drive() -> list[Trajectory]:
+                    limit = 1 if deterministic else self.config.rollout.limit
+                    share = self.config.rollout.max_failed_share
+                    with stop_on_signal() as stop:
+                        try:
+                            done = await run_rollouts(
+                                self.task, jobs, controller, generator, self.journal, limit, show, share, stop
+                            )
+                        except RunStopped:
+                            if not stop.is_set():
+                                raise
+                        if stop.is_set():
+                            raise Interrupted(f"{label or scheme.name}: stopped by signal; all that ended is recorded")
+                        return done
+
+                done = self._runner.run(drive())
         self._add_seconds(label or f"{scheme.name} {'+'.join(splits)}", time.monotonic() - started_at)
         return done
 
@@ -332,6 +405,10 @@ class Run:
         files = sorted(self.folder.glob("**/left_out.json"))
         items = {f"{path.parent.relative_to(self.folder)} items": json.loads(path.read_text()) for path in files}
         return {**{f"{split} problems": n for split, n in self._skipped_problems.items()}, **items}
+
+    def spending(self) -> dict[str, Any]:
+        """Return what the black box has cost over all restarts: answers, tokens, dollars; {} where nobody counts."""
+        return {} if self.purse is None else self.purse.as_dict()
 
     def seconds(self) -> dict[str, float]:
         """Return wall-clock seconds by stage, added up over restarts (a killed stage's last part is not in them)."""
@@ -344,24 +421,27 @@ class Run:
 
 
 @contextmanager
-def open_run(config: RunConfig, root: Path) -> Iterator[Run]:
-    """Open or continue `root/<name>` under its lock.
+def open_run(config: RunConfig, root: Path, cache: Path | None = None) -> Iterator[Run]:
+    """Open or continue `root/<name>` under its lock. cache: the file of answers, by default the folder's own.
 
-    Raises ValueError when it was started with another configuration (naming every difference) or is in use.
+    Raises ValueError when it was started with another configuration (naming every difference) or is in use. Budgets,
+    limits and patience may change: they decide how fast and how far a run goes, not what it finds.
     """
     folder = root / config.name
     with ExitStack() as stack:
         stack.enter_context(folder_lock(folder))
         _sweep(folder)
         saved = folder / "config.toml"
-        if saved.exists() and (changes := diff(load_toml(RunConfig, saved), config)):
+        changed = diff(load_toml(RunConfig, saved), config) if saved.exists() else []
+        if changes := [line for line in changed if not line.startswith(FREE_TO_CHANGE)]:
             raise ValueError(
                 f"{folder}: was started with another configuration: {'; '.join(changes)}. "
                 "Take the old values to continue, or another name to start afresh"
             )
-        run = Run(config, folder, stack)
+        run = Run(config, folder, stack, cache)
         if not saved.exists():  # a configuration that cannot start binds nobody
             write_json(folder / "environment.json", environment())
+        if changed or not saved.exists():
             write_text(saved, to_toml(config))
         yield run
 

@@ -1,5 +1,6 @@
 """The subcommands that work on a run directory or on a user's own files; each is thin over `run.py` and `pilot.py`."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matryoshka.core.protocols import RunStopped
 from matryoshka.core.records import Trajectory, to_json
 from matryoshka.core.train import Interrupted, TrainConfig
 from matryoshka.dpo.objectives import Preference
@@ -19,6 +21,7 @@ from matryoshka.scripts.run_config import RunConfig
 
 RUNS = Path("runs")
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended
+SPENT = 3
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class DpoCommand:
     data: the JSONL file. model: a Hugging Face folder. out: where the adapter (PEFT layout), metrics and checkpoints
     go; an unfinished run found there is continued. adapter: an adapter folder to start from, which then is the
     reference; default a fresh adapter, the base model being the reference. overlong: "error" or "skip" (counted).
-    tensorboard: write the metrics as TensorBoard events too (the extra `track`).
+    tensorboard: write the metrics as TensorBoard events too (the extra `track`). reference_cache: a file that keeps
+    reference log-probs, so that later epochs and runs need no reference pass; default none.
     """
 
     data: Path
@@ -40,6 +44,7 @@ class DpoCommand:
     device: str = "cpu"
     threads: int = 0
     tensorboard: bool = False
+    reference_cache: Path | None = None
     lora: LoraConfig = LoraConfig()
     objective: Preference = Preference()
     train: TrainConfig = TrainConfig()
@@ -63,34 +68,40 @@ class SftCommand:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
-    """End the process with status STOPPED and one line when a signal stopped training and the state is saved."""
+def stoppable() -> Iterator[None]:
+    """End the process with one line when the run was stopped in order: by a signal (STOPPED), by its budget (SPENT)."""
     try:
         yield
     except Interrupted as err:
         print(f"{err}; the same command continues", file=sys.stderr)
         sys.exit(STOPPED)
+    except RunStopped as err:
+        print(err, file=sys.stderr)
+        sys.exit(SPENT)
 
 
-@_stoppable()
+@stoppable()
 def pilot(config: RunConfig) -> None:
-    """Run or continue the whole job; the last line printed is its summary as JSON."""
-    print(json.dumps(job.pilot(config, RUNS)))
+    """Run or continue the whole job; the last line printed is its summary as JSON (on LaMP a short one after it)."""
+    summary = job.pilot(config, RUNS)
+    _say(summary)
+    if config.task.name == "lamp":
+        _say({name: summary[name] for name in ("task", "examples", "untrained", "trained", "p", "seconds")})
 
 
-@_stoppable()
+@stoppable()
 def sft(config: SftCommand) -> None:
     """Train an adapter on conversations."""
     finetune.finetune(config, None)
 
 
-@_stoppable()
+@stoppable()
 def dpo(config: DpoCommand) -> None:
     """Train an adapter on preference pairs."""
-    finetune.finetune(config, config.objective)
+    finetune.finetune(config, config.objective, config.reference_cache)
 
 
-@_stoppable()
+@stoppable()
 def collect(config: RunConfig) -> None:
     """Warm up and collect the episodes of every round that can be collected: those whose policy is trained."""
     with open_run(config, RUNS) as run:
@@ -105,9 +116,26 @@ def pairs(config: RunConfig) -> None:
         _say(counts.as_dict())
 
 
-def evaluate(config: RunConfig) -> None:
-    """Evaluate every policy that is trained, print its scores and write the report."""
-    with open_run(config, RUNS) as run:
+@dataclass(frozen=True)
+class EvaluateConfig(RunConfig):
+    """The configuration of a pilot, to evaluate its policies.
+
+    generators: other black boxes to evaluate them with instead, separated by commas: names of models at [generator], or
+    of scripted generators where [serve] names one, or TOML files with the keys of [generator].
+    """
+
+    generators: str = ""
+
+
+@stoppable()
+def evaluate(config: EvaluateConfig) -> None:
+    """Evaluate every policy that is trained, print its scores and write the report, or transfer.json."""
+    pilot_config = RunConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)})
+    with open_run(pilot_config, RUNS) as run:
+        if config.generators:
+            for name, row in job.transfer(run, config.generators.split(",")).items():
+                _say({"generator": name, **row})
+            return
         conditions = job.evaluate(run)
         for condition in conditions:
             _say({condition.name: to_json(run.task.score(condition.trajectories))})

@@ -30,6 +30,7 @@ import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 # What a program may write into one file or print in all before it gets "File too large", and how much print we keep.
@@ -75,12 +76,12 @@ async def run_solution(
             f"sandbox: timeout_s is {timeout_s} and memory_bytes is {memory_bytes}; "
             f"expected a positive time and at least {MIN_MEMORY_BYTES} bytes"
         )
-    async with slots or _default_slots():
+    async with slots or default_slots():
         folder = tempfile.mkdtemp(prefix="solution-")
         try:
             return await _run(code, timeout_s, memory_bytes, folder)
         finally:
-            await _remove(folder)
+            await remove(folder)
 
 
 def extract_code(reply: str) -> str:
@@ -105,17 +106,7 @@ async def _run(code: str, timeout_s: float, memory_bytes: int, folder: str) -> O
         os.set_blocking(reader, False)
         with open(reader, "rb", 0) as results, open(writer, "wb", 0):
             started = time.monotonic()
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", "-X", "utf8", str(CHILD)),
-                *(str(writer), str(memory_bytes), str(math.ceil(timeout_s) + 1), str(FILE_BYTES)),
-                stdin=source,
-                stdout=printed,
-                stderr=printed,
-                pass_fds=(writer,),
-                env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
-                cwd=folder,
-                start_new_session=True,
-            )
+            process = await start(CHILD, folder, source, printed, writer, timeout_s, memory_bytes)
             timed_out = await _wait(process, timeout_s)
             seconds = time.monotonic() - started
             message = results.read(2**16) or b""  # None: nothing was written
@@ -129,6 +120,42 @@ async def _run(code: str, timeout_s: float, memory_bytes: int, folder: str) -> O
         return Outcome(None, f"TimeoutError: the program did not finish within {timeout_s:g} s", stdout, seconds)
     value, error = _parse(message.removeprefix(READY), process.returncode or 0)
     return Outcome(value, error, stdout, seconds)
+
+
+async def start(
+    script: Path,
+    folder: str,
+    source: IO[bytes],
+    printed: IO[bytes],
+    descriptor: int,
+    timeout_s: float,
+    memory_bytes: int,
+) -> asyncio.subprocess.Process:
+    """Return `script` running as an isolated process group of its own in `folder`; the caller ends it with `end`.
+
+    source, printed: files for its input and its output. descriptor: inherited, for its results. The script takes its
+    limits itself, from its arguments: descriptor, memory_bytes, CPU seconds, FILE_BYTES.
+    """
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-S", "-X", "utf8", str(script)),
+        *(str(descriptor), str(memory_bytes), str(math.ceil(timeout_s) + 1), str(FILE_BYTES)),
+        stdin=source,
+        stdout=printed,
+        stderr=printed,
+        pass_fds=(descriptor,),
+        env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
+        cwd=folder,
+        start_new_session=True,
+    )
+
+
+async def end(process: asyncio.subprocess.Process) -> None:
+    """Kill the whole process group of `process`, ended or not."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # nobody is left in the group, as usual
+        pass
+    await process.wait()
 
 
 def _parse(message: bytes, returncode: int) -> tuple[float | int | None, str | None]:
@@ -158,15 +185,12 @@ async def _wait(process: asyncio.subprocess.Process, timeout_s: float) -> bool:
     except TimeoutError:
         return True
     finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # nobody is left in the group, as usual
-            pass
-        await process.wait()
+        await end(process)
     return False
 
 
-async def _remove(folder: str) -> None:
+async def remove(folder: str) -> None:
+    """Remove a program's working folder, whatever the program made of it."""
     try:
         os.rmdir(folder)  # nearly always empty
     except FileNotFoundError:
@@ -178,7 +202,7 @@ async def _remove(folder: str) -> None:
             _log.warning("sandbox: could not remove %s, which a generated program filled", folder)
 
 
-def _default_slots() -> asyncio.Semaphore:
+def default_slots() -> asyncio.Semaphore:
     """Return the running loop's semaphore with one slot per CPU."""
     loop = asyncio.get_running_loop()
     for closed in [other for other in _slots if other.is_closed()]:

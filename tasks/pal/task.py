@@ -82,10 +82,11 @@ class PALTask:
         """Return one episode on `example`; reward 1.0 if the value of its last program is the gold answer, else 0.0.
 
         A black-box call that fails for good ends the episode with reward 0 and verdict "failed"; it is never raised.
-        info: protocol; attempts (programs run); outer_turns (guidances asked for); cut (guidances cut at max_tokens:
-        they run, but are not for training); overlong (a re-plan did not fit the context, so none was made); prediction (the last value, or None); error (of the last program, or of the
-        failed call); verdict ("right", "wrong", "error": the last program did not run, "failed"); controller, generator
-        (names); calls, prompt_tokens, completion_tokens (of the black box); draw.
+        info: protocol; attempts (programs run); outer_turns (guidances asked for); overlong (a re-plan did not fit the
+        context, so none was made); cut (guidances cut at max_tokens: they run, but are not for training); prediction
+        (the last value, or None); error (of the last program, or of the failed call); verdict ("right", "wrong",
+        "error": the last program did not run, "failed"); controller, generator (names); calls, prompt_tokens,
+        completion_tokens (of the black box); draw.
         """
         question = example.fields["question"]
         turns: list[Turn] = []

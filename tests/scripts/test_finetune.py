@@ -135,6 +135,45 @@ def test_what_does_not_fit_is_skipped_and_counted_when_asked(
     assert (summary["items"], summary["skipped"]) == (6, 1)
 
 
+def test_repeated_pairs_are_left_out_and_counted(
+    tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the adapter that the rows without the repeated ones give, to the bit; SFT rows may repeat."""
+    adapters = []
+    for name, rows, repeated in (("once", PAIRS, 0), ("twice", [*PAIRS, *PAIRS[:2]], 2)):
+        data, out = write(tmp_path / f"{name}.jsonl", rows), tmp_path / name
+        assert cli.main(["dpo", *arguments(data, tiny_dir, out)]) == 0
+        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (summary["items"], summary["repeated"]) == (6, repeated)
+        adapters.append((out / "adapter" / WEIGHTS).read_bytes())
+    assert adapters[0] == adapters[1]
+    data = write(tmp_path / "chats.jsonl", [*CHATS, *CHATS[:2]])
+    assert cli.main(["sft", *arguments(data, tiny_dir, tmp_path / "sft")]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["items"], summary["repeated"]) == (8, 0)
+
+
+def test_reference_log_probs_are_kept_when_asked(
+    tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: a second run on the file that the first one filled: ln 2, the same losses; a damaged file is one line."""
+    data, cache = write(tmp_path / "rows.jsonl", PAIRS), tmp_path / "reference.sqlite"
+    for out in ("plain", "one", "two"):
+        more = [] if out == "plain" else ["--reference-cache", str(cache)]
+        assert cli.main(["dpo", *arguments(data, tiny_dir, tmp_path / out, *more)]) == 0
+    plain, one, two = (read_jsonl(tmp_path / out / "metrics.jsonl") for out in ("plain", "one", "two"))
+    assert two[0]["loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
+    for row, expected in zip(two, plain, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert [row["loss"] for row in one][:3] == [row["loss"] for row in two][:3]
+    cache.write_bytes(b"not a database" * 100)
+    capsys.readouterr()
+    more = ["--reference-cache", str(cache)]
+    assert cli.main(["dpo", *arguments(data, tiny_dir, tmp_path / "three", *more)]) == 2
+    error = capsys.readouterr().err
+    assert "not a readable cache of reference log-probs" in error and error.count("\n") == 1
+
+
 def test_an_unknown_key_offers_the_nearest(tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: by hand."""
     config = tmp_path / "dpo.toml"

@@ -12,7 +12,7 @@ from matryoshka.core.config import load_toml, to_toml
 from matryoshka.core.records import Messages
 from matryoshka.inference.generators import GeneratorConfig
 from matryoshka.scripts.problems import load_splits, make_task
-from matryoshka.scripts.run_config import ControllerConfig, RunConfig, TaskConfig
+from matryoshka.scripts.run_config import ControllerConfig, RunConfig, TaskConfig, WarmupConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CONFIG = RunConfig("n", ControllerConfig("m"), GeneratorConfig("http://x/v1", "m"))
@@ -57,6 +57,22 @@ def test_gsm8k_is_cut_in_file_order_with_its_annotations_as_steps(tmp_path: Path
     }
     assert splits["warmup"][0].fields["steps"] == ["What is 48/2?", "What is 24+4?"]
     assert splits["test"][0].fields["answer"] == 28
+
+
+def test_the_gold_warm_up_takes_annotated_rows_and_leaves_the_others(tmp_path: Path) -> None:
+    """Oracle: by hand, for a file whose first row has no calculator annotations, as some of GSM8K's have not."""
+    config = gsm8k_config(tmp_path)
+    path = Path(config.task.train_file)
+    plain = json.dumps({"question": "train 0?", "answer": "Thirty less two.\n#### 28"})
+    path.write_text("\n".join([plain, *path.read_text().splitlines()[1:]]) + "\n")
+    names = {split: [e.fields["question"] for e in rows] for split, rows in load_splits(config).items()}
+    assert names["warmup"] == ["train 1?"]
+    assert names["train"] == ["train 0?", "train 2?", "train 3?"] and names["validation"] == ["train 4?", "train 5?"]
+    from_file = replace(config, warmup=WarmupConfig(source="file", data="x"))
+    assert [e.fields["question"] for e in load_splits(from_file)["warmup"]] == ["train 0?"]
+    path.write_text((plain + "\n") * 6)
+    with pytest.raises(ValueError, match="has 0 annotated problems but the warm-up takes 1"):
+        load_splits(config)
 
 
 def test_gsm8k_files_that_cannot_serve(tmp_path: Path) -> None:

@@ -106,8 +106,8 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(
             shown.update(done, f"right {done}")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "collect 1/40 right 1 [1 s, 39 s left]",
-        "collect 16/40 right 16 [16 s, 24 s left]",
-        "collect 31/40 right 31 [31 s, 9 s left]",
-        "collect 40/40 right 40 [40 s, 0 s left]",
+        "collect 1/40 right 1 [1 s, 1.0/s, 39 s left]",
+        "collect 16/40 right 16 [16 s, 1.0/s, 24 s left]",
+        "collect 31/40 right 31 [31 s, 1.0/s, 9 s left]",
+        "collect 40/40 right 40 [40 s, 1.0/s, 0 s left]",
     ]

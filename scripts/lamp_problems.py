@@ -1,0 +1,143 @@
+"""LaMP's problems by split, made from the seed or read from LaMP's own files, and the task over them."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from matryoshka.core.protocols import Generator
+from matryoshka.core.records import Example, Messages
+from matryoshka.scripts.run_config import LampConfig, RunConfig, TaskConfig
+from matryoshka.tasks.lamp.data import Item, read_items
+from matryoshka.tasks.lamp.fixtures import fixtures
+from matryoshka.tasks.lamp.kinds import Kind, kind_of
+from matryoshka.tasks.lamp.reader import ScriptedReader
+from matryoshka.tasks.lamp.retrieval import Retriever, bm25, dense, recency
+from matryoshka.tasks.lamp.task import LampTask, Options, make_example
+
+FROM_TRAINING = ("warmup", "train", "validation")
+
+
+def load_splits(config: RunConfig) -> dict[str, Sequence[Example]]:
+    """Return the problems: warmup, train, validation, test; held_out is empty.
+
+    Without [task] train_file they are made from the seed. With it they are read from LaMP's files: test_file's for
+    `test`, the others cut from train_file; without test_file all are cut from train_file, so that no user is in two.
+    Raises ValueError, FileNotFoundError for files that are missing, malformed or too short.
+    """
+    task, kind = config.task, kind_of(config.task.lamp.task)
+    retriever = _retriever(task.lamp)
+
+    def example(item: Item) -> Example:
+        return make_example(kind, item, retriever, task.lamp.entries, task.lamp.entry_characters)
+
+    if not task.train_file:
+        return _made(kind, task, config.seed, example)
+    return {**_read(kind, task, example), "held_out": []}
+
+
+def make_task(
+    config: RunConfig, splits: Mapping[str, Sequence[Example]], count_tokens: Callable[[Messages], int]
+) -> LampTask:
+    """Return the task over the problems of `splits`. Raises ValueError for a loop that LaMP does not have."""
+    rollout, lamp = config.rollout, config.task.lamp
+    if (rollout.inner_attempts, rollout.outer_turns, rollout.protocol) != (1, 1, "label_free"):
+        raise ValueError(
+            "[rollout] LaMP has one turn and one answer; expected inner_attempts 1, outer_turns 1 and protocol "
+            f"'label_free', got {rollout.inner_attempts}, {rollout.outer_turns} and {rollout.protocol!r}"
+        )
+    options = Options(lamp.prompt_tokens, lamp.show_question, lamp.retrieved)
+    return LampTask(kind_of(lamp.task), splits, count_tokens, options, config.dpo.pairs_per_example)
+
+
+def scripted_generator(name: str) -> Generator:
+    """Return the scripted reader `name`."""
+    return ScriptedReader(name)
+
+
+def _made(
+    kind: Kind, task: TaskConfig, seed: int, example: Callable[[Item], Example]
+) -> dict[str, Sequence[Example]]:
+    def make(split: str, n: int) -> list[Example]:
+        rows = []
+        for fixture in fixtures(kind, split, n, seed):
+            row = example(fixture.item)
+            rows.append(replace(row, fields={**row.fields, "summary": fixture.summary(row.fields["entries"])}))
+        return rows
+
+    both = make("train", task.warmup + task.train)
+    return {
+        "warmup": both[: task.warmup],
+        "train": both[task.warmup :],
+        "validation": make("validation", task.validation),
+        "test": make("test", task.test),
+        "held_out": [],
+    }
+
+
+def _read(kind: Kind, task: TaskConfig, example: Callable[[Item], Example]) -> dict[str, Sequence[Example]]:
+    counts = {split: getattr(task, split) for split in ("test", *FROM_TRAINING)}
+    if not task.test_file:
+        return _cut(Path(task.train_file), kind, counts, example)
+    found = _cut(Path(task.test_file), kind, {"test": counts.pop("test")}, example)
+    found |= _cut(Path(task.train_file), kind, counts, example)
+    test = {example.id for example in found["test"]}
+    if shared := test & {example.id for split in FROM_TRAINING for example in found[split]}:
+        raise ValueError(
+            f"[task] id {min(shared)!r} stands in both train_file and test_file ({len(shared)} such ids); training "
+            "would see test: take LaMP's own train and dev files, or leave test_file empty"
+        )
+    return found
+
+
+def _cut(
+    path: Path, kind: Kind, counts: dict[str, int], example: Callable[[Item], Example]
+) -> dict[str, Sequence[Example]]:
+    """Return the first problems of `path` in the numbers asked for, split after split; the rest is not read.
+
+    Problems whose histories share an entry are one user's: all go to the split of the first, and what of them is too
+    much for it goes nowhere.
+    """
+    splits: dict[str, list[Example]] = {split: [] for split in counts}
+    owner: dict[int, str] = {}  # hash of an entry -> the split of its user
+    items = read_items(path, kind)
+    while wanting := [split for split, count in counts.items() if len(splits[split]) < count]:
+        item = next(items, None)
+        if item is None:
+            break
+        entries = {hash(tuple(entry[name] for name in kind.fields)) for entry in item.profile}
+        owners = {owner[entry] for entry in entries if entry in owner}
+        split = wanting[0] if not owners else owners.pop()
+        if owners or split not in wanting:
+            continue
+        owner.update(dict.fromkeys(entries, split))
+        splits[split].append(example(item))
+    for split, count in counts.items():
+        if len(splits[split]) < count:
+            raise ValueError(
+                f"[task] {path} gives {len(splits[split])} problems for {split} but the configuration takes {count}; "
+                "no two splits may share a user"
+            )
+    return dict(splits)
+
+
+def _retriever(lamp: LampConfig) -> Retriever:
+    if lamp.retrieval != "dense":
+        return {"bm25": bm25, "recency": recency}[lamp.retrieval]
+    if not lamp.embeddings_url or not lamp.embeddings_model:
+        raise ValueError("[task.lamp] retrieval 'dense' needs embeddings_url and embeddings_model")
+    import openai
+
+    key = os.environ.get(lamp.embeddings_key_env, "") if lamp.embeddings_key_env else "none"
+    if not key:
+        raise ValueError(f"[task.lamp] environment variable {lamp.embeddings_key_env} holds no key for the embeddings")
+    client = openai.OpenAI(base_url=lamp.embeddings_url, api_key=key)
+
+    def embed(texts: Sequence[str]) -> list[list[float]]:
+        try:
+            answer = client.embeddings.create(model=lamp.embeddings_model, input=list(texts), encoding_format="float")
+        except openai.OpenAIError as err:
+            raise ValueError(f"[task.lamp] the embeddings of {lamp.embeddings_url} failed: {err}") from err
+        return [row.embedding for row in sorted(answer.data, key=lambda row: row.index)]
+
+    return dense(embed)

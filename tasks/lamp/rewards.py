@@ -1,0 +1,57 @@
+"""What an answer is worth, by task, and how pairs come of it.
+
+LaMP-1, 2N, 2M: 1 for the gold label, else 0; a right summary is preferred to a wrong one. LaMP-3: 1 - |error| / 4, an
+answer without a number being as far off as 1 or 5 can be; the smaller error is preferred. LaMP-4: the mean of ROUGE-L
+and BLEU; preferred is the better mean rank in the two among the samples of the same question. In every case the best
+against the worst, at most two pairs a question; ties, and summaries of equal text, make no pair.
+"""
+
+from dataclasses import dataclass, field
+
+from matryoshka.core.records import PairRule
+from matryoshka.tasks.lamp.kinds import Kind
+from matryoshka.tasks.lamp.labels import Prediction, parse
+from matryoshka.tasks.lamp.metrics import error, rouge, sentence_bleu
+
+PAIRS_PER_QUESTION = 2
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A reply, read and scored. verdict: "right", "wrong", or "error" where the reply says nothing.
+
+    scores: what a task with graded answers is measured by: "score" (its main metric on this question) and, in LaMP-4,
+    "rouge_l" and "bleu" (0 to 1), the pair rule's.
+    """
+
+    prediction: Prediction
+    verdict: str
+    reward: float
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+def judge(kind: Kind, reply: str, gold: str) -> Judgement:
+    """Return what `reply` is worth against `gold`."""
+    prediction = parse(kind, reply)
+    verdict = "error" if prediction is None else "right" if _same(kind, prediction, gold) else "wrong"
+    if kind.name == "3":
+        closeness = 1 - error(prediction, gold) / 4
+        return Judgement(prediction, verdict, max(0.0, closeness), {"score": closeness})
+    if kind.labels:
+        return Judgement(prediction, verdict, float(verdict == "right"))
+    text = str(prediction or "")
+    rouge_l, bleu = rouge(text, gold)["rouge_l"], sentence_bleu(text, gold) / 100
+    return Judgement(prediction, verdict, (rouge_l + bleu) / 2, {"score": rouge_l, "rouge_l": rouge_l, "bleu": bleu})
+
+
+def pair_rule(kind: Kind, cap: int = PAIRS_PER_QUESTION) -> PairRule:
+    """Return how pairs of this task are made, at most `cap` a question."""
+    if kind.name == "3":
+        return PairRule("ranked", cap)
+    return PairRule("binary", cap) if kind.labels else PairRule("ranked", cap, scores=("rouge_l", "bleu"))
+
+
+def _same(kind: Kind, prediction: Prediction, gold: str) -> bool:
+    if kind.name == "3":
+        return prediction == float(gold)
+    return prediction == gold or (not kind.labels and str(prediction).casefold() == gold.casefold())

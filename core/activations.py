@@ -33,7 +33,7 @@ class _Recipe:
         self.inputs = tuple(tensor.detach() for tensor in inputs)
         self.output = weakref.ref(output)  # while it lives, its memory is nobody else's
         self.layout = _layout(output)
-        self.waiting = 0
+        self.kept = self.waiting = 0  # how many keep it, and how many of them have not asked for it yet
         self.value: Tensor | None = None
 
     def make(self) -> Tensor:
@@ -42,8 +42,8 @@ class _Recipe:
                 self.value = self.function(*self.inputs)
         value = self.value
         self.waiting -= 1
-        if self.waiting <= 0:
-            self.value = None
+        if self.waiting == 0:
+            self.value, self.waiting = None, self.kept  # a graph that is retained asks again
         return value
 
 
@@ -60,6 +60,7 @@ class _Recipes:
         recipe = self.by_storage.get(tensor.untyped_storage().data_ptr())
         if recipe is None or recipe.output() is None or recipe.layout != _layout(tensor):
             return tensor
+        recipe.kept += 1
         recipe.waiting += 1
         return recipe
 

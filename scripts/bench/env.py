@@ -76,7 +76,8 @@ def run(config: Config) -> BenchResult:
     commands = [_commands(row, config.steps, config.seed) for row in rows]
     taken = alternate({"engine": lambda: _ours(rows, commands)}, config.repeats + 1)["engine"][1:]
     rate, load, reset = (statistics.median(values) for values in zip(*taken, strict=True))
-    details = {"games": len(rows), "of": str(config.data or "our large households"), "clock": "CPU seconds"}
+    source = config.data.name if config.data else "our large households"
+    details = {"games": len(rows), "of": source, "clock": "CPU seconds"}
     result = [
         Row("engine", rate, "steps/s", {"target": STEPS_PER_S, "holds": rate >= STEPS_PER_S, **details}),
         Row("engine, load", 1e3 * load, "ms", {"target": LOAD_MS, "holds": 1e3 * load < LOAD_MS}),

@@ -77,6 +77,9 @@ class CompiledBlocks:
     """Blocks as torch.compile makes them, one for all layers and lengths; num_graphs says how often it had to."""
 
     def __init__(self, backend: str = "inductor") -> None:
+        global _outside_of_graphs
+        # Here and not at import, since it loads the whole compiler.
+        _outside_of_graphs = torch.compiler.disable(_attention)  # type: ignore[no-untyped-call]
         self.num_graphs = 0
         self._backend = backend
         self._blocks: dict[nn.Module, Callable[..., Tensor]] = {}
@@ -123,6 +126,8 @@ def activations(policy: str, compiled: CompiledBlocks | None = None) -> Iterator
             yield
     finally:
         _now.reset(before)
+        if recipes is not None:
+            recipes.by_storage.clear()  # the graph holds its hooks to the end: each recipe goes with who kept it
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -152,7 +157,15 @@ def run_block(block: nn.Module, x: Tensor, *rest: object) -> Tensor:
     return output
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def run_attention(attend: Callable[..., Tensor], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return attend(layer, q, k, v), kept out of compiled blocks: it is another object in every micro-batch."""
+    if torch.compiler.is_compiling():
+        return _outside_of_graphs(attend, layer, q, k, v)
     return attend(layer, q, k, v)
+
+
+def _attention(attend: Callable[..., Tensor], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(layer, q, k, v)
+
+
+_outside_of_graphs = _attention  # what must not be traced, once `CompiledBlocks` has said so to the compiler

@@ -167,7 +167,8 @@ def _grouped(q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor) -> tuple[Tensor, Te
     rows, heads, tokens, size = q_BNTH.shape
     groups = rows * k_BGTH.shape[1]
     q = q_BNTH.to(dtype).reshape(groups, rows * heads // groups, tokens, size)
-    k, v = (x.to(dtype).reshape(groups, tokens, size) for x in (k_BGTH, v_BGTH))
+    # Contiguous: `index_select` would copy the whole of a strided tensor for every block.
+    k, v = (x.to(dtype).reshape(groups, tokens, size).contiguous() for x in (k_BGTH, v_BGTH))
     return q, k, v
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from matryoshka.core.activations import POLICIES, CompiledBlocks, activations
+from matryoshka.core.attention import PIECE
 from matryoshka.core.elementwise import at_least_fp32
 from matryoshka.core.language_model import LanguageModel, ModelConfig
 
@@ -65,20 +66,32 @@ class Footprint:
             per_token = self.block_bytes(recompute=policy == "selective")
         return self.config.num_hidden_layers * tokens * per_token
 
-    def step_bytes(self, tokens: int, policy: str, head_bytes: int = 0) -> int:
+    def step_bytes(self, tokens: int, policy: str, head_bytes: int = 0, scores: int = 0) -> int:
         """Return the peak of forward and backward over `tokens` tokens, beyond weights, gradients and moments.
 
-        head_bytes: what log-probs and loss hold at their highest beyond the hidden states. Raises ValueError as above.
+        head_bytes: what log-probs and loss hold at their highest beyond the hidden states. scores: queries times keys
+        of the largest block of attention scores that is held at a time, 0 where a kernel holds none. The peak is
+        reached in the head or in the last block's backward pass, in its feed-forward layer or in its attention; what
+        the block kept beyond them is gone by then. Raises ValueError for an unknown policy.
         """
-        config, size = self.config, self.dtype.itemsize
+        config, size, wide = self.config, self.dtype.itemsize, at_least_fp32(self.dtype).itemsize
         hidden, inner = tokens * config.hidden_size * size, tokens * config.intermediate_size * size
-        rope = tokens * 2 * config.head_dim * at_least_fp32(self.dtype).itemsize
-        kept = self.kept_bytes(tokens, policy) + rope
-        # SwiGLU's gradient: of its output, of gate and up, and a product in between; its output is gone by then.
-        last = 3 * inner + hidden - (0 if policy == "selective" else inner)
-        if policy in ("full", "offload"):  # the last block, run again from an input that is kept, or has come back
-            last += tokens * self.block_bytes(recompute=False) - (hidden if policy == "full" else 0)
-        return kept + max(last, 3 * hidden + head_bytes)
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        queries, keys = tokens * heads * config.head_dim, tokens * groups * config.head_dim
+        kept = self.kept_bytes(tokens, policy) + tokens * 2 * config.head_dim * wide  # rotary tables
+        again = policy in ("full", "offload")  # the last block runs again, from an input that is kept or has come back
+        block = tokens * self.block_bytes(recompute=policy == "selective")
+        if again:
+            kept += block - (hidden if policy == "full" else 0)
+        # Gradients of SwiGLU's output, of gate and up, and a product in between; SwiGLU's output is gone.
+        feed_forward = kept + 3 * inner + hidden - (0 if policy == "selective" else inner)
+        attention = kept - block + (1 if policy == "selective" else 2) * hidden + (queries + 2 * keys) * size
+        # Gradients of the block's and of attention's output, and of q, k and v; a copy of k and v, in low precision of q
+        # and the gradient too, in what is computed with; scores and probabilities of two blocks.
+        attention += hidden + queries * size + (queries + 2 * keys + 4 * heads * scores) * wide
+        attention += 2 * (keys + (0 if size == wide else queries)) * wide
+        head = kept - (block - (hidden if policy == "full" else 0) if again else 0) + 3 * hidden + head_bytes
+        return max(feed_forward, attention if scores else 0, head)
 
 
 def state_bytes(parameters: Mapping[str, nn.Parameter]) -> int:
@@ -130,7 +143,8 @@ class MemoryPlan:
         """Return the predicted peak of a micro-batch of `tokens` tokens, all of them scored."""
         workspace = HEAD_WORKSPACE.get(self.device_type, HEAD_WORKSPACE_ELSEWHERE)
         hidden = tokens * self.footprint.config.hidden_size * at_least_fp32(self.footprint.dtype).itemsize
-        return self.footprint.step_bytes(tokens, policy, 2 * hidden + workspace)
+        scores = 0 if self.device_type == "cuda" else min(tokens, PIECE) * tokens
+        return self.footprint.step_bytes(tokens, policy, 2 * hidden + workspace, scores)
 
     def policy_for(self, tokens: int) -> str:
         """Return the policy for `tokens` tokens; "auto" takes the leanest where none fits."""

@@ -142,7 +142,10 @@ def train(
         raise ValueError(f"train: no items to train on ({folder}); collect more samples or check the data file")
     check_budget(items, config.micro_batch_tokens)
     device = next(iter(parameters.values())).device
-    memory = plan_memory(config.activations, model, parameters, config.micro_batch_tokens, config.compile_blocks)
+    # No micro-batch is longer than the largest batch without any sharing, however large the budget.
+    largest = sum(sorted(sum(len(s.ids) for s in item.sequences) for item in items)[-config.batch_size :])
+    longest = min(config.micro_batch_tokens, largest)
+    memory = plan_memory(config.activations, model, parameters, longest, config.compile_blocks)
     optimizer = torch.optim.AdamW(
         parameter_groups(parameters, config.lora_plus_ratio),
         lr=config.learning_rate,

@@ -47,7 +47,8 @@ def make_task(
             f"'label_free', got {rollout.inner_attempts}, {rollout.outer_turns} and {rollout.protocol!r}"
         )
     options = Options(lamp.prompt_tokens, lamp.show_question, lamp.retrieved)
-    return LampTask(kind_of(lamp.task), splits, count_tokens, options, config.dpo.pairs_per_example)
+    cap = config.dpo.pairs_per_example
+    return LampTask(kind_of(lamp.task), splits, count_tokens, options, cap, with_meteor=lamp.meteor)
 
 
 def scripted_generator(name: str) -> Generator:

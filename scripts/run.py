@@ -260,6 +260,7 @@ class Run:
         if skipped:
             logger.warning("%s: %d items exceed the context of %d tokens and are left out", stage, skipped, context)
             write_json(self.folder / stage / "left_out.json", skipped)
+        started_at = time.monotonic()
         self._load_policy(start)
         folder = self.folder / stage
         train_policy(
@@ -274,6 +275,7 @@ class Run:
             reference_cache=self.folder / "reference.sqlite" if self.config.dpo.reference_cache else None,
             tensorboard=self.config.tensorboard,
         )
+        self._add_seconds(f"train {stage}", time.monotonic() - started_at)
         for checkpoint in folder.glob("step-*"):
             shutil.rmtree(checkpoint)  # the adapter is whole; the optimizer's state is not needed again
 

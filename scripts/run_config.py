@@ -70,7 +70,7 @@ class LampConfig:
     entries: profile entries retrieved, 0 for the published number. prompt_tokens: the controller's whole prompt in its
     own tokens. entry_characters: of one entry. show_question: put the question into the controller's prompt, which the
     published one leaves out. retrieved: entries that the generator sees besides the summary. retrieval "recency" needs
-    dated entries, "dense" an OpenAI-compatible embeddings endpoint.
+    dated entries, "dense" an OpenAI-compatible embeddings endpoint. meteor: score headlines by METEOR too (WordNet).
     """
 
     task: Literal["1", "2N", "2M", "3", "4"] = "2N"
@@ -80,6 +80,7 @@ class LampConfig:
     entry_characters: int = 2000
     show_question: bool = False
     retrieved: int = 0
+    meteor: bool = False
     embeddings_url: str = ""
     embeddings_model: str = ""
     embeddings_key_env: str = "OPENAI_API_KEY"
@@ -139,8 +140,8 @@ class RolloutConfig:
     """How episodes run. samples (K) per example and temperature are of collection; evaluation is greedy.
 
     bootstrap: guidances asked of the generator itself for a training example that none of the samples solved.
-    limit: episodes in flight. max_failed_share: more episodes than this, whose black-box calls failed for good, stop the
-    run (from 20 episodes on).
+    limit: episodes in flight. max_failed_share: more episodes than this, whose black-box calls failed for good, stop
+    the run (from 20 episodes on).
     """
 
     samples: int = 8

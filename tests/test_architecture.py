@@ -167,5 +167,5 @@ def test_tasks_and_eval_need_no_torch() -> None:
 
 def test_the_fresh_process_notices() -> None:
     """Oracle: core/attention.py imports torch, so that blocking it, or not wanting it, must be complained of."""
-    assert import_all(["core"], blocked=["torch"], unwanted="") == "matryoshka.core.attention: torch is blocked\n"
-    assert import_all(["core"], blocked=[], unwanted="torch") == "matryoshka.core.attention pulls in torch\n"
+    assert import_all(["core"], blocked=["torch"], unwanted="") == "matryoshka.core.activations: torch is blocked\n"
+    assert import_all(["core"], blocked=[], unwanted="torch") == "matryoshka.core.activations pulls in torch\n"

@@ -13,7 +13,7 @@ from matryoshka.core.records import Call, Example, Messages, Metric, RolloutSett
 from matryoshka.tasks.lamp.data import Item
 from matryoshka.tasks.lamp.kinds import Kind
 from matryoshka.tasks.lamp.labels import Prediction
-from matryoshka.tasks.lamp.metrics import metrics
+from matryoshka.tasks.lamp.metrics import meteor, metrics
 from matryoshka.tasks.lamp.prompts import Fitted, answer, joined, line, summarise
 from matryoshka.tasks.lamp.retrieval import Retriever
 from matryoshka.tasks.lamp.rewards import PAIRS_PER_QUESTION, judge, pair_rule
@@ -60,7 +60,7 @@ class LampTask:
     """One LaMP task over the examples of `splits`, which `make_example` made.
 
     count_tokens: of a prompt in the controller's context. The options are part of the task's name, since other prompts
-    are other episodes. version: raised when the loop or its prompts change.
+    are other episodes. version: raised when the loop or its prompts change. with_meteor: score headlines by METEOR too.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class LampTask:
         options: Options = Options(),
         pairs_per_question: int = PAIRS_PER_QUESTION,
         version: int = 1,
+        with_meteor: bool = False,
     ) -> None:
         self.name = f"lamp-{kind.name}-{content_key(options)[:8]}"
         self.version = version
@@ -80,6 +81,7 @@ class LampTask:
         self._splits = splits
         self._count_tokens = count_tokens
         self._options = options
+        self._meteor = with_meteor and kind.name == "4"
         self._fitted: dict[str, Fitted] = {}
         self._golds = {example.id: example.fields["answer"] for rows in splits.values() for example in rows}
 
@@ -151,8 +153,11 @@ class LampTask:
         """
         predictions: list[Prediction] = [trajectory.info.get("prediction") for trajectory in trajectories]
         golds = [self._golds[trajectory.example_id] for trajectory in trajectories]
+        found = metrics(self._kind, predictions, golds)
+        if self._meteor:
+            found["meteor"] = meteor([str(prediction or "") for prediction in predictions], golds)
         failed = sum(trajectory.info["verdict"] == "failed" for trajectory in trajectories)
-        return {**metrics(self._kind, predictions, golds), "failed": wilson(failed, len(golds))}
+        return {**found, "failed": wilson(failed, len(golds))}
 
     def _fit(self, example: Example) -> Fitted:
         if example.id not in self._fitted:

@@ -60,7 +60,7 @@ def test_rotation_is_complex_multiplication() -> None:
     probe = random(2, 5, 3, 6, seed=3).detach()
     for out in (got, expected):
         x.grad, before = None, x.grad
-        (out * probe).sum().backward()
+        (out * probe).sum().backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(before, x.grad, rtol=0, atol=1e-14)
 
 
@@ -125,7 +125,7 @@ def test_second_derivatives_are_refused() -> None:
     for out in (rms_norm(x, x[0, 0].detach(), 1e-5), swiglu(x, x), rotate(x.unsqueeze(2), *tables(1, 2, 4))):
         (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
-            gradient.sum().backward()
+            gradient.sum().backward()  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.gpu

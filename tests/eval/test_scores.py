@@ -26,7 +26,7 @@ def test_sign_flips_are_counted_where_they_are_few() -> None:
                 for signs in itertools.product((-1, 1), repeat=n)]  # fmt: skip
         found = paired_scores(first, second)
         assert found.p == sum(value >= abs(sum(differences)) for value in sums) / len(sums)
-        assert (found.n, found.difference) == (n, pytest.approx(sum(differences) / n))
+        assert found.n == n and found.difference == pytest.approx(sum(differences) / n)
     assert paired_scores([0.1, 0.7], [0.1, 0.7]).p == 1.0
     # 0.1 + 0.2 + 0.3 in another order is another float; all eight assignments of one size must count.
     assert paired_scores([0.0, 0.0, 0.0], [0.1, 0.2, 0.3]).p == 2 / 8

@@ -41,7 +41,8 @@ def test_own_games_are_split_without_overlap_and_the_same_again() -> None:
         assert {example.fields["task_type"] for example in splits[name]} == set(TASK_TYPES)
     assert all(example.id.startswith("valid_unseen/") for example in splits["held_out"])
     assert alfworld_problems.load_splits(config(**{"task.held_out": 6})) == splits
-    assert not set(ids) & {e.id for examples in alfworld_problems.load_splits(config(seed=1)).values() for e in examples}
+    others = alfworld_problems.load_splits(config(seed=1)).values()
+    assert not set(ids) & {example.id for examples in others for example in examples}
 
 
 def write(folder: Path, split: str, rows: list[Any]) -> None:

@@ -89,6 +89,7 @@ def test_last_line_report_and_transfer(command: Command, tmp_path: Path, control
     assert any("is a script (scripted-careful)" in note for note in report["notes"])
 
     before = json.loads((folder / "seconds.json").read_text())
+    assert last["seconds"] == pytest.approx(sum(before.values()), abs=0.05) and before["train warmup"] > 0
     rows = command("evaluate", "--config", config, "--generators", "hasty,talkative")
     assert [row["generator"] for row in rows] == ["hasty", "talkative"]
     assert all(row["gold_guidance"] == 1.0 and set(CONDITIONS) < row.keys() for row in rows)

@@ -23,7 +23,7 @@ from matryoshka.tasks.lamp.kinds import KINDS
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("MATRYOSHKA_DATA", ROOT.parent / "shared" / "data")) / "lamp"
 SIZES = {"warmup": 2, "train": 3, "validation": 1, "test": 2}
-TASK = TaskConfig(name="lamp", lamp=LampConfig(task="2M"), **SIZES)
+TASK = TaskConfig("lamp", warmup=2, train=3, validation=1, test=2, lamp=LampConfig(task="2M"))
 CONFIG = RunConfig("n", ControllerConfig("m"), GeneratorConfig("http://x/v1", "m"), task=TASK)
 
 

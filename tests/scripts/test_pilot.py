@@ -376,6 +376,7 @@ def test_a_server_of_ours_answers(tmp_path: Path, tiny_dir: Path, controller_dir
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
         with open_run(config, tmp_path) as run:
+            assert isinstance(run.generator, OpenAIGenerator)
             url = run.generator.config.base_url
             rows = run.episodes(run.policy(""), ["test"])
     assert {row.info["generator"] for row in rows} == {"tiny-generator@tiny+base"}

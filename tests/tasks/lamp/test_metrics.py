@@ -7,15 +7,26 @@ whole-corpus function of its own, that is asked as well.
 
 import math
 import random
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from matryoshka.tasks.lamp.kinds import KINDS
 from matryoshka.tasks.lamp.labels import Prediction, parse
-from matryoshka.tasks.lamp.metrics import error, meteor, metrics, rouge, sentence_bleu
+from matryoshka.tasks.lamp.metrics import (
+    _bleu_scorer,
+    _rouge_scorer,
+    error,
+    macro_f1,
+    meteor,
+    metrics,
+    rouge,
+    sentence_bleu,
+)
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rouge_score")
@@ -27,7 +38,7 @@ def random_labels(name: str) -> tuple[list[Prediction], list[str]]:
     draws = random.Random(name)
     labels = KINDS[name].labels
     golds = draws.choices(labels[: len(labels) - 1], k=N)  # one label never occurs
-    said = [draws.choice([gold, gold, draws.choice(labels), None]) for gold in golds]
+    said: list[Prediction] = [draws.choice([gold, gold, draws.choice(labels), None]) for gold in golds]
     return said, golds
 
 
@@ -46,6 +57,18 @@ def test_labels(name: str) -> None:
     assert found["macro_f1"].value == pytest.approx(sum(f1) / len(f1), rel=1e-12)
     assert found["unparsed"].value == sum(a is None for a in said) / N
     assert list(found)[0] == "accuracy" and found["macro_f1"].low < found["macro_f1"].value < found["macro_f1"].high
+
+
+def test_the_resamples_macro_f1_is_scikit_learn_s() -> None:
+    """Oracle: sklearn.metrics.f1_score on random label numbers, with missing ones, of small and of many labels."""
+    from sklearn.metrics import f1_score
+
+    draws = np.random.default_rng(0)
+    for labels, n in ((2, 3), (2, 40), (15, 20), (15, 500)):
+        for _ in range(5):
+            gold, said = draws.integers(0, labels, n), draws.integers(-1, labels, n)
+            expected = f1_score(gold, said, labels=range(labels), average="macro", zero_division=0)
+            assert macro_f1(gold, said, labels) == pytest.approx(expected, rel=1e-12)
 
 
 def official_score(reply: str, gold: str) -> tuple[float, float]:
@@ -188,3 +211,23 @@ def test_nothing_to_score_is_an_error() -> None:
         metrics(KINDS["3"], [1.0], ["1", "2"])
     with pytest.raises(ValueError, match="0 predictions for 0 golds"):
         metrics(KINDS["3"], [], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("2N", "sklearn.metrics"), ("4", "rouge_score.rouge_scorer"), ("4", "sacrebleu.metrics.bleu")]
+)
+def test_a_missing_package_is_named_with_its_extra(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the package taken away; the message says what to install."""
+    for cached in (_rouge_scorer, _bleu_scorer):
+        cached.cache_clear()
+    monkeypatch.setitem(sys.modules, package, None)  # type: ignore[misc]
+    with pytest.raises(ValueError, match="pip install 'matryoshka-pilot\\[lamp\\]'"):
+        metrics(KINDS[name], ["sports"], ["sports"])
+
+
+def test_meteor_without_wordnet_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: nltk looks for its corpora in folders that hold none."""
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk.data, "path", [])
+    with pytest.raises(ValueError, match="python -m nltk.downloader wordnet"):
+        meteor(["a"], ["a"])

@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 from collections import Counter
 from collections.abc import Sequence
 
@@ -48,6 +49,13 @@ def test_ties_keep_the_profile_s_order_and_nothing_is_an_empty_ranking() -> None
     assert bm25("z", ["a", "b", "c"], [""] * 3) == [0, 1, 2]
     assert bm25("a", ["", "  "], [""] * 2) == [0, 1]
     assert bm25("a", [], []) == recency("a", [], []) == dense(lambda texts: [[1.0]])("a", [], []) == []
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the package taken away; the message says what to install."""
+    monkeypatch.setitem(sys.modules, "rank_bm25", None)  # type: ignore[misc]
+    with pytest.raises(ValueError, match="BM25 needs rank-bm25: pip install 'matryoshka-pilot\\[lamp\\]'"):
+        bm25("a", ["a"], [""])
 
 
 def test_recency_is_newest_first_and_wants_dates() -> None:

@@ -11,6 +11,7 @@ from matryoshka.core.protocols import GeneratorError
 from matryoshka.core.records import (
     Example,
     Messages,
+    Metric,
     RolloutSettings,
     Sample,
     Sampling,
@@ -165,6 +166,26 @@ def test_missing_answers_count_as_wrong(name: str, gold: str, worst: float) -> N
     assert list(scored)[0] == MAIN_METRIC[name] == task.main_metric
     assert scored[task.main_metric].value == pytest.approx((1 + 2 * worst) / 3)
     assert scored["failed"].value == pytest.approx(1 / 3) and scored["unparsed"].value == pytest.approx(2 / 3)
+
+
+def test_meteor_is_scored_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the function's own value over the predictions, a missing one being empty; other tasks have none."""
+    pytest.importorskip("rouge_score")
+    seen: list[tuple[Sequence[str], Sequence[str]]] = []
+
+    def meteor(predictions: Sequence[str], golds: Sequence[str]) -> Metric:
+        seen.append((predictions, golds))
+        return Metric(0.5, 0.4, 0.6, 1)
+
+    monkeypatch.setattr("matryoshka.tasks.lamp.task.meteor", meteor)
+    example = make_example(KINDS["4"], Item("1", KINDS["4"].ask("x"), [], "Rain"), bm25)
+    row = Trajectory("t", "1", (), 0.0, {"verdict": "error", "prediction": None})
+    assert "meteor" not in LampTask(KINDS["4"], {"test": [example]}, letters).score([row])
+    assert LampTask(KINDS["4"], {"test": [example]}, letters, with_meteor=True).score([row])["meteor"].value == 0.5
+    assert seen == [([""], ["Rain"])]
+    assert "meteor" not in LampTask(NEWS, {"test": [EXAMPLE]}, letters, with_meteor=True).score(
+        [Trajectory("t", "u1", (), 0.0, {"verdict": "error", "prediction": None})]
+    )
 
 
 def test_splits_gold_and_rule() -> None:

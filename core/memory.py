@@ -86,8 +86,8 @@ class Footprint:
         # Gradients of SwiGLU's output, of gate and up, and a product in between; SwiGLU's output is gone.
         feed_forward = kept + 3 * inner + hidden - (0 if policy == "selective" else inner)
         attention = kept - block + (1 if policy == "selective" else 2) * hidden + (queries + 2 * keys) * size
-        # Gradients of the block's and of attention's output, and of q, k and v; a copy of k and v, in low precision of q
-        # and the gradient too, in what is computed with; scores and probabilities of two blocks.
+        # Gradients of the outputs of block and attention, and of q, k and v; a copy of k and v (in low precision also
+        # of q and the gradient) in what is computed with; scores and probabilities of two blocks.
         attention += hidden + queries * size + (queries + 2 * keys + 4 * heads * scores) * wide
         attention += 2 * (keys + (0 if size == wide else queries)) * wide
         head = kept - (block - (hidden if policy == "full" else 0) if again else 0) + 3 * hidden + head_bytes
@@ -183,8 +183,8 @@ def plan_memory(
     peak = plan.peak_bytes(max_tokens, chosen)
     if policy == "auto" and peak > room:
         raise ValueError(
-            f"train: micro_batch_tokens {max_tokens} needs {peak / GIB:.2f} GiB even with activations = {chosen!r}, "
-            f"{max(room, 0) / GIB:.2f} GiB are free on {device}; lower micro_batch_tokens"
+            f"train: a micro-batch of {max_tokens} tokens needs {peak / GIB:.2f} GiB even with activations = "
+            f"{chosen!r}, {max(room, 0) / GIB:.2f} GiB are free on {device}; lower micro_batch_tokens"
         )
     sizes = peak / GIB, room / GIB
     logger.info("activations: %s for %d tokens, %.2f GiB predicted, %.2f GiB free", chosen, max_tokens, *sizes)

@@ -129,6 +129,18 @@ def _body(number: int, step: Step) -> str:
     return "\n".join(f"    {line}" for line in lines)
 
 
+def merged(plans: Sequence[Sequence[Step]]) -> list[Step]:
+    """Return one plan for games of the same task: the steps of the first, each with the places of all of them.
+
+    Plans of other steps than the first have no part in it; a lamp is used last, which any order of the two leads to.
+    """
+    ordered = [sorted(plan, key=lambda step: step.verb == "use") for plan in plans]
+    form = [(step.verb, step.thing) for step in ordered[0]]
+    same = [plan for plan in ordered if [(step.verb, step.thing) for step in plan] == form]
+    places = [dict.fromkeys(place for step in steps for place in step.places) for steps in zip(*same, strict=True)]
+    return [Step(verb, thing, tuple(names)) for (verb, thing), names in zip(form, places, strict=True)]
+
+
 def from_walkthrough(commands: Sequence[str], where: Mapping[str, str]) -> list[Step]:
     """Return the steps that a walkthrough takes, every place by its own name. where: object -> its first receptacle.
 

@@ -181,7 +181,7 @@ def test_auto_takes_the_fastest_that_fits() -> None:
         if leaner is not None:
             plan = plan_memory("auto", model, parameters, 4000, free=int(free) - 2)
             assert plan.policy_for(4000) == leaner and plan.policy_for(10) == "none"
-    message = r"micro_batch_tokens 4000 needs 0\.\d\d GiB even with activations = 'full', 0\.\d\d GiB are free on cpu"
+    message = r"a micro-batch of 4000 tokens needs 0\.\d\d GiB even with activations = 'full', 0\.\d\d GiB are free"
     with pytest.raises(ValueError, match=message):
         plan_memory("auto", model, parameters, 4000, free=int((needs[-1] + state) / (1 - memory.MARGIN)) - 2)
     assert plan_memory("none", model, parameters, 10**9, free=0).policy_for(10**9) == "none"  # asked for by name

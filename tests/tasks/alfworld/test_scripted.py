@@ -27,6 +27,7 @@ from matryoshka.tasks.alfworld.session import screen_text
 from matryoshka.tasks.alfworld.steps import (
     Step,
     from_walkthrough,
+    merged,
     parse_plan,
     parse_step,
     program,
@@ -102,6 +103,26 @@ def test_a_walkthrough_becomes_steps_with_the_lamp_where_it_stands() -> None:
         from_walkthrough(["slice bread 1 with knife 1"], {})
 
 
+def test_games_that_look_alike_have_one_plan() -> None:
+    """Oracle: by hand; and in the kitchen with its two potatoes swapped, the one plan of both wins both."""
+    plans = [
+        [Step("use", "desklamp", ("desk 1",)), Step("find", "pen", ("desk 1",))],
+        [Step("find", "pen", ("bed 1",)), Step("use", "desklamp", ("desk 1",))],
+        [Step("put", "pen", ("bed 1",))],
+    ]
+    both = [Step("find", "pen", ("desk 1", "bed 1")), Step("use", "desklamp", ("desk 1",))]
+    assert merged(plans) == both and merged(plans[2:]) == plans[2]
+    swapped = kitchen.PROBLEM.replace("(inReceptacle Potato_bar_1 CounterTop_bar_1)", "")
+    assert swapped != kitchen.PROBLEM
+    walkthrough = ["go to fridge 1", "open fridge 1", "take potato 1 from fridge 1", "go to microwave 1"]
+    walkthrough += ["heat potato 1 with microwave 1", "go to fridge 1", "move potato 1 to fridge 1"]
+    heatable = swapped.replace("(heatable Potato_bar_1)", "(heatable Potato_bar_1) (heatable Potato_bar_2)")
+    other = kitchen.row(game="other", pddl_problem=heatable, walkthrough=walkthrough)
+    games = [load_game(kitchen.row()), load_game(other)]
+    for style in STYLES:
+        assert [t.reward for t in play(games, style, gold)] == [1.0, 1.0]
+
+
 def example(game: Game) -> Example:
     where = {game.names[fact[1]]: game.names[fact[2]] for fact in game.facts if fact[0] == "inreceptacle"}
     gold = [[step.verb, step.thing, list(step.places)] for step in from_walkthrough(game.walkthrough, where)]
@@ -116,16 +137,15 @@ def play(games: Sequence[Game], style: Style, make_plan: Any) -> list[Trajectory
     task = ALFWorldTask({"test": examples}, style, lambda asked: Engine(by_id[asked.id]))
     generator = LiteralGenerator()
 
-    def controller(index: int, asked: Example) -> Any:
-        if make_plan == "own":
-            return GeneratorGuidance(generator)
-        if make_plan == "none":
-            return NoGuidance()
-        return ScriptedGuidance("fixed", {task.first_prompt(asked): make_plan(task, index, asked)})
+    # One controller for all, as in a run: it sees prompts and no games.
+    controller: Any = {"own": GeneratorGuidance(generator), "none": NoGuidance()}.get(make_plan)
+    if controller is None:
+        table = {task.first_prompt(asked): make_plan(task, i, asked) for i, asked in enumerate(examples)}
+        controller = ScriptedGuidance("fixed", table)
 
     async def all_of_them() -> list[Trajectory]:
         settings = RolloutSettings(Sampling(1.0))
-        runs = (task.rollout(e, controller(i, e), generator, settings) for i, e in enumerate(examples))
+        runs = (task.rollout(asked, controller, generator, settings) for asked in examples)
         return list(await asyncio.gather(*runs))
 
     return asyncio.run(all_of_them())

@@ -141,23 +141,25 @@ def main() -> None:
         history,
     )
     line.send(b"R", "")
+    error = None
     try:
         memory.update(recalled(recall))
         run(source, agent, memory, first, line, sandbox.NAME)
     except BaseException as err:  # sys.exit() and KeyboardInterrupt are the code's errors as well
         setrlimit(address_space, (memory_bytes + sandbox.SPARE_BYTES, memory_bytes + sandbox.SPARE_BYTES))
         try:
-            text = sandbox.describe(err, source)
+            error = sandbox.describe(err, source)
         except BaseException:  # an exception whose __str__ raises
-            text = type(err).__name__
-        line.send(b"M", travelling(memory))
-        line.send(b"E", text)
-    else:
-        line.send(b"F", "")
-    try:
+            error = type(err).__name__
+    try:  # before the last message, after which the parent ends this process
         sys.stdout.flush()
     except (AttributeError, OSError, ValueError):  # closed, replaced, or over the file limit: only output is lost
         pass
+    if error is None:
+        line.send(b"F", "")
+    else:
+        line.send(b"M", travelling(memory))
+        line.send(b"E", error)
     leave(0)
 
 

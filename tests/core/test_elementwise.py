@@ -1,12 +1,15 @@
 """core/elementwise.py: oracles are finite differences, the equations in plain torch, and complex multiplication."""
 
+import shutil
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from matryoshka.core import elementwise
 from matryoshka.core.elementwise import rms_norm, rope_tables, rotate, swiglu
 
 
@@ -126,6 +129,36 @@ def test_second_derivatives_are_refused() -> None:
         (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             gradient.sum().backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_the_compiler_takes_what_cuda_runs() -> None:
+    """Oracle: the functions uncompiled, fp32, 1e-5 of the largest; same dtype and strides, for two lengths in turn."""
+    names = ("_normalise", "_normalise_backward", "_normalise_weight_grad", "_turn", "_gated", "_gated_backward")
+    plain = {name: getattr(elementwise, name).__wrapped__ for name in names}
+    compiled = {name: torch.compile(function) for name, function in plain.items()}
+    for tokens in (5, 9):
+        x, other, grad = (random(1, tokens, 24, seed=seed).detach().float() for seed in range(3))
+        weight, heads = random(24, seed=3).detach().float(), x.view(1, tokens, 3, 8)
+        _, inverse = plain["_normalise"](x, weight, 1e-5)
+        arguments: dict[str, tuple[Any, ...]] = {
+            "_normalise": (x, weight, 1e-5),
+            "_normalise_backward": (grad, x, weight, inverse),
+            "_normalise_weight_grad": (grad, x, inverse),
+            "_turn": (heads, *tables(1, tokens, 8, torch.float32)),
+            "_gated": (x, other),
+            "_gated_backward": (grad, x, other),
+        }
+        for name in names:
+            outputs, expected = (functions[name](*arguments[name]) for functions in (compiled, plain))
+            for got, wanted in zip(_tuple(outputs), _tuple(expected), strict=True):
+                assert got.stride() == wanted.stride(), name
+                torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item(), msg=name)
+
+
+def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 @pytest.mark.gpu

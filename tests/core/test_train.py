@@ -511,7 +511,8 @@ def test_errors(tiny_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no items to train on"):
         next(train(model, parameters, [], CONFIG, SFT(), token_logps, tmp_path))
     for name in ("epochs", "batch_size", "micro_batch_tokens"):
+        zero: dict[str, Any] = {name: 0}
         with pytest.raises(ValueError, match=f"{name} 0 must be at least 1"):
-            replace(TrainConfig(), **{name: 0})
+            TrainConfig(**zero)
     with pytest.raises(ValueError, match="learning_rate 0.0 must be above 0"):
         TrainConfig(learning_rate=0.0)

@@ -10,7 +10,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -220,7 +220,7 @@ def test_a_missing_package_is_named_with_its_extra(name: str, package: str, monk
     """Oracle: the package taken away; the message says what to install."""
     for cached in (_rouge_scorer, _bleu_scorer):
         cached.cache_clear()
-    monkeypatch.setitem(sys.modules, package, None)  # type: ignore[misc]
+    monkeypatch.setitem(cast(Any, sys.modules), package, None)
     with pytest.raises(ValueError, match="pip install 'matryoshka-pilot\\[lamp\\]'"):
         metrics(KINDS[name], ["sports"], ["sports"])
 

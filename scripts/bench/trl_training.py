@@ -37,7 +37,7 @@ def transformers_model(model: LanguageModel, config: dict[str, Any], device: str
     if unexpected or any(parameter.is_meta for parameter in theirs.parameters()):
         raise ValueError(f"bench step: transformers' model has other parameters: {[*missing, *unexpected][:5]}")
     # Its tables of angles are buffers that no state dict holds.
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config=settings, device=torch.device(device))
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config=settings).to(device)
     return theirs
 
 

@@ -53,6 +53,10 @@ class Sampling:
     seed: int = 0
     draw: int = 0
 
+    def again(self, *numbers: int) -> "Sampling":
+        """Return itself for the first request of its kind (all 0), another seed later: a repeat is a new draw."""
+        return dataclasses.replace(self, seed=stable_seed(self.seed, *numbers)) if any(numbers) else self
+
 
 @dataclass(frozen=True)
 class Usage:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from matryoshka.core.metrics import bootstrap, wilson
-from matryoshka.core.protocols import Controller, Generator, GeneratorError
+from matryoshka.core.protocols import ContextError, Controller, Generator, GeneratorError
 from matryoshka.core.records import (
     Call,
     Example,
@@ -24,10 +24,8 @@ from matryoshka.core.records import (
     PairRule,
     RolloutSettings,
     Sample,
-    Sampling,
     Trajectory,
     Turn,
-    stable_seed,
 )
 from matryoshka.tasks.alfworld import prompts, react
 from matryoshka.tasks.alfworld.program import AskRefusedError, Limits, ProgramOutcome, run_program
@@ -121,7 +119,8 @@ class ALFWorldTask:
 
         A black-box call that fails for good ends the episode with reward 0 and verdict "failed"; it is never raised.
         info: protocol; mode; task_type; attempts (programs, or households begun by direct action); outer_turns (plans
-        asked for); steps (commands in all); cut (plans cut at max_tokens); prediction ("done" or "not done"); error
+        asked for); steps (commands in all); overlong (a re-plan did not fit the context, so none was made); cut (plans
+        cut at max_tokens); prediction ("done" or "not done"); error
         (what ended the last attempt, or the failed call); verdict ("right"; "wrong": the last attempt ended by itself
         without the task done; "error"; "failed"); controller, generator (names); calls, prompt_tokens,
         completion_tokens (of the black box); draw.
@@ -130,10 +129,17 @@ class ALFWorldTask:
         turns: list[Turn] = []
         works: list[_Work] = []
         failure: str | None = None
+        overlong = False  # a re-plan did not fit the context
         prompt = self.first_prompt(example)
         try:
             for turn in range(settings.outer_turns):
-                (sample,) = await controller.propose(prompt, 1, _sampling(settings.controller, turn, 0))
+                try:
+                    (sample,) = await controller.propose(prompt, 1, settings.controller.again(turn, 0))
+                except ContextError:
+                    if turn == 0 or settings.overlong == "error":
+                        raise
+                    overlong = True
+                    break
                 plan = sample.text.strip()
                 works.append(_Work())
                 turns.append(Turn(prompt, controller.prompt_ids(prompt), sample))
@@ -158,6 +164,7 @@ class ALFWorldTask:
             "attempts": sum(work.attempts for work in works),
             "outer_turns": len(turns),
             "steps": sum(work.steps for work in works),
+            "overlong": overlong,
             "cut": sum(taken.action.finish_reason == "length" for taken in turns),
             "prediction": "done" if won else "not done",
             "error": failure or error or None,
@@ -179,7 +186,7 @@ class ALFWorldTask:
         request = self.style.solve(scene, plan)
         session, first, memory = self._begin(example), 1, "{}"
         for attempt in range(settings.inner_attempts):
-            reply = await generator.complete(request, _sampling(settings.generator, turn, attempt))
+            reply = await generator.complete(request, settings.generator.again(turn, attempt))
             code = extract_code(reply.text)
             place, begun = len(work.calls), len(session.history)
             work.calls.append(Call(request, reply))
@@ -215,7 +222,7 @@ class ALFWorldTask:
             work.attempts += 1
 
             async def complete(messages: Messages, number: int, attempt: int = attempt) -> Sample:
-                return await generator.complete(messages, _sampling(settings.generator, turn, attempt, number))
+                return await generator.complete(messages, settings.generator.again(turn, attempt, number))
 
             try:
                 await react.play(prompt, session, complete, work.calls)
@@ -237,7 +244,7 @@ class ALFWorldTask:
         if not question.strip():
             raise AskRefusedError("the question is empty")
         prompt = prompts.ask(question)
-        sampling = replace(_sampling(settings.generator, turn, len(work.calls)), max_tokens=self._limits.ask_tokens)
+        sampling = replace(settings.generator.again(turn, len(work.calls)), max_tokens=self._limits.ask_tokens)
         sample = await generator.complete(prompt, sampling)
         work.calls.append(Call(prompt, sample, "asked by the program"))
         return sample.text.strip()
@@ -303,8 +310,3 @@ def _verdict(failure: str | None, won: bool, error: str) -> str:
     if won:
         return "right"
     return "error" if error else "wrong"
-
-
-def _sampling(sampling: Sampling, *numbers: int) -> Sampling:
-    """Return `sampling` for the first request of its kind, another seed later: a repeated prompt is a new draw."""
-    return replace(sampling, seed=stable_seed(sampling.seed, *numbers)) if any(numbers) else sampling

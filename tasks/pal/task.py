@@ -19,10 +19,8 @@ from matryoshka.core.records import (
     PairRule,
     RolloutSettings,
     Sample,
-    Sampling,
     Trajectory,
     Turn,
-    stable_seed,
 )
 from matryoshka.tasks.pal.answers import same_answer
 from matryoshka.tasks.pal.prompts import PromptStyle
@@ -97,7 +95,7 @@ class PALTask:
         try:
             for turn in range(settings.outer_turns):
                 try:
-                    (sample,) = await controller.propose(prompt, 1, _sampling(settings.controller, turn, 0))
+                    (sample,) = await controller.propose(prompt, 1, settings.controller.again(turn, 0))
                 except ContextError:
                     if turn == 0 or settings.overlong == "error":
                         raise
@@ -108,7 +106,7 @@ class PALTask:
                 request = self.style.code(question, guidance)
                 complaint = ""
                 for attempt in range(settings.inner_attempts):
-                    reply = await generator.complete(request, _sampling(settings.generator, turn, attempt))
+                    reply = await generator.complete(request, settings.generator.again(turn, attempt))
                     code = extract_code(reply.text)
                     outcome = await run_solution(code, self._timeout_s, self._memory_bytes)
                     complaint = _complaint(outcome, example, settings.protocol)
@@ -173,10 +171,3 @@ def _verdict(failure: str | None, prediction: float | int | None, right: bool) -
     if prediction is None:
         return "error"
     return "right" if right else "wrong"
-
-
-def _sampling(sampling: Sampling, turn: int, attempt: int) -> Sampling:
-    """Return `sampling` for the first request of its kind, another seed later: a repeated prompt is a new draw."""
-    if turn == attempt == 0:
-        return sampling
-    return replace(sampling, seed=stable_seed(sampling.seed, turn, attempt))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from matryoshka.core.protocols import GeneratorError, RunStopped
+from matryoshka.core.protocols import ContextError, GeneratorError, RunStopped
 from matryoshka.core.records import (
     Example,
     Messages,
@@ -127,8 +127,8 @@ def test_a_program_that_wins() -> None:
     assert "the plan" in generator.prompts[0][-1].content
     assert trajectory.info == {
         "protocol": "label_free", "mode": "program", "task_type": GAME.task_type, "attempts": 1, "outer_turns": 1,
-        "steps": 7, "cut": 0, "prediction": "done", "error": None, "verdict": "right", "controller": "voice",
-        "generator": "voice", "calls": 1, "prompt_tokens": 10, "completion_tokens": 1, "draw": 3,
+        "steps": 7, "overlong": False, "cut": 0, "prediction": "done", "error": None, "verdict": "right",
+        "controller": "voice", "generator": "voice", "calls": 1, "prompt_tokens": 10, "completion_tokens": 1, "draw": 3,
     }  # fmt: skip
     assert from_json(Trajectory, to_json(trajectory)) == trajectory
     # The first request of each kind has the settings' own seed.
@@ -199,6 +199,22 @@ def test_a_new_plan_after_all_attempts_failed() -> None:
     assert (info["attempts"], info["outer_turns"], info["steps"], info["verdict"]) == (12, 2, 12, "error")
     assert trajectory.turns[0].feedback and trajectory.turns[1].feedback
     assert len({sampling.seed for sampling in generator.samplings}) == 12
+
+
+def test_a_new_plan_beyond_the_context_stops_or_ends_the_episode_as_configured() -> None:
+    """Oracle: the setting's contract; the first prompt never ends quietly, whatever the setting."""
+    stuck = fenced("def step_1(agent, memory):\n    assert False")
+
+    def episode(overlong: str, *said: str | Exception) -> Trajectory:
+        settings = RolloutSettings(outer_turns=3, overlong=overlong)
+        return asyncio.run(make_task().rollout(EXAMPLE, Voice(*said), Voice(stuck), settings))
+
+    with pytest.raises(ContextError):
+        episode("error", "plan", ContextError("too long"))
+    with pytest.raises(ContextError):
+        episode("skip", ContextError("too long"))
+    info = episode("skip", "plan", ContextError("too long")).info
+    assert (info["overlong"], info["outer_turns"], info["verdict"]) == (True, 1, "error")
 
 
 def test_no_new_plan_where_none_is_called_for() -> None:

@@ -23,15 +23,15 @@ def robust_loss(margin_P: Tensor, beta: float, label_smoothing: float) -> Tensor
     """Return (-(1 - eps) log s(beta h) + eps log s(-beta h)) / (1 - 2 eps), [P].
 
     Its expectation under labels that are flipped with probability eps is the loss without flips; it may be negative.
-    Source: Chowdhury et al. 2024 (arXiv 2403.00409) eq. 12. Computed as eps z / (1 - 2 eps) subtracted from
-    -log s(z), z = beta h, which is the same.
+    Source: Chowdhury et al. 2024 (arXiv 2403.00409), the robust DPO loss. Computed as eps z / (1 - 2 eps) subtracted
+    from -log s(z), z = beta h, which is the same.
     """
     logits_P = beta * margin_P
     return -F.logsigmoid(logits_P) - label_smoothing / (1 - 2 * label_smoothing) * logits_P
 
 
 def hinge_loss(margin_P: Tensor, beta: float) -> Tensor:
-    """Return max(0, 1 - beta h), [P]. Source: Liu et al. 2023 (RSO, arXiv 2309.06657) eq. 9, after SLiC-HF
+    """Return max(0, 1 - beta h), [P]. Source: Liu et al. 2023 (RSO, arXiv 2309.06657), after SLiC-HF
     (Zhao et al. 2023, arXiv 2305.10425)."""
     return (1 - beta * margin_P).relu()
 

@@ -1,0 +1,97 @@
+"""The processes of one run: who they are, how they meet, and the few collectives that everything else is made of.
+
+`torchrun` sets RANK, WORLD_SIZE, LOCAL_RANK and the address to meet at; without it a run is one process and nothing
+here communicates. Sums, not means: every loss is divided by global counts before its gradient is taken, so what the
+ranks hold adds up, gradients and metrics alike.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among the run's. size 1: alone, and every collective is the identity. device: this rank's."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one that writes what all share and speaks for all."""
+        return self.rank == 0
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks, in place; those of one dtype travel as one message."""
+        if self.size == 1:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        for group in by_dtype.values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in group])
+            dist.all_reduce(flat)
+            parts = torch.split(flat, [tensor.numel() for tensor in group])
+            for tensor, part in zip(group, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is true on at least one rank."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+ALONE = World()
+
+
+@contextmanager
+def open_world(device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Iterator[World]:
+    """Join the processes that torchrun started, NCCL on GPUs and gloo elsewhere, and leave them at the end.
+
+    device: "cpu", or "cuda" for the GPU of the local rank. timeout_s: a collective that waits longer for a rank fails.
+    Raises ValueError for a GPU that this machine does not have.
+    """
+    if "RANK" not in os.environ:
+        yield World(device=torch.device(device))
+        return
+    rank, size, local_rank, local_size = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
+    place = torch.device(device)
+    if place.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"distributed: rank {rank} wants GPU {local_rank}, this machine has {torch.cuda.device_count()}; lower "
+                "--nproc-per-node"
+            )
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
+    dist.init_process_group(
+        "nccl" if place.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_s),
+        device_id=place if place.type == "cuda" else None,
+    )
+    try:
+        yield World(rank, size, local_rank, local_size, place)
+    finally:
+        dist.destroy_process_group()

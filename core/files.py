@@ -20,7 +20,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _fsync_folder(path.parent)
+    fsync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -131,7 +131,8 @@ def _write_all(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Return when the disk holds the names in `folder`."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from matryoshka.core.activations import POLICIES
 from matryoshka.core.attention import bucket, tree_attention
-from matryoshka.core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from matryoshka.core.checkpoint import Checkpoints
 from matryoshka.core.files import write_text
 from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.memory import MemoryPlan, plan_memory
@@ -45,7 +45,9 @@ class TrainConfig:
 
     batch_size counts items (conversations or preference pairs) per optimizer step; micro_batch_tokens bounds the tree
     tokens that are in flight at once (an item that alone has more is refused). min_lr_ratio: floor of the cosine.
-    save_every: optimizer steps between checkpoints (0: only at the end and on a signal). lora_plus_ratio: rate of
+    save_every: optimizer steps between checkpoints (0: only at the end and on a signal). keep_checkpoints,
+    max_checkpoint_gb: how many stay, and how many GB they may take (0: any); the newest stays. save_asynchronously:
+    write them while training goes on, from a copy in host memory. lora_plus_ratio: rate of
     LoRA's B over that of A (LoRA+; its authors use 16). activations: what forward keeps for backward, "none",
     "selective", "full", "offload" (`core/activations.py`) or "auto", the fastest that fits; no bit of the result
     depends on it. compile_blocks: whole blocks by torch.compile.
@@ -65,12 +67,17 @@ class TrainConfig:
     activations: str = "auto"
     compile_blocks: bool = False
     save_every: int = 0
+    keep_checkpoints: int = 1
+    max_checkpoint_gb: float = 0.0
+    save_asynchronously: bool = True
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch_tokens"):
+        for name in ("epochs", "batch_size", "micro_batch_tokens", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train: {name} {getattr(self, name)} must be at least 1")
+        if self.max_checkpoint_gb < 0:
+            raise ValueError(f"train: max_checkpoint_gb {self.max_checkpoint_gb} must be above 0, or 0 for no limit")
         if not self.learning_rate > 0:
             raise ValueError(f"train: learning_rate {self.learning_rate} must be above 0")
         if not self.lora_plus_ratio > 0:
@@ -154,16 +161,18 @@ def train(
     )
     num_steps = config.epochs * math.ceil(len(items) / config.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
-    step, run = 0, _fingerprint(config, objective, items)
-    if (found := latest_checkpoint(folder)) is not None:
-        step = load_checkpoint(found, parameters, optimizer, run)
+    run, max_bytes = _fingerprint(config, objective, items), int(config.max_checkpoint_gb * 1e9) or None
+    checkpoints = Checkpoints(
+        folder, run, keep=config.keep_checkpoints, max_bytes=max_bytes, asynchronous=config.save_asynchronously
+    )
+    step = checkpoints.load(parameters, optimizer)
     metrics_path = folder / "metrics.jsonl"
     _keep_metrics(metrics_path, step)
 
     def micro_batch(items: Sequence[Item]) -> MicroBatch:
         return MicroBatch(model, token_logps, items, config.micro_batch_tokens, device, memory)
 
-    with _stop_signal() as stop:
+    with _stop_signal() as stop, checkpoints:
         if cache is not None and reference is not None and step < num_steps:
             cache.verify(items, lambda item: micro_batch([item]).reference_logps(reference))
         while step < num_steps:
@@ -198,7 +207,9 @@ def train(
             due = config.save_every and step % config.save_every == 0
             saved = bool(due) or step == num_steps or stop.is_set()
             if saved:
-                save_checkpoint(folder, step, parameters, optimizer, run)
+                checkpoints.save(step, parameters, optimizer)
+                if step == num_steps or stop.is_set():
+                    checkpoints.wait()
             yield {**row, "steps": num_steps}
             # A signal that came while the caller held the row of an unsaved step waits for the next step's save.
             if saved and stop.is_set():
@@ -206,8 +217,10 @@ def train(
 
 
 def _fingerprint(config: TrainConfig, objective: Objective, items: Sequence[Item]) -> str:
-    """Return a hash of all that decides the result, so not of save_every, nor of how the batch is cut up and kept."""
-    decisive = dataclasses.replace(config, save_every=0, micro_batch_tokens=1, activations="auto")
+    """Return a hash of all that decides the result, so not of checkpoints, nor of how the batch is cut up and kept."""
+    free: dict[str, Any] = {"save_every": 0, "keep_checkpoints": 1, "max_checkpoint_gb": 0.0}
+    free |= {"save_asynchronously": True, "micro_batch_tokens": 1, "activations": "auto"}
+    decisive = dataclasses.replace(config, **free)
     name = repr(objective) if dataclasses.is_dataclass(objective) else type(objective).__qualname__
     digest = hashlib.sha256(f"{decisive} {name}".encode())
     for item in items:

@@ -277,7 +277,7 @@ def other_rank(tiny_dir: Path) -> dict[str, Any]:
         (lambda d: {"items": conversations(seed=1)}, OTHER),
         (lambda d: {"items": conversations()[:-1]}, OTHER),
         (lambda d: {"objective": Preference(loss="simpo")}, OTHER),
-        (other_rank, r"lora_A.policy' has shape torch.Size\(\[2, 64\]\) in the checkpoint and torch.Size\(\[3, 64\]\)"),
+        (other_rank, r"lora_A.policy' is float32 \[2, 64\] in the checkpoint and float32 \[3, 64\] in the model"),
     ],
 )
 def test_the_checkpoint_of_another_run_is_refused(
@@ -304,7 +304,6 @@ def test_torn_checkpoints_are_ignored(tiny_dir: Path, tmp_path: Path) -> None:
     for name in (".step-4.tmp", ".step-6.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.safetensors").write_bytes(b"half")
-    (tmp_path / "step-5").mkdir()
     assert latest_checkpoint(tmp_path) == tmp_path / "step-2"
     resumed = list(sft(make_model(tiny_dir), tmp_path, replace(CONFIG, save_every=2)))
     assert [row["step"] for row in resumed] == [3, 4, 5, 6]
@@ -511,7 +510,7 @@ def test_errors(tiny_dir: Path, tmp_path: Path) -> None:
     parameters = trainable_parameters(model, "policy")
     with pytest.raises(ValueError, match="no items to train on"):
         next(train(model, parameters, [], CONFIG, SFT(), token_logps, tmp_path))
-    for name in ("epochs", "batch_size", "micro_batch_tokens"):
+    for name in ("epochs", "batch_size", "micro_batch_tokens", "keep_checkpoints"):
         zero: dict[str, Any] = {name: 0}
         with pytest.raises(ValueError, match=f"{name} 0 must be at least 1"):
             TrainConfig(**zero)

@@ -91,20 +91,19 @@ class Checkpoints:
                 "it, or start in a new folder"
             )
         _check_parameters(path, state["tensors"], parameters)
-        # AdamW counts its steps in host memory, but for kernels that read the count on the device.
-        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-        targets: dict[str, Tensor] = {}
-        for name, kind in state["tensors"].items():
-            key, parameter = _owner(name, parameters)
-            targets[name] = _empty(kind, parameter, "cpu" if key == "step" and not on_device else parameter.device)
+        targets = {name: _empty(kind, _owner(name, parameters)[1]) for name, kind in state["tensors"].items()}
         _read(path, state["files"], targets)
-        optimizer.state.clear()
+        everyone = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        order = {id(parameter): at for at, parameter in enumerate(everyone)}
+        moments: dict[int, dict[str, Any]] = {}
         for name, value in (targets | state["values"]).items():
             key, parameter = _owner(name, parameters)
             if key is None:
                 parameter.detach().copy_(value)
             else:
-                optimizer.state[parameter][key] = value
+                moments.setdefault(order[id(parameter)], {})[key] = value
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})  # which puts them where they belong
         return step
 
     def save(self, step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -253,9 +252,9 @@ def _owner(name: str, parameters: Mapping[str, nn.Parameter]) -> tuple[str | Non
     return key, parameters[of]
 
 
-def _empty(kind: list[Any], parameter: nn.Parameter, device: torch.device | str) -> Tensor:
-    """Return room for a tensor: laid out as `parameter` where it has its shape, plain on `device` otherwise."""
+def _empty(kind: list[Any], parameter: nn.Parameter) -> Tensor:
+    """Return room for a tensor: laid out as `parameter` where it has its shape, plain in host memory otherwise."""
     dtype, shape = getattr(torch, kind[0]), torch.Size(kind[1])
     if shape == parameter.shape:
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-    return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty(shape, dtype=dtype)

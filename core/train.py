@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -26,7 +27,7 @@ from torch import nn
 
 from matryoshka.core.activations import POLICIES
 from matryoshka.core.checkpoint import Checkpoints
-from matryoshka.core.distributed import ALONE, World
+from matryoshka.core.distributed import ALONE, TIMEOUT_S, World
 from matryoshka.core.files import write_text
 from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.memory import free_bytes, plan_memory
@@ -47,7 +48,8 @@ class TrainConfig:
     tokens that are in flight at once (an item that alone has more is refused). min_lr_ratio: floor of the cosine.
     save_every: optimizer steps between checkpoints (0: only at the end and on a signal). keep_checkpoints,
     max_checkpoint_gb: how many stay, and how many GB they may take (0: any); the newest stays. save_asynchronously:
-    write them while training goes on, from a copy in host memory. lora_plus_ratio: rate of
+    write them while training goes on, from a copy in host memory. rank_timeout_s: a rank that waits longer for another
+    one, in a collective or for its part of a checkpoint, fails, and torchrun ends the rest. lora_plus_ratio: rate of
     LoRA's B over that of A (LoRA+; its authors use 16). activations: what forward keeps for backward, "none",
     "selective", "full", "offload" (`core/activations.py`) or "auto", the fastest that fits; no bit of the result
     depends on it. compile_blocks: whole blocks by torch.compile.
@@ -70,6 +72,7 @@ class TrainConfig:
     keep_checkpoints: int = 1
     max_checkpoint_gb: float = 0.0
     save_asynchronously: bool = True
+    rank_timeout_s: float = TIMEOUT_S
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -78,10 +81,9 @@ class TrainConfig:
                 raise ValueError(f"train: {name} {getattr(self, name)} must be at least 1")
         if self.max_checkpoint_gb < 0:
             raise ValueError(f"train: max_checkpoint_gb {self.max_checkpoint_gb} must be above 0, or 0 for no limit")
-        if not self.learning_rate > 0:
-            raise ValueError(f"train: learning_rate {self.learning_rate} must be above 0")
-        if not self.lora_plus_ratio > 0:
-            raise ValueError(f"train: lora_plus_ratio {self.lora_plus_ratio} must be above 0")
+        for name in ("learning_rate", "lora_plus_ratio", "rank_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"train: {name} {getattr(self, name)} must be above 0")
         if self.activations not in ("auto", *POLICIES):
             raise ValueError(f"train: activations {self.activations!r} is unknown; choose from {['auto', *POLICIES]}")
 
@@ -134,7 +136,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     run, max_bytes = _fingerprint(config, objective, items), int(config.max_checkpoint_gb * 1e9) or None
     checkpoints = Checkpoints(
-        folder, run, world, config.keep_checkpoints, max_bytes, asynchronous=config.save_asynchronously
+        *(folder, run, world, config.keep_checkpoints, max_bytes, config.save_asynchronously, config.rank_timeout_s)
     )
     step = checkpoints.load(parameters, optimizer)
     metrics_path = folder / "metrics.jsonl"
@@ -193,7 +195,7 @@ def train(
 def _fingerprint(config: TrainConfig, objective: Objective, items: Sequence[Item]) -> str:
     """Return a hash of all that decides the result, so not of checkpoints, nor of how the batch is cut up and kept."""
     free: dict[str, Any] = {"save_every": 0, "keep_checkpoints": 1, "max_checkpoint_gb": 0.0}
-    free |= {"save_asynchronously": True, "micro_batch_tokens": 1, "activations": "auto"}
+    free |= {"save_asynchronously": True, "rank_timeout_s": TIMEOUT_S, "micro_batch_tokens": 1, "activations": "auto"}
     decisive = dataclasses.replace(config, **free)
     name = repr(objective) if dataclasses.is_dataclass(objective) else type(objective).__qualname__
     digest = hashlib.sha256(f"{decisive} {name}".encode())
@@ -220,7 +222,11 @@ def _keep_metrics(path: Path, step: int) -> None:
 
 @contextmanager
 def _stop_signal() -> Iterator[threading.Event]:
-    """Set an event on SIGTERM (pre-emption) or SIGINT instead of dying within a step; a second signal acts at once."""
+    """Set an event on SIGTERM (pre-emption) or SIGINT instead of dying within a step; a second signal acts at once.
+
+    Not under torchrun: it passes on the signals that it gets, so one to the whole process group comes twice; and it
+    kills what is still there after its --shutdown-timeout.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -228,7 +234,8 @@ def _stop_signal() -> Iterator[threading.Event]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.set()
-        signal.signal(number, before[number])
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(number, before[number])
 
     before = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in before:

@@ -120,8 +120,8 @@ COMMANDS: dict[str, tuple[Callable[[], Callable[..., None]], str]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit status: 0, or 2 for a user's error, which is one line on stderr.
 
-    130 is Ctrl-C. Of several ranks (torchrun), an error names the one that it happened on. With MATRYOSHKA_DEBUG=1
-    errors keep their traceback.
+    130 is Ctrl-C. Of several ranks (torchrun), an error names the one that it happened on, and torchrun's own report
+    has the traceback. With MATRYOSHKA_DEBUG=1 errors keep their traceback.
     """
     # Before torch is imported: OpenMP threads that spin while they wait starve the other processes of this machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -143,13 +143,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("stopped at once; what was recorded is kept, and the same command continues", file=sys.stderr)
         return 130
-    except (ValueError, OSError, GeneratorError) as err:
-        if os.environ.get(DEBUG) == "1":
+    except Exception as err:
+        _tell_torchrun(err)
+        if not isinstance(err, ValueError | OSError | GeneratorError) or os.environ.get(DEBUG) == "1":
             raise
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"{rank}error: {err}", file=sys.stderr)
         return 2
     return 0
+
+
+def _tell_torchrun(err: Exception) -> None:
+    """Leave `err` and its traceback where torchrun looks for them: what it prints at the end has both, and the rank."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(err)
 
 
 def read_config(cls: Any, arguments: Sequence[str], program: str) -> Any:

@@ -58,7 +58,7 @@ def finetune(settings: Settings, preference: Preference | None, reference_cache:
     """
     if settings.dtype not in DTYPES:
         raise ValueError(f"dtype {settings.dtype!r} is unknown; choose from {list(DTYPES)}")
-    with open_world(settings.device) as world:
+    with open_world(settings.device, settings.train.rank_timeout_s) as world:
         _finetune(settings, preference, reference_cache, world)
 
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from matryoshka.core.checkpoint_files import STATE, WHOLE, read_state, remove, rotate, sizes, step_of
 from matryoshka.core.checkpoint_files import latest_checkpoint as latest_checkpoint
-from matryoshka.core.checkpoint_shards import is_sharded, own_slices, read_slices, write_slices
-from matryoshka.core.distributed import ALONE, TIMEOUT_S, World
+from matryoshka.core.checkpoint_shards import own_slices, read_slices, write_slices
+from matryoshka.core.distributed import ALONE, TIMEOUT_S, World, is_sharded
 from matryoshka.core.files import fsync_folder, write_atomic, write_json
 
 GRACE_S = 30.0  # how long a run that ends with an error still waits for a checkpoint that other ranks write too

@@ -8,18 +8,13 @@ sharded, not before: that takes seconds.
 """
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Return whether `tensor` is a DTensor (there is none where nobody imported them)."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+from matryoshka.core.distributed import is_sharded, own
 
 
 def own_slices(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -27,15 +22,15 @@ def own_slices(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Raises ValueError for a tensor that is neither sharded nor replicated (a partial sum).
     """
-    own = {}
+    mine = {}
     for name, tensor in tensors.items():
         placements, coordinate = cast(Any, tensor).placements, cast(Any, tensor).device_mesh.get_coordinate()
         if any(placement.is_partial() for placement in placements):
             raise ValueError(f"checkpoint: {name!r} is a partial sum ({placements}); only whole values can be saved")
         replicas = (at for at, placement in zip(coordinate, placements, strict=True) if placement.is_replicate())
-        if cast(Any, tensor).to_local().numel() and not any(replicas):
-            own[name] = tensor
-    return own
+        if own(tensor).numel() and not any(replicas):
+            mine[name] = tensor
+    return mine
 
 
 def write_slices(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> list[Path]:
@@ -59,7 +54,7 @@ def read_slices(folder: Path, targets: Mapping[str, Tensor]) -> None:
     """Fill `targets` in place (DTensors: this rank's slice) from the safetensors files in `folder`, sharded or not."""
     from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader
 
-    wanted = {n: t for n, t in targets.items() if not is_sharded(t) or cast(Any, t).to_local().numel()}
+    wanted = {n: t for n, t in targets.items() if not is_sharded(t) or own(t).numel()}
     reader = HuggingFaceStorageReader(str(folder))
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     metadata = reader.read_metadata()

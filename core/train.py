@@ -240,8 +240,8 @@ def _keep_metrics(path: Path, step: int) -> None:
 def _stop_signal() -> Iterator[threading.Event]:
     """Set an event on SIGTERM (pre-emption) or SIGINT instead of dying within a step; a second signal acts at once.
 
-    Not under torchrun: it passes on the signals that it gets, so one to the whole process group comes twice; and it
-    kills what is still there after its --shutdown-timeout.
+    Not under torchrun: it passes on the signals that it gets, and a scheduler sends them to every process, so that they
+    come twice; what is still there after torchrun's --shutdown-timeout is killed.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

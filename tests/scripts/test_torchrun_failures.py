@@ -19,12 +19,13 @@ from matryoshka.tests.scripts.conftest import environment
 from matryoshka.tests.scripts.test_finetune import CHATS, arguments, write
 
 pytestmark = pytest.mark.slow
-STEPS = 600
+STEPS = 240
+START_S = 180  # imports, on a machine that is busy
 LIMIT_S = 40  # torchrun gives the others 30 s after SIGTERM, before it kills them
 
 
 class Job:
-    """A run under torchrun: 600 steps of two rows on two ranks, with dropout, a checkpoint every second step."""
+    """A run under torchrun: 240 steps of two rows on two ranks, with dropout, a checkpoint every second step."""
 
     def __init__(self, out: Path, model: Path, torchrun: tuple[str, ...] = (), settings: tuple[str, ...] = ()) -> None:
         self.out = out
@@ -85,18 +86,19 @@ def job(*arguments: Path, torchrun: str = "", settings: str = "") -> Iterator[Jo
 def kill_one(run: Job, draws: random.Random, starting: bool) -> None:
     """Kill a rank by SIGKILL at a random moment of its life, and wait until both are gone."""
     before = run.step()
-    run.until(lambda: len(run.ranks()) == 2, 60, "the start")
+    run.until(lambda: len(run.ranks()) == 2, START_S, "the start")
     pids = run.ranks()
     path = run.out / "metrics.jsonl"
     if starting:
         time.sleep(draws.uniform(0, 4))
     else:  # a run that starts writes the rows anew that its checkpoint has, and goes on
         old = path.stat().st_ino if path.exists() else None
-        run.until(lambda: path.exists() and path.stat().st_ino != old, 60, "loading")
+        run.until(lambda: path.exists() and path.stat().st_ino != old, START_S, "loading")
         resumed = run.rows()
         assert resumed >= before
-        run.until(lambda: run.rows() > resumed, 60, "a step")
-        time.sleep(draws.uniform(0, 0.4))
+        steps = draws.randint(1, 12)
+        run.until(lambda: run.rows() >= resumed + steps, 60, "a step")
+        time.sleep(draws.uniform(0, 0.03))
     assert alive(pids[0]) and alive(pids[1])
     os.kill(pids[draws.randrange(2)], signal.SIGKILL)
     run.until(lambda: not any(map(alive, pids.values())), LIMIT_S, "the end of all ranks")
@@ -107,11 +109,11 @@ def test_ten_kills_and_a_signal_change_no_bit(tiny_dir: Path, tmp_path: Path) ->
     """Oracle: the undisturbed run: the adapter's file to the byte, the metrics but for the time that they took.
 
     One rank of two is killed ten times: once torchrun ends with an error that names it; nine times (one of them while
-    the ranks start) it starts them again by itself, which is the elastic restart. Then SIGTERM comes to the whole
-    process group, as pre-emption does, and torchrun passes it on, so that every rank gets it twice: the state is saved.
+    the ranks start) it starts them again by itself, which is the elastic restart. Then SIGTERM comes to torchrun and
+    the ranks, as from a scheduler, and torchrun passes it on, so that every rank gets it twice: the state is saved.
     """
     with job(tmp_path / "whole", tiny_dir) as run:
-        assert run.agent.wait(120) == 0, run.log.read_text()
+        assert run.agent.wait(START_S + 60) == 0, run.log.read_text()
     out, draws = tmp_path / "part", random.Random(0)
     with job(out, tiny_dir) as run:
         kill_one(run, draws, starting=False)
@@ -121,14 +123,15 @@ def test_ten_kills_and_a_signal_change_no_bit(tiny_dir: Path, tmp_path: Path) ->
         for kill in range(9):
             kill_one(run, draws, starting=kill == 4)
         reached = run.step()
-        run.until(lambda: run.step() > reached, 60, "the last restart")
-        os.killpg(run.agent.pid, signal.SIGTERM)
+        run.until(lambda: run.step() > reached, START_S, "the last restart")
+        for pid in (*run.ranks().values(), run.agent.pid):
+            os.kill(pid, signal.SIGTERM)
         assert run.agent.wait(LIMIT_S) != 0 and not run.ranks()
         assert 0 < run.step() < STEPS, "the run was over before it was killed ten times"
         assert f"stopped by signal after step {run.step()} of {STEPS}; state saved in" in run.log.read_text()
         assert run.rows() == run.step()
     with job(out, tiny_dir) as run:
-        assert run.agent.wait(120) == 0, run.log.read_text()
+        assert run.agent.wait(START_S + 60) == 0, run.log.read_text()
     rows = [read_jsonl(folder / "metrics.jsonl") for folder in (tmp_path / "whole", out)]
     for row in (*rows[0], *rows[1]):
         del row["seconds"]
@@ -143,7 +146,7 @@ def test_a_rank_that_hangs_ends_the_run_within_the_time_out(tiny_dir: Path, tmp_
     with job(
         tmp_path / "out", tiny_dir, torchrun="--shutdown-timeout 2", settings="--train.rank-timeout-s 4"
     ) as run:  # fmt: skip
-        run.until(lambda: run.rows() > 3, 90, "the start")
+        run.until(lambda: run.rows() > 3, START_S, "the start")
         pids = run.ranks()
         os.kill(pids[1], signal.SIGSTOP)
         stopped = time.monotonic()

@@ -1,8 +1,8 @@
 """A small sharded training run for `test_distributed_checkpoint.py`; torchrun starts it, one process calls it.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/core/checkpoint_ranks.py FOLDER CASE
+    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/core/checkpoint_ranks.py MODEL FOLDER CASE
 
-calls the function CASE below on every rank.
+calls the function CASE below on every rank, and trains MODEL by the real loop besides.
 """
 
 import json
@@ -19,8 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka.core.checkpoint import Checkpoints
-from matryoshka.core.distributed import ALONE, World, open_world
+from matryoshka.core.distributed import ALONE, World, open_world, whole
+from matryoshka.tests.core import ranks
+from matryoshka.tests.core.ranks import Case
 
+# Trained for three steps on two ranks, and then for three more on others.
+TRAINER = [
+    Case("adapter", steps=3, save_every=3, batch_size=4),
+    Case("full", full=True, layout="shard", steps=3, save_every=3, batch_size=4),
+]
 Run = tuple[nn.Module, dict[str, nn.Parameter], torch.optim.AdamW]
 
 
@@ -64,13 +71,13 @@ def train(run: Run, steps: range, world: World = ALONE, after: Any = None) -> li
     return losses
 
 
-def whole(run: Run) -> dict[str, Tensor]:
+def gathered(run: Run) -> dict[str, Tensor]:
     """Return every parameter and moment, gathered."""
     _, parameters, optimizer = run
     tensors = {name: parameter.detach() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         tensors |= {f"{key}/{name}": value for key, value in optimizer.state[parameter].items()}
-    return {name: getattr(tensor, "full_tensor", tensor.clone)() for name, tensor in tensors.items()}
+    return {name: whole(tensor).clone() for name, tensor in tensors.items()}
 
 
 @contextmanager
@@ -125,12 +132,12 @@ def four(folder: Path, world: World) -> dict[str, Any]:
         found[name] = train(run, range(step, 6), world)
     run = make(1, mesh_of(world, hybrid=True))
     Checkpoints(folder / "two", "run", world, keep=9).load(run[1], run[2])
-    expected = whole(run)
+    expected = gathered(run)
     with Checkpoints(folder / "hybrid", "run", world) as checkpoints:
         checkpoints.save(3, run[1], run[2])
     run = make(2, mesh_of(world))
     Checkpoints(folder / "hybrid", "run", world).load(run[1], run[2])
-    found["hybrid"] = max((whole(run)[name] - value).abs().max().item() for name, value in expected.items())
+    found["hybrid"] = max((gathered(run)[name] - value).abs().max().item() for name, value in expected.items())
     found["errors"] = {name: _refused(folder, name, world) for name in ("missing", "short", "other")}
     # A rank that never writes its part: the first one says so, and no checkpoint appears.
     checkpoints = Checkpoints(folder / "late", "run", world, timeout_s=0.5)
@@ -156,7 +163,7 @@ def _refused(folder: Path, damage: str, world: World) -> str:
             shard.write_bytes(shard.read_bytes()[:-8])
     world.barrier()
     run = make(2, mesh_of(world))
-    before = whole(run)
+    before = gathered(run)
     messages = []
     try:
         Checkpoints(copy, "another" if damage == "other" else "run", world).load(run[1], run[2])
@@ -164,19 +171,25 @@ def _refused(folder: Path, damage: str, world: World) -> str:
         messages.append(str(err))
     count = torch.tensor(len(messages))
     world.sum([count])
-    after = whole(run)
+    after = gathered(run)
     assert int(count) == world.size and after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     return messages[0]
 
 
-def main(folder: Path, case: str) -> None:
+def main(model: Path, folder: Path, case: str) -> None:
     with open_world(timeout_s=120) as world:
         found = {"two": two, "four": four}[case](folder, world)
+        if world.is_first and case == "four":
+            shutil.copytree(folder / "runs-two", folder / "runs-four")
+        world.barrier()
+        for job in TRAINER:
+            rows, _ = ranks.run(job, model, folder / f"runs-{case}", world)
+            found[job.name] = [row["loss"] for row in rows]
         if world.is_first:
             (folder / f"{case}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -70,6 +70,7 @@ class Case:
     batch_size: int = 10
     micro_batch_tokens: int = 60
     steps: int = 1
+    save_every: int = 0
 
 
 def items_of(case: Case) -> list[Item]:
@@ -153,6 +154,7 @@ def run(case: Case, model_folder: Path, folder: Path, world: World = ALONE) -> R
     config = TrainConfig(
         learning_rate=1e-2, epochs=100, batch_size=case.batch_size, micro_batch_tokens=case.micro_batch_tokens,
         max_grad_norm=case.max_grad_norm, warmup_ratio=0.0, min_lr_ratio=1.0, activations=case.activations,
+        save_every=case.save_every,
     )  # fmt: skip
     gradients: dict[str, Tensor] = {}
 

@@ -1,8 +1,11 @@
 """core/checkpoint_shards.py: a run saved on two ranks goes on in one process and on four, and back."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,39 +13,35 @@ import pytest
 from safetensors import safe_open
 
 from matryoshka.core.checkpoint import Checkpoints
-from matryoshka.tests.core import checkpoint_ranks
-from matryoshka.tests.core.checkpoint_ranks import make, train
-from matryoshka.tests.core.ranks import ROOT
+from matryoshka.tests.core import checkpoint_ranks, ranks
+from matryoshka.tests.core.checkpoint_ranks import TRAINER, make, train
+from matryoshka.tests.core.ranks import ROOT, Case
 
 pytestmark = pytest.mark.slow
 
 
-def launch(folder: Path, case: str, ranks: int) -> dict[str, Any]:
-    import os
-
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def launch(model: Path, folder: Path, case: str, size: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / ".ns"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, checkpoint_ranks.__file__, str(folder), case], env=environment, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
+    command += [checkpoint_ranks.__file__, str(model), str(folder), case]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads((folder / f"{case}.json").read_text())
     return found
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Run everything once: two ranks save, one process goes on and saves, four ranks go on from both."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    out: dict[str, Any] = {"folder": folder, "two": launch(folder, "two", 2)}
+    out: dict[str, Any] = {"folder": folder, "two": launch(tiny_dir, folder, "two", 2)}
     run = make(1)
     assert Checkpoints(folder / "two", "run").load(run[1], run[2]) == 3
     losses = train(run, range(3, 4))
     with Checkpoints(folder / "one", "run") as checkpoints:
         checkpoints.save(4, run[1], run[2])
     out["one"] = losses + train(run, range(4, 6))
-    out["four"] = launch(folder, "four", 4)
+    out["four"] = launch(tiny_dir, folder, "four", 4)
     out["alone"] = train(make(0), range(6))
     return out
 
@@ -61,6 +60,24 @@ def test_any_number_of_ranks_goes_on(found: dict[str, Any]) -> None:
     assert [len(found["four"][name]) for name in ("two", "one")] == [3, 2] and len(found["one"]) == 3
     assert found["two"]["again"] == found["two"]["losses"][3:]  # the same ranks: to the bit
     assert found["four"]["hybrid"] == 0
+
+
+@pytest.mark.parametrize("case", TRAINER, ids=lambda case: case.name)
+def test_training_goes_on_with_the_same_losses(
+    case: Case, found: dict[str, Any], tiny_dir: Path, tmp_path: Path
+) -> None:
+    """Oracle: six steps of one process that never stopped; float64, 1e-10. Saved on two ranks after three of them."""
+    alone = replace(case, layout="replicate")
+    rows, _ = ranks.run(replace(alone, steps=6), tiny_dir, tmp_path)
+    losses = [row["loss"] for row in rows]
+    shutil.copytree(found["folder"] / "runs-two", tmp_path / "one")
+    one = [row["loss"] for row in ranks.run(alone, tiny_dir, tmp_path / "one")[0]]
+    assert len(set(losses)) == 6
+    assert found["two"][case.name] == pytest.approx(losses[:3], rel=1e-10)
+    assert found["four"][case.name] == pytest.approx(losses[3:], rel=1e-10)
+    assert one == pytest.approx(losses[3:], rel=1e-10)
+    (path,) = (found["folder"] / "runs-two" / case.name).glob("step-3")
+    assert len(list(path.glob("shard-*"))) == (2 if case.full else 0)
 
 
 def test_every_file_is_safetensors_or_json(found: dict[str, Any]) -> None:

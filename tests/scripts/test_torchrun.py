@@ -50,10 +50,16 @@ def test_two_ranks_train_the_adapter_of_one(
 
 
 def test_an_error_names_its_rank(tiny_dir: Path, tmp_path: Path) -> None:
-    """Oracle: by hand: both ranks read the same bad file, each says so; torchrun's status is not 0."""
+    """Oracle: by hand: both ranks read the same bad file, each says so; torchrun's status is not 0.
+
+    torchrun's own report names the rank that failed first, with its traceback.
+    """
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "p"\n')
     done = torchrun("sft", *arguments(data, tiny_dir, tmp_path / "out"))
     assert done.returncode != 0 and not (tmp_path / "out").exists()
     assert "rank 0: error: " in done.stderr or "rank 1: error: " in done.stderr
     assert "rows.jsonl:1: malformed JSON" in done.stderr
+    report = done.stderr.partition("Root Cause")[2]
+    assert "rank      : 0" in report or "rank      : 1" in report
+    assert "traceback : Traceback (most recent call last)" in report and "in read_jsonl" in report

@@ -30,7 +30,7 @@ from matryoshka.core.checkpoint_shards import own_slices, read_slices, write_sli
 from matryoshka.core.distributed import ALONE, TIMEOUT_S, World, is_sharded
 from matryoshka.core.files import fsync_folder, write_atomic, write_json
 
-GRACE_S = 30.0  # how long a run that ends with an error still waits for a checkpoint that other ranks write too
+GRACE_S = 10.0  # how long a run that ends with an error still waits for a checkpoint that other ranks write too
 
 
 class Checkpoints:

@@ -43,6 +43,7 @@ def write_slices(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> list
     if not tensors:
         return []
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer.per_thread_copy_ahead = 0  # or the thread makes itself at home on the first GPU, whatever the rank
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), is_coordinator=True)
     plan = writer.prepare_local_plan(planner.create_local_plan())

@@ -9,45 +9,45 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from matryoshka.core.checkpoint import latest_checkpoint
 from matryoshka.core.files import read_jsonl
 from matryoshka.lora.files import WEIGHTS
+from matryoshka.tests.scripts import elastic
 from matryoshka.tests.scripts.conftest import environment
 from matryoshka.tests.scripts.test_finetune import CHATS, arguments, write
 
 pytestmark = pytest.mark.slow
 STEPS = 240
-START_S = 180  # imports, on a machine that is busy
+START_S = 400  # a start and some steps, on a machine that is busy
 LIMIT_S = 40  # torchrun gives the others 30 s after SIGTERM, before it kills them
 
 
 class Job:
-    """A run under torchrun: 240 steps of two rows on two ranks, with dropout, a checkpoint every second step."""
+    """A run of 240 steps of two rows on two ranks, with dropout and a checkpoint every second step."""
 
-    def __init__(self, out: Path, model: Path, torchrun: tuple[str, ...] = (), settings: tuple[str, ...] = ()) -> None:
-        self.out = out
+    def __init__(
+        self, out: Path, model: Path, torchrun: str = "", restarts: int = 0, shutdown_s: int = 30, settings: str = ""
+    ) -> None:
+        """torchrun: its flags; without them the ranks are forks of its agent, with `restarts` and `shutdown_s`."""
+        self.out, self.log, self.pids = out, out.with_suffix(".log"), out.with_suffix(".pids")
+        self.pids.mkdir(exist_ok=True)
         data = write(out.parent / "rows.jsonl", CHATS)
-        more = f"--train.epochs {STEPS // 3} --train.save-every 2 --lora.dropout 0.1".split()
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *torchrun]
-        command = [*launcher, "-m", "matryoshka.scripts.cli", "sft", *arguments(data, model, out, *more, *settings)]
-        self.log = out.with_suffix(".log")
+        more = f"--train.epochs {STEPS // 3} --train.save-every 2 --lora.dropout 0.1 {settings}".split()
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", *torchrun.split()] if torchrun else []
+        command = [sys.executable, *launcher, elastic.__file__, str(self.pids), str(restarts), str(shutdown_s)]
         with self.log.open("ab") as log:
-            self.agent = subprocess.Popen(command, env=environment(), stdout=log, stderr=log, start_new_session=True)
+            self.agent = subprocess.Popen(
+                [*command, "sft", *arguments(data, model, out, *more)], env=environment(), stdout=log, stderr=log
+            )
 
     def ranks(self) -> dict[int, int]:
         """Return the process id of each rank that lives."""
-        found = {}
-        for children in Path(f"/proc/{self.agent.pid}/task").glob("*/children"):
-            for child in children.read_text().split():
-                try:
-                    variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-                except OSError:
-                    continue
-                found |= {int(v[5:]): int(child) for v in variables if v.startswith(b"RANK=") and alive(int(child))}
-        return found
+        found = {int(path.name): int(path.read_text() or 0) for path in self.pids.iterdir()}
+        return {rank: pid for rank, pid in found.items() if pid and alive(pid)}
 
     def rows(self) -> int:
         path = self.out / "metrics.jsonl"
@@ -72,32 +72,31 @@ def alive(pid: int) -> bool:
 
 
 @contextmanager
-def job(*arguments: Path, torchrun: str = "", settings: str = "") -> Iterator[Job]:
-    run = Job(*arguments, tuple(torchrun.split()), tuple(settings.split()))
+def job(*arguments: Any, **settings: Any) -> Iterator[Job]:
+    run = Job(*arguments, **settings)
     try:
         yield run
     finally:
-        for pid in (*run.ranks().values(), run.agent.pid):
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
+        run.agent.kill()
         run.agent.wait()
+        for pid in run.ranks().values():
+            os.kill(pid, signal.SIGKILL)
 
 
-def kill_one(run: Job, draws: random.Random, starting: bool) -> None:
+def kill_one(run: Job, draws: random.Random, starting: bool = False) -> None:
     """Kill a rank by SIGKILL at a random moment of its life, and wait until both are gone."""
-    before = run.step()
+    before, path = run.step(), run.out / "metrics.jsonl"
+    old = path.stat().st_ino if path.exists() else None
     run.until(lambda: len(run.ranks()) == 2, START_S, "the start")
     pids = run.ranks()
-    path = run.out / "metrics.jsonl"
     if starting:
-        time.sleep(draws.uniform(0, 4))
+        time.sleep(draws.uniform(0, 1))
     else:  # a run that starts writes the rows anew that its checkpoint has, and goes on
-        old = path.stat().st_ino if path.exists() else None
         run.until(lambda: path.exists() and path.stat().st_ino != old, START_S, "loading")
         resumed = run.rows()
         assert resumed >= before
         steps = draws.randint(1, 12)
-        run.until(lambda: run.rows() >= resumed + steps, 60, "a step")
+        run.until(lambda: run.rows() >= resumed + steps, START_S, "a step")
         time.sleep(draws.uniform(0, 0.03))
     assert alive(pids[0]) and alive(pids[1])
     os.kill(pids[draws.randrange(2)], signal.SIGKILL)
@@ -105,33 +104,32 @@ def kill_one(run: Job, draws: random.Random, starting: bool) -> None:
     assert run.step() >= before
 
 
+def stop_all(run: Job) -> None:
+    """Send SIGTERM as a scheduler does, to every process of the job; torchrun passes it on, so ranks get it twice."""
+    for pid in (*run.ranks().values(), run.agent.pid):
+        os.kill(pid, signal.SIGTERM)
+    assert run.agent.wait(LIMIT_S) != 0 and not run.ranks()
+    assert 0 < run.step() < STEPS and run.rows() == run.step()
+    assert f"stopped by signal after step {run.step()} of {STEPS}; state saved in" in run.log.read_text()
+
+
 def test_ten_kills_and_a_signal_change_no_bit(tiny_dir: Path, tmp_path: Path) -> None:
     """Oracle: the undisturbed run: the adapter's file to the byte, the metrics but for the time that they took.
 
-    One rank of two is killed ten times: once torchrun ends with an error that names it; nine times (one of them while
-    the ranks start) it starts them again by itself, which is the elastic restart. Then SIGTERM comes to torchrun and
-    the ranks, as from a scheduler, and torchrun passes it on, so that every rank gets it twice: the state is saved.
+    One rank of two is killed ten times, once of them while the ranks start; each time torchrun's agent starts them
+    again, which is the elastic restart, and they go on from the last complete checkpoint. Then all get SIGTERM.
     """
     with job(tmp_path / "whole", tiny_dir) as run:
-        assert run.agent.wait(START_S + 60) == 0, run.log.read_text()
+        assert run.agent.wait(START_S) == 0, run.log.read_text()
     out, draws = tmp_path / "part", random.Random(0)
-    with job(out, tiny_dir) as run:
-        kill_one(run, draws, starting=False)
-        assert run.agent.wait(LIMIT_S) != 0
-        assert "Signal 9 (SIGKILL) received by PID" in run.log.read_text()
-    with job(out, tiny_dir, torchrun="--max-restarts 9") as run:
-        for kill in range(9):
+    with job(out, tiny_dir, restarts=10) as run:
+        for kill in range(10):
             kill_one(run, draws, starting=kill == 4)
         reached = run.step()
         run.until(lambda: run.step() > reached, START_S, "the last restart")
-        for pid in (*run.ranks().values(), run.agent.pid):
-            os.kill(pid, signal.SIGTERM)
-        assert run.agent.wait(LIMIT_S) != 0 and not run.ranks()
-        assert 0 < run.step() < STEPS, "the run was over before it was killed ten times"
-        assert f"stopped by signal after step {run.step()} of {STEPS}; state saved in" in run.log.read_text()
-        assert run.rows() == run.step()
+        stop_all(run)
     with job(out, tiny_dir) as run:
-        assert run.agent.wait(START_S + 60) == 0, run.log.read_text()
+        assert run.agent.wait(START_S) == 0, run.log.read_text()
     rows = [read_jsonl(folder / "metrics.jsonl") for folder in (tmp_path / "whole", out)]
     for row in (*rows[0], *rows[1]):
         del row["seconds"]
@@ -141,16 +139,24 @@ def test_ten_kills_and_a_signal_change_no_bit(tiny_dir: Path, tmp_path: Path) ->
     assert sorted(path.name for path in out.iterdir()) == ["adapter", "metrics.jsonl", f"step-{STEPS}"]
 
 
+def test_torchrun_starts_again_and_then_reports(tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: by hand: with --max-restarts 1 the first kill is mended, the second ends torchrun, which names it."""
+    with job(tmp_path / "out", tiny_dir, torchrun="--standalone --max-restarts 1") as run:
+        kill_one(run, random.Random(1))
+        kill_one(run, random.Random(2))
+        assert run.agent.wait(LIMIT_S) != 0
+        assert "Signal 9 (SIGKILL) received by PID" in run.log.read_text().partition("Root Cause")[2]
+        assert run.step() > 0
+
+
 def test_a_rank_that_hangs_ends_the_run_within_the_time_out(tiny_dir: Path, tmp_path: Path) -> None:
     """Oracle: by hand: one rank is stopped; the other fails after 4 s, and torchrun kills the stopped one after 2 s."""
-    with job(
-        tmp_path / "out", tiny_dir, torchrun="--shutdown-timeout 2", settings="--train.rank-timeout-s 4"
-    ) as run:  # fmt: skip
+    with job(tmp_path / "out", tiny_dir, shutdown_s=2, settings="--train.rank-timeout-s 4") as run:
         run.until(lambda: run.rows() > 3, START_S, "the start")
         pids = run.ranks()
         os.kill(pids[1], signal.SIGSTOP)
         stopped = time.monotonic()
         assert run.agent.wait(LIMIT_S) != 0
         assert time.monotonic() - stopped < 4 + 2 + 10 and not any(map(alive, pids.values()))
-        assert "[rank0]: Traceback" in run.log.read_text()
-        assert "Root Cause" in run.log.read_text() and "rank      : 0" in run.log.read_text()
+        report = run.log.read_text().partition("Root Cause")[2]
+        assert "rank      : 0" in report and "Timed out" in report

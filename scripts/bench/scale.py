@@ -78,6 +78,7 @@ def run(config: Config) -> BenchResult:
                 "imbalance": round(found["imbalance"], 3),
                 "tokens_per_step": found["tokens"],
                 "first_loss": found["first_loss"],
+                "parameters": found["parameters"],
                 "dtype": config.dtype,
                 "trained": "all weights, SFT" if config.full else "adapter of rank 8, DPO",
                 "cores": os.cpu_count(),

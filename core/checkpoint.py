@@ -1,4 +1,4 @@
-"""Training state on disk: trainable parameters, AdamW moments and the step, in safetensors and JSON, never pickle.
+"""Training state on disk: trainable parameters, optimizer moments and the step, in safetensors and JSON, never pickle.
 
 A checkpoint is a folder `step-<n>` that appears by rename when it is complete; the newest replaces the ones before it.
 """
@@ -28,7 +28,8 @@ def save_checkpoint(
     for name, parameter in parameters.items():
         tensors[f"parameter/{name}"] = parameter.detach().contiguous()
         for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer/{key}/{name}"] = value.detach().contiguous()
+            # A copy: bitsandbytes has one table in all states, and a safetensors file holds no tensor twice.
+            tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().contiguous().clone()
     save_file(tensors, temporary / "state.safetensors")
     (temporary / "state.json").write_text(json.dumps({"step": step, "run": run, "torch": torch.__version__}))
     for path in (*temporary.iterdir(), temporary):
@@ -73,12 +74,16 @@ def load_checkpoint(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter/{name}"])
-    for name, parameter in parameters.items():
-        moments = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = tensors[f"optimizer/{key}/{name}"]
-            moments[key] = value if key == "step" else value.to(parameter.device)
-        optimizer.state[parameter] = moments
+    everyone = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    order = {id(parameter): at for at, parameter in enumerate(everyone)}
+    moments: dict[int, dict[str, Tensor | int]] = {}
+    for key, value in tensors.items():
+        kind, _, rest = key.partition("/")
+        part, _, name = rest.partition("/")
+        if kind == "optimizer":
+            is_count = value.dtype == torch.int64 and value.ndim == 0
+            moments.setdefault(order[id(parameters[name])], {})[part] = int(value) if is_count else value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     step: int = state["step"]
     return step
 

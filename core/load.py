@@ -7,11 +7,13 @@ without memory and then filled strictly: what comes back is complete or an error
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
 from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.weights import load_weights
@@ -20,10 +22,14 @@ MODELS = Path(__file__).parent / "models"
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+    folder: Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    convert: Callable[[nn.Module], None] | None = None,
 ) -> LanguageModel:
     """Return the model of a Hugging Face folder in evaluation mode; dtype None keeps the stored one.
 
+    convert: what to make of the module before its weights come in (`lora/quantized.py`: layers that pack them).
     A model with buffers that no checkpoint holds has a method `init_buffers(device)`, called once the weights are in.
     Raises FileNotFoundError or ValueError for a folder, config or checkpoint that is missing, malformed or does not
     fit.
@@ -36,6 +42,8 @@ def load_model(
         raise ValueError(f"{folder}: {err}") from err
     with torch.device("meta"):
         model: LanguageModel = architecture.Model(model_config)
+        if convert is not None:
+            convert(model)
     load_weights(model, folder, dtype, device)
     init_buffers = getattr(model, "init_buffers", None)
     if init_buffers is not None:

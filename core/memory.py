@@ -21,6 +21,7 @@ from matryoshka.core.activations import POLICIES, CompiledBlocks, activations
 from matryoshka.core.attention import PIECE
 from matryoshka.core.elementwise import at_least_fp32
 from matryoshka.core.language_model import LanguageModel, ModelConfig
+from matryoshka.core.optimizer import moment_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +95,15 @@ class Footprint:
         return max(feed_forward, attention if scores else 0, head)
 
 
-def state_bytes(parameters: Mapping[str, nn.Parameter]) -> int:
-    """Return the size of gradients and AdamW's two moments."""
-    return 3 * sum(parameter.numel() * parameter.itemsize for parameter in parameters.values())
+def state_bytes(parameters: Mapping[str, nn.Parameter], optimizer: str = "adamw") -> int:
+    """Return the size of gradients and both moments; paged moments count as 8-bit ones, though they may move out."""
+    return sum(p.numel() * p.itemsize + 2 * moment_bytes(p, optimizer) for p in parameters.values())
+
+
+def scratch_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Return the size of the largest weight that is stored packed, two numbers in a uint8, once it is dense."""
+    packed = (parameter.numel() for parameter in model.parameters() if parameter.dtype == torch.uint8)
+    return 2 * max(packed, default=0) * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:
@@ -126,6 +133,7 @@ class MemoryPlan:
     """Which policy a micro-batch runs under, by its length.
 
     policy: one for all lengths, or "auto": the fastest that `room` bytes hold. compiled: as `activations` takes it.
+    scratch: bytes of a quantised weight while it is dense.
     """
 
     policy: str
@@ -133,6 +141,7 @@ class MemoryPlan:
     room: int
     device_type: str = "cpu"
     compiled: CompiledBlocks | None = None
+    scratch: int = 0
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -144,7 +153,7 @@ class MemoryPlan:
         workspace = HEAD_WORKSPACE.get(self.device_type, HEAD_WORKSPACE_ELSEWHERE)
         hidden = tokens * self.footprint.config.hidden_size * at_least_fp32(self.footprint.dtype).itemsize
         scores = 0 if self.device_type == "cuda" else min(tokens, PIECE) * tokens
-        return self.footprint.step_bytes(tokens, policy, 2 * hidden + workspace, scores)
+        return self.footprint.step_bytes(tokens, policy, 2 * hidden + workspace, scores) + self.scratch
 
     def policy_for(self, tokens: int) -> str:
         """Return the policy for `tokens` tokens; "auto" takes the leanest where none fits."""
@@ -166,6 +175,7 @@ def plan_memory(
     max_tokens: int,
     compile_blocks: bool = False,
     free: int | None = None,
+    optimizer: str = "adamw",
 ) -> MemoryPlan:
     """Return the plan for training `parameters` with micro-batches of at most `max_tokens` tokens.
 
@@ -177,8 +187,9 @@ def plan_memory(
     dora = any(".lora_magnitude_vector." in name for name in parameters)
     footprint = Footprint(model.config, model.head_weight.dtype, rank, dora)
     free = free_bytes(device) if free is None else free
-    room = int(free * (1 - MARGIN)) - state_bytes(parameters)
-    plan = MemoryPlan(policy, footprint, room, device.type, CompiledBlocks() if compile_blocks else None)
+    room = int(free * (1 - MARGIN)) - state_bytes(parameters, optimizer)
+    scratch = scratch_bytes(model, footprint.dtype)
+    plan = MemoryPlan(policy, footprint, room, device.type, CompiledBlocks() if compile_blocks else None, scratch)
     chosen = plan.policy_for(max_tokens)
     peak = plan.peak_bytes(max_tokens, chosen)
     if policy == "auto" and peak > room:

@@ -31,7 +31,7 @@ from matryoshka.core.checkpoint import latest_checkpoint, load_checkpoint, save_
 from matryoshka.core.files import write_text
 from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.memory import MemoryPlan, plan_memory
-from matryoshka.core.optimizer import parameter_groups
+from matryoshka.core.optimizer import OPTIMIZERS, make_optimizer
 from matryoshka.core.packing import Item as Item
 from matryoshka.core.packing import batch_at as batch_at
 from matryoshka.core.packing import check_budget, plan
@@ -46,7 +46,8 @@ class TrainConfig:
     batch_size counts items (conversations or preference pairs) per optimizer step; micro_batch_tokens bounds the tree
     tokens that are in flight at once (an item that alone has more is refused). min_lr_ratio: floor of the cosine.
     save_every: optimizer steps between checkpoints (0: only at the end and on a signal). lora_plus_ratio: rate of
-    LoRA's B over that of A (LoRA+; its authors use 16). activations: what forward keeps for backward, "none",
+    LoRA's B over that of A (LoRA+; its authors use 16). optimizer: "adamw", or "adamw8bit", "paged_adamw8bit" with
+    moments in 8 bits (`core/optimizer.py`). activations: what forward keeps for backward, "none",
     "selective", "full", "offload" (`core/activations.py`) or "auto", the fastest that fits; no bit of the result
     depends on it. compile_blocks: whole blocks by torch.compile.
     """
@@ -62,6 +63,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     lora_plus_ratio: float = 1.0
+    optimizer: str = "adamw"
     activations: str = "auto"
     compile_blocks: bool = False
     save_every: int = 0
@@ -75,6 +77,8 @@ class TrainConfig:
             raise ValueError(f"train: learning_rate {self.learning_rate} must be above 0")
         if not self.lora_plus_ratio > 0:
             raise ValueError(f"train: lora_plus_ratio {self.lora_plus_ratio} must be above 0")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"train: optimizer {self.optimizer!r} is unknown; choose from {list(OPTIMIZERS)}")
         if self.activations not in ("auto", *POLICIES):
             raise ValueError(f"train: activations {self.activations!r} is unknown; choose from {['auto', *POLICIES]}")
 
@@ -145,12 +149,12 @@ def train(
     # No micro-batch is longer than the largest batch without any sharing, however large the budget.
     largest = sum(sorted(sum(len(s.ids) for s in item.sequences) for item in items)[-config.batch_size :])
     longest = min(config.micro_batch_tokens, largest)
-    memory = plan_memory(config.activations, model, parameters, longest, config.compile_blocks)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(parameters, config.lora_plus_ratio),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
+    memory = plan_memory(
+        config.activations, model, parameters, longest, config.compile_blocks, optimizer=config.optimizer
+    )
+    betas = (config.beta1, config.beta2)
+    optimizer = make_optimizer(
+        config.optimizer, parameters, config.learning_rate, betas, config.weight_decay, config.lora_plus_ratio
     )
     num_steps = config.epochs * math.ceil(len(items) / config.batch_size)
     folder.mkdir(parents=True, exist_ok=True)

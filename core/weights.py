@@ -35,6 +35,8 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None, devi
     with the same requires_grad. Non-persistent buffers are not touched. Two surplus kinds of key are accepted: the
     buffers `*.rotary_emb.inv_freq` of old checkpoints, and, where the model has a tied head and so no parameter of that
     name, an `lm_head.weight` that equals the embedding. On an error the model is left partly filled.
+    A layer that stores its weight packed (`lora/quantized.py`) says so by a method `pack(weight, dtype)`, which gets
+    the whole tensor in fp32 and returns what the parameter holds, and by `shape`, the checkpoint's.
 
     Raises:
         FileNotFoundError: no such folder, no safetensors in it, or a shard that the index names is missing.
@@ -53,15 +55,23 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None, devi
         for key, slot in slots.items():
             path, handle = found[key]
             stored = handle.get_slice(key)
-            if tuple(stored.get_shape()) != tuple(slot.shape):
+            owner, _, leaf = key.rpartition(".")
+            layer: Any = model.get_submodule(owner)
+            is_packed = leaf == "weight" and hasattr(layer, "pack")
+            shape = tuple(layer.shape if is_packed else slot.shape)
+            if tuple(stored.get_shape()) != shape:
                 raise ValueError(f"{path}: {key} has shape {tuple(stored.get_shape())}, the model expects "
-                                 f"{tuple(slot.shape)}; check that config.json belongs to these weights")
-            if slot.is_floating_point() and stored.get_dtype() not in FLOATING:
+                                 f"{shape}; check that config.json belongs to these weights")
+            is_floating = is_packed or slot.is_floating_point()
+            if is_floating and stored.get_dtype() not in FLOATING:
                 raise ValueError(f"{path}: {key} is stored as {stored.get_dtype()}, expected one of {FLOATING}; "
                                  f"quantised checkpoints are not read, use the unquantised one")
-            wanted = dtype if slot.is_floating_point() else None
-            # Without copy=True an uncast tensor on the CPU would be a view of the memory map.
-            tensor = handle.get_tensor(key).to(device=device, dtype=wanted, copy=True)
+            whole = handle.get_tensor(key)
+            if is_packed:
+                tensor = layer.pack(whole.to(device=device, dtype=torch.float32), dtype or whole.dtype)
+            else:
+                # Without copy=True an uncast tensor on the CPU would be a view of the memory map.
+                tensor = whole.to(device=device, dtype=dtype if is_floating else None, copy=True)
             _assign(model, key, slot, tensor)
 
 

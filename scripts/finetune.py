@@ -15,7 +15,7 @@ from matryoshka.dpo.data import distinct, fitting, read_conversations, read_pref
 from matryoshka.dpo.objectives import Preference
 from matryoshka.lora.files import load_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter
-from matryoshka.scripts.training import DTYPES, POLICY, train_policy
+from matryoshka.scripts.training import DTYPES, POLICY, QUANTIZATIONS, train_policy
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ class Settings(Protocol):
     @property
     def dtype(self) -> str: ...
     @property
+    def quantization(self) -> str: ...
+    @property
     def device(self) -> str: ...
     @property
     def threads(self) -> int: ...
@@ -55,10 +57,13 @@ def finetune(settings: Settings, preference: Preference | None, reference_cache:
     """
     if settings.dtype not in DTYPES:
         raise ValueError(f"dtype {settings.dtype!r} is unknown; choose from {list(DTYPES)}")
+    if settings.quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization {settings.quantization!r} is unknown; choose from {list(QUANTIZATIONS)}")
     torch.set_num_threads(settings.threads or os.cpu_count() or 1)
     tokenizer = Tokenizer.load(settings.model)
     items = (read_conversations if preference is None else read_preferences)(settings.data, tokenizer)
-    model = load_model(settings.model, DTYPES[settings.dtype], settings.device)
+    convert = QUANTIZATIONS[settings.quantization]
+    model = load_model(settings.model, DTYPES[settings.dtype], settings.device, convert)
     items, skipped = fitting(items, model.config.max_position_embeddings, settings.overlong)
     if skipped:
         logger.warning("%s: %d rows exceed the context and are left out", settings.data, skipped)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.train import Item, TrainConfig, train
@@ -15,10 +16,12 @@ from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.dpo.reference import ReferenceLogps, open_reference
 from matryoshka.lora.files import save_adapter
 from matryoshka.lora.linear import active, copy_adapter, set_active, trainable_parameters
+from matryoshka.lora.quantized import quantize_linears
 from matryoshka.scripts.progress import Progress
 from matryoshka.scripts.tracking import scalar_writer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+QUANTIZATIONS: dict[str, Callable[[nn.Module], None] | None] = {"none": None, "nf4": quantize_linears}
 POLICY, REFERENCE = "policy", "reference"
 
 

@@ -28,6 +28,7 @@ from matryoshka.core.tree import Tokens
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.lora.linear import LoraConfig, active, add_adapter, layers_with, set_active, trainable_parameters
+from matryoshka.lora.quantized import quantize_linears
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,6 +46,8 @@ class Case:
     batch_size: int = 10
     micro_batch_tokens: int = 60
     steps: int = 1
+    nf4: bool = False
+    optimizer: str = "adamw"
 
 
 def items_of(case: Case) -> list[Item]:
@@ -62,7 +65,7 @@ def items_of(case: Case) -> list[Item]:
 
 def run(case: Case, model_folder: Path, folder: Path, world: World = ALONE) -> Result:
     """Return the metrics rows; and by name the gradients of the first step and the parameters after the last."""
-    model: Any = load_model(model_folder, DTYPES[case.dtype])
+    model: Any = load_model(model_folder, DTYPES[case.dtype], convert=quantize_linears if case.nf4 else None)
     add_adapter(model, "policy", LoraConfig(rank=2), seed=0)
     set_active(model, "policy")
     with torch.no_grad():
@@ -71,7 +74,7 @@ def run(case: Case, model_folder: Path, folder: Path, world: World = ALONE) -> R
     parameters = trainable_parameters(model, "policy")
     config = TrainConfig(
         learning_rate=1e-2, epochs=100, batch_size=case.batch_size, micro_batch_tokens=case.micro_batch_tokens,
-        max_grad_norm=1e9, warmup_ratio=0.0, min_lr_ratio=1.0,
+        max_grad_norm=1e9, warmup_ratio=0.0, min_lr_ratio=1.0, optimizer=case.optimizer,
     )  # fmt: skip
     gradients: dict[str, Tensor] = {}
 

@@ -13,23 +13,33 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from matryoshka.core.distributed import as_part, is_sharded, own, own_rows, whole
+
 
 def save_checkpoint(
-    folder: Path, step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, run: str = ""
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    run: str = "",
+    write: bool = True,
 ) -> Path:
     """Write `folder/step-<step>` atomically, remove older checkpoints, and return its path.
 
-    run: whatever identifies the configuration and data; `load_checkpoint` wants the same.
+    run: whatever identifies the configuration and data; `load_checkpoint` wants the same. write: whether this rank
+    does; tensors that are cut up over ranks are gathered, for which all ranks have to call this.
     """
     target, temporary = folder / f"step-{step}", folder / f".step-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        tensors[f"parameter/{name}"] = parameter.detach().contiguous()
+        tensors[f"parameter/{name}"] = whole(parameter.detach()).contiguous()
         for key, value in optimizer.state[parameter].items():
             # A copy: bitsandbytes has one table in all states, and a safetensors file holds no tensor twice.
-            tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().contiguous().clone()
+            tensors[f"optimizer/{key}/{name}"] = whole(torch.as_tensor(value).detach()).contiguous().clone()
+    if not write:
+        return target
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     save_file(tensors, temporary / "state.safetensors")
     (temporary / "state.json").write_text(json.dumps({"step": step, "run": run, "torch": torch.__version__}))
     for path in (*temporary.iterdir(), temporary):
@@ -73,19 +83,27 @@ def load_checkpoint(
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameter/{name}"])
+            own(parameter).copy_(_rows(tensors[f"parameter/{name}"], parameter))
     everyone = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order = {id(parameter): at for at, parameter in enumerate(everyone)}
     moments: dict[int, dict[str, Tensor | int]] = {}
-    for key, value in tensors.items():
-        kind, _, rest = key.partition("/")
-        part, _, name = rest.partition("/")
-        if kind == "optimizer":
-            is_count = value.dtype == torch.int64 and value.ndim == 0
-            moments.setdefault(order[id(parameters[name])], {})[part] = int(value) if is_count else value
+    for full, value in tensors.items():
+        kind, _, rest = full.partition("/")
+        key, _, name = rest.partition("/")
+        if kind != "optimizer":
+            continue
+        parameter, is_count = parameters[name], value.dtype == torch.int64 and value.ndim == 0
+        if value.ndim and is_sharded(parameter):
+            value = as_part(parameter, _rows(value, parameter).to(own(parameter).device))
+        moments.setdefault(order[id(parameter)], {})[key] = int(value) if is_count else value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     step: int = state["step"]
     return step
+
+
+def _rows(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return what of a whole tensor lies where this rank's part of `parameter` does."""
+    return value[slice(*own_rows(parameter))] if is_sharded(parameter) else value
 
 
 def _fsync(path: Path) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 
 from matryoshka.core.activations import POLICIES, CompiledBlocks, activations
 from matryoshka.core.attention import PIECE
+from matryoshka.core.distributed import own
 from matryoshka.core.elementwise import at_least_fp32
 from matryoshka.core.language_model import LanguageModel, ModelConfig
 from matryoshka.core.optimizer import moment_bytes
@@ -96,8 +97,10 @@ class Footprint:
 
 
 def state_bytes(parameters: Mapping[str, nn.Parameter], optimizer: str = "adamw") -> int:
-    """Return the size of gradients and both moments; paged moments count as 8-bit ones, though they may move out."""
-    return sum(p.numel() * p.itemsize + 2 * moment_bytes(p, optimizer) for p in parameters.values())
+    """Return the size of gradients and both moments, of parameters that are cut up over ranks this rank's; paged ones
+    count as 8-bit ones, though they may move out."""
+    parts = [own(parameter) for parameter in parameters.values()]
+    return sum(part.numel() * part.itemsize + 2 * moment_bytes(part, optimizer) for part in parts)
 
 
 def scratch_bytes(model: nn.Module, dtype: torch.dtype) -> int:
@@ -182,12 +185,12 @@ def plan_memory(
     Call it with the weights in place and before the optimizer has its state. free: bytes, default what the device has.
     Raises ValueError where policy is "auto" and max_tokens tokens fit under none.
     """
-    device = model.head_weight.device
+    device = model.device
     rank = max((len(p) for name, p in parameters.items() if ".lora_A." in name), default=0)
     dora = any(".lora_magnitude_vector." in name for name in parameters)
-    footprint = Footprint(model.config, model.head_weight.dtype, rank, dora)
+    footprint = Footprint(model.config, model.dtype, rank, dora)
     free = free_bytes(device) if free is None else free
-    room = int(free * (1 - MARGIN)) - state_bytes(parameters, optimizer)
+    room = int(free * (1 - MARGIN)) - state_bytes(parameters, optimizer) - model.gathered_bytes
     scratch = scratch_bytes(model, footprint.dtype)
     plan = MemoryPlan(policy, footprint, room, device.type, CompiledBlocks() if compile_blocks else None, scratch)
     chosen = plan.policy_for(max_tokens)

@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
+
+from matryoshka.core.distributed import is_sharded
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 SMALL, BLOCK = 4096, 256
 
 
-def moment_bytes(parameter: nn.Parameter, optimizer: str) -> int:
+def moment_bytes(parameter: Tensor, optimizer: str) -> int:
     """Return the size of one of the two moments of a parameter."""
     numbers = parameter.numel()
     if optimizer == "adamw":
@@ -45,8 +46,8 @@ def make_optimizer(
     if name not in OPTIMIZERS:
         raise ValueError(f"train: optimizer {name!r} is unknown; choose from {list(OPTIMIZERS)}")
     for path, parameter in parameters.items():
-        if parameter.dtype == torch.float64 or isinstance(parameter, DTensor):
-            kind = "sharded" if isinstance(parameter, DTensor) else "float64"
+        if parameter.dtype == torch.float64 or is_sharded(parameter):
+            kind = "sharded" if is_sharded(parameter) else "float64"
             raise ValueError(f"train: optimizer {name!r} cannot take {path}, which is {kind}; choose 'adamw'")
     optim = bitsandbytes(f"optimizer = {name!r}").optim
     if name == "adamw8bit":

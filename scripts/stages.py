@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matryoshka.core.layout import ParallelConfig
 from matryoshka.core.protocols import RunStopped
 from matryoshka.core.records import Trajectory, to_json
 from matryoshka.core.train import Interrupted, TrainConfig
@@ -33,7 +34,10 @@ class DpoCommand:
     reference; default a fresh adapter, the base model being the reference. quantization "nf4": the frozen base in four
     bits (QLoRA; the extra `cuda`). overlong: "error" or "skip" (counted).
     tensorboard: write the metrics as TensorBoard events too (the extra `track`). reference_cache: a file that keeps
-    reference log-probs, so that later epochs and runs need no reference pass; default none.
+    reference log-probs, so that later epochs and runs need no reference pass; default none. tune: "adapter", or "full"
+    for all weights, which are written to out/model; the model as it comes is then the reference, whose log-probs are
+    computed before training (default file: out/reference.sqlite). Under torchrun, [parallel] says how the model lies on
+    the ranks.
     """
 
     data: Path
@@ -47,6 +51,8 @@ class DpoCommand:
     threads: int = 0
     tensorboard: bool = False
     reference_cache: Path | None = None
+    tune: str = "adapter"
+    parallel: ParallelConfig = ParallelConfig()
     lora: LoraConfig = LoraConfig()
     objective: Preference = Preference()
     train: TrainConfig = TrainConfig()
@@ -66,6 +72,8 @@ class SftCommand:
     device: str = "cpu"
     threads: int = 0
     tensorboard: bool = False
+    tune: str = "adapter"
+    parallel: ParallelConfig = ParallelConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-5, epochs=3))
 

@@ -104,7 +104,8 @@ def test_gradients_by_finite_differences(drop: float) -> None:
         return LoraFunction.apply(x, 0.7, drop, 3, (scales, None), *layers)  # type: ignore[no-untyped-call]
 
     assert torch.autograd.gradcheck(two, (x, a, b, other_a, other_b))
-    assert torch.autograd.gradcheck(lambda x: BaseFunction.apply(x, packed, scales, bias), x)
+    base: Any = BaseFunction.apply
+    assert torch.autograd.gradcheck(lambda x: base(x, packed, scales, bias), x)
 
 
 @pytest.mark.parametrize("with_adapter", [True, False])
@@ -140,7 +141,8 @@ def test_equals_bitsandbytes_and_peft(tiny_dir: Path, dtype: torch.dtype) -> Non
     factor of two: peft multiplies by the adapter in fp32, we round it to bf16.
     """
     peft = pytest.importorskip("peft")
-    model, other, stored = quantised(tiny_dir, dtype), load_model(tiny_dir, dtype), load_model(tiny_dir).state_dict()
+    model, stored = quantised(tiny_dir, dtype), load_model(tiny_dir).state_dict()
+    other: Any = load_model(tiny_dir, dtype)
     for path, module in list(other.named_modules()):
         if isinstance(module, nn.Linear):
             outputs, inputs = module.weight.shape
@@ -190,7 +192,7 @@ def test_what_is_quantised(tiny_dir: Path) -> None:
 
 def test_an_untied_head_stays_dense() -> None:
     """Oracle: the type; the head is applied through its weight alone."""
-    model = nn.ModuleDict({"lm_head": nn.Linear(6, 4), "q_proj": nn.Linear(6, 4)})
+    model: Any = nn.ModuleDict({"lm_head": nn.Linear(6, 4), "q_proj": nn.Linear(6, 4)})
     weight, bias = model["q_proj"].weight.detach().clone(), model["q_proj"].bias
     quantize_linears(model)
     assert type(model["lm_head"]) is nn.Linear and isinstance(model["q_proj"], QuantizedLinear)

@@ -8,6 +8,7 @@ hybrid     the ranks of a node share one copy as under `shard`, the nodes hold a
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from matryoshka.core.distributed import World
 from matryoshka.core.language_model import LanguageModel
@@ -58,9 +59,15 @@ class Sizes:
 
     @classmethod
     def of(cls, model: LanguageModel, stored: torch.dtype, computed: torch.dtype, trained: bool, extra: int) -> "Sizes":
-        """Return the sizes of `model`; trained: its own weights are, by AdamW."""
-        total = sum(parameter.numel() for parameter in model.parameters())
-        blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
+        """Return the sizes of `model`; trained: its own weights are, by AdamW.
+
+        Packed weights (uint8, which are gathered as they are) count as the numbers that would take their bytes.
+        """
+
+        def count(module: nn.Module) -> int:
+            return sum(p.numel() // (stored.itemsize if p.dtype == torch.uint8 else 1) for p in module.parameters())
+
+        total, blocks = count(model), [count(block) for block in model.blocks]
         root = total - sum(blocks)
         return cls(total, root, max(blocks), stored.itemsize, computed.itemsize, trained, extra)
 

@@ -7,11 +7,13 @@ without memory and then filled strictly: what comes back is complete or an error
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
 from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.weights import load_weights
@@ -20,14 +22,21 @@ MODELS = Path(__file__).parent / "models"
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+    folder: Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    convert: Callable[[nn.Module], None] | None = None,
 ) -> LanguageModel:
     """Return the model of a Hugging Face folder in evaluation mode; dtype None keeps the stored one.
 
+    convert: what to make of the module before its weights come in (`lora/quantized.py`: layers that pack them).
     Raises FileNotFoundError or ValueError for a folder, config or checkpoint that is missing, malformed or does not
     fit.
     """
-    return fill_model(empty_model(folder), folder, dtype, device)
+    model = empty_model(folder)
+    if convert is not None:
+        convert(model)
+    return fill_model(model, folder, dtype, device)
 
 
 def empty_model(folder: Path) -> LanguageModel:

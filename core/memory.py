@@ -22,6 +22,7 @@ from matryoshka.core.attention import PIECE
 from matryoshka.core.distributed import own
 from matryoshka.core.elementwise import at_least_fp32
 from matryoshka.core.language_model import LanguageModel, ModelConfig
+from matryoshka.core.optimizer import moment_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +96,17 @@ class Footprint:
         return max(feed_forward, attention if scores else 0, head)
 
 
-def state_bytes(parameters: Mapping[str, nn.Parameter]) -> int:
-    """Return the size of gradients and AdamW's two moments, of parameters that are cut up over ranks this rank's."""
+def state_bytes(parameters: Mapping[str, nn.Parameter], optimizer: str = "adamw") -> int:
+    """Return the size of gradients and both moments, of parameters that are cut up over ranks this rank's; paged ones
+    count as 8-bit ones, though they may move out."""
     parts = [own(parameter) for parameter in parameters.values()]
-    return 3 * sum(part.numel() * part.itemsize for part in parts)
+    return sum(part.numel() * part.itemsize + 2 * moment_bytes(part, optimizer) for part in parts)
+
+
+def scratch_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Return the size of the largest weight that is stored packed, two numbers in a uint8, once it is dense."""
+    packed = (parameter.numel() for parameter in model.parameters() if parameter.dtype == torch.uint8)
+    return 2 * max(packed, default=0) * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:
@@ -128,6 +136,7 @@ class MemoryPlan:
     """Which policy a micro-batch runs under, by its length.
 
     policy: one for all lengths, or "auto": the fastest that `room` bytes hold. compiled: as `activations` takes it.
+    scratch: bytes of a quantised weight while it is dense.
     """
 
     policy: str
@@ -135,6 +144,7 @@ class MemoryPlan:
     room: int
     device_type: str = "cpu"
     compiled: CompiledBlocks | None = None
+    scratch: int = 0
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -146,7 +156,7 @@ class MemoryPlan:
         workspace = HEAD_WORKSPACE.get(self.device_type, HEAD_WORKSPACE_ELSEWHERE)
         hidden = tokens * self.footprint.config.hidden_size * at_least_fp32(self.footprint.dtype).itemsize
         scores = 0 if self.device_type == "cuda" else min(tokens, PIECE) * tokens
-        return self.footprint.step_bytes(tokens, policy, 2 * hidden + workspace, scores)
+        return self.footprint.step_bytes(tokens, policy, 2 * hidden + workspace, scores) + self.scratch
 
     def policy_for(self, tokens: int) -> str:
         """Return the policy for `tokens` tokens; "auto" takes the leanest where none fits."""
@@ -168,6 +178,7 @@ def plan_memory(
     max_tokens: int,
     compile_blocks: bool = False,
     free: int | None = None,
+    optimizer: str = "adamw",
 ) -> MemoryPlan:
     """Return the plan for training `parameters` with micro-batches of at most `max_tokens` tokens.
 
@@ -179,8 +190,9 @@ def plan_memory(
     dora = any(".lora_magnitude_vector." in name for name in parameters)
     footprint = Footprint(model.config, model.dtype, rank, dora)
     free = free_bytes(device) if free is None else free
-    room = int(free * (1 - MARGIN)) - state_bytes(parameters) - model.gathered_bytes
-    plan = MemoryPlan(policy, footprint, room, device.type, CompiledBlocks() if compile_blocks else None)
+    room = int(free * (1 - MARGIN)) - state_bytes(parameters, optimizer) - model.gathered_bytes
+    scratch = scratch_bytes(model, footprint.dtype)
+    plan = MemoryPlan(policy, footprint, room, device.type, CompiledBlocks() if compile_blocks else None, scratch)
     chosen = plan.policy_for(max_tokens)
     peak = plan.peak_bytes(max_tokens, chosen)
     if policy == "auto" and peak > room:

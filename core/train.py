@@ -31,7 +31,7 @@ from matryoshka.core.distributed import ALONE, TIMEOUT_S, World, is_sharded, who
 from matryoshka.core.files import write_text
 from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.memory import free_bytes, plan_memory
-from matryoshka.core.optimizer import parameter_groups
+from matryoshka.core.optimizer import OPTIMIZERS, make_optimizer
 from matryoshka.core.packing import Item as Item
 from matryoshka.core.packing import batch_at as batch_at
 from matryoshka.core.packing import check_budget
@@ -50,7 +50,8 @@ class TrainConfig:
     max_checkpoint_gb: how many stay, and how many GB they may take (0: any); the newest stays. save_asynchronously:
     write them while training goes on, from a copy in host memory. rank_timeout_s: a rank that waits longer for another
     one, in a collective or for its part of a checkpoint, fails, and torchrun ends the rest. lora_plus_ratio: rate of
-    LoRA's B over that of A (LoRA+; its authors use 16). activations: what forward keeps for backward, "none",
+    LoRA's B over that of A (LoRA+; its authors use 16). optimizer: "adamw", or "adamw8bit", "paged_adamw8bit" with
+    moments in 8 bits (`core/optimizer.py`). activations: what forward keeps for backward, "none",
     "selective", "full", "offload" (`core/activations.py`) or "auto", the fastest that fits; no bit of the result
     depends on it. compile_blocks: whole blocks by torch.compile.
     """
@@ -66,6 +67,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     lora_plus_ratio: float = 1.0
+    optimizer: str = "adamw"
     activations: str = "auto"
     compile_blocks: bool = False
     save_every: int = 0
@@ -84,6 +86,8 @@ class TrainConfig:
         for name in ("learning_rate", "lora_plus_ratio", "rank_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train: {name} {getattr(self, name)} must be above 0")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"train: optimizer {self.optimizer!r} is unknown; choose from {list(OPTIMIZERS)}")
         if self.activations not in ("auto", *POLICIES):
             raise ValueError(f"train: activations {self.activations!r} is unknown; choose from {['auto', *POLICIES]}")
 
@@ -124,12 +128,12 @@ def train(
     check_budget(items, config.micro_batch_tokens)
     device = model.device
     longest, free = longest_micro_batch(items, config), world.least(free_share(device, world))
-    memory = plan_memory(config.activations, model, parameters, longest, config.compile_blocks, int(free))
-    optimizer = torch.optim.AdamW(
-        parameter_groups(parameters, config.lora_plus_ratio),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
+    memory = plan_memory(
+        config.activations, model, parameters, longest, config.compile_blocks, int(free), config.optimizer
+    )
+    betas = (config.beta1, config.beta2)
+    optimizer = make_optimizer(
+        config.optimizer, parameters, config.learning_rate, betas, config.weight_decay, config.lora_plus_ratio
     )
     num_steps = config.epochs * math.ceil(len(items) / config.batch_size)
     folder.mkdir(parents=True, exist_ok=True)

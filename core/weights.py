@@ -39,6 +39,10 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None, devi
     of old checkpoints, and, where the model has a tied head and so no parameter of that name, an `lm_head.weight` that
     equals the embedding. On an error the model is left partly filled.
 
+    A layer that stores its weight packed (`lora/quantized.py`) says so by a method `pack(weight, dtype)`, which gets
+    the whole tensor in fp32, where the model computes, and returns what the parameter holds, and by `shape`, the
+    checkpoint's. Every rank reads all of such a tensor and keeps its rows of what comes back.
+
     Raises:
         FileNotFoundError: no such folder, no safetensors in it, or a shard that the index names is missing.
         ValueError: a corrupt file, a missing or unexpected key, another shape, integers where floats are expected.
@@ -56,16 +60,27 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None, devi
         for key, slot in slots.items():
             path, handle = found[key]
             stored = handle.get_slice(key)
-            if tuple(stored.get_shape()) != tuple(slot.shape):
+            owner, _, leaf = key.rpartition(".")
+            layer: Any = model.get_submodule(owner)
+            is_packed = leaf == "weight" and hasattr(layer, "pack")
+            shape = tuple(layer.shape if is_packed else slot.shape)
+            if tuple(stored.get_shape()) != shape:
                 raise ValueError(f"{path}: {key} has shape {tuple(stored.get_shape())}, the model expects "
-                                 f"{tuple(slot.shape)}; check that config.json belongs to these weights")
-            if slot.is_floating_point() and stored.get_dtype() not in FLOATING:
+                                 f"{shape}; check that config.json belongs to these weights")
+            is_floating = is_packed or slot.is_floating_point()
+            if is_floating and stored.get_dtype() not in FLOATING:
                 raise ValueError(f"{path}: {key} is stored as {stored.get_dtype()}, expected one of {FLOATING}; "
                                  f"quantised checkpoints are not read, use the unquantised one")
-            wanted = dtype if slot.is_floating_point() else None
-            # Without copy=True an uncast tensor on the CPU would be a view of the memory map.
-            read = _own_part(slot, stored) if is_sharded(slot) else handle.get_tensor(key)
-            tensor = read.to(device=device, dtype=wanted, copy=True)
+            if is_packed:
+                read = handle.get_tensor(key)
+                place = getattr(model, "compute_device", None) or device
+                packed = layer.pack(read.to(device=place, dtype=torch.float32), dtype or read.dtype)
+                part = packed[slice(*own_rows(slot))].clone() if is_sharded(slot) else packed
+                tensor = part.to(device)
+            else:
+                read = _own_part(slot, stored) if is_sharded(slot) else handle.get_tensor(key)
+                # Without copy=True an uncast tensor on the CPU would be a view of the memory map.
+                tensor = read.to(device=device, dtype=dtype if is_floating else None, copy=True)
             _assign(model, key, slot, as_part(slot, tensor) if is_sharded(slot) else tensor)
 
 

@@ -26,7 +26,7 @@ from matryoshka.core.packing import Item
 from matryoshka.core.records import stable_seed
 from matryoshka.core.tree import Tokens
 from matryoshka.lora.files import adapter_tensors
-from matryoshka.lora.linear import layers_with
+from matryoshka.lora.linear import LoraLinear, layers_with
 
 KERNELS = 1  # raise it with any change to the code that moves log-probs by more than rounding
 APPLICATION_ID = 0x4D545246  # in SQLite's header: this file is ours
@@ -37,7 +37,8 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
 def reference_digest(base: Path, model: LanguageModel, adapter: str | None) -> str:
-    """Return the hash of what computes the reference: files of `base`, adapter of that name, dtype, device, kernels.
+    """Return the hash of what computes the reference: files of `base`, which of their weights are quantised, adapter of
+    that name, dtype, device, kernels.
 
     base: the Hugging Face folder that `model` was loaded from; adapter None: adapters off. Reads every weight once.
     """
@@ -45,6 +46,9 @@ def reference_digest(base: Path, model: LanguageModel, adapter: str | None) -> s
     for path in sorted((*base.glob("*.safetensors"), base / "config.json")):
         with path.open("rb") as handle:
             digest.update(f"{path.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}".encode())
+    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLinear)]
+    if packed := [path for path, layer in layers if layer.scales is not None]:
+        digest.update(f"nf4 {packed}".encode())
     if adapter is not None:
         digest.update(f"{layers_with(model, adapter)[0].configs[adapter]}".encode())
         for name, tensor in adapter_tensors(model, adapter).items():

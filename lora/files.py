@@ -147,9 +147,14 @@ def merge(model: nn.Module, name: str) -> None:
     """Fold adapter `name` into the weights: W + scale B A, its rows rescaled with DoRA, computed in at least fp32 and
     rounded once to W's dtype.
 
-    Every adapter is dropped and each LoRA layer becomes a plain linear layer again.
+    Every adapter is dropped and each LoRA layer becomes a plain linear layer again. Raises ValueError for a quantised
+    base: its own weights are gone, and a sum that is rounded to four bits again would lose the adapter.
     """
-    layers_with(model, name)
+    if any(layer.scales is not None for layer in layers_with(model, name)):
+        raise ValueError(
+            f"merge: the base under adapter {name!r} is quantised; load the model without quantisation and merge "
+            "there. An adapter that was trained beside rounded weights then computes nearly, not exactly, the same"
+        )
     for path, module in list(model.named_modules()):
         if not isinstance(module, LoraLinear):
             continue

@@ -3,7 +3,8 @@
 Layers that read the same input (q, k, v; gate, up) may be computed together: one product with all A, one gradient of
 the input summed by the matrix products themselves. Kept for the backward pass: the input, which other layers keep as
 well, and R numbers a row and layer. They are 0.5% of the activations at rank 8, and spare another read of the input.
-A dropout mask is drawn again from its seed.
+A dropout mask is drawn again from its seed. A weight that is packed in four bits (`lora/quantized.py`) is made dense
+for each product and dropped after it, in the backward pass again.
 
 Shapes: M rows (all leading dimensions), I inputs, O outputs, R rank, S the ranks of all layers together.
 """
@@ -16,17 +17,38 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from matryoshka.lora.nf4 import NF4, dense
+
+
+class BaseFunction(torch.autograd.Function):
+    """x W^T + bias for a packed W: as F.linear, but what is kept for the backward pass is the packed bytes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scales: NF4, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(packed)
+        ctx.scales, ctx.dtype = scales, x.dtype
+        return F.linear(x, dense(packed, scales, x.dtype), bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (packed,) = ctx.saved_tensors
+        grad_x = grads[0] @ dense(packed, ctx.scales, ctx.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None
+
 
 class LoraFunction(torch.autograd.Function):
     """For each layer x W^T + bias + scale * (dropout(x) A^T) B^T, in x's dtype; W and bias are frozen.
 
-    drop: probability, seed: which mask, the same for all layers. layers: weight_OI, bias_O (or None), a_RI, b_OR of
-    each, one after the other. A and B may be wider than x: they are rounded to its dtype in the products, and their
-    gradients come in their own.
+    drop: probability, seed: which mask, the same for all layers. scales: of each layer whose weight is packed, None of
+    the others. layers: weight_OI, bias_O (or None), a_RI, b_OR of each, one after the other. A and B may be wider than
+    x: they are rounded to its dtype in the products, and their gradients come in their own.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, drop: float, seed: int, *layers: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, scale: float, drop: float, seed: int, scales: Sequence[NF4 | None], *layers: Tensor
+    ) -> tuple[Tensor, ...]:
         weights, biases, downs, ups = (layers[i::4] for i in range(4))
         scale /= 1 - drop
         z_MI = x.reshape(-1, x.shape[-1])
@@ -34,10 +56,10 @@ class LoraFunction(torch.autograd.Function):
             z_MI = z_MI * _mask(z_MI, drop, seed)
         s_MS = F.linear(z_MI, _stacked(downs, x.dtype))
         ctx.save_for_backward(x, s_MS, *weights, *downs, *ups)
-        ctx.scale, ctx.drop, ctx.seed = scale, drop, seed
+        ctx.scale, ctx.drop, ctx.seed, ctx.scales = scale, drop, seed, scales
         outputs = []
-        for weight_OI, bias_O, b_OR, s_MR in zip(weights, biases, ups, _by_layer(s_MS, downs, 1), strict=True):
-            y = F.linear(x, weight_OI, bias_O)
+        for i, (b_OR, s_MR) in enumerate(zip(ups, _by_layer(s_MS, downs, 1), strict=True)):
+            y = F.linear(x, dense(weights[i], scales[i], x.dtype), biases[i])
             y.view(-1, y.shape[-1]).addmm_(s_MR, b_OR.to(x.dtype).T, alpha=scale)
             outputs.append(y)
         return tuple(outputs)
@@ -56,8 +78,8 @@ class LoraFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             down_SI = _stacked(downs, x.dtype)
             grad_x = grad_MS @ down_SI if mask_MI is None else (grad_MS @ down_SI).mul_(mask_MI)
-            for grad_MO, weight_OI in zip(grads_MO, weights, strict=True):
-                grad_x.addmm_(grad_MO, weight_OI)
+            for grad_MO, weight, scales in zip(grads_MO, weights, ctx.scales, strict=True):
+                grad_x.addmm_(grad_MO, dense(weight, scales, x.dtype))
             grad_x = grad_x.view(x.shape)
         grad_layers: list[Tensor | None] = [None] * (4 * len(grads))
         if any(ctx.needs_input_grad[1:]):
@@ -66,7 +88,7 @@ class LoraFunction(torch.autograd.Function):
             for i, (grad_RI, s_MR) in enumerate(slices):
                 grad_RO = (s_MR.T @ grads_MO[i]).mul_(ctx.scale)  # half the time of its transpose [O, M] x [M, R]
                 grad_layers[4 * i + 2 : 4 * i + 4] = grad_RI.to(downs[i].dtype), grad_RO.T.to(ups[i].dtype)
-        return grad_x, None, None, None, *grad_layers
+        return grad_x, None, None, None, None, *grad_layers
 
 
 def _stacked(downs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matryoshka.core.distributed import whole
-from matryoshka.lora.functions import LoraFunction, weight_norm
+from matryoshka.lora.functions import BaseFunction, LoraFunction, weight_norm
+from matryoshka.lora.nf4 import NF4, dense
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,34 @@ class LoraLinear(nn.Module):
         self.active: str | None = None
         self.train(base.training)
 
+    @property
+    def scales(self) -> NF4 | None:
+        """Those of a packed weight (`lora/quantized.py`), else None."""
+        return None
+
+    @property
+    def shape(self) -> torch.Size:
+        """[O, I], however the weight is stored."""
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the base computes in, however the weight is stored."""
+        return self.weight.dtype
+
+    def dense(self) -> Tensor:
+        """Return the whole [O, I] weight in `dtype`: the parameter itself, or a packed one made dense."""
+        weight, scales = whole(self.weight), self.scales
+        return weight if scales is None else dense(weight.to(scales.offset.device), scales, self.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         name = self.active
-        if name is None or name not in self.configs:
+        if name is not None and name in self.configs:
+            return _adapted(x, [self], name)[0]
+        if self.scales is None:
             return F.linear(x, self.weight, self.bias)
-        return _adapted(x, [self], name)[0]
+        out: Tensor = BaseFunction.apply(x, self.weight, self.scales, self.bias)  # type: ignore[no-untyped-call]
+        return out
 
     def forward_together(self, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...] | None:
         """Return the outputs of layers that read the same x, this one the first, in fewer products than one by one.
@@ -98,20 +122,20 @@ class LoraLinear(nn.Module):
         self.configs[name] = config
         self.lora_A[name], self.lora_B[name] = nn.Parameter(a_RI), nn.Parameter(b_OR)
         if config.dora:
-            weight_OI = whole(self.weight).to(a_RI.device)
+            weight_OI = self.dense().to(a_RI.device)
             self.lora_magnitude_vector[name] = nn.Parameter(weight_norm(weight_OI, a_RI, b_OR, config.scale))
 
     def row_scale(self, name: str) -> Tensor:
         """Return DoRA's m / ||W + scale B A||, [O], differentiable in m alone."""
         a_RI, b_OR = self.lora_A[name].detach(), self.lora_B[name].detach()
-        norm_O = weight_norm(self.weight, a_RI, b_OR, self.configs[name].scale)
+        norm_O = weight_norm(self.dense(), a_RI, b_OR, self.configs[name].scale)
         magnitude_O: Tensor = self.lora_magnitude_vector[name]
         return magnitude_O / norm_O.clamp_min(torch.finfo(norm_O.dtype).tiny)  # a row of zeros: 0, not 0 / 0
 
     @torch.no_grad()
     def merged(self, name: str) -> Tensor:
         """Return the weight that computes the same without adapter `name`'s own product, [O, I], in at least fp32."""
-        weight_OI = self.weight.to(self.lora_A[name].dtype) + self.delta(name)
+        weight_OI = self.dense().to(self.lora_A[name].dtype) + self.delta(name)
         return weight_OI * self.row_scale(name).unsqueeze(1) if self.configs[name].dora else weight_OI
 
     def delta(self, name: str) -> Tensor:
@@ -128,7 +152,9 @@ def _adapted(x: Tensor, layers: Sequence[LoraLinear], name: str) -> tuple[Tensor
     flat: list[Tensor | None] = []
     for layer in layers:
         flat += [layer.weight, None if config.dora else layer.bias, layer.lora_A[name], layer.lora_B[name]]
-    outputs: tuple[Tensor, ...] = LoraFunction.apply(x, config.scale, drop, seed, *flat)  # type: ignore[no-untyped-call]
+    outputs: tuple[Tensor, ...] = LoraFunction.apply(  # type: ignore[no-untyped-call]
+        x, config.scale, drop, seed, tuple(layer.scales for layer in layers), *flat
+    )
     if not config.dora:
         return outputs
     scaled = (y * layer.row_scale(name).to(y.dtype) for layer, y in zip(layers, outputs, strict=True))
@@ -166,8 +192,8 @@ def add_adapter(
             module = LoraLinear(module)
             module.active = now_active
             setattr(model.get_submodule(parent_path), leaf, module)
-        outputs, inputs = module.weight.shape
-        dtype = torch.promote_types(module.weight.dtype, torch.float32)
+        outputs, inputs = module.shape
+        dtype = torch.promote_types(module.dtype, torch.float32)
         place = device or module.weight.device
         bound = 1 / math.sqrt(inputs)
         a_RI = (torch.rand(config.rank, inputs, generator=draws, dtype=torch.float64) * 2 - 1) * bound

@@ -18,7 +18,7 @@ from matryoshka.dpo.objectives import Preference
 from matryoshka.lora.files import load_adapter
 from matryoshka.lora.files import read_config as adapter_config
 from matryoshka.lora.linear import LoraConfig, add_adapter
-from matryoshka.scripts.training import DTYPES, POLICY, load_base, train_policy, train_weights
+from matryoshka.scripts.training import DTYPES, POLICY, QUANTIZATIONS, load_base, train_policy, train_weights
 
 TUNES = ("adapter", "full")
 logger = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ class Settings(Protocol):
     def overlong(self) -> str: ...
     @property
     def dtype(self) -> str: ...
+    @property
+    def quantization(self) -> str: ...
     @property
     def device(self) -> str: ...
     @property
@@ -67,10 +69,14 @@ def finetune(settings: Settings, preference: Preference | None, reference_cache:
     """
     if settings.dtype not in DTYPES:
         raise ValueError(f"dtype {settings.dtype!r} is unknown; choose from {list(DTYPES)}")
+    if settings.quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization {settings.quantization!r} is unknown; choose from {list(QUANTIZATIONS)}")
     if settings.tune not in TUNES:
         raise ValueError(f"tune {settings.tune!r} is unknown; choose from {list(TUNES)}")
     if settings.tune == "full" and settings.adapter:
         raise ValueError(f"adapter {settings.adapter}: there is none where all weights are trained; merge it first")
+    if settings.tune == "full" and settings.quantization != "none":
+        raise ValueError(f"quantization {settings.quantization!r} is for a frozen base; train an adapter on it")
     with open_world(settings.device, settings.train.rank_timeout_s) as world:
         _finetune(settings, preference, reference_cache, world)
 
@@ -89,7 +95,9 @@ def _finetune(settings: Settings, preference: Preference | None, reference_cache
         logger.warning("%s: %d rows repeat an earlier pair and are left out", settings.data, repeated)
     full, dtype = settings.tune == "full", DTYPES[settings.dtype]
     lora = adapter_config(settings.adapter) if settings.adapter else settings.lora
-    model = load_base(settings.model, dtype, full, lora, items, settings.train, settings.parallel, world)
+    model = load_base(
+        settings.model, dtype, settings.quantization, full, lora, items, settings.train, settings.parallel, world
+    )
     title, written = "sft" if preference is None else "dpo", "model" if full else "adapter"
     job = (model, settings.model, items, settings.train, preference, settings.out, title)
     if full:

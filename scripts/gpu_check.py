@@ -22,7 +22,7 @@ from matryoshka.core.files import write_json
 from matryoshka.scripts.doctor import ROOT, environment
 
 NOT_MEASURED = "not measured"
-PARTS = ("tests", "head", "step", "padded", "sft", "load")
+PARTS = ("tests", "head", "step", "padded", "sft", "qlora", "load")
 Benches = Mapping[str, Mapping[str, Any]]  # name of the run -> the object that the bench printed
 # Import name -> what --against calls it.
 HEAD_PEERS = {"liger_kernel": "liger", "cut_cross_entropy": "cce", "trl": "trl"}
@@ -33,8 +33,8 @@ class Config:
     """Kernel tests and all benchmarks on this machine's GPU.
 
     model: a Hugging Face folder, for its tokenizer and for `bench load`. data: rows for `bench step` (default: the
-    embedded word problems). out: folder of the results. only: some of tests, head, step, padded, sft, load (default:
-    all), where a session on the GPU is short. dry_run: tiny sizes on the CPU, nothing written.
+    embedded word problems). out: folder of the results. only: some of tests, head, step, padded, sft, qlora, load
+    (default: all), where a session on the GPU is short. dry_run: tiny sizes on the CPU, nothing written.
     """
 
     model: Path = Path("models/smollm2-135m-instruct")
@@ -83,17 +83,20 @@ def commands(config: Config, peers: Sequence[str], chart: Path) -> dict[str, lis
             "head": ["head", *on_cpu, *"--tokens 8 --hidden 16 --vocabulary 64 --repeats 1".split()],
             "step": ["step", *model, *data, *tiny, *shorter, "--against", "padded", *trl],
             "sft": ["step", *model, *short, "--against"],
+            **({"qlora": ["qlora", *model, *data, *tiny[:-2]]} if "bitsandbytes" in peers else {}),
             "load": [*load, "--repeats", "1"],
         }
     cuda = ["--device", "cuda"]
     large = [*cuda, "--shape", "llama3-8b", "--compile-blocks", *model]
     pal = "--questions 24 --pairs 5 --steps 2 --repeats 2 --trl-pairs 8 12 --micro-batch-tokens 16384".split()
     plain = "--objective sft --questions 4 --steps 3 --sequence-length 4096 --micro-batch-tokens 16384".split()
+    four_bits = [*cuda, "--shape", "llama3-8b", *model, *data, "--micro-batch-tokens", "4096", "--activations", "full"]
     return {
         "head": ["head", *cuda, *head],
         "step": ["step", *large, *data, *pal, *compare, "--profile", str(chart), "--against", *trl],
         "padded": ["step", *large, *data, *pal, "--padded-pairs", "12", "--against", "padded"],
         "sft": ["step", *large, *plain, "--against"],
+        **({"qlora": ["qlora", *four_bits]} if "bitsandbytes" in peers else {}),
         "load": [*load, *cuda],
     }
 
@@ -108,6 +111,7 @@ CHECKS = (
     Check("largest difference of losses over 50 steps", "nats", 0.05, False, lambda b: _value(b, "step", "over 50")),
     Check("graphs compiled after the first epoch", "", 0.0, False, lambda b: _value(b, "step", "epochs after")),
     Check("peak memory of a step against the prediction", "", 0.1, False, lambda b: _prediction_error(b)),
+    Check("QLoRA peak memory of a step, weights included, over bf16's", "", 0.6, False, lambda b: _four_bits(b)),
     Check("SFT, sequences of 4096 tokens", "tokens/s", 15000.0, True, lambda b: _value(b, "sft", "token tree")),
 )
 
@@ -124,7 +128,7 @@ def main(config: Config) -> int:
     hardware = environment()
     gpu = hardware["gpus"][0]["name"].replace(" ", "-").lower() if hardware["gpus"] else "cpu"
     stem = "_".join([gpu, (hardware["commit"] or "unknown")[:12], *config.only])
-    modules = ("liger_kernel", "cut_cross_entropy", "trl", "transformers")
+    modules = ("liger_kernel", "cut_cross_entropy", "trl", "transformers", "bitsandbytes")
     peers = [name for name in modules if importlib.util.find_spec(name)]
     parts = config.only or PARTS
     tests = _tests(config.dry_run) if "tests" in parts else {"status": 0, "summary": NOT_MEASURED}
@@ -202,6 +206,11 @@ def _peak_ratio(benches: Benches) -> float | None:
         return None
     best = max(trl, key=lambda row: float(row["value"]))
     return float(ours / best["peak_gib"])
+
+
+def _four_bits(benches: Benches) -> float | None:
+    ours, plain = (_value(benches, "qlora", f"peak of a step with the weights, {n}") for n in ("nf4", "bfloat16"))
+    return ours / plain if ours and plain else None
 
 
 def _prediction_error(benches: Benches) -> float | None:

@@ -51,7 +51,7 @@ from matryoshka.scripts.problems import load_splits, make_task, scripted_generat
 from matryoshka.scripts.progress import Progress
 from matryoshka.scripts.run_config import RunConfig, ServeConfig
 from matryoshka.scripts.serving import started
-from matryoshka.scripts.training import DTYPES, POLICY, REFERENCE, train_policy
+from matryoshka.scripts.training import DTYPES, POLICY, QUANTIZATIONS, REFERENCE, train_policy
 from matryoshka.tasks.rollout import Job, job_key, run_rollouts
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,9 @@ class Run:
         self.threads = config.controller.threads or os.cpu_count() or 1
         torch.set_num_threads(self.threads)
         path = Path(config.controller.path)
-        self.model = load_model(path, DTYPES[config.controller.dtype], config.controller.device)
+        controller = config.controller
+        convert = QUANTIZATIONS[controller.quantization]
+        self.model = load_model(path, DTYPES[controller.dtype], controller.device, convert)
         self.tokenizer = Tokenizer.load(path)
         context = self.model.config.max_position_embeddings
         self.task, self._skipped_problems = make_task(config, splits, self._count_tokens, context)

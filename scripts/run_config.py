@@ -13,11 +13,13 @@ from matryoshka.lora.linear import LoraConfig
 class ControllerConfig:
     """The white-box model. path: a Hugging Face folder. threads: torch's on CPU, 0 for as many as there are cores.
 
-    max_rows: rows the sampler decodes together. deterministic: one request at a time, bit for bit repeatable.
+    quantization "nf4": the base in four bits (QLoRA; the extra `cuda`). max_rows: rows the sampler decodes together.
+    deterministic: one request at a time, bit for bit repeatable.
     """
 
     path: str
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantization: Literal["none", "nf4"] = "none"
     device: str = "cpu"
     threads: int = 0
     max_rows: int = 64

@@ -31,7 +31,8 @@ class DpoCommand:
 
     data: the JSONL file. model: a Hugging Face folder. out: where the adapter (PEFT layout), metrics and checkpoints
     go; an unfinished run found there is continued. adapter: an adapter folder to start from, which then is the
-    reference; default a fresh adapter, the base model being the reference. overlong: "error" or "skip" (counted).
+    reference; default a fresh adapter, the base model being the reference. quantization "nf4": the frozen base in four
+    bits (QLoRA; the extra `cuda`). overlong: "error" or "skip" (counted).
     tensorboard: write the metrics as TensorBoard events too (the extra `track`). reference_cache: a file that keeps
     reference log-probs, so that later epochs and runs need no reference pass; default none. tune: "adapter", or "full"
     for all weights, which are written to out/model; the model as it comes is then the reference, whose log-probs are
@@ -45,6 +46,7 @@ class DpoCommand:
     adapter: Path | None = None
     overlong: str = "error"
     dtype: str = "float32"
+    quantization: str = "none"
     device: str = "cpu"
     threads: int = 0
     tensorboard: bool = False
@@ -66,6 +68,7 @@ class SftCommand:
     adapter: Path | None = None
     overlong: str = "error"
     dtype: str = "float32"
+    quantization: str = "none"
     device: str = "cpu"
     threads: int = 0
     tensorboard: bool = False

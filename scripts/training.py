@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from matryoshka.core.files import write_json
 from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.layout import ParallelConfig, Sizes, choose_layout
 from matryoshka.core.load import empty_model, fill_model, load_model, read_config
-from matryoshka.core.memory import Footprint, MemoryPlan
+from matryoshka.core.memory import Footprint, MemoryPlan, scratch_bytes
 from matryoshka.core.step import Reference
 from matryoshka.core.train import Item, TrainConfig, free_share, longest_micro_batch, train
 from matryoshka.core.weights import save_weights
@@ -35,11 +35,14 @@ from matryoshka.lora.linear import (
     set_active,
     trainable_parameters,
 )
+from matryoshka.lora.nf4 import nf4_bytes
+from matryoshka.lora.quantized import QuantizedLinear, quantize_linears
 from matryoshka.scripts.export import WEIGHT_SUFFIXES
 from matryoshka.scripts.progress import Progress
 from matryoshka.scripts.tracking import scalar_writer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+QUANTIZATIONS: dict[str, Callable[[nn.Module], None] | None] = {"none": None, "nf4": quantize_linears}
 POLICY, REFERENCE = "policy", "reference"
 
 
@@ -171,6 +174,7 @@ def _save_model(model: LanguageModel, base: Path, folder: Path, dtype: torch.dty
 def load_base(
     base: Path,
     dtype: torch.dtype,
+    quantization: str,
     full: bool,
     lora: LoraConfig,
     items: Sequence[Item],
@@ -180,15 +184,16 @@ def load_base(
 ) -> LanguageModel:
     """Return the model that is to be trained on `items` as this rank holds it, under the layout that fits.
 
-    full: all weights are trained; they are then kept in fp32 at least. Says on the first rank which layout and why.
+    quantization: one of QUANTIZATIONS. full: all weights are trained; they are then kept in fp32 at least. Says on the
+    first rank which layout and why.
     Raises ValueError where the layout does not fit, before anything is loaded, or where it needs torchrun.
     """
-    stored = at_least_fp32(dtype) if full else dtype
+    stored, convert = at_least_fp32(dtype) if full else dtype, QUANTIZATIONS[quantization]
     if "RANK" not in os.environ:
         if parallel.layout in ("shard", "hybrid") or stored != dtype:
             what = f"layout {parallel.layout!r}" if stored == dtype else f"training all weights in {dtype}"
             raise ValueError(f"parallel: {what} is for ranks; start with torchrun, one rank being enough")
-        return load_model(base, dtype, world.device)
+        return load_model(base, dtype, world.device, convert)
     model = empty_model(base)
     rank = 0 if full else lora.rank
     linears = [(path.rpartition(".")[2], m) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
@@ -198,6 +203,10 @@ def load_base(
     plan = MemoryPlan(policy, footprint, 0, world.device.type)
     peak = plan.peak_bytes(longest_micro_batch(items, config), policy)
     extra = peak + 5 * rank * adapted * at_least_fp32(dtype).itemsize  # with gradient, moments and the reference's copy
+    if convert is not None:
+        convert(model)
+    packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]  # scales, whole everywhere
+    extra += sum(nf4_bytes(m.shape.numel()) - m.weight.numel() for m in packed) + scratch_bytes(model, dtype)
     sizes = Sizes.of(model, stored, dtype, full, extra)
     layout = choose_layout(parallel, sizes, int(world.least(free_share(world.device, world))), world)
     if world.is_first:

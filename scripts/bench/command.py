@@ -19,6 +19,7 @@ BENCHES: dict[str, str] = {
     "head": "log-probs of chosen tokens, forward and backward: ours against eager, liger, cce, trl",
     "step": "preference training steps on PAL prompts: token tree against padded batches and trl",
     "scale": "preference training on more and more ranks of this machine, and what they send each other",
+    "qlora": "preference training steps over a base in four bits against the same base as it is",
     "load": "a checkpoint into memory: ours against transformers",
     "rollout": "episodes against a slow black box: overlap by Little's law, faults, memory, HTTP clients",
     "lamp": "LaMP's files into prompts on one core, and the memory that a large file takes",

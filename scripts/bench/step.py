@@ -117,7 +117,7 @@ def run(config: Config) -> BenchResult:
     """Return speeds of all trainers, their losses' differences and the graphs that were compiled."""
     packages = require(["trl", *config.against] if config._trl or config.compare_losses else config.against)
     prepare(config.device, config.threads)
-    bench = _load(config)
+    bench = load_bench(config)
     trainers = _trainers(config, bench)
     on_gpu = torch.device(config.device).type == "cuda"
     graphs = [compiled_graphs()]
@@ -188,7 +188,8 @@ def compiled_graphs() -> int:
     return count
 
 
-def _load(config: Config) -> Bench:
+def load_bench(config: Config) -> Bench:
+    """Return model, rows and recipe that `config` describes."""
     dtype = dtype_of(config.dtype, config.device)
     if config.shape:
         model_config = SHAPES[config.shape]

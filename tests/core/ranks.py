@@ -40,6 +40,7 @@ from matryoshka.lora.linear import (
     set_active,
     trainable_parameters,
 )
+from matryoshka.lora.quantized import QuantizedLinear, quantize_linears
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -73,6 +74,8 @@ class Case:
     steps: int = 1
     save_every: int = 0
     model: str = ""
+    nf4: bool = False
+    optimizer: str = "adamw"
 
 
 def items_of(case: Case) -> list[Item]:
@@ -93,6 +96,8 @@ def build(case: Case, model_folder: Path, world: World) -> tuple[Any, dict[str, 
     dtype, stored = DTYPES[case.dtype], DTYPES[case.stored or case.dtype]
     model_folder = Path(case.model or model_folder)
     model: Any = empty_model(model_folder)
+    if case.nf4:
+        quantize_linears(model)
     if not case.full:
         prepare_linears(model)
     model.requires_grad_(case.full)
@@ -157,7 +162,7 @@ def run(case: Case, model_folder: Path, folder: Path, world: World = ALONE) -> R
     config = TrainConfig(
         learning_rate=1e-2, epochs=100, batch_size=case.batch_size, micro_batch_tokens=case.micro_batch_tokens,
         max_grad_norm=case.max_grad_norm, warmup_ratio=0.0, min_lr_ratio=1.0, activations=case.activations,
-        save_every=case.save_every,
+        save_every=case.save_every, optimizer=case.optimizer,
     )  # fmt: skip
     gradients: dict[str, Tensor] = {}
 
@@ -166,6 +171,16 @@ def run(case: Case, model_folder: Path, folder: Path, world: World = ALONE) -> R
             if name not in gradients and parameter.grad is not None:
                 gradients[name] = whole(parameter.grad).clone()
 
+    gathered: dict[str, Tensor] = {}
+
+    def keep_bytes(index: int, block: torch.nn.Module, *_: object) -> None:
+        for path, layer in block.named_modules():
+            if isinstance(layer, QuantizedLinear):
+                gathered.setdefault(f"bytes/{index}.{path}", layer.weight.detach().int())
+
+    if case.layout != "replicate" or world.size == 1:
+        for index, block in enumerate(model.blocks):
+            block.register_forward_pre_hook(partial(keep_bytes, index))  # after FSDP2's, which gathers
     objective = Preference() if case.preference else SFT()
     reference: Any = None if not case.preference else nullcontext if case.full else partial(active, model, None)
     hook = register_optimizer_step_pre_hook(keep)
@@ -181,7 +196,8 @@ def run(case: Case, model_folder: Path, folder: Path, world: World = ALONE) -> R
         found = [row for _, row in zip(range(case.steps), rows, strict=False)]
     hook.remove()
     after = {name: whole(parameter.detach()) for name, parameter in parameters.items()}
-    tensors = {f"gradient/{name}": value for name, value in gradients.items()}
+    world.sum(list(gathered.values()))
+    tensors = gathered | {f"gradient/{name}": value for name, value in gradients.items()}
     return found, tensors | {f"parameter/{name}": value for name, value in after.items()}
 
 

@@ -1,15 +1,17 @@
-"""core/optimizer.py: oracles are peft's own LoRA+ optimizer and AdamW's first step by hand."""
+"""core/optimizer.py: oracles are peft's own LoRA+ optimizer, torch's AdamW, and AdamW's first step by hand."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from matryoshka.core.load import load_model
-from matryoshka.core.optimizer import parameter_groups
+from matryoshka.core.optimizer import OPTIMIZERS, make_optimizer, moment_bytes, parameter_groups
 from matryoshka.core.packing import Item
 from matryoshka.core.train import TrainConfig, train
 from matryoshka.core.tree import Tokens
@@ -94,3 +96,111 @@ def test_training_with_lora_plus(tiny_dir: Path, tmp_path: Path) -> None:
     plain = replace(config, lora_plus_ratio=1.0)
     with pytest.raises(ValueError, match="another training configuration"):
         next(train(*adapted(tiny_dir), items, plain, SFT(), token_logps, tmp_path / "two"))
+
+
+EIGHT_BIT = ("adamw8bit", "paged_adamw8bit")
+
+
+def problem(dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Parameter]:
+    """Return a parameter that is large enough for moments in 8 bits, the last block not full, and one that is not."""
+    draws = torch.Generator().manual_seed(0)
+    shapes = {"large": (65, 70), "small": (64, 63)}
+    return {name: torch.nn.Parameter(torch.randn(s, generator=draws).to(dtype)) for name, s in shapes.items()}
+
+
+def steps(name: str, parameters: dict[str, torch.nn.Parameter], count: int) -> torch.optim.Optimizer:
+    optimizer = make_optimizer(name, parameters, 1e-2, (0.9, 0.95), 0.1)
+    draws = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        for parameter in parameters.values():
+            parameter.grad = torch.randn(parameter.shape, generator=draws)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_moments_in_8_bits(name: str) -> None:
+    """Oracle: torch's AdamW. Step 1 is exact but for fp32's rounding: moments are quantised after their use.
+
+    Ten steps: the small parameter as in fp32; the large one 2% of its way off, as the steps themselves are noise to
+    the nearest of 256 levels (bitsandbytes' dynamic map, up to 2% of a block's largest apart).
+    """
+    pytest.importorskip("bitsandbytes")
+    for count, tolerance in ((1, 1e-6), (10, 0.02)):
+        start, ours, expected = problem(), problem(), problem()
+        optimizer = steps(name, ours, count)
+        steps("adamw", expected, count)
+        for key, parameter in ours.items():
+            way = (expected[key] - start[key]).norm()
+            error = (parameter - expected[key]).norm() / way
+            assert error <= (1e-6 if key == "small" else tolerance), (key, count)
+        assert optimizer.state[ours["large"]]["state1"].dtype == torch.uint8
+    for parameter in ours.values():
+        state = optimizer.state[parameter]
+        held = sum(state[key].nbytes for key in ("state1", "state2", "absmax1", "absmax2") if key in state)
+        assert held == 2 * moment_bytes(parameter, name)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_resumed_run_has_the_same_bits(name: str, tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: the run without a stop. Rank 128 makes matrices of 4096 numbers, whose moments take 8 bits."""
+    pytest.importorskip("bitsandbytes")
+    items = [Item((Tokens((1, 2, 3 + i, 4, 5), (0, 0, 1, 1, 1)),), str(i)) for i in range(6)]
+    config = TrainConfig(learning_rate=1e-3, batch_size=2, lora_plus_ratio=2.0, optimizer=name, save_every=1)
+
+    def run(stops: list[int], folder: str) -> dict[str, Tensor]:
+        for count in stops:
+            model: Any = load_model(tiny_dir)
+            add_adapter(model, "policy", LoraConfig(rank=128, targets=("q_proj", "k_proj", "gate_proj")), seed=0)
+            set_active(model, "policy")
+            parameters = trainable_parameters(model, "policy")
+            training = train(model, parameters, items, config, SFT(), token_logps, tmp_path / folder)
+            for _ in range(count):
+                next(training)
+            training.close()  # type: ignore[attr-defined]
+        return {name: parameter.detach() for name, parameter in parameters.items()}
+
+    whole, resumed = run([3], "whole"), run([1, 1, 1], "resumed")
+    for key, weight in whole.items():
+        assert torch.equal(resumed[key], weight), key
+    if name != "adamw":
+        (state,) = (tmp_path / "whole").glob("step-*/state.safetensors")
+        kinds = {t.dtype for key, t in load_file(state).items() if "/state1/" in key}
+        assert kinds == {torch.uint8, torch.float32}  # k_proj's B is [16, 128]
+        with pytest.raises(ValueError, match="another training configuration"):
+            config = replace(config, optimizer="adamw")
+            run([1], "whole")
+
+
+def test_what_an_8_bit_optimizer_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the messages: float64, another name, and the extra to install where bitsandbytes is missing."""
+    for name in EIGHT_BIT:
+        with pytest.raises(ValueError, match=f"optimizer '{name}' cannot take large, which is float64; choose 'adamw'"):
+            make_optimizer(name, problem(torch.float64), 1e-2, (0.9, 0.95), 0.0)
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+        with pytest.raises(ValueError, match=f"optimizer = '{name}' needs bitsandbytes: pip install 'matryoshka-pilot"):
+            make_optimizer(name, problem(), 1e-2, (0.9, 0.95), 0.0)
+    for call in (
+        lambda: make_optimizer("adam", problem(), 1e-2, (0.9, 0.95), 0.0),
+        lambda: TrainConfig(optimizer="adam"),
+    ):
+        with pytest.raises(ValueError, match=r"optimizer 'adam' is unknown; choose from \['adamw', 'adamw8bit', "):
+            call()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pages_survive_a_checkpoint() -> None:
+    """Oracle: bitsandbytes' own mark of a paged tensor, and the moments' bits before and after."""
+    pytest.importorskip("bitsandbytes")
+    parameter = torch.nn.Parameter(torch.randn(400, 300, device="cuda"))  # smaller ones are not paged
+    optimizer = make_optimizer("paged_adamw8bit", {"weight": parameter}, 1e-2, (0.9, 0.95), 0.0)
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    other = make_optimizer("paged_adamw8bit", {"weight": parameter}, 1e-2, (0.9, 0.95), 0.0)
+    other.load_state_dict(optimizer.state_dict())
+    for key in ("state1", "state2"):
+        before, after = optimizer.state[parameter][key], other.state[parameter][key]
+        assert before.is_paged and after.is_paged and torch.equal(before.cpu(), after.cpu())

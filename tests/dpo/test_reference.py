@@ -32,6 +32,7 @@ from matryoshka.lora.linear import (
     set_active,
     trainable_parameters,
 )
+from matryoshka.lora.quantized import quantize_linears
 
 CONFIG = TrainConfig(learning_rate=1e-2, epochs=3, batch_size=4, micro_batch_tokens=60, seed=7, save_every=1)
 CPU = torch.device("cpu")
@@ -51,9 +52,9 @@ def pairs(count: int = 8) -> list[Item]:
     return items
 
 
-def make_model(folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32) -> Any:
+def make_model(folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32, convert: Any = None) -> Any:
     """Return the tiny model with a policy that is not the identity and its frozen copy, the reference."""
-    model: Any = load_model(folder, dtype)
+    model: Any = load_model(folder, dtype, convert=convert)
     add_adapter(model, "policy", LoraConfig(rank=2), seed=0)
     with torch.no_grad():
         for layer in layers_with(model, "policy"):
@@ -182,6 +183,16 @@ def test_the_key_holds_all_that_decides(tiny_dir: Path, tmp_path: Path) -> None:
         assert cache.get([Item((sequence,), "another group")], never).tolist() == [-1.5, -1.5]
         for other_sequence in (Tokens((1, 2, 3, 5), sequence.mask), Tokens(sequence.ids, (0, 1, 0, 1))):
             assert cache.get([Item((other_sequence,), "a")], lambda: torch.zeros(2)).tolist() == [0, 0]
+
+
+def test_a_quantised_base_has_a_key_of_its_own(tiny_dir: Path) -> None:
+    """Oracle: by hand: the same files in four bits are another reference, the same one every time."""
+    pytest.importorskip("bitsandbytes")
+    digests = [
+        reference_digest(tiny_dir, make_model(tiny_dir, convert=convert), "reference")
+        for convert in (None, quantize_linears, quantize_linears)
+    ]
+    assert digests[0] != digests[1] == digests[2]
 
 
 def test_stored_rows_that_the_model_does_not_compute_are_refused(tiny_dir: Path, tmp_path: Path) -> None:

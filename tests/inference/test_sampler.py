@@ -27,6 +27,7 @@ from matryoshka.core.weights import save_weights
 from matryoshka.dpo.head import token_logps
 from matryoshka.inference.sampler import Sampler
 from matryoshka.lora.linear import LoraConfig, active, add_adapter, layers_with, remove_adapter
+from matryoshka.lora.quantized import quantize_linears
 
 GREEDY = Sampling(max_tokens=16)
 WARM = Sampling(temperature=1.2, max_tokens=12, seed=3)
@@ -90,9 +91,12 @@ def check_logps(model: Any, prompt: Sequence[int], sample: Sample, adapter: str 
     torch.testing.assert_close(got, trainer_logps(model, prompt, sample, adapter), rtol=0, atol=1e-4)
 
 
-def test_greedy_is_a_loop_without_a_cache(tiny_dir: Path) -> None:
+@pytest.mark.parametrize("convert", [None, quantize_linears], ids=["plain", "nf4"])
+def test_greedy_is_a_loop_without_a_cache(tiny_dir: Path, convert: Any) -> None:
     """Oracle: argmax of a full forward pass for every token, ids exactly; prompts of 1 to 300 tokens."""
-    model = make_model(tiny_dir)
+    if convert:
+        pytest.importorskip("bitsandbytes")
+    model: Any = load_model(tiny_dir, convert=convert)
     draws = random.Random(1)
     for length in (1, 2, 40, 300):
         prompt = [draws.randrange(256) for _ in range(length)]

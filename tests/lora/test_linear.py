@@ -50,7 +50,8 @@ def matrices(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 def lora(x: Tensor, *layers: Tensor | None, drop: float = 0.0) -> tuple[Tensor, ...]:
     """Return LoraFunction's outputs at scale 0.7 and dropout seed 3; layers: weight, bias, A, B of each."""
-    return LoraFunction.apply(x, 0.7, drop, 3, *layers)  # type: ignore[no-any-return, no-untyped-call]
+    scales = (None,) * (len(layers) // 4)
+    return LoraFunction.apply(x, 0.7, drop, 3, scales, *layers)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.4])
@@ -139,7 +140,7 @@ def test_layers_that_read_the_same_are_computed_together(tiny_dir: Path, monkeyp
     apply = LoraFunction.apply
 
     def counted(x: Tensor, *rest: Any) -> Any:
-        calls.append((len(rest) - 3) // 4)
+        calls.append((len(rest) - 4) // 4)
         return apply(x, *rest)  # type: ignore[no-untyped-call]
 
     monkeypatch.setattr(LoraFunction, "apply", counted)

@@ -19,6 +19,7 @@ from matryoshka.core.load import load_model
 from matryoshka.core.tokenizer import Tokenizer
 from matryoshka.core.tree import tree_size
 from matryoshka.lora.linear import LoraConfig
+from matryoshka.lora.nf4 import nf4_bytes
 from matryoshka.scripts import cli
 from matryoshka.scripts.bench import head, load, step
 from matryoshka.scripts.bench.command import BENCHES, show
@@ -69,6 +70,29 @@ def test_step_counts_pairs_and_its_trainers_agree(model_dir: str, capsys: pytest
     assert difference["unit"] == "nats" and difference["value"] < 1e-5
     assert ours["tokens_per_step"] < padded["tokens_per_step"]
     assert memory["over_predicted"] == pytest.approx(memory["value"] / memory["predicted_mib"])
+
+
+def test_qlora_measures_both_bases(model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: bytes by hand; sums and the ratio from the rows; both start from the same loss, ln 2."""
+    pytest.importorskip("bitsandbytes")
+    sizes = "--style compact --questions 1 --pairs 2 --steps 1 --repeats 1 --rank 2".split()
+    result = bench(capsys, "qlora", "--model", model_dir, *sizes)
+    values = {row["name"]: row["value"] for row in result["rows"]}
+    numbers = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)]
+    norms = 2 * 2 * 32 * 4
+    details = {row["name"]: row for row in result["rows"]}
+    plain = 2 * 4 * sum(rows * columns for rows, columns in numbers) + norms
+    packed = 2 * sum(nf4_bytes(rows * columns) for rows, columns in numbers) + norms
+    assert details["weights, float32"]["blocks_mib"] == round(plain / 2**20, 1)
+    assert details["weights, nf4"]["blocks_mib"] == round(packed / 2**20, 1)
+    assert values["weights, float32"] - values["weights, nf4"] == pytest.approx((plain - packed) / 2**20)
+    for name in ("float32", "nf4"):
+        parts = values[f"weights, {name}"] + values[f"peak of a step beyond the weights, {name}"]
+        assert values[f"peak of a step with the weights, {name}"] == pytest.approx(parts) and values[name] > 0
+    total = "peak of a step with the weights"
+    assert result["ratio"] == pytest.approx(values[f"{total}, float32"] / values[f"{total}, nf4"])
+    last = details["largest difference of the losses"]
+    assert last["last_nf4"] == pytest.approx(math.log(2)) == pytest.approx(last["last_float32"])
 
 
 @pytest.mark.slow

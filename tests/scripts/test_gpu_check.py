@@ -15,7 +15,7 @@ from matryoshka.scripts.bench.command import BENCHES
 from matryoshka.scripts.gpu_check import CHECKS, Config, commands, main, unmeasured
 
 ROOT = Path(__file__).resolve().parents[2]
-PEERS = ["liger_kernel", "cut_cross_entropy", "trl", "transformers"]
+PEERS = ["liger_kernel", "cut_cross_entropy", "trl", "transformers", "bitsandbytes"]
 
 
 def row(name: str, value: float | None, **details: Any) -> dict[str, Any]:
@@ -43,13 +43,21 @@ GOOD: dict[str, Any] = {
         ],
     },
     "sft": {"rows": [row("token tree", 16000.0)]},
+    "qlora": {
+        "rows": [
+            row("peak of a step with the weights, bfloat16", 20.0),
+            row("peak of a step beyond the weights, nf4", 7.0),
+            row("peak of a step with the weights, nf4", 10.0),
+        ]
+    },
 }
 
 
 def test_checks_read_the_numbers() -> None:
-    """Oracle: by hand; 25 / 24 of the floor, half of eager's error, 40 GiB against 50 of TRL's best, 1.0625 - 1."""
+    """Oracle: by hand; 25 / 24 of the floor, half of eager's error, 40 GiB against 50 of TRL's best, 1.0625 - 1,
+    10 MiB of 20 in four bits."""
     rows = [check.row(GOOD) for check in CHECKS]
-    assert [found["value"] for found in rows] == [25.0, 25 / 24, 300.0, 0.5, 13.0, 0.8, 0.01, 0.0, 0.0625, 16000.0]
+    assert [found["value"] for found in rows] == [25.0, 25 / 24, 300.0, 0.5, 13.0, 0.8, 0.01, 0.0, 0.0625, 0.5, 16000.0]
     assert all(found["holds"] is True for found in rows)
     assert all(check.row({})["holds"] is None for check in CHECKS)
     slow: dict[str, Any] = {"sft": {"rows": [row("token tree", 14999.0)]}, "step": {"ratio": 11.9, "rows": []}}

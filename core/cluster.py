@@ -4,9 +4,9 @@ replicate  every rank holds the whole model;
 hybrid     a model is cut over the GPUs of a node, and every node has one;
 shard      a model is cut over all GPUs.
 
-Where the model is cut, FSDP2 gathers a block for each pass over it and drops it after the pass; embedding, head and last
-norm (the root) stay gathered through a micro-batch. Adapters are whole on every rank under any layout. Full fine-tuning
-cuts weights (fp32), gradients and moments alike, and gathers in the dtype that is computed in.
+Where the model is cut, FSDP2 gathers a block for each pass over it and drops it after the pass; embedding, head and
+last norm (the root) stay gathered through a micro-batch. Adapters are whole on every rank under any layout. Full
+fine-tuning cuts weights (fp32), gradients and moments alike, and gathers in the dtype that is computed in.
 """
 
 import math
@@ -15,18 +15,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from matryoshka.core.elementwise import at_least_fp32
 from matryoshka.core.hardware import Cluster
 from matryoshka.core.language_model import LanguageModel, ModelConfig
+from matryoshka.core.layout import LAYOUTS
 from matryoshka.core.memory import MARGIN, Footprint, MemoryPlan
 
-LAYOUTS = ("replicate", "hybrid", "shard")  # in the order in which "auto" tries them
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NF4_BLOCK, NF4_SCALES = 64, 256  # numbers that share a scale, scales that share one
 MOMENTS_BLOCK = 256  # of 8-bit moments: numbers that share a scale
-PREFETCH = 1  # how many blocks are gathered ahead of the one that is computed
 
 
 class Weight(NamedTuple):
@@ -59,7 +57,7 @@ class Job:
     dtype: what is computed in. rank: of the adapter, 0 for full fine-tuning. eight_bit: AdamW's moments in 8 bits. A
     rank goes over micro_batches of micro_batch_tokens tokens each in a step, in sequences of sequence_tokens.
     reference: a pass of the reference policy in every step. activations: a policy of `core/activations.py`, or "auto".
-    device_type: "cuda" or "cpu".
+    device_type: "cuda" or "cpu". reshard, prefetch, offload: as `ParallelConfig` has them.
     """
 
     config: ModelConfig
@@ -76,6 +74,9 @@ class Job:
     reference: bool = True
     activations: str = "auto"
     device_type: str = "cuda"
+    reshard: bool = True
+    prefetch: int = 1
+    offload: bool = False
 
     @property
     def full(self) -> bool:
@@ -119,14 +120,14 @@ class Job:
         return sum(n + 4 * -(-n // NF4_SCALES) + 4 * (NF4_SCALES + 1) for n in blocks)
 
 
-def job_of(model: LanguageModel, blocks: Iterable[nn.Module], nf4: bool = False, **settings: Any) -> Job:
+def job_of(model: LanguageModel, nf4: bool = False, **settings: Any) -> Job:
     """Return the job of training `model`, which may lie on the meta device.
 
-    blocks: its modules that are cut one by one. nf4: their linear layers are stored in four bits. settings: fields of
-    Job. Raises ValueError for NF4 and full fine-tuning at once.
+    nf4: the linear layers of its blocks are stored in four bits. settings: fields of Job. Raises ValueError for NF4 and
+    full fine-tuning at once.
     """
     names = {id(module): f"{path}." for path, module in model.named_modules()}
-    parts: dict[str, list[Weight]] = {names[id(block)]: [] for block in blocks}
+    parts: dict[str, list[Weight]] = {names[id(block)]: [] for block in model.blocks}
     root = []
     for name, parameter in model.named_parameters():
         part = next((part for part in parts if name.startswith(part)), None)
@@ -143,7 +144,8 @@ class Memory:
     """Bytes of the rank that needs the most, at the highest point of a step.
 
     weights: what is stored, adapters and scales included. gathered: what is whole for a while, its gradients included.
-    activations: those of `policy`, and the head's workspace. room: what there is for them.
+    activations: those of `policy`, and the head's workspace. room: what there is for them. host: bytes of the host's
+    memory, where the model is offloaded.
     """
 
     weights: int
@@ -153,6 +155,7 @@ class Memory:
     activations: int
     policy: str
     room: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -183,19 +186,29 @@ def memory_of(job: Job, cluster: Cluster, layout: str) -> Memory:
     A tenth stays free (`core/memory.py`). Raises ValueError for an unknown layout or policy.
     """
     shards, wide = shards_of(layout, cluster), job.wide
-    weights = job.stored_bytes(shards) + job.scale_bytes() + wide * job.adapter * (1 + job.reference)
-    trained = job.stored_bytes(shards) // wide if job.full else job.adapter
+    cut = shards > 1 or job.full
+    weights = job.stored_bytes(shards)
+    trained = weights // wide if job.full else job.adapter
+    gradients = trained * wide
     moments = int(2 * trained * (1 + 4 / MOMENTS_BLOCK)) if job.eight_bit else 2 * trained * wide
+    host = early = 0
+    if cut and job.offload:
+        host, weights = weights, 0
+        if job.full:
+            host, gradients, moments = host + gradients + moments, 0, 0
+    weights += job.scale_bytes() + wide * job.adapter * (1 + job.reference)
     gathered = max((w.numel for w in job.weights if w.packed), default=0) * job.dtype.itemsize  # one made dense
-    if shards > 1 or job.full:
-        root = job.gathered_bytes(job.root, shards)
-        block = max(job.gathered_bytes(block, shards) for block in job.blocks)
+    if cut:
+        sizes = [job.gathered_bytes(block, shards) for block in job.blocks]
+        root, block = job.gathered_bytes(job.root, shards), max(sizes)
         # A block that is gathered ahead lies in the message and outside of it for a while.
-        gathered += root + (1 + 2 * PREFETCH) * block
+        ahead = (1 + 2 * job.prefetch) * block
+        gathered += root + (min(ahead, sum(sizes)) if job.reshard else sum(sizes) + block)
+        early = 2 * (root + block)  # the root's message is there until the first block is, activations not yet
         if job.full:  # gradients of the root and of a block, and the message in which they are summed
             gathered += root + block + max(job.gathered_bytes(block, shards, wide) for block in job.blocks)
-    room = int(cluster.memory * (1 - MARGIN)) - weights - gathered - wide * trained - moments
+    room = int(cluster.memory * (1 - MARGIN)) - weights - gathered - gradients - moments
     plan = MemoryPlan(job.activations, Footprint(job.config, job.dtype, job.rank, job.dora), room, job.device_type)
     policy = plan.policy_for(job.micro_batch_tokens)
-    peak = plan.peak_bytes(job.micro_batch_tokens, policy)
-    return Memory(weights, gathered, wide * trained, moments, peak, policy, room)
+    peak = max(plan.peak_bytes(job.micro_batch_tokens, policy), early - gathered)
+    return Memory(weights, gathered, gradients, moments, peak, policy, room, host)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from matryoshka.core.cluster import Job, Memory, layouts, memory_of, shards_of
+from matryoshka.core.cluster import Job, Memory, Weight, layouts, memory_of, shards_of
 from matryoshka.core.hardware import Cluster, Cost, Hardware, gather, reduce, reduce_across
 from matryoshka.core.memory import GIB, MARGIN
 
@@ -85,17 +85,22 @@ def forecast(job: Job, cluster: Cluster, layout: str) -> Forecast:
         costs[kind] += cost
         return cost.seconds
 
-    def sum_gradients(weights: Sequence[Any]) -> float:
+    def sum_gradients(weights: Sequence[Weight]) -> float:
         size = job.gathered_bytes(weights, shards, job.wide)
         seconds = pay("reduce-scatter", gather(size, cluster, shards))
         across = reduce_across(size // shards, cluster) if layout == "hybrid" else Cost()
         return seconds + pay("all-reduce", across)
 
+    def fetch(weights: Sequence[Weight]) -> float:
+        size = job.gathered_bytes(weights, shards) if shards > 1 else 0
+        moved = size / shards / hardware.host if job.offload else 0.0
+        return moved + pay("all-gather", gather(size, cluster, shards))
+
     passes = pass_seconds(job, hardware, memory.policy)
-    exposed = pay("all-gather", gather(job.gathered_bytes(job.root, shards), cluster, shards))
+    exposed = fetch(job.root)
     for index, seconds in enumerate(passes):
         for block in job.blocks:
-            cost = pay("all-gather", gather(job.gathered_bytes(block, shards), cluster, shards))
+            cost = fetch(block) if job.reshard or index == 0 else 0.0
             if job.full and index == len(passes) - 1:
                 cost += sum_gradients(block)
             exposed += max(0.0, cost - seconds / len(job.blocks))
@@ -105,7 +110,8 @@ def forecast(job: Job, cluster: Cluster, layout: str) -> Forecast:
     exposed *= job.micro_batches
     exposed += pay("all-reduce", reduce(job.wide * job.adapter, cluster, cluster.size))
     compute = job.micro_batches * (sum(passes) + head_seconds(job, hardware))
-    compute += 7 * memory.gradients / hardware.memory  # AdamW reads four numbers for each that is trained, writes three
+    trained = job.stored_bytes(shards) if job.full else job.wide * job.adapter
+    compute += 7 * trained / hardware.memory  # AdamW reads four numbers for each that is trained and writes three
     communication = sum(cost.seconds for cost in costs.values())
     tokens = job.micro_batches * job.micro_batch_tokens * cluster.size
     sent = {kind: cost.sent for kind, cost in costs.items()}
@@ -123,13 +129,13 @@ def choose_layout(job: Job, cluster: Cluster) -> tuple[str, str]:
         if one.memory.fits:
             return one.layout, _reason(one, found, cluster)
     raise ValueError(
-        f"layout: nothing fits into {cluster.memory / GIB:.1f} GiB a rank, of which {MARGIN:.0%} stay free; take more or "
-        "larger GPUs, a lower micro_batch_tokens, or a base in four bits (quantization nf4). Predicted:\n" + table(found)
+        f"layout: nothing fits into {cluster.memory / GIB:.1f} GiB a rank, of which {MARGIN:.0%} stay free; take more "
+        "or larger GPUs, a lower micro_batch_tokens or a base in four bits. Predicted:\n" + table(found)
     )
 
 
 def _reason(one: Forecast, found: Sequence[Forecast], cluster: Cluster) -> str:
-    needs = f"{one.memory.total / GIB:.1f} of {cluster.memory / GIB:.1f} GiB predicted, activations {one.memory.policy!r}"
+    needs = f"{one.memory.total / GIB:.1f} of {cluster.memory / GIB:.1f} GiB, activations {one.memory.policy!r}"
     before = [f"{x.layout} would need {x.memory.total / GIB:.1f} GiB" for x in found[: found.index(one)]]
     why = {
         "replicate": "the whole model fits on every rank, so that only adapter gradients are sent",

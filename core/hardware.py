@@ -27,10 +27,10 @@ class Hardware:
 
 
 # H100: product (of 989e12 on the data sheet) and copies measured; the share is what NVIDIA publishes for LoRA with
-# Llama-3-8B on one (NeMo AutoModel, 402e12). Links: data sheets (NVLink 450e9, eight network cards of 50e9, PCIe 5 x16
-# 64e9), times 0.8, which large collectives reach. A100: its data sheet (312e12, 2.0e12, PCIe 4 x16 32e9, NVLink 300e9,
-# eight cards of 25e9) times the same shares; nothing of it is measured. Latencies: NCCL's own model, src/graph/tuning.cc
-# (ring, simple protocol).
+# Llama-3-8B on one (NeMo AutoModel, 402e12). Links: data sheets (NVLink 450e9, eight network cards of 50e9, PCIe 5
+# x16 64e9), times 0.8, which large collectives reach. A100: its data sheet (312e12, 2.0e12, PCIe 4 x16 32e9, NVLink
+# 300e9, eight cards of 25e9) times the same shares; nothing of it is measured. Latencies: NCCL's own model of a ring
+# under the simple protocol (src/graph/tuning.cc).
 HARDWARE = {
     "h100": Hardware(790e12, 0.5, 3.0e12, 51e9, 360e9, 320e9),
     "a100": Hardware(250e12, 0.5, 1.8e12, 25e9, 240e9, 160e9),

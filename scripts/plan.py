@@ -1,7 +1,8 @@
 """`matryoshka plan`: whether a model trains on a cluster that nobody has tried yet, in which layout, and how fast.
 
-Predictions from shapes (`core/cluster.py`, `core/forecast.py`); nothing is loaded, no GPU is needed. `--dry-run` besides
-builds the model with fake tensors and runs the first rank's step with a fake process group (`scripts/dry_run.py`).
+Predictions from shapes (`core/cluster.py`, `core/forecast.py`); nothing is loaded, no GPU is needed. `--dry-run`
+besides builds the model with fake tensors and runs the first rank's step with a fake process group
+(`scripts/dry_run.py`).
 """
 
 import dataclasses
@@ -16,13 +17,13 @@ from typing import Any
 
 import torch
 
-from matryoshka.core.cluster import LAYOUTS, Job, job_of, layouts, shards_of
+from matryoshka.core.cluster import Job, job_of, layouts, shards_of
 from matryoshka.core.forecast import Forecast, choose_layout, forecast, table
 from matryoshka.core.hardware import Cluster, known_hardware
+from matryoshka.core.layout import LAYOUTS
 from matryoshka.core.load import model_architecture, read_config
-from matryoshka.core.memory import GIB, Footprint
+from matryoshka.core.memory import GIB, Footprint, MemoryPlan
 from matryoshka.dpo.head import extra_bytes
-from matryoshka.scripts.dry_run import blocks_of, dry_run
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 OPTIMIZERS = ("adamw", "adamw8bit")
@@ -49,10 +50,10 @@ class PlanConfig:
     full fine-tuning instead of an adapter of rank `rank`. quantization: "nf4", the frozen base in four bits. optimizer:
     adamw or adamw8bit. sft: no pass of the reference policy. A GPU goes over micro_batches of micro_batch_tokens tokens
     a step, in sequences of sequence_tokens. activations: auto, none, selective, full or offload. hardware: h100 or
-    a100; tflops, share, link_gbs, network_gbs: its product rate, the share of it that a step reaches, the bandwidth of a
-    GPU to its node's others and of a node to the other nodes, in GB/s and one direction, where they differ (0: not).
+    a100; tflops, share, link_gbs, network_gbs: its product rate, the share of it that a step reaches, the bandwidth of
+    a GPU to its node's others and of a node to the other nodes, in GB/s and one direction, where they differ (0: not).
     dry_run: also build and run the first rank with fake tensors and a fake process group, in `layout` (default: the
-    best). json: one JSON object as the last line.
+    best); peak: follow every allocation of it, which takes minutes. json: one JSON object as the last line.
     """
 
     model: str
@@ -76,6 +77,7 @@ class PlanConfig:
     link_gbs: float = 0.0
     network_gbs: float = 0.0
     dry_run: bool = False
+    peak: bool = False
     layout: str = ""
     json: bool = False
 
@@ -93,7 +95,7 @@ class PlanConfig:
             raise ValueError(f"plan: layout {self.layout!r} is unknown; choose from {', '.join(LAYOUTS)}")
         if self.gpus % self.per_node:
             raise ValueError(
-                f"plan: {self.gpus} GPUs are not whole nodes of {self.per_node}; give a multiple, or set --gpus-per-node"
+                f"plan: {self.gpus} GPUs are not whole nodes of {self.per_node}; give a multiple or --gpus-per-node"
             )
 
     @property
@@ -141,7 +143,6 @@ def plan(config: PlanConfig) -> None:
         model = architecture.Model(model_config)
     job = job_of(
         model,
-        blocks_of(model),
         nf4=config.quantization == "nf4",
         dtype=DTYPES[config.dtype],
         rank=0 if config.full else config.rank,
@@ -159,8 +160,9 @@ def plan(config: PlanConfig) -> None:
     size = sum(weight.numel for weight in job.weights)
     print(
         f"{config.model}: {size / 1e9:.2f}B parameters, {'full fine-tuning' if job.full else f'LoRA rank {job.rank}'}"
-        f"{', base in nf4' if config.quantization else ''}, {cluster.nodes} x {cluster.gpus_per_node} {config.hardware} of "
-        f"{cluster.memory / GIB:.1f} GiB, {job.micro_batches} x {job.micro_batch_tokens} tokens a GPU and step. Predicted:"
+        f"{', base in nf4' if config.quantization else ''}; {cluster.nodes} x {cluster.gpus_per_node} "
+        f"{config.hardware} of {cluster.memory / GIB:.1f} GiB; {job.micro_batches} x {job.micro_batch_tokens} tokens a "
+        "GPU and step. Predicted, nothing measured:"
     )
     print(table(found))
     fitting = [one for one in found if one.memory.fits]
@@ -174,7 +176,8 @@ def plan(config: PlanConfig) -> None:
         print(f"nothing fits: {_remedy(job)}")
     dry = None
     if config.dry_run:
-        dry = _dry_run(config, architecture.Model, model_config, job, cluster, config.layout or (auto or found[-1].layout))
+        layout = config.layout or auto or found[-1].layout
+        dry = _dry_run(architecture.Model, model_config, job, cluster, layout, config.peak)
     if config.json:
         own = dataclasses.asdict(config)
         result = {"plan": own, "parameters": size, "predicted": True, "layouts": [one.to_json() for one in found]}
@@ -190,18 +193,21 @@ def _why(best: Forecast, fitting: list[Forecast]) -> str:
 def _remedy(job: Job) -> str:
     packed = any(weight.packed for weight in job.weights)
     options = ["more or larger GPUs", "a lower --micro-batch-tokens"]
-    options += ["--optimizer adamw8bit"] * (job.full and not job.eight_bit) + ["an adapter instead of --full"] * job.full
+    options += ["--optimizer adamw8bit"] * (job.full and not job.eight_bit)
+    options += ["an adapter instead of --full"] * job.full
     options += ["--quantization nf4"] * (not packed and not job.full)
     return "take " + ", ".join(options[:-1]) + f" or {options[-1]}"
 
 
 def _dry_run(
-    config: PlanConfig, model: Any, model_config: Any, job: Job, cluster: Cluster, layout: str
+    model: Any, model_config: Any, job: Job, cluster: Cluster, layout: str, with_peak: bool
 ) -> dict[str, Any]:
     """Run the first rank of `layout` with nobody and print what it did beside what is predicted."""
+    from matryoshka.scripts.dry_run import dry_run  # takes as long to import as torch
+
     once = dataclasses.replace(job, micro_batches=1)
     one = forecast(once, cluster, layout)
-    done = dry_run(model, model_config, once, cluster, layout, one.memory.policy)
+    done = dry_run(model, model_config, once, cluster, layout, one.memory.policy, with_peak)
     print(f"dry run of rank 0 of {cluster.size}, {layout}, one micro-batch, {done['seconds']:.0f} s here:")
     stored = once.stored_bytes(shards_of(layout, cluster))
     rows = [("weights stored", done["stored_bytes"], stored)]
@@ -222,4 +228,5 @@ def predicted_peak(job: Job, one: Forecast) -> int:
     head = extra_bytes(tokens, config.hidden_size, config.vocab_size, job.dtype, gpu=False, training=True)
     policy = "full" if one.memory.policy == "offload" else one.memory.policy
     held = Footprint(config, job.dtype, job.rank, job.dora).step_bytes(tokens, policy, head)
-    return one.memory.total - one.memory.activations + held
+    gpu = MemoryPlan(policy, Footprint(config, job.dtype, job.rank, job.dora), 0, "cuda").peak_bytes(tokens, policy)
+    return one.memory.total - (gpu - held if gpu == one.memory.activations else 0)

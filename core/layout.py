@@ -104,13 +104,16 @@ def choose_layout(config: ParallelConfig, sizes: Sizes, free: int, world: World)
     plan = f"a rank needs under {plan}; {room / GIB:.2f} GiB are free for each of {world.size}"
     if config.layout == "auto":
         tried = [name for name in LAYOUTS if name != "replicate" or not sizes.trained]
-        if world.local_size == world.size and not config.group:  # one node
+        if not _can_group(groups["hybrid"], world):  # one node for one
             tried.remove("hybrid")
         name = next((name for name in tried if needed[name] <= room), "")
     else:
         name = config.layout if needed[config.layout] <= room else ""
-    if "hybrid" in (name, config.layout):
-        _check_group(groups["hybrid"], world)
+    if config.layout == "hybrid" and not _can_group(groups["hybrid"], world):
+        raise ValueError(
+            f"parallel: layout 'hybrid' wants {world.size} ranks in groups of {groups['hybrid']}; the size of a group "
+            "must divide the number of ranks and be neither 1 ('replicate') nor all of them ('shard')"
+        )
     if not name:
         raise ValueError(
             f"parallel: the model does not fit with layout = {config.layout!r}: {plan}; use more ranks, "
@@ -119,9 +122,5 @@ def choose_layout(config: ParallelConfig, sizes: Sizes, free: int, world: World)
     return Layout(name, groups[name], f"layout {name}: {plan}")
 
 
-def _check_group(group: int, world: World) -> None:
-    if world.size % group or group == 1 or group == world.size:
-        raise ValueError(
-            f"parallel: layout 'hybrid' wants {world.size} ranks in groups of {group}; the size of a group must divide "
-            "the number of ranks and be neither 1 ('replicate') nor all of them ('shard')"
-        )
+def _can_group(group: int, world: World) -> bool:
+    return world.size % group == 0 and 1 < group < world.size

@@ -43,7 +43,7 @@ def shard(
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
     blocks: list[FSDPModule] = [block for block in model.blocks if isinstance(block, FSDPModule)]
-    for index, block in enumerate(blocks):
-        block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + config.prefetch])
-        block.set_modules_to_backward_prefetch(blocks[max(0, index - config.prefetch) : index][::-1])
+    for index, part in enumerate(blocks):
+        part.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + config.prefetch])
+        part.set_modules_to_backward_prefetch(blocks[max(0, index - config.prefetch) : index][::-1])
     model.compute_dtype, model.compute_device = dtype, device

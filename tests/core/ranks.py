@@ -50,7 +50,8 @@ Result = tuple[list[dict[str, float]], dict[str, Tensor]]
 class Case:
     """A training run. full: of all weights. items: how many, of ragged lengths; steps: of the optimizer.
 
-    dtype: what is computed in; stored: what weights are kept in, where that is another.
+    dtype: what is computed in; stored: what weights are kept in, where that is another. model: a folder, default the
+    one that all cases have.
     """
 
     name: str
@@ -70,6 +71,8 @@ class Case:
     batch_size: int = 10
     micro_batch_tokens: int = 60
     steps: int = 1
+    save_every: int = 0
+    model: str = ""
 
 
 def items_of(case: Case) -> list[Item]:
@@ -88,6 +91,7 @@ def items_of(case: Case) -> list[Item]:
 def build(case: Case, model_folder: Path, world: World) -> tuple[Any, dict[str, torch.nn.Parameter]]:
     """Return the model as this rank holds it under the case's layout, and what is trained of it."""
     dtype, stored = DTYPES[case.dtype], DTYPES[case.stored or case.dtype]
+    model_folder = Path(case.model or model_folder)
     model: Any = empty_model(model_folder)
     if not case.full:
         prepare_linears(model)
@@ -153,6 +157,7 @@ def run(case: Case, model_folder: Path, folder: Path, world: World = ALONE) -> R
     config = TrainConfig(
         learning_rate=1e-2, epochs=100, batch_size=case.batch_size, micro_batch_tokens=case.micro_batch_tokens,
         max_grad_norm=case.max_grad_norm, warmup_ratio=0.0, min_lr_ratio=1.0, activations=case.activations,
+        save_every=case.save_every,
     )  # fmt: skip
     gradients: dict[str, Tensor] = {}
 
@@ -168,12 +173,12 @@ def run(case: Case, model_folder: Path, folder: Path, world: World = ALONE) -> R
         cache = None
         if case.preference and case.full:
             path = folder / f"{case.name}.sqlite"
-            cache = stack.enter_context(open_reference(path, model_folder, model, None, world))
+            cache = stack.enter_context(open_reference(path, Path(case.model or model_folder), model, None, world))
         rows = train(
             *(model, parameters, items_of(case), config, objective, token_logps, folder / case.name, reference),
             *(None, cache, world, cache is not None),
         )
-        found = [row for row, _ in zip(rows, range(case.steps), strict=False)]
+        found = [row for _, row in zip(range(case.steps), rows, strict=False)]
     hook.remove()
     after = {name: whole(parameter.detach()) for name, parameter in parameters.items()}
     tensors = {f"gradient/{name}": value for name, value in gradients.items()}
@@ -202,7 +207,7 @@ def main(model_folder: Path, folder: Path, cases: Path) -> None:
     with open_world(timeout_s=120) as world:
         for case in [Case(**row) for row in json.loads(cases.read_text())]:
             rows, tensors = run(case, model_folder, folder / "runs", world)
-            if case.name.startswith("reading"):
+            if case.name in ("sft", "shard sft"):
                 rows[0]["read"] = reading(case, model_folder, world)  # type: ignore[assignment]
             if world.is_first:
                 save_file(tensors, folder / f"{case.name}.safetensors")

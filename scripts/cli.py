@@ -96,6 +96,12 @@ def _data() -> Callable[..., None]:
     return data
 
 
+def _plan() -> Callable[..., None]:
+    from matryoshka.scripts.plan import plan
+
+    return plan
+
+
 # Name -> (what imports and returns the function, one line of help).
 COMMANDS: dict[str, tuple[Callable[[], Callable[..., None]], str]] = {
     "doctor": (_doctor, "what this machine has: hardware, kernels, servers, data, keys"),
@@ -107,6 +113,7 @@ COMMANDS: dict[str, tuple[Callable[[], Callable[..., None]], str]] = {
     "evaluate": (_stage("evaluate"), "every policy of a pilot on the held-out problems, and the report"),
     "curve": (_curve, "a pilot over several seeds, and what its policies gain stage by stage"),
     "estimate": (_estimate, "what a pilot will cost, from 20 training examples that are really run"),
+    "plan": (_plan, "memory, communication and speed of training on a cluster, predicted, and the layout to take"),
     "cache": (_cache, "the answers that a run has paid for: stats, prune, export"),
     "data": (_data, "a benchmark's own files, checked and resumable: matryoshka data lamp --task 2N"),
     "serve": (_serve, "a model and its adapters behind an OpenAI-compatible HTTP server"),

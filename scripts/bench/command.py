@@ -23,6 +23,7 @@ BENCHES: dict[str, str] = {
     "load": "a checkpoint into memory: ours against transformers",
     "rollout": "episodes against a slow black box: overlap by Little's law, faults, memory, HTTP clients",
     "lamp": "LaMP's files into prompts on one core, and the memory that a large file takes",
+    "ranks": "training steps on gloo ranks: bytes, peak memory and time against what `matryoshka plan` predicts",
     "env": "household games on one core: our ALFWorld engine against the stock environment",
 }
 

@@ -19,7 +19,8 @@ from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.eval.statistics import Paired, PairedScores, paired_difference, paired_scores
 from matryoshka.inference.sampler import Sampler
 from matryoshka.scripts.doctor import environment
-from matryoshka.scripts.run import Run, Scheme, open_run
+from matryoshka.scripts.episodes import Scheme
+from matryoshka.scripts.run import Run, open_run
 from matryoshka.scripts.run_config import RunConfig
 
 HELD_OUT_SPLITS = ("test", "held_out")

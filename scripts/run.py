@@ -10,9 +10,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from matryoshka.core.config import diff, load_toml, to_toml
 from matryoshka.core.files import Journal, folder_lock, write_json, write_jsonl, write_text
 from matryoshka.core.load import load_model
-from matryoshka.core.protocols import Controller, Generator, RunStopped
+from matryoshka.core.protocols import Controller, Generator
 from matryoshka.core.records import (
     Example,
     Messages,
@@ -34,7 +34,7 @@ from matryoshka.core.records import (
     to_json,
 )
 from matryoshka.core.tokenizer import Tokenizer
-from matryoshka.core.train import Interrupted, Item, TrainConfig
+from matryoshka.core.train import Item, TrainConfig
 from matryoshka.dpo.data import completion, distinct, fitting, preference_items, read_conversations, text_completion
 from matryoshka.dpo.pairs import PairCounts, make_pairs, winners
 from matryoshka.eval.baselines import GeneratorGuidance
@@ -46,13 +46,11 @@ from matryoshka.inference.spending import Budget, Purse
 from matryoshka.lora import files as adapters
 from matryoshka.lora.linear import add_adapter, remove_adapter
 from matryoshka.scripts.doctor import environment
-from matryoshka.scripts.interrupt import stop_on_signal
+from matryoshka.scripts.episodes import Scheme, Stage, run_stage
 from matryoshka.scripts.problems import load_splits, make_task, scripted_generator
-from matryoshka.scripts.progress import Progress
 from matryoshka.scripts.run_config import RunConfig, ServeConfig
 from matryoshka.scripts.serving import started
 from matryoshka.scripts.training import DTYPES, POLICY, REFERENCE, train_policy
-from matryoshka.tasks.rollout import Job, job_key, run_rollouts
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +60,6 @@ FREE_TO_CHANGE = (
     *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints"),
     *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
 )
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """One way to guide the generator: made from the open sampler, with the settings that its episodes run under."""
-
-    name: str
-    make: Callable[[Sampler], Controller]
-    settings: RolloutSettings
 
 
 class Run:
@@ -364,41 +353,20 @@ class Run:
         """
         examples = [example for split in splits for example in self.task.examples(split)][:first]
         examples = [example for example in examples if only is None or example.id in only]
-        generator = self.generator
         started_at = time.monotonic()
-        max_rows, deterministic = self.config.controller.max_rows, self.config.controller.deterministic
-        with Sampler(self.model, self.tokenizer, max_rows, deterministic, self.threads) as sampler:
-            controller = scheme.make(sampler)
-            jobs = [
-                Job(job_key(self.task, example, setting, controller, generator), example, setting)
-                for example in examples
-                for setting in (settings or [scheme.settings])
-            ]
-            with Progress(label or scheme.name, len(jobs)) as progress:
-                right = ended = 0
-
-                def show(job: Job, trajectory: Trajectory) -> None:
-                    nonlocal right, ended
-                    ended, right = ended + 1, right + (trajectory.reward > 0.5)
-                    cost = f" {self.purse.shown()}" if self.purse is not None else ""
-                    progress.update(ended, f"right {right / ended:.2f}{cost}")
-
-                async def drive() -> list[Trajectory]:
-                    limit = 1 if deterministic else self.config.rollout.limit
-                    share = self.config.rollout.max_failed_share
-                    with stop_on_signal() as stop:
-                        try:
-                            done = await run_rollouts(
-                                self.task, jobs, controller, generator, self.journal, limit, show, share, stop
-                            )
-                        except RunStopped:
-                            if not stop.is_set():
-                                raise
-                        if stop.is_set():
-                            raise Interrupted(f"{label or scheme.name}: stopped by signal; all that ended is recorded")
-                        return done
-
-                done = self._runner.run(drive())
+        config, rollout = self.config.controller, self.config.rollout
+        with Sampler(self.model, self.tokenizer, config.max_rows, config.deterministic, self.threads) as sampler:
+            stage = Stage(
+                label or scheme.name,
+                self.task,
+                scheme.make(sampler),
+                self.generator,
+                self.purse,
+                1 if config.deterministic else rollout.limit,
+                rollout.max_failed_share,
+            )
+            jobs = stage.jobs(examples, settings or [scheme.settings])
+            done = self._runner.run(run_stage(stage, jobs, self.journal))
         self._add_seconds(label or f"{scheme.name} {'+'.join(splits)}", time.monotonic() - started_at)
         return done
 

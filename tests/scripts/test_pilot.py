@@ -31,7 +31,8 @@ from matryoshka.lora.files import WEIGHTS, adapter_hash
 from matryoshka.lora.linear import LoraConfig
 from matryoshka.scripts import cli
 from matryoshka.scripts.demo import KEYS
-from matryoshka.scripts.run import Scheme, open_run
+from matryoshka.scripts.episodes import Scheme
+from matryoshka.scripts.run import open_run
 from matryoshka.scripts.run_config import (
     ControllerConfig,
     DpoConfig,

@@ -5,6 +5,7 @@ here communicates. Sums, not means: every loss is divided by global counts befor
 ranks hold adds up, gradients and metrics alike.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ def open_world(device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Iterator[Wo
     """Join the processes that torchrun started, NCCL on GPUs and gloo elsewhere, and leave them at the end.
 
     device: "cpu", or "cuda" for the GPU of the local rank. timeout_s: a collective that waits longer for a rank fails.
+    Every rank but the first logs errors alone.
     Raises ValueError for a GPU that this machine does not have.
     """
     if "RANK" not in os.environ:
@@ -86,8 +88,10 @@ def open_world(device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Iterator[Wo
             )
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
+    if rank:
+        logging.getLogger("matryoshka").setLevel(logging.ERROR)
     dist.init_process_group(
-        "nccl" if place.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",  # what is offloaded to the host meets there
         timeout=timedelta(seconds=timeout_s),
         device_id=place if place.type == "cuda" else None,
     )

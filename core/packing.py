@@ -82,23 +82,57 @@ def plan(batch: Sequence[Item], max_tokens: int) -> Plan:
 
     Takes memory and time quadratic in the number of sequences. Raises ValueError as `check_budget`.
     """
+    return split(batch, max_tokens, 1)[0]
+
+
+def split(batch: Sequence[Item], max_tokens: int, ranks: int) -> list[Plan]:
+    """Return a plan for each of `ranks` processes, which together hold every item once; some may be empty.
+
+    The order is cut into consecutive parts, since neighbours share the most, so that the costliest part costs as little
+    as any such cut allows. Nobody is left without an item where there is one for each. Raises ValueError as
+    `check_budget`.
+    """
     check_budget(batch, max_tokens)
     items = sorted(batch, key=lambda item: [sequence.ids for sequence in item.sequences])
     sizes = _sizes(items)
-    best, cuts = [0], [0]
-    for stop in range(1, len(items) + 1):
-        first = int(np.searchsorted(-sizes[:stop, stop - 1], -max_tokens))  # a range is smaller the later it begins
-        costs = np.array(best[first:]) + sizes[first:stop, stop - 1] + MICRO_BATCH
-        at = int(costs.argmin())
-        best.append(int(costs[at]))
-        cuts.append(first + at)
-    edges = [len(items)]
-    while edges[-1]:
-        edges.append(cuts[edges[-1]])
-    edges.reverse()
-    micro = tuple(tuple(items[start:stop]) for start, stop in zip(edges, edges[1:], strict=False))
-    padded = sum(padded_size([s for item in group for s in item.sequences]) for group in micro)
-    return Plan(micro, best[-1] - MICRO_BATCH * len(micro), padded)
+    # The costliest part costs more than `least` and at most `most`: all items, each in a micro-batch of its own.
+    least, most = 0, int(sizes.trace()) + MICRO_BATCH * len(items)
+    while ranks > 1 and most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if _cut(sizes, max_tokens, ranks, middle) is None else (least, middle)
+    parts = _cut(sizes, max_tokens, ranks, most)
+    assert parts is not None
+    plans = []
+    for edges in parts:
+        bounds = list(zip(edges, edges[1:], strict=False))
+        micro = tuple(tuple(items[start:stop]) for start, stop in bounds)
+        padded = sum(padded_size([s for item in group for s in item.sequences]) for group in micro)
+        plans.append(Plan(micro, sum(int(sizes[start, stop - 1]) for start, stop in bounds), padded))
+    return plans
+
+
+def _cut(sizes: npt.NDArray[np.int64], max_tokens: int, ranks: int, limit: int) -> list[list[int]] | None:
+    """Return the edges of each rank's micro-batches, no rank's cost being above `limit`; None where that cannot be.
+
+    Each rank in turn takes as many items as the limit allows, which leaves the least to the others.
+    """
+    parts, start = [], 0
+    for left in range(ranks, 0, -1):
+        best, cuts = [0], [start]  # of the items from start on: the least cost, and where the last micro-batch begins
+        for stop in range(start + 1, len(sizes) - left + 2):  # one item at least for each rank that comes after
+            first = start + int(np.searchsorted(-sizes[start:stop, stop - 1], -max_tokens))  # ranges shrink from there
+            costs = np.array(best[first - start :]) + sizes[first:stop, stop - 1] + MICRO_BATCH
+            at = int(costs.argmin())
+            if costs[at] > limit:
+                break
+            best.append(int(costs[at]))
+            cuts.append(first + at)
+        edges = [start + len(best) - 1]
+        while edges[-1] > start:
+            edges.append(cuts[edges[-1] - start])
+        parts.append(edges[::-1])
+        start = edges[0]
+    return parts if start == len(sizes) else None
 
 
 def _sizes(items: Sequence[Item]) -> npt.NDArray[np.int64]:

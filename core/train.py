@@ -14,29 +14,28 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from matryoshka.core.activations import POLICIES
-from matryoshka.core.attention import bucket, tree_attention
 from matryoshka.core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.files import write_text
 from matryoshka.core.language_model import LanguageModel
-from matryoshka.core.memory import MemoryPlan, plan_memory
+from matryoshka.core.memory import free_bytes, plan_memory
 from matryoshka.core.optimizer import parameter_groups
 from matryoshka.core.packing import Item as Item
 from matryoshka.core.packing import batch_at as batch_at
-from matryoshka.core.packing import check_budget, plan
+from matryoshka.core.packing import check_budget
 from matryoshka.core.records import stable_seed
-from matryoshka.core.tree import TokenTree, build_tree
+from matryoshka.core.step import LogProbs, MicroBatch, Objective, Reference, ReferenceCache, accumulate
+from matryoshka.core.step import Totals as Totals
 
 
 @dataclass(frozen=True)
@@ -79,38 +78,6 @@ class TrainConfig:
             raise ValueError(f"train: activations {self.activations!r} is unknown; choose from {['auto', *POLICIES]}")
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Global counts of the optimizer step: losses are sums divided by these, whatever the micro-batches are."""
-
-    items: int
-    tokens: int
-
-
-class Objective(Protocol):
-    """Loss of a micro-batch and the sums of its metrics; the loop divides metrics by `Totals.items`."""
-
-    def __call__(
-        self, logps_S: Tensor, reference_S: Tensor | None, tree: TokenTree, totals: Totals
-    ) -> tuple[Tensor, dict[str, Tensor]]: ...
-
-
-LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden_SD, head_VD, target_S) -> [S]
-Reference = Callable[[], AbstractContextManager[None]]  # inside of it the model computes the reference policy
-
-
-class ReferenceCache(Protocol):
-    """Reference log-probs that were computed before (`dpo/reference.py`)."""
-
-    def verify(self, items: Sequence[Item], compute: Callable[[Item], Tensor]) -> None:
-        """Compare some of what is stored for `items` with `compute`. Raises ValueError where they differ."""
-        ...
-
-    def get(self, items: Sequence[Item], compute: Callable[[], Tensor]) -> Tensor:
-        """Return the [S] log-probs of all items' scored tokens; `compute` gives those that are not stored yet."""
-        ...
-
-
 class Interrupted(RuntimeError):
     """SIGTERM or SIGINT came: the state is saved, starting again continues."""
 
@@ -126,13 +93,15 @@ def train(
     reference: Reference | None = None,
     first_loss: float | None = None,
     cache: ReferenceCache | None = None,
+    world: World = ALONE,
 ) -> Iterator[dict[str, float]]:
     """Train `parameters` in place and yield a metrics row per optimizer step: step, epoch, loss, grad_norm, lr, ...
 
     reference: context in which the model computes the reference policy; cache: where its log-probs are kept.
     first_loss: what the first micro-batch's mean loss must be (ln 2 for DPO, policy and reference being equal; its
     reference is computed, cache or not); checked to 1e-5 of it, and of 1 where it is below.
-    State and metrics.jsonl go to `folder`; an unfinished run found there is continued.
+    State and metrics.jsonl go to `folder`, which all ranks see; an unfinished run found there is continued.
+    world: the ranks that share every batch, all of which call this with the same arguments and get the same rows.
     Raises ValueError for no items, an item beyond micro_batch_tokens, another first loss, or a folder that another
     configuration, objective or data wrote; FloatingPointError before the optimizer on a non-finite loss or gradient,
     naming the example whose hidden states are not finite; Interrupted on SIGTERM or SIGINT, after the step that runs is
@@ -145,7 +114,8 @@ def train(
     # No micro-batch is longer than the largest batch without any sharing, however large the budget.
     largest = sum(sorted(sum(len(s.ids) for s in item.sequences) for item in items)[-config.batch_size :])
     longest = min(config.micro_batch_tokens, largest)
-    memory = plan_memory(config.activations, model, parameters, longest, config.compile_blocks)
+    free = free_bytes(device) // (1 if device.type == "cuda" else world.local_size)  # ranks share the host's memory
+    memory = plan_memory(config.activations, model, parameters, longest, config.compile_blocks, free)
     optimizer = torch.optim.AdamW(
         parameter_groups(parameters, config.lora_plus_ratio),
         lr=config.learning_rate,
@@ -158,7 +128,8 @@ def train(
     if (found := latest_checkpoint(folder)) is not None:
         step = load_checkpoint(found, parameters, optimizer, run)
     metrics_path = folder / "metrics.jsonl"
-    _keep_metrics(metrics_path, step)
+    if world.is_first:
+        _keep_metrics(metrics_path, step)
 
     def micro_batch(items: Sequence[Item]) -> MicroBatch:
         return MicroBatch(model, token_logps, items, config.micro_batch_tokens, device, memory)
@@ -171,11 +142,14 @@ def train(
             epoch, batch = batch_at(items, step, config.batch_size, config.seed)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, num_steps, config) * group["ratio"]
-            torch.manual_seed(stable_seed("dropout", config.seed, step))
+            torch.manual_seed(stable_seed("dropout", config.seed, step) + world.rank)
             optimizer.zero_grad(set_to_none=True)  # a step that failed in this process left its gradients behind
             expected = first_loss if step == 0 else None
             where = f"train: step {step + 1}"
-            row = _accumulate(batch, config, objective, micro_batch, reference, cache, expected, where)
+            row, stopping = accumulate(
+                *(batch, config.micro_batch_tokens, objective, micro_batch, reference, cache, expected, where),
+                *(world, list(parameters.values()), stop.is_set()),
+            )
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
             if not math.isfinite(row["loss"]) or not torch.isfinite(norm):
                 raise FloatingPointError(
@@ -193,15 +167,16 @@ def train(
                 "lr": optimizer.param_groups[0]["lr"],
                 "seconds": time.perf_counter() - started,
             }
-            with metrics_path.open("a") as handle:
-                handle.write(json.dumps(row) + "\n")
+            if world.is_first:
+                with metrics_path.open("a") as handle:
+                    handle.write(json.dumps(row) + "\n")
             due = config.save_every and step % config.save_every == 0
-            saved = bool(due) or step == num_steps or stop.is_set()
-            if saved:
-                save_checkpoint(folder, step, parameters, optimizer, run)
+            if due or step == num_steps or stopping:
+                if world.is_first:
+                    save_checkpoint(folder, step, parameters, optimizer, run)
+                world.barrier()
             yield {**row, "steps": num_steps}
-            # A signal that came while the caller held the row of an unsaved step waits for the next step's save.
-            if saved and stop.is_set():
+            if stopping:  # a signal that came later than this step's sum over the ranks waits for the next one's
                 raise Interrupted(f"train: stopped by signal after step {step} of {num_steps}; state saved in {folder}")
 
 
@@ -213,103 +188,6 @@ def _fingerprint(config: TrainConfig, objective: Objective, items: Sequence[Item
     for item in items:
         digest.update(repr(item).encode())
     return digest.hexdigest()
-
-
-class MicroBatch:
-    """Items whose token tree the model computes as often as asked: for the reference, for the policy."""
-
-    def __init__(
-        self, model: LanguageModel, token_logps: LogProbs, items: Sequence[Item], max_tokens: int, device: torch.device,
-        memory: MemoryPlan,
-    ) -> None:  # fmt: skip
-        """max_tokens: the budget; it decides which lengths CUDA's attention is compiled for."""
-        self._model, self._token_logps, self._memory = model, token_logps, memory
-        self.tree = tree = build_tree([sequence for item in items for sequence in item.sequences])
-        if device.type == "cuda":
-            tree = tree.padded(bucket(len(tree.ids_T), max_tokens))
-        self._attend = tree_attention(tree, device)
-        self._ids_T, self._positions_T = tree.ids_T.to(device), tree.positions_T.to(device)
-        # Siblings often go on with the same token: one prediction, scored once however many sequences share it.
-        pairs_2S = torch.stack((tree.source_S, tree.target_S))
-        pairs_2U, of_S = torch.unique(pairs_2S, dim=1, return_inverse=True)
-        (self._source_U, self._target_U), self._of_S = pairs_2U.to(device), of_S.to(device)
-
-    def hidden(self) -> Tensor:
-        """Return the [U, D] hidden states that predict the distinct scored tokens."""
-        with self._memory.activations(len(self._ids_T)):
-            hidden_TD: Tensor = self._model(self._ids_T[None], self._positions_T[None], self._attend)[0]
-        return hidden_TD[self._source_U]
-
-    def logps(self) -> Tensor:
-        """Return the [S] log-probs of the scored tokens."""
-        return self._token_logps(self.hidden(), self._model.head_weight, self._target_U)[self._of_S]
-
-    def reference_logps(self, reference: Reference) -> Tensor:
-        """Return the reference's [S] log-probs of the scored tokens."""
-        with torch.no_grad(), reference():
-            return self.logps()
-
-
-def _accumulate(
-    batch: Sequence[Item],
-    config: TrainConfig,
-    objective: Objective,
-    micro_batch: Callable[[Sequence[Item]], MicroBatch],
-    reference: Reference | None,
-    cache: ReferenceCache | None,
-    first_loss: float | None,
-    where: str,
-) -> dict[str, float]:
-    """Run forward and backward over the batch's micro-batches and return loss, per-item metrics and token counts."""
-    totals = Totals(len(batch), sum(sum(s.mask) for item in batch for s in item.sequences))
-    packed = plan(batch, config.micro_batch_tokens)
-    losses: list[Tensor] = []
-    sums: dict[str, list[Tensor]] = {}
-    for items in packed.micro_batches:
-        micro = micro_batch(items)
-        reference_S = None
-        if reference is not None:
-            compute = partial(micro.reference_logps, reference)
-            reference_S = compute() if cache is None or first_loss is not None else cache.get(items, compute)
-        logps_S = micro.logps()
-        loss, metrics = objective(logps_S, reference_S, micro.tree, totals)
-        if first_loss is not None:
-            _check_first(loss.item() * totals.items / len(items), first_loss)
-            first_loss = None
-        loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
-        for name, value in metrics.items():
-            sums.setdefault(name, []).append(value)
-    # The device was not waited for until here.
-    values = torch.stack(losses).tolist()
-    for items, value in zip(packed.micro_batches, values, strict=True):
-        if not math.isfinite(value):
-            _check_hidden(items, micro_batch, where)
-    means = {name: sum(torch.stack(parts).tolist()) / totals.items for name, parts in sums.items()}
-    return {"loss": sum(values), **means, "tokens": packed.tree_tokens, "padded_tokens": packed.padded_tokens}
-
-
-def _check_hidden(examples: Sequence[Item], micro_batch: Callable[[Sequence[Item]], MicroBatch], where: str) -> None:
-    """Raise FloatingPointError naming the examples whose hidden states are not finite, if there are any.
-
-    Each is computed alone: 0 x NaN is NaN, so in a common tree one that is not finite spoils its neighbours.
-    """
-    with torch.no_grad():
-        bad = [item.group for item in examples if not micro_batch([item]).hidden().isfinite().all()]
-    if bad:
-        raise FloatingPointError(
-            f"{where}: the hidden states of example {bad[0]!r} ({len(bad)} of {len(examples)} in its micro-batch) are "
-            "not finite; nothing was updated. Lower the learning rate, or look at that example and at the adapter that "
-            "training started from"
-        )
-
-
-def _check_first(loss: float, expected: float) -> None:
-    if abs(loss - expected) > 1e-5 * max(1.0, expected):
-        raise ValueError(
-            f"train: the first loss is {loss:.8f} but policy and reference are equal, so it must be {expected:.8f}; "
-            "the reference adapter differs from the policy, or dropout is on"
-        )
 
 
 def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:

@@ -96,15 +96,16 @@ class ReferenceLogps:
     def __exit__(self, *exception: object) -> None:
         self._db.close()
 
-    def get(self, items: Sequence[Item], compute: Callable[[], Tensor]) -> Tensor:
+    def get(self, items: Sequence[Item], compute: Callable[[], Tensor], agree: Callable[[bool], bool] = bool) -> Tensor:
         """Return the [S] log-probs of the items' scored tokens, in order.
 
         Where one is missing, `compute` is asked for all of them, those that were missing are stored, and what is then
-        in the file counts: another process may have been first.
+        in the file counts: another process may have been first. agree: says whether to compute, from whether one is
+        missing here: ranks that compute together decide together.
         """
         sequences = [sequence for item in items for sequence in item.sequences]
         rows = self._stored(sequences)
-        if len(rows) < len(sequences):
+        if agree(len(rows) < len(sequences)):
             self._put(sequences, compute().detach().cpu())
             rows = self._stored(sequences)
         return torch.cat(rows).to(self._device)

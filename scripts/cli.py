@@ -120,7 +120,8 @@ COMMANDS: dict[str, tuple[Callable[[], Callable[..., None]], str]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit status: 0, or 2 for a user's error, which is one line on stderr.
 
-    130 is Ctrl-C. With MATRYOSHKA_DEBUG=1 errors keep their traceback.
+    130 is Ctrl-C. Of several ranks (torchrun), an error names the one that it happened on. With MATRYOSHKA_DEBUG=1
+    errors keep their traceback.
     """
     # Before torch is imported: OpenMP threads that spin while they wait starve the other processes of this machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -145,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, GeneratorError) as err:
         if os.environ.get(DEBUG) == "1":
             raise
-        print(f"error: {err}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"{rank}error: {err}", file=sys.stderr)
         return 2
     return 0
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from matryoshka.core.distributed import World, open_world
 from matryoshka.core.load import load_model
 from matryoshka.core.tokenizer import Tokenizer
 from matryoshka.core.train import TrainConfig
@@ -50,15 +51,22 @@ class Settings(Protocol):
 def finetune(settings: Settings, preference: Preference | None, reference_cache: Path | None = None) -> None:
     """Train an adapter and write it to `out/adapter`; the last line printed is a summary as JSON.
 
+    Processes that torchrun started share every batch; the first one prints and writes.
+
     preference None is SFT. reference_cache: a file that keeps reference log-probs. Pairs that repeat an earlier one are
     left out and counted. Raises ValueError, FileNotFoundError for wrong settings and malformed data.
     """
     if settings.dtype not in DTYPES:
         raise ValueError(f"dtype {settings.dtype!r} is unknown; choose from {list(DTYPES)}")
-    torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+    with open_world(settings.device) as world:
+        _finetune(settings, preference, reference_cache, world)
+
+
+def _finetune(settings: Settings, preference: Preference | None, reference_cache: Path | None, world: World) -> None:
+    torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // world.local_size))
     tokenizer = Tokenizer.load(settings.model)
     items = (read_conversations if preference is None else read_preferences)(settings.data, tokenizer)
-    model = load_model(settings.model, DTYPES[settings.dtype], settings.device)
+    model = load_model(settings.model, DTYPES[settings.dtype], world.device)
     items, skipped = fitting(items, model.config.max_position_embeddings, settings.overlong)
     if skipped:
         logger.warning("%s: %d rows exceed the context and are left out", settings.data, skipped)
@@ -82,6 +90,9 @@ def finetune(settings: Settings, preference: Preference | None, reference_cache:
         fresh=settings.adapter is None,
         reference_cache=reference_cache,
         tensorboard=settings.tensorboard,
+        world=world,
     )
+    if not world.is_first:
+        return
     counts = {"items": len(items), "skipped": skipped, "repeated": repeated}
     print(json.dumps({**counts, "adapter": str(settings.out / "adapter"), **last}))

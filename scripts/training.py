@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.train import Item, TrainConfig, train
 from matryoshka.dpo.head import token_logps
@@ -33,12 +34,14 @@ def train_policy(
     fresh: bool,
     reference_cache: Path | None = None,
     tensorboard: bool = False,
+    world: World = ALONE,
 ) -> dict[str, float]:
     """Train the adapter POLICY of `model`, save it as `folder/adapter` and return the last metrics row ({}: all done).
 
     preference None is SFT. base: the model's folder. title: of the progress line. fresh: POLICY is new, so that the
     base model is the reference; otherwise a copy of POLICY as it comes is, named REFERENCE. reference_cache: a file
-    that keeps reference log-probs.
+    that keeps reference log-probs. world: the ranks that train together; the first one writes files and shows progress,
+    and all return when the adapter is there.
     """
     set_active(model, POLICY)
     reference: Callable[[], AbstractContextManager[None]] | None = None
@@ -63,16 +66,21 @@ def train_policy(
             reference,
             preference.first_loss if preference else None,
             cache,
+            world,
         )
         total = config.epochs * math.ceil(len(items) / config.batch_size)
         progress = stack.enter_context(Progress(title, total))
-        write_scalars = stack.enter_context(scalar_writer(folder, tensorboard))
+        write_scalars = stack.enter_context(scalar_writer(folder, tensorboard and world.is_first))
         row: dict[str, float] = {}
         for row in steps:
+            if not world.is_first:
+                continue
             write_scalars(row)
             extra = f" margin {row['margin']:.3f} acc {row['accuracy']:.2f}" if "margin" in row else ""
             progress.update(int(row["step"]), f"loss {row['loss']:.4f}{extra}")
     model.eval()
     set_active(model, None)
-    save_adapter(model, POLICY, folder / "adapter", str(base))
+    if world.is_first:
+        save_adapter(model, POLICY, folder / "adapter", str(base))
+    world.barrier()
     return row

@@ -9,8 +9,6 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from matryoshka.core.files import Journal, SharedJournal
 from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped, Task

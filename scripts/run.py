@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from matryoshka.core.config import diff, load_toml, to_toml
-from matryoshka.core.files import Journal, folder_lock, write_json, write_jsonl, write_text
+from matryoshka.core.config import load_toml, to_toml
+from matryoshka.core.distributed import ALONE, World
+from matryoshka.core.files import SharedJournal, write_json, write_jsonl, write_text
 from matryoshka.core.load import load_model
 from matryoshka.core.protocols import Controller, Generator
 from matryoshka.core.records import (
@@ -48,19 +49,13 @@ from matryoshka.lora.linear import add_adapter, remove_adapter
 from matryoshka.scripts.doctor import environment
 from matryoshka.scripts.episodes import Scheme, Stage, run_stage
 from matryoshka.scripts.problems import load_splits, make_task, scripted_generator
+from matryoshka.scripts.ranks import Ranks
 from matryoshka.scripts.run_config import RunConfig, ServeConfig
+from matryoshka.scripts.run_folder import CONFIG, claim, copy_folder
 from matryoshka.scripts.serving import started
 from matryoshka.scripts.training import DTYPES, POLICY, REFERENCE, train_policy
 
 logger = logging.getLogger(__name__)
-
-# Settings that a run may be continued with another value of.
-_PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "total_timeout_s")
-FREE_TO_CHANGE = (
-    *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints"),
-    *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
-)
-
 
 class Run:
     """An open run directory. Use `open_run`; the fields are shared by the stages.
@@ -68,26 +63,37 @@ class Run:
     What can be wrong with the configuration comes first, so that nobody waits for training to hear of a missing key.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, stack: ExitStack, cache: Path | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, folder: Path, stack: ExitStack, cache: Path | None = None, ranks: Ranks | None = None
+    ) -> None:
         self.config = config
+        self.ranks = ranks = ranks or Ranks()
+        self.world = world = ranks.world
         self.purse: Purse | None = None  # the generator's account, where it has one
         self._cache = cache or folder / "cache.sqlite"
         self.folder = folder
         self._stack = stack
         self._runner = stack.enter_context(asyncio.Runner())  # one event loop for all stages: clients belong to one
-        splits = load_splits(config)
+        self._seconds: dict[str, float] = {}
+        if (folder / "seconds.json").exists():
+            self._seconds = json.loads((folder / "seconds.json").read_text())
+        with ranks.together():
+            splits = load_splits(config)
         self.generator = self._open_generator(config.generator, config.serve)
-        self.threads = config.controller.threads or os.cpu_count() or 1
+        self.threads = config.controller.threads or max(1, (os.cpu_count() or 1) // world.local_size)
         torch.set_num_threads(self.threads)
         path = Path(config.controller.path)
-        self.model = load_model(path, DTYPES[config.controller.dtype], config.controller.device)
-        self.tokenizer = Tokenizer.load(path)
-        context = self.model.config.max_position_embeddings
-        self.task, self._skipped_problems = make_task(config, splits, self._count_tokens, context)
+        device = world.device if world.size > 1 else config.controller.device
+        with ranks.together():
+            self.model = load_model(path, DTYPES[config.controller.dtype], device)
+            self.tokenizer = Tokenizer.load(path)
+            context = self.model.config.max_position_embeddings
+            self.task, self._skipped_problems = make_task(config, splits, self._count_tokens, context)
+            name = "trajectories" if world.size == 1 else f"trajectories.rank-{world.rank}"
+            self.journal = SharedJournal(folder / f"{name}.jsonl", "trajectories*.jsonl")
+        stack.callback(self.journal.close)
         if self._skipped_problems:
             logger.warning("problems that exceed the context are left out of everything: %s", self._skipped_problems)
-        self.journal = Journal(folder / "trajectories.jsonl")
-        stack.callback(self.journal.close)
 
     def _count_tokens(self, prompt: Messages) -> int:
         return len(self.tokenizer.render(prompt, add_generation_prompt=True).ids)
@@ -112,18 +118,24 @@ class Run:
         """Return the black box, checked; a server of our own is started where [serve] names a model."""
         if serve.scripted:
             return scripted_generator(self.config.task, serve.scripted)
+        ranks = self.ranks
         if serve.model:
-            log = self.folder / "generator.log"
-            url = self._stack.enter_context(started(serve, self.config.controller.deterministic, log))
-            digest = adapters.adapter_hash(Path(serve.adapter)) if serve.adapter else "base"
+            digest, url = adapters.adapter_hash(Path(serve.adapter)) if serve.adapter else "base", ""
+            with ranks.together():
+                if self.world.local_rank == 0:  # one server for all ranks of a machine
+                    log = self.folder / ("generator.log" if ranks.node == 0 else f"generator.node-{ranks.node}.log")
+                    url = self._stack.enter_context(started(serve, self.config.controller.deterministic, log))
+            url = ranks.texts(url)[self.world.rank - self.world.local_rank]
             config = replace(config, base_url=url, model=serve.name, identity=f"{Path(serve.model).name}+{digest}")
-        cache = ResponseCache(self._cache)
-        self._stack.callback(cache.close)
-        budget = Budget(self.config.budget_usd, self.config.budget_tokens)
-        generator = OpenAIGenerator(config, cache, self.config.seed, budget)
-        self.purse = generator.purse
-        self._stack.callback(lambda: self._runner.run(generator.aclose()))
-        self._runner.run(generator.check())
+        with ranks.together():
+            cache = ResponseCache(self._cache)
+            self._stack.callback(cache.close)
+            budget = Budget(self.config.budget_usd, self.config.budget_tokens)
+            part = config.part(self.world.rank, self.world.size)
+            generator = OpenAIGenerator(part, cache, self.config.seed, budget)
+            self.purse = generator.purse
+            self._stack.callback(lambda: self._runner.run(generator.aclose()))
+            self._runner.run(generator.check())
         return generator
 
     # Policies: "" is the base model, otherwise the stage folder whose adapter it is.
@@ -218,19 +230,25 @@ class Run:
             scored = self.task.score(self.episodes(self.policy(candidate), ["validation"]))[self.task.main_metric]
             results.append({"learning_rate": rate, "stage": candidate, "validation": to_json(scored)})
         best = max(results, key=lambda row: row["validation"]["value"])
-        write_json(self.folder / stage / "selection.json", {"chosen": best, "candidates": results})
-        _copy_folder(self.adapter_folder(best["stage"]), self.adapter_folder(stage))
+        if self.world.is_first:
+            write_json(self.folder / stage / "selection.json", {"chosen": best, "candidates": results})
+            copy_folder(self.adapter_folder(best["stage"]), self.adapter_folder(stage))
+        self.ranks.barrier()
         return counts
 
     def _keep_policy(self, before: str, stage: str) -> None:
         """Save the policy of `before` unchanged as `stage`'s: a stage without data changes nothing."""
         self._load_policy(before)
-        adapters.save_adapter(self.model, POLICY, self.adapter_folder(stage), self.config.controller.path)
+        self.ranks.barrier()  # nobody is still to ask whether it is trained
+        if self.world.is_first:
+            adapters.save_adapter(self.model, POLICY, self.adapter_folder(stage), self.config.controller.path)
+        self.ranks.barrier()
 
     def pairs(self, trajectories: Sequence[Trajectory]) -> tuple[list[Preference], PairCounts]:
         """Return the pairs of all trajectories so far and write them to preferences.jsonl."""
         pairs, counts = make_pairs(trajectories, self.task.pair_rule, self.config.seed)
-        write_jsonl(self.folder / "preferences.jsonl", [to_json(pair) for pair in pairs])
+        if self.world.is_first:
+            write_jsonl(self.folder / "preferences.jsonl", [to_json(pair) for pair in pairs])
         return pairs, counts
 
     def _gold_item(self, example: Example) -> Item:
@@ -248,7 +266,8 @@ class Run:
         items, skipped = fitting(items, context, self.config.overlong)
         if skipped:
             logger.warning("%s: %d items exceed the context of %d tokens and are left out", stage, skipped, context)
-            write_json(self.folder / stage / "left_out.json", skipped)
+            if self.world.is_first:
+                write_json(self.folder / stage / "left_out.json", skipped)
         started_at = time.monotonic()
         self._load_policy(start)
         folder = self.folder / stage
@@ -263,9 +282,10 @@ class Run:
             fresh=not start,
             reference_cache=self.folder / "reference.sqlite" if self.config.dpo.reference_cache else None,
             tensorboard=self.config.tensorboard,
+            world=self.world,
         )
         self._add_seconds(f"train {stage}", time.monotonic() - started_at)
-        for checkpoint in folder.glob("step-*"):
+        for checkpoint in folder.glob("step-*") if self.world.is_first else ():
             shutil.rmtree(checkpoint)  # the adapter is whole; the optimizer's state is not needed again
 
     # Episodes.
@@ -366,7 +386,7 @@ class Run:
                 rollout.max_failed_share,
             )
             jobs = stage.jobs(examples, settings or [scheme.settings])
-            done = self._runner.run(run_stage(stage, jobs, self.journal))
+            done = self._runner.run(run_stage(stage, jobs, self.journal, self.ranks))
         self._add_seconds(label or f"{scheme.name} {'+'.join(splits)}", time.monotonic() - started_at)
         return done
 
@@ -382,52 +402,29 @@ class Run:
 
     def seconds(self) -> dict[str, float]:
         """Return wall-clock seconds by stage, added up over restarts (a killed stage's last part is not in them)."""
-        path = self.folder / "seconds.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return dict(self._seconds)
 
     def _add_seconds(self, stage: str, seconds: float) -> None:
-        known = self.seconds()
-        write_json(self.folder / "seconds.json", {**known, stage: known.get(stage, 0.0) + seconds})
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+        if self.world.is_first:
+            write_json(self.folder / "seconds.json", self._seconds)
 
 
 @contextmanager
-def open_run(config: RunConfig, root: Path, cache: Path | None = None) -> Iterator[Run]:
-    """Open or continue `root/<name>` under its lock. cache: the file of answers, by default the folder's own.
+def open_run(config: RunConfig, root: Path, cache: Path | None = None, world: World = ALONE) -> Iterator[Run]:
+    """Open or continue `root/<name>`, all ranks of `world` together, under its lock, which the first one holds.
 
-    Raises ValueError when it was started with another configuration (naming every difference) or is in use. Budgets,
-    limits and patience may change: they decide how fast and how far a run goes, not what it finds.
+    cache: the file of answers, by default the folder's own. Raises ValueError when it was started with another
+    configuration (naming every difference) or is in use. Budgets, limits and patience may change: they decide how fast
+    and how far a run goes, not what it finds.
     """
-    folder = root / config.name
+    folder, ranks = root / config.name, Ranks(world)
     with ExitStack() as stack:
-        stack.enter_context(folder_lock(folder))
-        _sweep(folder)
-        saved = folder / "config.toml"
-        changed = diff(load_toml(RunConfig, saved), config) if saved.exists() else []
-        if changes := [line for line in changed if not line.startswith(FREE_TO_CHANGE)]:
-            raise ValueError(
-                f"{folder}: was started with another configuration: {'; '.join(changes)}. "
-                "Take the old values to continue, or another name to start afresh"
-            )
-        run = Run(config, folder, stack, cache)
-        if not saved.exists():  # a configuration that cannot start binds nobody
+        with ranks.together():
+            saved, changed = claim(config, folder, stack) if world.is_first else (True, [])
+        run = Run(config, folder, stack, cache, ranks)
+        if world.is_first and not saved:  # a configuration that cannot start binds nobody
             write_json(folder / "environment.json", environment())
-        if changed or not saved.exists():
-            write_text(saved, to_toml(config))
+        if world.is_first and (changed or not saved):
+            write_text(folder / CONFIG, to_toml(config))
         yield run
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a kill left half-written; nobody else writes here while we hold the lock."""
-    for path in list(folder.rglob(".*.tmp")):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _copy_folder(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    os.rename(temporary, target)
-

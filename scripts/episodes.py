@@ -89,12 +89,15 @@ async def _run_share(
     outcome: Exception | None = None
     done: list[Trajectory] = []
 
-    def show(job: Job, trajectory: Trajectory) -> None:
+    def show() -> None:
+        if count := ended + of_others[0]:
+            cost = f" {stage.purse.shown()}" if stage.purse is not None else ""
+            progress.update(count, f"right {(right + of_others[1]) / count:.2f}{cost}")
+
+    def on_done(job: Job, trajectory: Trajectory) -> None:
         nonlocal ended, right
         ended, right = ended + 1, right + (trajectory.reward > 0.5)
-        cost = f" {stage.purse.shown()}" if stage.purse is not None else ""
-        count = ended + of_others[0]
-        progress.update(count, f"right {(right + of_others[1]) / count:.2f}{cost}")
+        show()
 
     async def keep_step() -> None:
         """Tell the other ranks how far we are until all are done; one that stops, stops all."""
@@ -107,7 +110,8 @@ async def _run_share(
                 is_alone = True
                 stop.set()
                 return
-            of_others = (sums[0] - own[0], sums[1] - own[1])
+            if of_others != (of_others := (sums[0] - own[0], sums[1] - own[1])):
+                show()
             if sums[3] > own[3] and not stop.is_set():
                 by_others = True
                 stop.set()
@@ -120,7 +124,7 @@ async def _run_share(
     steps = asyncio.create_task(keep_step())
     try:
         done = await run_rollouts(
-            stage.task, jobs, stage.controller, stage.generator, journal, stage.limit, show,
+            stage.task, jobs, stage.controller, stage.generator, journal, stage.limit, on_done,
             stage.max_failed_share, stop,
         )  # fmt: skip
     except (RunStopped, GeneratorError) as err:

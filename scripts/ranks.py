@@ -85,7 +85,8 @@ class Ranks:
 
 
 def deal(items: Sequence[T], owners: Sequence[str], count: int) -> list[list[T]]:
-    """Return `items` in `count` shares: their owners, in the order they first come, take turns, each with all its own."""
+    """Return `items` in `count` shares: their owners take turns in the order that they come in, each with all its own.
+    """
     order = {owner: i for i, owner in enumerate(dict.fromkeys(owners))}
     shares: list[list[T]] = [[] for _ in range(count)]
     for item, owner in zip(items, owners, strict=True):

@@ -6,7 +6,7 @@ anywhere is never run again, whatever the number of ranks then and now.
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -24,6 +24,11 @@ from matryoshka.tasks.rollout import Job, job_key, recorded, run_rollouts
 STEP_S = 0.2  # how often the ranks tell each other how far they are
 
 
+Elsewhere = Callable[
+    [Sequence[Job], Journal, Callable[[Job, Trajectory], None], asyncio.Event], Awaitable[list[Trajectory]]
+]
+
+
 @dataclass(frozen=True)
 class Scheme:
     """One way to guide the generator: made from the open sampler, with the settings that its episodes run under."""
@@ -35,7 +40,10 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Stage:
-    """What episodes of one scheme run with. label: of the progress line. limit: episodes in flight."""
+    """What episodes of one scheme run with. label: of the progress line. limit: episodes in flight in a process.
+
+    elsewhere: runs jobs in place of `run_rollouts` here; both take what is told of each episode, and the wish to stop.
+    """
 
     label: str
     task: Task
@@ -44,6 +52,7 @@ class Stage:
     purse: Purse | None
     limit: int
     max_failed_share: float
+    elsewhere: Elsewhere | None = None
 
     def jobs(self, examples: Sequence[Example], settings: Sequence[RolloutSettings]) -> list[Job]:
         """Return one job for each example and each of `settings`."""
@@ -123,10 +132,13 @@ async def _run_share(
 
     steps = asyncio.create_task(keep_step())
     try:
-        done = await run_rollouts(
-            stage.task, jobs, stage.controller, stage.generator, journal, stage.limit, on_done,
-            stage.max_failed_share, stop,
-        )  # fmt: skip
+        if stage.elsewhere is not None:
+            done = await stage.elsewhere(jobs, journal, on_done, stop)
+        else:
+            done = await run_rollouts(
+                stage.task, jobs, stage.controller, stage.generator, journal, stage.limit, on_done,
+                stage.max_failed_share, stop,
+            )  # fmt: skip
     except (RunStopped, GeneratorError) as err:
         if not (isinstance(err, RunStopped) and stop.is_set()):  # who made it stop says why
             outcome = err

@@ -61,8 +61,8 @@ def schemes(run: Run) -> dict[str, tuple[str, Scheme]]:
             controller = ScriptedGuidance(f"{name}-{config.seed}", dict(zip(prompts, table, strict=True)))
             found[name] = (label, Scheme(name, _fixed(controller), one_plan))
     if config.warmup.source == "generator" or config.task.name == "lamp":
-        own = GeneratorGuidance(run.generator)
-        found["own_guidance"] = ("the generator's own guidance", Scheme("own-guidance", _fixed(own), one_plan))
+        own = Scheme("own-guidance", lambda _: GeneratorGuidance(run.generator), one_plan)
+        found["own_guidance"] = ("the generator's own guidance", own)
     for name in examples[0].fields.get("baselines", {}):  # guidance that the task itself knows without a controller
         known = {run.task.first_prompt(example): example.fields["baselines"][name] for example in examples}
         fixed = _fixed(ScriptedGuidance(f"{name}-{config.seed}", known))

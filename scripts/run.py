@@ -13,6 +13,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from matryoshka.scripts.doctor import environment
 from matryoshka.scripts.episodes import Scheme, Stage, run_stage
 from matryoshka.scripts.problems import load_splits, make_task, scripted_generator
 from matryoshka.scripts.ranks import Ranks
+from matryoshka.scripts.ray_episodes import connected, run_on_ray
 from matryoshka.scripts.run_config import RunConfig, ServeConfig
 from matryoshka.scripts.run_folder import CONFIG, claim, copy_folder
 from matryoshka.scripts.serving import started
@@ -58,10 +60,12 @@ from matryoshka.scripts.training import DTYPES, POLICY, REFERENCE, train_policy
 logger = logging.getLogger(__name__)
 
 class Run:
-    """An open run directory. Use `open_run`; the fields are shared by the stages.
+    """An open run directory. Use `open_run`, which opens the journal too; the fields are shared by the stages.
 
     What can be wrong with the configuration comes first, so that nobody waits for training to hear of a missing key.
     """
+
+    journal: SharedJournal
 
     def __init__(
         self, config: RunConfig, folder: Path, stack: ExitStack, cache: Path | None = None, ranks: Ranks | None = None
@@ -73,7 +77,7 @@ class Run:
         self._cache = cache or folder / "cache.sqlite"
         self.folder = folder
         self._stack = stack
-        self._runner = stack.enter_context(asyncio.Runner())  # one event loop for all stages: clients belong to one
+        self.runner = stack.enter_context(asyncio.Runner())  # one event loop for all stages: clients belong to one
         self._seconds: dict[str, float] = {}
         if (folder / "seconds.json").exists():
             self._seconds = json.loads((folder / "seconds.json").read_text())
@@ -89,9 +93,6 @@ class Run:
             self.tokenizer = Tokenizer.load(path)
             context = self.model.config.max_position_embeddings
             self.task, self._skipped_problems = make_task(config, splits, self._count_tokens, context)
-            name = "trajectories" if world.size == 1 else f"trajectories.rank-{world.rank}"
-            self.journal = SharedJournal(folder / f"{name}.jsonl", "trajectories*.jsonl")
-        stack.callback(self.journal.close)
         if self._skipped_problems:
             logger.warning("problems that exceed the context are left out of everything: %s", self._skipped_problems)
 
@@ -134,8 +135,8 @@ class Run:
             part = config.part(self.world.rank, self.world.size)
             generator = OpenAIGenerator(part, cache, self.config.seed, budget)
             self.purse = generator.purse
-            self._stack.callback(lambda: self._runner.run(generator.aclose()))
-            self._runner.run(generator.check())
+            self._stack.callback(lambda: self.runner.run(generator.aclose()))
+            self.runner.run(generator.check())
         return generator
 
     # Policies: "" is the base model, otherwise the stage folder whose adapter it is.
@@ -374,21 +375,31 @@ class Run:
         examples = [example for split in splits for example in self.task.examples(split)][:first]
         examples = [example for example in examples if only is None or example.id in only]
         started_at = time.monotonic()
-        config, rollout = self.config.controller, self.config.rollout
-        with Sampler(self.model, self.tokenizer, config.max_rows, config.deterministic, self.threads) as sampler:
+        with self.open_sampler() as sampler:
             stage = Stage(
                 label or scheme.name,
                 self.task,
                 scheme.make(sampler),
                 self.generator,
                 self.purse,
-                1 if config.deterministic else rollout.limit,
-                rollout.max_failed_share,
+                self.limit,
+                self.config.rollout.max_failed_share,
+                partial(run_on_ray, self, scheme) if self.config.executor == "ray" else None,
             )
             jobs = stage.jobs(examples, settings or [scheme.settings])
-            done = self._runner.run(run_stage(stage, jobs, self.journal, self.ranks))
+            done = self.runner.run(run_stage(stage, jobs, self.journal, self.ranks))
         self._add_seconds(label or f"{scheme.name} {'+'.join(splits)}", time.monotonic() - started_at)
         return done
+
+    def open_sampler(self) -> Sampler:
+        """Return a sampler of the controller's model, to be closed before it is trained."""
+        config = self.config.controller
+        return Sampler(self.model, self.tokenizer, config.max_rows, config.deterministic, self.threads)
+
+    @property
+    def limit(self) -> int:
+        """Episodes in flight in a process."""
+        return 1 if self.config.controller.deterministic else self.config.rollout.limit
 
     def left_out(self) -> dict[str, int]:
         """Return what did not fit the context, by split of problems and by stage of training; {} if all did."""
@@ -422,7 +433,15 @@ def open_run(config: RunConfig, root: Path, cache: Path | None = None, world: Wo
     with ExitStack() as stack:
         with ranks.together():
             saved, changed = claim(config, folder, stack) if world.is_first else (True, [])
+        if config.executor == "ray":
+            if world.size > 1:
+                raise ValueError("executor = 'ray' and torchrun's ranks exclude each other; start one process")
+            stack.enter_context(connected())
         run = Run(config, folder, stack, cache, ranks)
+        name = "trajectories" if world.size == 1 else f"trajectories.rank-{world.rank}"
+        with ranks.together():
+            run.journal = SharedJournal(folder / f"{name}.jsonl", "trajectories*.jsonl")
+        stack.callback(run.journal.close)
         if world.is_first and not saved:  # a configuration that cannot start binds nobody
             write_json(folder / "environment.json", environment())
         if world.is_first and (changed or not saved):

@@ -180,6 +180,8 @@ class RunConfig:
     tensorboard: also write every stage's metrics as TensorBoard events into its folder (the extra `track`).
     budget_usd, budget_tokens: the most that the run may spend on [generator], over all its restarts; 0 is no limit. The
     run stops before the line is crossed, and a larger budget continues it.
+    executor: where episodes run: in this process, or torchrun's, or as ray_tasks tasks of a Ray cluster (the extra
+    `cluster`; 0: one for each GPU or, on CPUs, for each machine), which gives the same episodes.
     """
 
     name: str
@@ -192,6 +194,8 @@ class RunConfig:
     tensorboard: bool = False
     budget_usd: float = 0.0
     budget_tokens: int = 0
+    executor: Literal["local", "ray"] = "local"
+    ray_tasks: int = 0
     serve: ServeConfig = ServeConfig()
     task: TaskConfig = TaskConfig()
     lora: LoraConfig = LoraConfig()
@@ -202,3 +206,5 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.rounds < 0:
             raise ValueError(f"rounds {self.rounds} must not be negative")
+        if self.ray_tasks < 0:
+            raise ValueError(f"ray_tasks {self.ray_tasks} must not be negative; 0 is one for each GPU or machine")

@@ -451,8 +451,8 @@ def test_problems_that_do_not_fit_are_refused_or_left_out_of_everything(
         with Sampler(run.model, run.tokenizer) as sampler:
             prompt, limit = [1] * longest, config.rollout.guidance_tokens
             with pytest.raises(ValueError, match=rf"exceed the context of {context}"):
-                run._runner.run(sampler.generate(prompt, Sampling(max_tokens=limit)))
-            run._runner.run(sampler.generate(prompt[1:], Sampling(max_tokens=limit)))
+                run.runner.run(sampler.generate(prompt, Sampling(max_tokens=limit)))
+            run.runner.run(sampler.generate(prompt[1:], Sampling(max_tokens=limit)))
 
 
 class Twice:

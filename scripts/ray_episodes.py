@@ -10,6 +10,7 @@ import asyncio
 import io
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from matryoshka.core.records import Trajectory, from_json, to_json
 from matryoshka.scripts.episodes import Scheme
 from matryoshka.scripts.ranks import deal
 from matryoshka.scripts.run_config import RunConfig, ServeConfig
+from matryoshka.scripts.run_folder import cache_path
 from matryoshka.tasks.rollout import Job, run_rollouts
 
 if TYPE_CHECKING:
@@ -100,7 +102,7 @@ async def run_on_ray(
     task = ray.remote(num_returns="streaming", max_retries=0, num_gpus=int(on_gpu))(_task)
     scheme_bytes = _dumps(scheme, run)
     streams = [
-        task.remote(_config_of(run, i, len(shares)), os.getcwd(), run.folder, scheme_bytes, share)
+        task.remote(_config_of(run, i, len(shares)), socket.gethostname(), os.getcwd(), run.folder, scheme_bytes, share)
         for i, share in enumerate(shares)
     ]
     watch = asyncio.create_task(pass_on())
@@ -131,9 +133,18 @@ def _places(run: "Run") -> int:
 
 def _config_of(run: "Run", index: int, count: int) -> RunConfig:
     """Return the configuration that task `index` of `count` opens: the driver's black box, its part of the limits."""
+    import ray
+
     config, generator = run.config, getattr(run.generator, "config", None)
     if generator is None:
         return config
+    if sum(node["Alive"] for node in ray.nodes()) > 1:
+        budget = config.budget_usd or config.budget_tokens
+        if budget or config.serve.model:
+            raise ValueError(
+                f"executor = 'ray': {'a budget' if budget else '[serve] model'} is for one machine, and this cluster "
+                "has several; use torchrun, which gives every machine its own"
+            )
     return replace(config, generator=generator.part(index, count), serve=ServeConfig())
 
 
@@ -149,11 +160,14 @@ def _cause(err: BaseException) -> BaseException:
 
 
 def _task(
-    config: RunConfig, cwd: str, folder: Path, scheme_bytes: bytes, jobs: Sequence[Job]
+    config: RunConfig, first: str, cwd: str, folder: Path, scheme_bytes: bytes, jobs: Sequence[Job]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield ("episodes", [(key, trajectory as JSON)]) as they end; last ("stopped" or "failed", why) if not all did."""
+    """Yield ("episodes", [(key, trajectory as JSON)]) as they end; last ("stopped" or "failed", why) if not all did.
+
+    first: the driver's machine.
+    """
     os.chdir(cwd)
-    run = _opened(config, folder)
+    run = _opened(config, folder, first)
     scheme: Scheme = _Unpickler(scheme_bytes, run).load()
     ended: list[tuple[str, Any]] = []
     stop = asyncio.Event()
@@ -191,7 +205,7 @@ def _task(
 _open_runs: dict[str, tuple[ExitStack, "Run"]] = {}
 
 
-def _opened(config: RunConfig, folder: Path) -> "Run":
+def _opened(config: RunConfig, folder: Path, first: str) -> "Run":
     """Return this process's run, opened once: Ray gives the next stage's task to the same process."""
     from matryoshka.scripts.run import Run
 
@@ -200,7 +214,8 @@ def _opened(config: RunConfig, folder: Path) -> "Run":
         while _open_runs:
             _open_runs.popitem()[1][0].close()
         with ExitStack() as stack:
-            run = Run(config, folder, stack)
+            here = socket.gethostname()
+            run = Run(config, folder, stack, cache_path(folder, "" if here == first else here))
             _open_runs[key] = (stack.pop_all(), run)
     return _open_runs[key][1]
 

@@ -44,7 +44,7 @@ from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
 from matryoshka.inference.local import LocalController
 from matryoshka.inference.sampler import Sampler
-from matryoshka.inference.spending import Budget, Purse
+from matryoshka.inference.spending import Budget, Purse, total
 from matryoshka.lora import files as adapters
 from matryoshka.lora.linear import add_adapter, remove_adapter
 from matryoshka.scripts.doctor import environment
@@ -53,7 +53,7 @@ from matryoshka.scripts.problems import load_splits, make_task, scripted_generat
 from matryoshka.scripts.ranks import Ranks
 from matryoshka.scripts.ray_episodes import connected, run_on_ray
 from matryoshka.scripts.run_config import RunConfig, ServeConfig
-from matryoshka.scripts.run_folder import CONFIG, claim, copy_folder
+from matryoshka.scripts.run_folder import CONFIG, cache_path, claim, copy_folder, deal_caches
 from matryoshka.scripts.serving import started
 from matryoshka.scripts.training import DTYPES, POLICY, REFERENCE, train_policy
 
@@ -74,7 +74,7 @@ class Run:
         self.ranks = ranks = ranks or Ranks()
         self.world = world = ranks.world
         self.purse: Purse | None = None  # the generator's account, where it has one
-        self._cache = cache or folder / "cache.sqlite"
+        self._cache = cache or cache_path(folder, str(ranks.node) if ranks.node else "")
         self.folder = folder
         self._stack = stack
         self.runner = stack.enter_context(asyncio.Runner())  # one event loop for all stages: clients belong to one
@@ -131,7 +131,11 @@ class Run:
         with ranks.together():
             cache = ResponseCache(self._cache)
             self._stack.callback(cache.close)
-            budget = Budget(self.config.budget_usd, self.config.budget_tokens)
+        budget = Budget(self.config.budget_usd, self.config.budget_tokens)
+        if ranks.num_nodes > 1 and budget != Budget():
+            spent = [json.loads(text) for text in ranks.texts(json.dumps(total(cache)))]
+            budget = budget.part(ranks.node, spent[:: self.world.local_size])
+        with ranks.together():
             part = config.part(self.world.rank, self.world.size)
             generator = OpenAIGenerator(part, cache, self.config.seed, budget)
             self.purse = generator.purse
@@ -433,6 +437,8 @@ def open_run(config: RunConfig, root: Path, cache: Path | None = None, world: Wo
     with ExitStack() as stack:
         with ranks.together():
             saved, changed = claim(config, folder, stack) if world.is_first else (True, [])
+            if world.is_first:
+                deal_caches(folder, ranks.num_nodes)
         if config.executor == "ray":
             if world.size > 1:
                 raise ValueError("executor = 'ray' and torchrun's ranks exclude each other; start one process")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matryoshka.core.config import diff, load_toml
 from matryoshka.core.files import folder_lock
+from matryoshka.inference.cache import ResponseCache
 from matryoshka.scripts.run_config import RunConfig
 
 CONFIG = "config.toml"
@@ -30,6 +31,33 @@ def claim(config: RunConfig, folder: Path, stack: ExitStack) -> tuple[bool, list
             "Take the old values to continue, or another name to start afresh"
         )
     return saved, changed
+
+
+def cache_path(folder: Path, node: str = "") -> Path:
+    """Return the cache of the machine `node`, "" for the first: a WAL database is for the processes of one machine."""
+    return folder / (f"cache.node-{node}.sqlite" if node else "cache.sqlite")
+
+
+def deal_caches(folder: Path, num_nodes: int) -> None:
+    """Put all machines' caches of an earlier start into the first one's, and give the others a copy of its answers.
+
+    Nobody else may use them: it is the work of whoever holds the lock. What a kill in here counts twice, it overstates.
+    """
+    others = sorted(folder.glob("cache.node-*.sqlite"))
+    if num_nodes == 1 and not others:
+        return
+    cache = ResponseCache(cache_path(folder))
+    try:
+        for path in others:
+            cache.take_in(path)
+            for suffix in ("", "-wal", "-shm"):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+        for node in range(1, num_nodes):
+            temporary = folder / f".cache.node-{node}.tmp"
+            cache.copy_answers(temporary)
+            os.replace(temporary, cache_path(folder, str(node)))
+    finally:
+        cache.close()
 
 
 def _sweep(folder: Path) -> None:

@@ -6,6 +6,7 @@ The oracle is nearly always the same run in one process, and the scripted server
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,12 +34,23 @@ USD = (7 * 0.01 + 5 * 20) / 1e6  # of an answer of the scripted server
 class RankRuns(Runs):
     """Runs that torchrun starts."""
 
-    def torchrun(self, ranks: int, command: str, config: RunConfig) -> "subprocess.Popen[str]":
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    def torchrun(self, ranks: int, command: str, config: RunConfig, *place: str) -> "subprocess.Popen[str]":
+        launcher = [sys.executable, "-m", "torch.distributed.run", *(place or ["--standalone"])]
         return subprocess.Popen(
-            [*launcher, "-m", "matryoshka.scripts.cli", command, "--config", str(self.write(config))],
+            [*launcher, "--nproc-per-node", str(ranks), "-m", "matryoshka.scripts.cli", command]
+            + ["--config", str(self.write(config))],
             cwd=self.root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
+
+    def on_two_machines(self, ranks: int, command: str, config: RunConfig) -> list[tuple[int, str, str]]:
+        """Start two launchers, as two machines would, and return the status, output and errors of each."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        place = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port), "--node-rank")
+        processes = [self.torchrun(ranks, command, config, *place, str(node)) for node in range(2)]
+        ends = [process.communicate(timeout=500) for process in processes]
+        return [(process.returncode, *end) for process, end in zip(processes, ends, strict=True)]
 
     def finish_on(self, ranks: int, command: str, config: RunConfig) -> list[Any]:
         output, errors = (process := self.torchrun(ranks, command, config)).communicate(timeout=500)
@@ -108,7 +120,8 @@ def test_alone_every_collective_is_the_identity() -> None:
 
 @pytest.mark.slow
 def test_no_world_size_repeats_anything(tmp_path: Path, controller_dir: Path, generator: Generator) -> None:
-    """Oracle: the same run in one process. Budgets stop it on four ranks and then on one; two ranks go on to the end.
+    """Oracle: the same run in one process. Budgets stop it on two machines of two ranks, each with a cache of its own,
+    and then in one process; two ranks go on to the end.
 
     Sampling is deterministic and nothing is trained, so the journals' rows are the same, bit for bit.
     """
@@ -126,20 +139,23 @@ def test_no_world_size_repeats_anything(tmp_path: Path, controller_dir: Path, ge
         patch.chdir(tmp_path)
         for stage in ("collect", "pairs", "evaluate"):
             assert cli.main([stage, "--config", str(runs.write(one))]) == 0
-    budget = 5 * USD + 17 * 20 / 1e6  # five answers and what one request may cost at most
-    process = runs.torchrun(4, "collect", replace(many, budget_usd=budget))
-    _, errors = process.communicate(timeout=500)
-    assert process.returncode != 0 and "could cross the budget of" in errors and "Traceback" not in errors
-    first = runs.num_kept(many)
-    assert 0 < first and first * USD <= budget and len(generator.asked("many")) == first
+    ours, theirs = runs.folder(many), runs.folder(one)
+    budget = 8 * USD + 17 * 20 / 1e6  # eight answers and what one request may cost at most
+    ends = runs.on_two_machines(2, "collect", replace(many, budget_usd=budget))
+    assert all(status for status, *_ in ends), ends
+    assert any("could cross the budget of" in errors for _, _, errors in ends), ends
+    first = len(generator.asked("many"))
+    assert 0 < first == len(set(generator.asked("many"))) and first * USD <= budget
+    assert (ours / "cache.node-1.sqlite").exists() and 0 < runs.num_kept(many) < first
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.chdir(tmp_path)
         cli.main(["collect", "--config", str(runs.write(replace(many, budget_usd=budget + 3 * USD)))])
     assert first < runs.num_kept(many) < len(set(generator.asked("one")))
+    assert runs.num_kept(many) * USD <= budget + 3 * USD and runs.num_kept(many) == len(generator.asked("many"))
+    assert not (ours / "cache.node-1.sqlite").exists()
     assert runs.finish_on(2, "collect", many) == [{"episodes": 16}]
     summary = runs.finish_on(2, "evaluate", many)[-1]
 
-    ours, theirs = runs.folder(many), runs.folder(one)
     assert rows(ours) == rows(theirs) and len({row["key"] for row in rows(ours)}) == len(rows(ours))
     assert {path.name for path in ours.glob("trajectories*")} == {
         "trajectories.jsonl",

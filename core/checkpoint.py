@@ -13,22 +13,32 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from matryoshka.core.distributed import as_part, is_sharded, own, own_rows, whole
+
 
 def save_checkpoint(
-    folder: Path, step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, run: str = ""
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    run: str = "",
+    write: bool = True,
 ) -> Path:
     """Write `folder/step-<step>` atomically, remove older checkpoints, and return its path.
 
-    run: whatever identifies the configuration and data; `load_checkpoint` wants the same.
+    run: whatever identifies the configuration and data; `load_checkpoint` wants the same. write: whether this rank
+    does; tensors that are cut up over ranks are gathered, for which all ranks have to call this.
     """
     target, temporary = folder / f"step-{step}", folder / f".step-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        tensors[f"parameter/{name}"] = parameter.detach().contiguous()
+        tensors[f"parameter/{name}"] = whole(parameter.detach()).contiguous()
         for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer/{key}/{name}"] = value.detach().contiguous()
+            tensors[f"optimizer/{key}/{name}"] = whole(value.detach()).contiguous()
+    if not write:
+        return target
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     save_file(tensors, temporary / "state.safetensors")
     (temporary / "state.json").write_text(json.dumps({"step": step, "run": run, "torch": torch.__version__}))
     for path in (*temporary.iterdir(), temporary):
@@ -72,15 +82,21 @@ def load_checkpoint(
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameter/{name}"])
+            own(parameter).copy_(_rows(tensors[f"parameter/{name}"], parameter))
     for name, parameter in parameters.items():
         moments = {}
         for key in ("step", "exp_avg", "exp_avg_sq"):
             value = tensors[f"optimizer/{key}/{name}"]
-            moments[key] = value if key == "step" else value.to(parameter.device)
+            part = value if key == "step" else _rows(value, parameter).to(own(parameter).device)
+            moments[key] = as_part(parameter, part) if is_sharded(parameter) and key != "step" else part
         optimizer.state[parameter] = moments
     step: int = state["step"]
     return step
+
+
+def _rows(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return what of a whole tensor lies where this rank's part of `parameter` does."""
+    return value[slice(*own_rows(parameter))] if is_sharded(parameter) else value
 
 
 def _fsync(path: Path) -> None:

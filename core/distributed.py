@@ -7,10 +7,12 @@ ranks hold adds up, gradients and metrics alike.
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,6 +58,14 @@ class World:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value.item())
 
+    def least(self, value: float) -> float:
+        """Return the smallest of the ranks' values."""
+        if self.size == 1:
+            return value
+        values = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MIN)
+        return float(values.item())
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
@@ -63,6 +73,47 @@ class World:
 
 
 ALONE = World()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether ranks hold a part of `tensor` each (a DTensor, whose module takes as long to import as torch)."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def own(tensor: Any) -> Tensor:
+    """Return what of `tensor` lies on this rank: all of it where it is not sharded."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part
+
+
+def whole(tensor: Any) -> Tensor:
+    """Return the tensor with the parts of all ranks, which all have to ask for it; others as they are."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return full
+
+
+def as_part(like: Any, part: Tensor) -> Tensor:
+    """Return `part` as this rank's part of a tensor that is cut up as the sharded `like` is."""
+    layout = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+    tensor: Tensor = type(like).from_local(part, like.device_mesh, like.placements, **layout)
+    return tensor
+
+
+def own_rows(tensor: Any) -> tuple[int, int]:
+    """Return [first, last) of the rows of a sharded tensor that lie here: equal parts, the last ones short or empty.
+
+    Raises ValueError for a tensor that is cut along another dimension.
+    """
+    start, stop = 0, tensor.shape[0]
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            if not placement.is_shard(0):
+                raise ValueError(f"distributed: a tensor is cut along dimension {placement.dim}, expected 0")
+            part = -(-(stop - start) // tensor.device_mesh.size(axis))
+            first = start + part * tensor.device_mesh.get_local_rank(axis)
+            start, stop = min(first, stop), min(first + part, stop)
+    return start, stop
 
 
 @contextmanager

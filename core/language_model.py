@@ -4,6 +4,7 @@
 `LORA_TARGETS`. Shapes: B rows, T tokens, D hidden, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -47,6 +48,25 @@ class LanguageModel(nn.Module):
     """A decoder whose `forward` gives hidden states; whoever needs logits applies the head where it needs them."""
 
     config: ModelConfig
+    # Set where weights are kept in another dtype, or on another device, than they are computed in.
+    compute_dtype: torch.dtype | None = None
+    compute_device: torch.device | None = None
+    gathered_bytes: int = 0  # what is there for a while beside the weights that are kept
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return self.compute_dtype or self.head_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where is computed."""
+        return self.compute_device or self.head_weight.device
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The modules that `forward` hands to `run_block`, in order; what is cut up over ranks is cut at them."""
+        raise TypeError(f"{type(self).__name__} does not define blocks")
 
     @property
     def head_weight(self) -> Tensor:

@@ -24,10 +24,14 @@ def load_model(
 ) -> LanguageModel:
     """Return the model of a Hugging Face folder in evaluation mode; dtype None keeps the stored one.
 
-    A model with buffers that no checkpoint holds has a method `init_buffers(device)`, called once the weights are in.
     Raises FileNotFoundError or ValueError for a folder, config or checkpoint that is missing, malformed or does not
     fit.
     """
+    return fill_model(empty_model(folder), folder, dtype, device)
+
+
+def empty_model(folder: Path) -> LanguageModel:
+    """Return the model of a Hugging Face folder on the meta device. Raises as `load_model`."""
     config = read_config(folder)
     architecture = model_architecture(config, folder)
     try:
@@ -36,6 +40,17 @@ def load_model(
         raise ValueError(f"{folder}: {err}") from err
     with torch.device("meta"):
         model: LanguageModel = architecture.Model(model_config)
+    return model
+
+
+def fill_model(
+    model: LanguageModel, folder: Path, dtype: torch.dtype | None, device: torch.device | str
+) -> LanguageModel:
+    """Give `model` the weights in `folder`, of parameters that are cut up over ranks this rank's part alone.
+
+    A model with buffers that no checkpoint holds has a method `init_buffers(device)`, called once the weights are in.
+    Returns it in evaluation mode. Raises as `load_model`.
+    """
     load_weights(model, folder, dtype, device)
     init_buffers = getattr(model, "init_buffers", None)
     if init_buffers is not None:

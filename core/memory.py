@@ -19,6 +19,7 @@ from torch import nn
 
 from matryoshka.core.activations import POLICIES, CompiledBlocks, activations
 from matryoshka.core.attention import PIECE
+from matryoshka.core.distributed import own
 from matryoshka.core.elementwise import at_least_fp32
 from matryoshka.core.language_model import LanguageModel, ModelConfig
 
@@ -95,8 +96,9 @@ class Footprint:
 
 
 def state_bytes(parameters: Mapping[str, nn.Parameter]) -> int:
-    """Return the size of gradients and AdamW's two moments."""
-    return 3 * sum(parameter.numel() * parameter.itemsize for parameter in parameters.values())
+    """Return the size of gradients and AdamW's two moments, of parameters that are cut up over ranks this rank's."""
+    parts = [own(parameter) for parameter in parameters.values()]
+    return 3 * sum(part.numel() * part.itemsize for part in parts)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -172,12 +174,12 @@ def plan_memory(
     Call it with the weights in place and before the optimizer has its state. free: bytes, default what the device has.
     Raises ValueError where policy is "auto" and max_tokens tokens fit under none.
     """
-    device = model.head_weight.device
+    device = model.device
     rank = max((len(p) for name, p in parameters.items() if ".lora_A." in name), default=0)
     dora = any(".lora_magnitude_vector." in name for name in parameters)
-    footprint = Footprint(model.config, model.head_weight.dtype, rank, dora)
+    footprint = Footprint(model.config, model.dtype, rank, dora)
     free = free_bytes(device) if free is None else free
-    room = int(free * (1 - MARGIN)) - state_bytes(parameters)
+    room = int(free * (1 - MARGIN)) - state_bytes(parameters) - model.gathered_bytes
     plan = MemoryPlan(policy, footprint, room, device.type, CompiledBlocks() if compile_blocks else None)
     chosen = plan.policy_for(max_tokens)
     peak = plan.peak_bytes(max_tokens, chosen)

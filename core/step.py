@@ -7,7 +7,7 @@ micro-batches goes over two tokens of another item, and counts nothing of it.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from matryoshka.core.attention import bucket, tree_attention
 from matryoshka.core.distributed import World
 from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.memory import MemoryPlan
-from matryoshka.core.packing import Item, split
+from matryoshka.core.packing import Item, Plan, split
 from matryoshka.core.tree import Tokens, TokenTree, build_tree
 
 
@@ -115,23 +115,14 @@ def accumulate(
     totals = Totals(len(batch), sum(sum(s.mask) for item in batch for s in item.sequences))
     plans = split(batch, max_tokens, world.size)
     own = plans[world.rank].micro_batches
-    idle = (_idle(batch[0]),)
     losses: list[Tensor] = []
     sums: dict[str, list[Tensor]] = {}
-    for number in range(max(len(plan.micro_batches) for plan in plans)):
-        counts = number < len(own)
-        items = own[number] if counts else idle
+    for items, counts in _passes(plans, batch, world):
         micro = micro_batch(items)
         reference_S = None
         if reference is not None:
-            compute = partial(micro.reference_logps, reference)
-            if cache is None or first_loss is not None:
-                reference_S = compute()
-            elif counts:
-                reference_S = cache.get(items, compute, world.any)
-            else:
-                nothing = torch.zeros(len(micro.tree.target_S), device=world.device)
-                reference_S = compute() if world.any(False) else nothing
+            known = None if first_loss is not None else cache
+            reference_S = _reference(micro, items if counts else (), reference, known, world)
         logps_S = micro.logps()
         loss, metrics = objective(logps_S, reference_S, micro.tree, totals)
         if first_loss is not None:
@@ -149,7 +140,7 @@ def accumulate(
     world.sum([*(parameter.grad for parameter in replicated if parameter.grad is not None), message])
     total, stopping, *found = message.tolist()
     if not math.isfinite(total):
-        _check_hidden(zip(own, values, strict=True), idle, micro_batch, where, world)
+        _check_hidden(zip(own, values, strict=True), _idle(batch), micro_batch, where, world)
     tokens = [plan.tree_tokens for plan in plans]
     row = {"loss": total, **{name: value / totals.items for name, value in zip(sums, found, strict=True)}}
     row |= {"tokens": sum(tokens), "padded_tokens": sum(plan.padded_tokens for plan in plans)}
@@ -158,11 +149,45 @@ def accumulate(
     return row, stopping > 0
 
 
-def _idle(item: Item) -> Item:
-    """Return an item as short as can be, with as many sequences as `item` has."""
+def fill_cache(
+    batch: Sequence[Item],
+    max_tokens: int,
+    micro_batch: Callable[[Sequence[Item]], MicroBatch],
+    reference: Reference,
+    cache: ReferenceCache,
+    world: World,
+) -> None:
+    """Compute and keep what `cache` does not have of the reference's log-probs of a batch, all ranks together."""
+    for items, counts in _passes(split(batch, max_tokens, world.size), batch, world):
+        _reference(micro_batch(items), items if counts else (), reference, cache, world)
+
+
+def _passes(plans: Sequence[Plan], batch: Sequence[Item], world: World) -> Iterator[tuple[Sequence[Item], bool]]:
+    """Yield what this rank passes over, and whether it counts, as often as on the rank with the most micro-batches."""
+    own = plans[world.rank].micro_batches
+    yield from ((items, True) for items in own)
+    for _ in range(max(len(plan.micro_batches) for plan in plans) - len(own)):
+        yield _idle(batch), False
+
+
+def _idle(batch: Sequence[Item]) -> tuple[Item]:
+    """Return an item as short as can be, with as many sequences as the batch's have."""
+    item = batch[0]
     firsts = [sequence.mask.index(1) for sequence in item.sequences]
     pairs = [s.ids[first - 1 : first + 1] for s, first in zip(item.sequences, firsts, strict=True)]
-    return Item(tuple(Tokens(pair, (0, 1)) for pair in pairs), item.group)
+    return (Item(tuple(Tokens(pair, (0, 1)) for pair in pairs), item.group),)
+
+
+def _reference(
+    micro: MicroBatch, items: Sequence[Item], reference: Reference, cache: ReferenceCache | None, world: World
+) -> Tensor:
+    """Return the reference's [S] log-probs, computed on all ranks or on none; items: none where nothing counts."""
+    compute = partial(micro.reference_logps, reference)
+    if cache is None:
+        return compute()
+    if items:
+        return cache.get(items, compute, world.any)
+    return compute() if world.any(False) else torch.zeros(len(micro.tree.target_S), device=world.device)
 
 
 def _check_hidden(

@@ -25,7 +25,7 @@ from torch import nn
 
 from matryoshka.core.activations import POLICIES
 from matryoshka.core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from matryoshka.core.distributed import ALONE, World
+from matryoshka.core.distributed import ALONE, World, is_sharded, whole
 from matryoshka.core.files import write_text
 from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.memory import free_bytes, plan_memory
@@ -34,7 +34,7 @@ from matryoshka.core.packing import Item as Item
 from matryoshka.core.packing import batch_at as batch_at
 from matryoshka.core.packing import check_budget
 from matryoshka.core.records import stable_seed
-from matryoshka.core.step import LogProbs, MicroBatch, Objective, Reference, ReferenceCache, accumulate
+from matryoshka.core.step import LogProbs, MicroBatch, Objective, Reference, ReferenceCache, accumulate, fill_cache
 from matryoshka.core.step import Totals as Totals
 
 
@@ -94,10 +94,12 @@ def train(
     first_loss: float | None = None,
     cache: ReferenceCache | None = None,
     world: World = ALONE,
+    reference_first: bool = False,
 ) -> Iterator[dict[str, float]]:
     """Train `parameters` in place and yield a metrics row per optimizer step: step, epoch, loss, grad_norm, lr, ...
 
     reference: context in which the model computes the reference policy; cache: where its log-probs are kept.
+    reference_first: the reference is the model as it comes, so that `cache` is filled before it is trained.
     first_loss: what the first micro-batch's mean loss must be (ln 2 for DPO, policy and reference being equal; its
     reference is computed, cache or not); checked to 1e-5 of it, and of 1 where it is below.
     State and metrics.jsonl go to `folder`, which all ranks see; an unfinished run found there is continued.
@@ -110,12 +112,9 @@ def train(
     if not items:
         raise ValueError(f"train: no items to train on ({folder}); collect more samples or check the data file")
     check_budget(items, config.micro_batch_tokens)
-    device = next(iter(parameters.values())).device
-    # No micro-batch is longer than the largest batch without any sharing, however large the budget.
-    largest = sum(sorted(sum(len(s.ids) for s in item.sequences) for item in items)[-config.batch_size :])
-    longest = min(config.micro_batch_tokens, largest)
-    free = free_bytes(device) // (1 if device.type == "cuda" else world.local_size)  # ranks share the host's memory
-    memory = plan_memory(config.activations, model, parameters, longest, config.compile_blocks, free)
+    device = model.device
+    longest, free = longest_micro_batch(items, config), world.least(free_share(device, world))
+    memory = plan_memory(config.activations, model, parameters, longest, config.compile_blocks, int(free))
     optimizer = torch.optim.AdamW(
         parameter_groups(parameters, config.lora_plus_ratio),
         lr=config.learning_rate,
@@ -125,18 +124,24 @@ def train(
     num_steps = config.epochs * math.ceil(len(items) / config.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     step, run = 0, _fingerprint(config, objective, items)
-    if (found := latest_checkpoint(folder)) is not None:
-        step = load_checkpoint(found, parameters, optimizer, run)
-    metrics_path = folder / "metrics.jsonl"
-    if world.is_first:
-        _keep_metrics(metrics_path, step)
 
     def micro_batch(items: Sequence[Item]) -> MicroBatch:
         return MicroBatch(model, token_logps, items, config.micro_batch_tokens, device, memory)
 
+    metrics_path = folder / "metrics.jsonl"
     with _stop_signal() as stop:
-        if cache is not None and reference is not None and step < num_steps:
+        found = latest_checkpoint(folder)
+        if cache is not None and reference is not None and (found is None or found.name != f"step-{num_steps}"):
             cache.verify(items, lambda item: micro_batch([item]).reference_logps(reference))
+            for index in range(num_steps // config.epochs if reference_first else 0):
+                _, batch = batch_at(items, index, config.batch_size, config.seed)
+                fill_cache(batch, config.micro_batch_tokens, micro_batch, reference, cache, world)
+                if world.any(stop.is_set()):
+                    raise Interrupted("train: stopped by signal before the first step; reference log-probs are kept")
+        if found is not None:
+            step = load_checkpoint(found, parameters, optimizer, run)
+        if world.is_first:
+            _keep_metrics(metrics_path, step)
         while step < num_steps:
             started = time.perf_counter()
             epoch, batch = batch_at(items, step, config.batch_size, config.seed)
@@ -148,9 +153,9 @@ def train(
             where = f"train: step {step + 1}"
             row, stopping = accumulate(
                 *(batch, config.micro_batch_tokens, objective, micro_batch, reference, cache, expected, where),
-                *(world, list(parameters.values()), stop.is_set()),
+                *(world, [p for p in parameters.values() if not is_sharded(p)], stop.is_set()),
             )
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+            norm = whole(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
             if not math.isfinite(row["loss"]) or not torch.isfinite(norm):
                 raise FloatingPointError(
                     f"{where}: loss {row['loss']}, gradient norm {norm.item()}; nothing was updated. "
@@ -172,12 +177,22 @@ def train(
                     handle.write(json.dumps(row) + "\n")
             due = config.save_every and step % config.save_every == 0
             if due or step == num_steps or stopping:
-                if world.is_first:
-                    save_checkpoint(folder, step, parameters, optimizer, run)
+                save_checkpoint(folder, step, parameters, optimizer, run, world.is_first)
                 world.barrier()
             yield {**row, "steps": num_steps}
             if stopping:  # a signal that came later than this step's sum over the ranks waits for the next one's
                 raise Interrupted(f"train: stopped by signal after step {step} of {num_steps}; state saved in {folder}")
+
+
+def longest_micro_batch(items: Sequence[Item], config: TrainConfig) -> int:
+    """Return the most tokens in flight: no more than the largest batch without any sharing, however large the budget"""
+    largest = sum(sorted(sum(len(s.ids) for s in item.sequences) for item in items)[-config.batch_size :])
+    return min(config.micro_batch_tokens, largest)
+
+
+def free_share(device: torch.device, world: World) -> int:
+    """Return the bytes that this rank's tensors on `device` can take: ranks share the memory of their host."""
+    return free_bytes(device) // (1 if device.type == "cuda" else world.local_size)
 
 
 def _fingerprint(config: TrainConfig, objective: Objective, items: Sequence[Item]) -> str:

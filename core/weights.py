@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from matryoshka.core.distributed import as_part, is_sharded, own_rows, whole
 from matryoshka.core.files import write_atomic, write_json
 
 SINGLE = "model.safetensors"
@@ -26,15 +27,17 @@ EMBEDDING = "model.embed_tokens.weight"
 LEGACY_BUFFER = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 FLOATING = ("F64", "F32", "F16", "BF16")
 SHOWN_KEYS = 5
+COMPARED_ROWS = 8192
 
 
 def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> None:
     """Fill `model` (usually on the meta device) with the checkpoint in `folder`, strictly and in place.
 
     Floating tensors are cast to `dtype` (None: as stored) and put on `device`; every parameter is replaced by a new one
-    with the same requires_grad. Non-persistent buffers are not touched. Two surplus kinds of key are accepted: the
-    buffers `*.rotary_emb.inv_freq` of old checkpoints, and, where the model has a tied head and so no parameter of that
-    name, an `lm_head.weight` that equals the embedding. On an error the model is left partly filled.
+    with the same requires_grad. Of a parameter that is cut up over ranks (a DTensor), this rank's rows alone are read.
+    Non-persistent buffers are not touched. Two surplus kinds of key are accepted: the buffers `*.rotary_emb.inv_freq`
+    of old checkpoints, and, where the model has a tied head and so no parameter of that name, an `lm_head.weight` that
+    equals the embedding. On an error the model is left partly filled.
 
     Raises:
         FileNotFoundError: no such folder, no safetensors in it, or a shard that the index names is missing.
@@ -61,17 +64,24 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None, devi
                                  f"quantised checkpoints are not read, use the unquantised one")
             wanted = dtype if slot.is_floating_point() else None
             # Without copy=True an uncast tensor on the CPU would be a view of the memory map.
-            tensor = handle.get_tensor(key).to(device=device, dtype=wanted, copy=True)
-            _assign(model, key, slot, tensor)
+            read = _own_part(slot, stored) if is_sharded(slot) else handle.get_tensor(key)
+            tensor = read.to(device=device, dtype=wanted, copy=True)
+            _assign(model, key, slot, as_part(slot, tensor) if is_sharded(slot) else tensor)
 
 
 def save_weights(
-    model: nn.Module | Mapping[str, Tensor], folder: Path, max_shard_bytes: int = 5 * 10**9
+    model: nn.Module | Mapping[str, Tensor],
+    folder: Path,
+    max_shard_bytes: int = 5 * 10**9,
+    dtype: torch.dtype | None = None,
+    write: bool = True,
 ) -> None:
     """Write a module (or its state dict) into `folder`: `model.safetensors`, or shards and an index above the limit.
 
     The file that makes the folder loadable comes last, and each file is written atomically: a kill leaves a folder that
-    `load_weights` refuses, and saving again mends it. At most one shard is held in host memory.
+    `load_weights` refuses, and saving again mends it. At most one shard is held in host memory. dtype: of the files;
+    default the tensors' own. Tensors that are cut up over ranks are gathered one by one, which all ranks have to call
+    this for, the one that writes with `write` alone.
 
     Raises ValueError for an empty state dict, a tensor without data, and a folder that holds other weights already.
     """
@@ -81,6 +91,10 @@ def save_weights(
         raise ValueError(f"{folder}: nothing to save: {len(tensors)} tensors, on the meta device {_some(empty)}; "
                          f"load the model first")
     shards = _split(tensors, max_shard_bytes)
+    if not write:
+        for key in (key for keys in shards for key in keys):
+            whole(tensors[key])
+        return
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
     resumable = set(names) if count > 1 else set()
@@ -88,7 +102,7 @@ def save_weights(
     if clash:
         raise ValueError(f"{folder}: holds weights already ({_some(clash)}); remove them or choose another folder")
     for name, keys in zip(names, shards, strict=True):
-        _write_shard(folder / name, {key: tensors[key].detach().cpu().contiguous() for key in keys})
+        _write_shard(folder / name, {key: whole(tensors[key].detach()).to("cpu", dtype).contiguous() for key in keys})
     if count > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -146,10 +160,22 @@ def _is_ignorable(key: str, found: Mapping[str, tuple[Path, Any]], slots: Mappin
     if key != HEAD or EMBEDDING not in slots or EMBEDDING not in found:
         return False
     path, handle = found[HEAD]
-    if not torch.equal(handle.get_tensor(HEAD), found[EMBEDDING][1].get_tensor(EMBEDDING)):
+    head, embedding = handle.get_slice(HEAD), found[EMBEDDING][1].get_slice(EMBEDDING)
+    same = head.get_shape() == embedding.get_shape()
+    for start in range(0, head.get_shape()[0], COMPARED_ROWS):  # not all at once: a rank need not have room for it
+        rows = slice(start, start + COMPARED_ROWS)
+        same = same and torch.equal(head[rows], embedding[rows])
+    if not same:
         raise ValueError(f"{path}: {HEAD} differs from {EMBEDDING}, but the model ties them; "
                          f"set tie_word_embeddings to false in config.json")
     return True
+
+
+def _own_part(slot: Any, stored: Any) -> Tensor:
+    """Return this rank's rows of a tensor that is in a file."""
+    start, stop = own_rows(slot)
+    part: Tensor = stored[start:stop] if start < stop else torch.empty(0, *slot.shape[1:], dtype=slot.dtype)
+    return part
 
 
 def _assign(model: nn.Module, key: str, slot: Tensor, tensor: Tensor) -> None:

@@ -18,8 +18,10 @@ from typing import Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from matryoshka.core.distributed import ALONE, World
+from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.packing import Item
 from matryoshka.core.records import stable_seed
 from matryoshka.core.tree import Tokens
@@ -34,13 +36,12 @@ BUSY_S = 30.0
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
-def reference_digest(base: Path, model: nn.Module, adapter: str | None) -> str:
+def reference_digest(base: Path, model: LanguageModel, adapter: str | None) -> str:
     """Return the hash of what computes the reference: files of `base`, adapter of that name, dtype, device, kernels.
 
     base: the Hugging Face folder that `model` was loaded from; adapter None: adapters off. Reads every weight once.
     """
-    weight = next(model.parameters())
-    digest = hashlib.sha256(f"{KERNELS} {torch.__version__} {weight.dtype} {weight.device.type}".encode())
+    digest = hashlib.sha256(f"{KERNELS} {torch.__version__} {model.dtype} {model.device.type}".encode())
     for path in sorted((*base.glob("*.safetensors"), base / "config.json")):
         with path.open("rb") as handle:
             digest.update(f"{path.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}".encode())
@@ -52,10 +53,18 @@ def reference_digest(base: Path, model: nn.Module, adapter: str | None) -> str:
     return digest.hexdigest()
 
 
-def open_reference(path: Path, base: Path, model: nn.Module, adapter: str | None) -> "ReferenceLogps":
-    """Return the cache in `path` for the reference that `model` computes with `adapter`; raises as `ReferenceLogps`."""
-    weight = next(model.parameters())
-    return ReferenceLogps(path, reference_digest(base, model, adapter), weight.dtype, weight.device)
+def open_reference(
+    path: Path, base: Path, model: LanguageModel, adapter: str | None, world: World = ALONE
+) -> "ReferenceLogps":
+    """Return the cache in `path` for the reference that `model` computes with `adapter`; raises as `ReferenceLogps`.
+
+    world: the ranks that share the file; the first one reads the base model's files for all.
+    """
+    digest = torch.zeros(32, dtype=torch.uint8, device=world.device)
+    if world.is_first:
+        digest += torch.tensor(list(bytes.fromhex(reference_digest(base, model, adapter))), dtype=torch.uint8)
+    world.sum([digest])
+    return ReferenceLogps(path, bytes(digest.tolist()).hex(), model.dtype, model.device)
 
 
 class ReferenceLogps:

@@ -106,8 +106,10 @@ def read_config(folder: Path) -> LoraConfig:
     return LoraConfig(rank, alpha, float(data.get("lora_dropout", 0.0)), tuple(sorted(targets)), rslora, dora)
 
 
-def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
+def load_adapter(model: nn.Module, name: str, folder: Path, device: torch.device | None = None) -> None:
     """Give `model` the adapter in `folder` as `name`, strictly: every key used, every layer filled.
+
+    device: default that of the layers.
 
     Raises FileNotFoundError, ValueError naming the key whose presence or shape is wrong.
     """
@@ -119,7 +121,7 @@ def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
         tensors = load_file(path)
     except SafetensorError as err:
         raise ValueError(f"{path}: not a readable safetensors file ({err}); copy it again") from err
-    add_adapter(model, name, config, seed=0)
+    add_adapter(model, name, config, 0, device)
     expected = adapter_tensors(model, name)
     saved, here = ({key: tuple(t.shape) for key, t in group.items()} for group in (tensors, expected))
     if saved != here:

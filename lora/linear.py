@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from matryoshka.core.distributed import whole
 from matryoshka.lora.functions import LoraFunction, weight_norm
 
 
@@ -97,7 +98,8 @@ class LoraLinear(nn.Module):
         self.configs[name] = config
         self.lora_A[name], self.lora_B[name] = nn.Parameter(a_RI), nn.Parameter(b_OR)
         if config.dora:
-            self.lora_magnitude_vector[name] = nn.Parameter(weight_norm(self.weight, a_RI, b_OR, config.scale))
+            weight_OI = whole(self.weight).to(a_RI.device)
+            self.lora_magnitude_vector[name] = nn.Parameter(weight_norm(weight_OI, a_RI, b_OR, config.scale))
 
     def row_scale(self, name: str) -> Tensor:
         """Return DoRA's m / ||W + scale B A||, [O], differentiable in m alone."""
@@ -133,10 +135,13 @@ def _adapted(x: Tensor, layers: Sequence[LoraLinear], name: str) -> tuple[Tensor
     return tuple(y if layer.bias is None else y + layer.bias for layer, y in zip(layers, scaled, strict=True))
 
 
-def add_adapter(model: nn.Module, name: str, config: LoraConfig, seed: int) -> None:
+def add_adapter(
+    model: nn.Module, name: str, config: LoraConfig, seed: int, device: torch.device | None = None
+) -> None:
     """Give every linear layer whose last name is in `config.targets` an adapter `name`, trainable, identity at first.
 
-    A ~ U(-1/sqrt(I), 1/sqrt(I)) (Kaiming-uniform with a = sqrt 5, as in the LoRA release), B = 0.
+    A ~ U(-1/sqrt(I), 1/sqrt(I)) (Kaiming-uniform with a = sqrt 5, as in the LoRA release), B = 0. device: default the
+    layer's own.
     Raises ValueError when a target matches no linear layer, or when `name` exists already or holds a dot.
     """
     # The head is applied through its weight alone (`Model.head_weight`): an adapter there would never be computed.
@@ -163,10 +168,19 @@ def add_adapter(model: nn.Module, name: str, config: LoraConfig, seed: int) -> N
             setattr(model.get_submodule(parent_path), leaf, module)
         outputs, inputs = module.weight.shape
         dtype = torch.promote_types(module.weight.dtype, torch.float32)
+        place = device or module.weight.device
         bound = 1 / math.sqrt(inputs)
         a_RI = (torch.rand(config.rank, inputs, generator=draws, dtype=torch.float64) * 2 - 1) * bound
-        b_OR = torch.zeros(outputs, config.rank, device=module.weight.device, dtype=dtype)
-        module.attach(name, config, a_RI.to(module.weight.device, dtype), b_OR)
+        b_OR = torch.zeros(outputs, config.rank, device=place, dtype=dtype)
+        module.attach(name, config, a_RI.to(place, dtype), b_OR)
+
+
+def prepare_linears(model: nn.Module) -> None:
+    """Make every linear layer but the head one that adapters can be given to later; it computes the same."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not path.endswith("lm_head"):
+            parent_path, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent_path), leaf, LoraLinear(module))
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

@@ -1,4 +1,4 @@
-"""SFT and preference training of one adapter on a user's own file: `matryoshka sft` and `matryoshka dpo --data`."""
+"""SFT and preference training on a user's own file, of an adapter or of all weights: `matryoshka sft | dpo --data`."""
 
 import json
 import logging
@@ -9,15 +9,18 @@ from typing import Protocol
 import torch
 
 from matryoshka.core.distributed import World, open_world
-from matryoshka.core.load import load_model
+from matryoshka.core.layout import ParallelConfig
+from matryoshka.core.load import empty_model
 from matryoshka.core.tokenizer import Tokenizer
 from matryoshka.core.train import TrainConfig
 from matryoshka.dpo.data import distinct, fitting, read_conversations, read_preferences
 from matryoshka.dpo.objectives import Preference
 from matryoshka.lora.files import load_adapter
+from matryoshka.lora.files import read_config as adapter_config
 from matryoshka.lora.linear import LoraConfig, add_adapter
-from matryoshka.scripts.training import DTYPES, POLICY, train_policy
+from matryoshka.scripts.training import DTYPES, POLICY, load_base, train_policy, train_weights
 
+TUNES = ("adapter", "full")
 logger = logging.getLogger(__name__)
 
 
@@ -43,13 +46,19 @@ class Settings(Protocol):
     @property
     def tensorboard(self) -> bool: ...
     @property
+    def tune(self) -> str: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
     def lora(self) -> LoraConfig: ...
     @property
     def train(self) -> TrainConfig: ...
 
 
 def finetune(settings: Settings, preference: Preference | None, reference_cache: Path | None = None) -> None:
-    """Train an adapter and write it to `out/adapter`; the last line printed is a summary as JSON.
+    """Train an adapter and write it to `out/adapter`, or all weights and write the model to `out/model`.
+
+    The last line printed is a summary as JSON.
 
     Processes that torchrun started share every batch; the first one prints and writes.
 
@@ -58,6 +67,10 @@ def finetune(settings: Settings, preference: Preference | None, reference_cache:
     """
     if settings.dtype not in DTYPES:
         raise ValueError(f"dtype {settings.dtype!r} is unknown; choose from {list(DTYPES)}")
+    if settings.tune not in TUNES:
+        raise ValueError(f"tune {settings.tune!r} is unknown; choose from {list(TUNES)}")
+    if settings.tune == "full" and settings.adapter:
+        raise ValueError(f"adapter {settings.adapter}: there is none where all weights are trained; merge it first")
     with open_world(settings.device) as world:
         _finetune(settings, preference, reference_cache, world)
 
@@ -66,8 +79,7 @@ def _finetune(settings: Settings, preference: Preference | None, reference_cache
     torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // world.local_size))
     tokenizer = Tokenizer.load(settings.model)
     items = (read_conversations if preference is None else read_preferences)(settings.data, tokenizer)
-    model = load_model(settings.model, DTYPES[settings.dtype], world.device)
-    items, skipped = fitting(items, model.config.max_position_embeddings, settings.overlong)
+    items, skipped = fitting(items, empty_model(settings.model).config.max_position_embeddings, settings.overlong)
     if skipped:
         logger.warning("%s: %d rows exceed the context and are left out", settings.data, skipped)
     repeated = 0
@@ -75,24 +87,20 @@ def _finetune(settings: Settings, preference: Preference | None, reference_cache
         items, repeated = distinct(items)
     if repeated:
         logger.warning("%s: %d rows repeat an earlier pair and are left out", settings.data, repeated)
-    if settings.adapter:
-        load_adapter(model, POLICY, settings.adapter)
+    full, dtype = settings.tune == "full", DTYPES[settings.dtype]
+    lora = adapter_config(settings.adapter) if settings.adapter else settings.lora
+    model = load_base(settings.model, dtype, full, lora, items, settings.train, settings.parallel, world)
+    title, written = "sft" if preference is None else "dpo", "model" if full else "adapter"
+    job = (model, settings.model, items, settings.train, preference, settings.out, title)
+    if full:
+        last = train_weights(*job, dtype, reference_cache, settings.tensorboard, world)
     else:
-        add_adapter(model, POLICY, settings.lora, settings.train.seed)
-    last = train_policy(
-        model,
-        settings.model,
-        items,
-        settings.train,
-        preference,
-        settings.out,
-        "sft" if preference is None else "dpo",
-        fresh=settings.adapter is None,
-        reference_cache=reference_cache,
-        tensorboard=settings.tensorboard,
-        world=world,
-    )
+        if settings.adapter:
+            load_adapter(model, POLICY, settings.adapter, world.device)
+        else:
+            add_adapter(model, POLICY, lora, settings.train.seed, world.device)
+        last = train_policy(*job, settings.adapter is None, reference_cache, settings.tensorboard, world)
     if not world.is_first:
         return
     counts = {"items": len(items), "skipped": skipped, "repeated": repeated}
-    print(json.dumps({**counts, "adapter": str(settings.out / "adapter"), **last}))
+    print(json.dumps({**counts, written: str(settings.out / written), **last}))

@@ -7,7 +7,9 @@ path and has the keys in its environment.
 """
 
 import asyncio
+import importlib
 import io
+import logging
 import os
 import pickle
 import socket
@@ -50,7 +52,7 @@ def connected() -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
-    ray.init(logging_level="WARNING", **options)
+    ray.init(logging_level=logging.WARNING, **options)
     try:
         yield
     finally:
@@ -124,21 +126,23 @@ async def run_on_ray(
 
 def _places(run: "Run") -> int:
     """Return how many tasks the cluster takes at once: one for each GPU or, on CPUs, for each machine."""
-    import ray
-
+    alive = _machines()
     if run.config.controller.device.startswith("cuda"):
-        return max(1, int(ray.cluster_resources().get("GPU", 1)))
-    return sum(node["Alive"] for node in ray.nodes())
+        return max(1, int(sum(machine["Resources"].get("GPU", 0) for machine in alive)))
+    return len(alive)
+
+
+def _machines() -> list[dict[str, Any]]:
+    ray: Any = importlib.import_module("ray")
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _config_of(run: "Run", index: int, count: int) -> RunConfig:
     """Return the configuration that task `index` of `count` opens: the driver's black box, its part of the limits."""
-    import ray
-
     config, generator = run.config, getattr(run.generator, "config", None)
     if generator is None:
         return config
-    if sum(node["Alive"] for node in ray.nodes()) > 1:
+    if len(_machines()) > 1:
         budget = config.budget_usd or config.budget_tokens
         if budget or config.serve.model:
             raise ValueError(
@@ -222,9 +226,9 @@ def _opened(config: RunConfig, folder: Path, first: str) -> "Run":
 
 def _dumps(scheme: Scheme, run: "Run") -> bytes:
     """Return `scheme` as bytes; where it refers to `run`, it will refer to the run of the process that reads it."""
-    from ray import cloudpickle
+    cloudpickle: Any = importlib.import_module("ray.cloudpickle")
 
-    class Pickler(cloudpickle.Pickler):  # type: ignore[misc,name-defined]
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         def persistent_id(self, thing: object) -> str | None:
             return "run" if thing is run else None
 

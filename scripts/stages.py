@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.core.distributed import open_world
+from matryoshka.core.layout import ParallelConfig
 from matryoshka.core.protocols import RunStopped
 from matryoshka.core.records import Trajectory, to_json
 from matryoshka.core.train import Interrupted, TrainConfig
@@ -33,7 +34,10 @@ class DpoCommand:
     go; an unfinished run found there is continued. adapter: an adapter folder to start from, which then is the
     reference; default a fresh adapter, the base model being the reference. overlong: "error" or "skip" (counted).
     tensorboard: write the metrics as TensorBoard events too (the extra `track`). reference_cache: a file that keeps
-    reference log-probs, so that later epochs and runs need no reference pass; default none.
+    reference log-probs, so that later epochs and runs need no reference pass; default none. tune: "adapter", or "full"
+    for all weights, which are written to out/model; the model as it comes is then the reference, whose log-probs are
+    computed before training (default file: out/reference.sqlite). Under torchrun, [parallel] says how the model lies on
+    the ranks.
     """
 
     data: Path
@@ -46,6 +50,8 @@ class DpoCommand:
     threads: int = 0
     tensorboard: bool = False
     reference_cache: Path | None = None
+    tune: str = "adapter"
+    parallel: ParallelConfig = ParallelConfig()
     lora: LoraConfig = LoraConfig()
     objective: Preference = Preference()
     train: TrainConfig = TrainConfig()
@@ -64,6 +70,8 @@ class SftCommand:
     device: str = "cpu"
     threads: int = 0
     tensorboard: bool = False
+    tune: str = "adapter"
+    parallel: ParallelConfig = ParallelConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-5, epochs=3))
 

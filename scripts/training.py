@@ -1,21 +1,41 @@
-"""Training of the policy adapter in a loaded model: what the pilot's stages and `matryoshka sft | dpo` share."""
+"""Training of the policy: what the pilot's stages and `matryoshka sft | dpo` share."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from matryoshka.core.activations import POLICIES
 from matryoshka.core.distributed import ALONE, World
+from matryoshka.core.elementwise import at_least_fp32
+from matryoshka.core.files import write_json
 from matryoshka.core.language_model import LanguageModel
-from matryoshka.core.train import Item, TrainConfig, train
+from matryoshka.core.layout import ParallelConfig, Sizes, choose_layout
+from matryoshka.core.load import empty_model, fill_model, load_model, read_config
+from matryoshka.core.memory import Footprint, MemoryPlan
+from matryoshka.core.step import Reference
+from matryoshka.core.train import Item, TrainConfig, free_share, longest_micro_batch, train
+from matryoshka.core.weights import save_weights
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.dpo.reference import ReferenceLogps, open_reference
 from matryoshka.lora.files import save_adapter
-from matryoshka.lora.linear import active, copy_adapter, set_active, trainable_parameters
+from matryoshka.lora.linear import (
+    LoraConfig,
+    active,
+    copy_adapter,
+    prepare_linears,
+    set_active,
+    trainable_parameters,
+)
+from matryoshka.scripts.export import WEIGHT_SUFFIXES
 from matryoshka.scripts.progress import Progress
 from matryoshka.scripts.tracking import scalar_writer
 
@@ -44,34 +64,79 @@ def train_policy(
     and all return when the adapter is there.
     """
     set_active(model, POLICY)
-    reference: Callable[[], AbstractContextManager[None]] | None = None
-    cache: ReferenceLogps | None = None
     with ExitStack() as stack:
+        reference: Reference | None = None
+        cache: ReferenceLogps | None = None
         if preference is not None and preference.needs_reference:
             if not fresh:
                 copy_adapter(model, POLICY, REFERENCE)
             name = None if fresh else REFERENCE
             reference = partial(active, model, name)
             if reference_cache is not None:
-                cache = stack.enter_context(open_reference(reference_cache, base, model, name))
-        model.train(preference is None)  # dropout is for SFT; policy and reference are compared without it
-        steps = train(
-            model,
-            trainable_parameters(model, POLICY),
-            items,
-            config,
-            preference or SFT(),
-            token_logps,
-            folder,
-            reference,
-            preference.first_loss if preference else None,
-            cache,
-            world,
-        )
-        total = config.epochs * math.ceil(len(items) / config.batch_size)
-        progress = stack.enter_context(Progress(title, total))
-        write_scalars = stack.enter_context(scalar_writer(folder, tensorboard and world.is_first))
-        row: dict[str, float] = {}
+                cache = stack.enter_context(open_reference(reference_cache, base, model, name, world))
+        parameters = trainable_parameters(model, POLICY)
+        row = _train(model, parameters, items, config, preference, folder, title, reference, cache, tensorboard, world)
+    set_active(model, None)
+    if world.is_first:
+        save_adapter(model, POLICY, folder / "adapter", str(base))
+    world.barrier()
+    return row
+
+
+def train_weights(
+    model: LanguageModel,
+    base: Path,
+    items: Sequence[Item],
+    config: TrainConfig,
+    preference: Preference | None,
+    folder: Path,
+    title: str,
+    dtype: torch.dtype,
+    reference_cache: Path | None = None,
+    tensorboard: bool = False,
+    world: World = ALONE,
+) -> dict[str, float]:
+    """Train all weights of `model`, save it as the Hugging Face folder `folder/model` and return the last metrics row.
+
+    The model as it comes is the reference, whose log-probs are computed before training and kept in `reference_cache`,
+    default `folder/reference.sqlite`. dtype: of the file. The rest as in `train_policy`.
+    """
+    parameters = dict(model.requires_grad_(True).named_parameters())
+    with ExitStack() as stack:
+        reference: Reference | None = None
+        cache: ReferenceLogps | None = None
+        if preference is not None and preference.needs_reference:
+            reference, path = nullcontext, reference_cache or folder / "reference.sqlite"
+            cache = stack.enter_context(open_reference(path, base, model, None, world))
+        row = _train(model, parameters, items, config, preference, folder, title, reference, cache, tensorboard, world)
+    _save_model(model, base, folder / "model", dtype, world)
+    return row
+
+
+def _train(
+    model: LanguageModel,
+    parameters: Mapping[str, nn.Parameter],
+    items: Sequence[Item],
+    config: TrainConfig,
+    preference: Preference | None,
+    folder: Path,
+    title: str,
+    reference: Reference | None,
+    cache: ReferenceLogps | None,
+    tensorboard: bool,
+    world: World,
+) -> dict[str, float]:
+    """Train `parameters`, the first rank showing progress, and return the last metrics row."""
+    model.train(preference is None)  # dropout is for SFT; policy and reference are compared without it
+    steps = train(
+        *(model, parameters, items, config, preference or SFT(), token_logps, folder, reference),
+        *(preference.first_loss if preference else None, cache, world),
+        reference_first=reference is nullcontext,
+    )
+    total = config.epochs * math.ceil(len(items) / config.batch_size)
+    row: dict[str, float] = {}
+    write = tensorboard and world.is_first
+    with Progress(title, total) as progress, scalar_writer(folder, write) as write_scalars:
         for row in steps:
             if not world.is_first:
                 continue
@@ -79,8 +144,75 @@ def train_policy(
             extra = f" margin {row['margin']:.3f} acc {row['accuracy']:.2f}" if "margin" in row else ""
             progress.update(int(row["step"]), f"loss {row['loss']:.4f}{extra}")
     model.eval()
-    set_active(model, None)
-    if world.is_first:
-        save_adapter(model, POLICY, folder / "adapter", str(base))
-    world.barrier()
     return row
+
+
+def _save_model(model: LanguageModel, base: Path, folder: Path, dtype: torch.dtype, world: World) -> None:
+    """Write `model` as a Hugging Face folder that appears whole, with configuration and tokenizer of `base`."""
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    try:
+        save_weights(model, temporary, dtype=dtype, write=world.is_first)
+        if world.is_first:
+            for file in base.iterdir():
+                if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
+                    shutil.copyfile(file, temporary / file.name)
+            config = read_config(base)
+            name = "dtype" if "dtype" in config else "torch_dtype"
+            write_json(temporary / "config.json", config | {name: str(dtype).removeprefix("torch.")})
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    world.barrier()
+
+
+def load_base(
+    base: Path,
+    dtype: torch.dtype,
+    full: bool,
+    lora: LoraConfig,
+    items: Sequence[Item],
+    config: TrainConfig,
+    parallel: ParallelConfig,
+    world: World,
+) -> LanguageModel:
+    """Return the model that is to be trained on `items` as this rank holds it, under the layout that fits.
+
+    full: all weights are trained; they are then kept in fp32 at least. Says on the first rank which layout and why.
+    Raises ValueError where the layout does not fit, before anything is loaded, or where it needs torchrun.
+    """
+    stored = at_least_fp32(dtype) if full else dtype
+    if "RANK" not in os.environ:
+        if parallel.layout in ("shard", "hybrid") or stored != dtype:
+            what = f"layout {parallel.layout!r}" if stored == dtype else f"training all weights in {dtype}"
+            raise ValueError(f"parallel: {what} is for ranks; start with torchrun, one rank being enough")
+        return load_model(base, dtype, world.device)
+    model = empty_model(base)
+    rank = 0 if full else lora.rank
+    linears = [(path.rpartition(".")[2], m) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+    adapted = sum(sum(m.weight.shape) for name, m in linears if name in lora.targets)
+    footprint = Footprint(model.config, dtype, rank, lora.dora and not full)
+    policy = config.activations if config.activations != "auto" else POLICIES[-1 if world.device.type == "cuda" else -2]
+    plan = MemoryPlan(policy, footprint, 0, world.device.type)
+    peak = plan.peak_bytes(longest_micro_batch(items, config), policy)
+    extra = peak + 5 * rank * adapted * at_least_fp32(dtype).itemsize  # with gradient, moments and the reference's copy
+    sizes = Sizes.of(model, stored, dtype, full, extra)
+    layout = choose_layout(parallel, sizes, int(world.least(free_share(world.device, world))), world)
+    if world.is_first:
+        print(layout.reason, file=sys.stderr)
+    if layout.name == "replicate":
+        if stored != dtype:
+            raise ValueError(f"parallel: training all weights in {dtype} keeps them in fp32 beside; use layout 'shard'")
+        return fill_model(model, base, dtype, world.device)
+    if config.compile_blocks:
+        raise ValueError(f"parallel: compile_blocks does not go with layout {layout.name!r}; leave one of them out")
+    from matryoshka.core.sharding import make_mesh, shard
+
+    if not full:
+        prepare_linears(model)
+    model.requires_grad_(full)
+    shard(model, make_mesh(layout, world), parallel, dtype, world.device)
+    model.gathered_bytes = sizes.gathered(parallel)
+    return fill_model(model, base, stored, "cpu" if parallel.offload else world.device)

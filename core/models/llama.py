@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, D hidden, N query heads, G key/value heads, H head siz
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,6 +209,11 @@ class Model(LanguageModel):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The decoder's layers."""
+        return list(self.model.layers)
 
     @property
     def head_weight(self) -> Tensor:

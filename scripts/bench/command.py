@@ -18,6 +18,7 @@ from matryoshka.scripts.bench.result import BenchResult
 BENCHES: dict[str, str] = {
     "head": "log-probs of chosen tokens, forward and backward: ours against eager, liger, cce, trl",
     "step": "preference training steps on PAL prompts: token tree against padded batches and trl",
+    "scale": "preference training on more and more ranks of this machine, and what they send each other",
     "load": "a checkpoint into memory: ours against transformers",
     "rollout": "episodes against a slow black box: overlap by Little's law, faults, memory, HTTP clients",
     "lamp": "LaMP's files into prompts on one core, and the memory that a large file takes",

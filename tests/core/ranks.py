@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,13 +22,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from matryoshka.core.distributed import ALONE, World, open_world
-from matryoshka.core.load import load_model
+from matryoshka.core import weights
+from matryoshka.core.distributed import ALONE, World, open_world, whole
+from matryoshka.core.layout import Layout, ParallelConfig
+from matryoshka.core.load import empty_model, fill_model
 from matryoshka.core.train import Item, TrainConfig, train
 from matryoshka.core.tree import Tokens
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT, Preference
-from matryoshka.lora.linear import LoraConfig, active, add_adapter, layers_with, set_active, trainable_parameters
+from matryoshka.dpo.reference import open_reference
+from matryoshka.lora.linear import (
+    LoraConfig,
+    active,
+    add_adapter,
+    layers_with,
+    prepare_linears,
+    set_active,
+    trainable_parameters,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,15 +48,31 @@ Result = tuple[list[dict[str, float]], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """A training run. items: how many, of ragged lengths; steps: of the optimizer."""
+    """A training run. full: of all weights. items: how many, of ragged lengths; steps: of the optimizer.
+
+    dtype: what is computed in; stored: what weights are kept in, where that is another. model: a folder, default the
+    one that all cases have.
+    """
 
     name: str
     preference: bool = False
+    full: bool = False
+    layout: str = "replicate"
+    group: int = 0
+    reshard: bool = True
+    prefetch: int = 1
+    offload: bool = False
+    activations: str = "none"
+    max_grad_norm: float = 1e9
+    dora: bool = False
     dtype: str = "float64"
+    stored: str = ""
     items: int = 10
     batch_size: int = 10
     micro_batch_tokens: int = 60
     steps: int = 1
+    save_every: int = 0
+    model: str = ""
 
 
 def items_of(case: Case) -> list[Item]:
@@ -60,35 +88,99 @@ def items_of(case: Case) -> list[Item]:
     return items
 
 
-def run(case: Case, model_folder: Path, folder: Path, world: World = ALONE) -> Result:
-    """Return the metrics rows; and by name the gradients of the first step and the parameters after the last."""
-    model: Any = load_model(model_folder, DTYPES[case.dtype])
-    add_adapter(model, "policy", LoraConfig(rank=2), seed=0)
+def build(case: Case, model_folder: Path, world: World) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+    """Return the model as this rank holds it under the case's layout, and what is trained of it."""
+    dtype, stored = DTYPES[case.dtype], DTYPES[case.stored or case.dtype]
+    model_folder = Path(case.model or model_folder)
+    model: Any = empty_model(model_folder)
+    if not case.full:
+        prepare_linears(model)
+    model.requires_grad_(case.full)
+    if case.layout != "replicate":
+        from matryoshka.core.sharding import make_mesh, shard
+
+        parallel = ParallelConfig(case.layout, case.group, case.reshard, case.prefetch, case.offload)
+        shard(model, make_mesh(Layout(case.layout, case.group, ""), world), parallel, dtype, world.device)
+    fill_model(model, model_folder, stored, "cpu")
+    if case.full:
+        return model, dict(model.named_parameters())
+    add_adapter(model, "policy", LoraConfig(rank=2, dora=case.dora), 0)
     set_active(model, "policy")
     with torch.no_grad():
         for layer in layers_with(model, "policy"):  # as A's gradient is 0 where B is
             torch.nn.init.normal_(layer.lora_B["policy"], std=0.1, generator=torch.Generator().manual_seed(1))
-    parameters = trainable_parameters(model, "policy")
+    return model, trainable_parameters(model, "policy")
+
+
+def reading(case: Case, model_folder: Path, world: World) -> list[list[float]]:
+    """Return for each rank: bytes of weights that it reads, and of the largest tensor that it is handed."""
+    handed: list[int] = []
+
+    class Handle:
+        def __init__(self, handle: Any, key: str = "") -> None:
+            self.handle, self.key = handle, key
+
+        def keys(self) -> list[str]:
+            return list(self.handle.keys())
+
+        def get_slice(self, key: str) -> "Handle":
+            return Handle(self.handle.get_slice(key))
+
+        def get_tensor(self, key: str) -> Tensor:
+            return self.note(self.handle.get_tensor(key))
+
+        def __getitem__(self, rows: slice) -> Tensor:
+            return self.note(self.handle[rows])
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.handle, name)
+
+        def note(self, tensor: Tensor) -> Tensor:
+            handed.append(tensor.nbytes)
+            return tensor
+
+    really_open = weights._open
+    weights._open = lambda path, stack: Handle(really_open(path, stack))
+    try:
+        build(case, model_folder, world)
+    finally:
+        weights._open = really_open
+    table = torch.zeros(world.size, 2, dtype=torch.float64)
+    table[world.rank] = torch.tensor([sum(handed), max(handed)])
+    world.sum([table])
+    return table.tolist()
+
+
+def run(case: Case, model_folder: Path, folder: Path, world: World = ALONE) -> Result:
+    """Return the metrics rows; and by name the gradients of the first step and the parameters after the last."""
+    model, parameters = build(case, model_folder, world)
     config = TrainConfig(
         learning_rate=1e-2, epochs=100, batch_size=case.batch_size, micro_batch_tokens=case.micro_batch_tokens,
-        max_grad_norm=1e9, warmup_ratio=0.0, min_lr_ratio=1.0,
+        max_grad_norm=case.max_grad_norm, warmup_ratio=0.0, min_lr_ratio=1.0, activations=case.activations,
+        save_every=case.save_every,
     )  # fmt: skip
     gradients: dict[str, Tensor] = {}
 
     def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
         for name, parameter in parameters.items():
             if name not in gradients and parameter.grad is not None:
-                gradients[name] = parameter.grad.clone()
+                gradients[name] = whole(parameter.grad).clone()
 
     objective = Preference() if case.preference else SFT()
-    reference = partial(active, model, None) if case.preference else None
+    reference: Any = None if not case.preference else nullcontext if case.full else partial(active, model, None)
     hook = register_optimizer_step_pre_hook(keep)
-    rows = train(
-        model, parameters, items_of(case), config, objective, token_logps, folder / case.name, reference, world=world
-    )
-    found = [row for row, _ in zip(rows, range(case.steps), strict=False)]
+    with ExitStack() as stack:
+        cache = None
+        if case.preference and case.full:
+            path = folder / f"{case.name}.sqlite"
+            cache = stack.enter_context(open_reference(path, Path(case.model or model_folder), model, None, world))
+        rows = train(
+            *(model, parameters, items_of(case), config, objective, token_logps, folder / case.name, reference),
+            *(None, cache, world, cache is not None),
+        )
+        found = [row for _, row in zip(range(case.steps), rows, strict=False)]
     hook.remove()
-    after = {name: parameter.detach() for name, parameter in parameters.items()}
+    after = {name: whole(parameter.detach()) for name, parameter in parameters.items()}
     tensors = {f"gradient/{name}": value for name, value in gradients.items()}
     return found, tensors | {f"parameter/{name}": value for name, value in after.items()}
 
@@ -115,6 +207,8 @@ def main(model_folder: Path, folder: Path, cases: Path) -> None:
     with open_world(timeout_s=120) as world:
         for case in [Case(**row) for row in json.loads(cases.read_text())]:
             rows, tensors = run(case, model_folder, folder / "runs", world)
+            if case.name in ("sft", "shard sft"):
+                rows[0]["read"] = reading(case, model_folder, world)  # type: ignore[assignment]
             if world.is_first:
                 save_file(tensors, folder / f"{case.name}.safetensors")
                 (folder / f"{case.name}.json").write_text(json.dumps(rows))

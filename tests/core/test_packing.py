@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matryoshka.core.packing import MICRO_BATCH, Item, Plan, batch_at, check_budget, plan
+from matryoshka.core.packing import MICRO_BATCH, Item, Plan, batch_at, check_budget, plan, split
 from matryoshka.core.tree import Tokens, build_tree, padded_size
 
 
@@ -128,3 +128,42 @@ def test_batches_are_a_pure_function_of_seed_and_step() -> None:
     assert again == orders[1]
     assert [item.sequences[0].ids[0] for item in batch_at(items, 0, 30, 2)[1]] != orders[0]
     assert [item.sequences[0].ids[0] for item in batch_at(items, 0, 30, 1)[1]] == orders[0]  # the size only cuts
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 20])
+def test_a_batch_is_split_evenly(ranks: int) -> None:
+    """Oracle: invariants: every item once, within the budget, none idle while there is an item for each.
+
+    No rank has more than its share of the work and one item's: the cut falls between items. One rank: `plan`.
+    """
+    items = prompts(5, 4)
+    budget = max(size([item]) for item in items) + 30
+    parts = split(items, budget, ranks)
+    held = [item for part in parts for micro in part.micro_batches for item in micro]
+    assert len(parts) == ranks and sorted(map(id, held)) == sorted(map(id, items))
+    assert all(size(micro) <= budget for part in parts for micro in part.micro_batches)
+    assert sum(not part.micro_batches for part in parts) == max(0, ranks - len(items))
+    work = [part.tree_tokens + MICRO_BATCH * len(part.micro_batches) for part in parts]
+    assert max(work) <= sum(work) / ranks + max(size([item]) for item in items) + MICRO_BATCH
+    if ranks == 1:
+        assert parts == [plan(items, budget)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), st.integers(0, 30), st.integers(2, 4))
+def test_the_costliest_part_costs_the_least(batch: list[Item], more: int, ranks: int) -> None:
+    """Oracle: every way to cut the sorted items into that many parts, each planned on its own."""
+    budget = max(size([item]) for item in batch) + more
+    items = sorted(batch, key=lambda item: [sequence.ids for sequence in item.sequences])
+
+    def cost(part: list[Item]) -> int:
+        found = plan(part, budget)
+        return found.tree_tokens + MICRO_BATCH * len(found.micro_batches)
+
+    every = []
+    for count in range(min(ranks, len(items))):
+        for cuts in combinations(range(1, len(items)), count):
+            edges = (0, *cuts, len(items))
+            every.append(max(cost(items[start:stop]) for start, stop in zip(edges, edges[1:], strict=False)))
+    parts = split(batch, budget, ranks)
+    assert max(p.tree_tokens + MICRO_BATCH * len(p.micro_batches) for p in parts) == min(every)

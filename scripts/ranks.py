@@ -6,23 +6,29 @@ Every method is a collective: all ranks call it, in the same order. Alone, each 
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from matryoshka.core.distributed import ALONE, World
+from matryoshka.core.distributed import ALONE, TIMEOUT_S, World
 from matryoshka.core.protocols import GeneratorError
 
 T = TypeVar("T")
 
 
 class Ranks:
-    """The processes of a run, with a channel of their own, so that talk does not mix with gradients."""
+    """The processes of a run, with a channel of their own, so that talk does not mix with gradients.
+
+    A rank that says nothing for TIMEOUT_S is taken for gone.
+    """
 
     def __init__(self, world: World = ALONE) -> None:
         self.world = world
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = None
+        if world.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT_S))
 
     @property
     def node(self) -> int:

@@ -171,6 +171,11 @@ def test_no_world_size_repeats_anything(tmp_path: Path, controller_dir: Path, ge
     assert reports[0]["verdicts"] == reports[1]["verdicts"]
     assert reports[0]["counts"]["metrics"] == reports[1]["counts"]["metrics"]
 
+    # What has to be mended is told by one rank; the other ends with it.
+    process = runs.torchrun(2, "collect", replace(many, seed=1))
+    _, errors = process.communicate(timeout=500)
+    assert process.returncode != 0 and errors.count("error: ") == errors.count("another configuration: seed: 0 ->") == 1
+
     # One process reads it all back, asks nothing and makes the same pairs.
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)

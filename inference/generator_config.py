@@ -131,8 +131,8 @@ class GeneratorConfig:
         ]
 
 
-def _parts(limits: GeneratorConfig | EndpointConfig, index: int, count: int) -> dict[str, int]:
-    parts = {}
+def _parts(limits: GeneratorConfig | EndpointConfig, index: int, count: int) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
     for name in ("concurrency", "requests_per_minute", "tokens_per_minute"):
         whole = getattr(limits, name)
         if 0 < whole < count:

@@ -78,12 +78,7 @@ class Journal:
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
             self._handle.truncate(whole)
-        for number, line in enumerate(data[:whole].splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                self.rows[row["key"]] = row
-            except (json.JSONDecodeError, KeyError, TypeError) as err:
-                raise ValueError(f"{path}:{number}: not a journal row ({err}); expected an object with 'key'") from err
+        self.rows.update(_journal_rows(path, data[:whole], 1))
 
     def append(self, key: str, row: dict[str, Any], sync: bool = True) -> None:
         """Record `row` under `key` durably. Raises ValueError if the key is there already.
@@ -105,6 +100,45 @@ class Journal:
 
     def close(self) -> None:
         self._handle.close()
+
+
+class SharedJournal(Journal):
+    """The journal of one of several processes: appends to its own file, knows the rows of all files of a pattern.
+
+    A last line without its newline in another's file may still be being written: it is left for later.
+    """
+
+    def __init__(self, path: Path, pattern: str) -> None:
+        super().__init__(path)
+        self._pattern = pattern
+        self._taken: dict[Path, tuple[int, int]] = {}  # of each other file: bytes and lines
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in the rows that the other files have gained."""
+        for path in sorted(self.path.parent.glob(self._pattern)):
+            if path == self.path:
+                continue
+            size, count = self._taken.get(path, (0, 0))
+            with path.open("rb") as handle:
+                handle.seek(size)
+                data = handle.read()
+            data = data[: data.rfind(b"\n") + 1]
+            for key, row in _journal_rows(path, data, count + 1).items():
+                self.rows.setdefault(key, row)
+            self._taken[path] = (size + len(data), count + data.count(b"\n"))
+
+
+def _journal_rows(path: Path, data: bytes, first: int) -> dict[str, dict[str, Any]]:
+    """Return the rows of whole lines by key; `first` is the number of the first one."""
+    rows = {}
+    for number, line in enumerate(data.splitlines(), start=first):
+        try:
+            row = json.loads(line)
+            rows[row["key"]] = row
+        except (json.JSONDecodeError, KeyError, TypeError) as err:
+            raise ValueError(f"{path}:{number}: not a journal row ({err}); expected an object with 'key'") from err
+    return rows
 
 
 @contextmanager

@@ -24,6 +24,7 @@ TABLES = (
     "CREATE TABLE claims (key TEXT PRIMARY KEY, generator TEXT NOT NULL, owner TEXT NOT NULL, since REAL NOT NULL,"
     " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)",
 )
+PRICES = "CREATE TABLE prices (generator TEXT PRIMARY KEY, input REAL NOT NULL, output REAL NOT NULL)"
 # For a cache of version 1, which had only answers.
 FROM_ANSWERS = (
     "INSERT INTO spent SELECT generator, count(*), sum(prompt_tokens), sum(completion_tokens), 0, 0, 0"
@@ -37,6 +38,11 @@ _SPEND = (
     " lost_completion_tokens = lost_completion_tokens + excluded.lost_completion_tokens"
 )
 _HELD = "SELECT coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0) FROM claims WHERE generator = ?"
+_COMMITTED = (
+    "SELECT generator, sum(p), sum(c) FROM (SELECT generator, prompt_tokens + lost_prompt_tokens AS p,"
+    " completion_tokens + lost_completion_tokens AS c FROM spent"
+    " UNION ALL SELECT generator, prompt_tokens, completion_tokens FROM claims) GROUP BY generator"
+)
 
 
 @dataclass(frozen=True)
@@ -100,14 +106,30 @@ class Accounts:
         """Add an attempt without an answer that may have cost `most`."""
         self._db.execute(_SPEND, (generator, 0, 0, 0, 1, most.prompt_tokens, most.completion_tokens))
 
-    def bury(self, generator: str) -> None:
+    def bury(self) -> None:
         """End the claims of processes that died; what they held counts as lost."""
-        query = "SELECT owner, max(since) FROM claims WHERE generator = ? GROUP BY owner"
-        owners = self._db.execute(query, (generator,)).fetchall()
+        owners = self._db.execute("SELECT owner, max(since) FROM claims GROUP BY owner").fetchall()
         for owner in [owner for owner, since in owners if not _is_alive(owner, since)]:
-            keys = self._db.execute("SELECT key FROM claims WHERE generator = ? AND owner = ?", (generator, owner))
-            for (key,) in keys.fetchall():
+            keys = self._db.execute("SELECT key, generator FROM claims WHERE owner = ?", (owner,))
+            for key, generator in keys.fetchall():
                 self._bury(key, generator)
+
+    def committed(self) -> dict[str, Usage]:
+        """Return what is spent and held, by generator."""
+        return {generator: Usage(*tokens) for generator, *tokens in self._db.execute(_COMMITTED)}
+
+    def held(self) -> Usage:
+        """Return what is held for all generators together."""
+        return Usage(*self._db.execute(_HELD.replace("generator = ?", "1")).fetchone())
+
+    def take_in(self, other: str) -> None:
+        """Add the accounts of the attached database `other`, whose processes have all ended."""
+        for row in self._db.execute(f"SELECT * FROM {other}.spent").fetchall():
+            self._db.execute(_SPEND, row)
+        held = f"SELECT generator, prompt_tokens, completion_tokens FROM {other}.claims"
+        for generator, *most in self._db.execute(f"{held} WHERE prompt_tokens + completion_tokens > 0").fetchall():
+            self.lost(generator, Usage(*most))
+        self._db.execute(f"INSERT OR IGNORE INTO prices SELECT * FROM {other}.prices")
 
     def spending(self, generator: str) -> Spending:
         """Return the account of `generator`."""

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from matryoshka.core.records import Messages, Sample, Sampling, Usage, content_key, from_json, to_json
-from matryoshka.inference.accounts import FROM_ANSWERS, TABLES, Accounts, Spending, add
+from matryoshka.inference.accounts import FROM_ANSWERS, PRICES, TABLES, Accounts, Spending, add
 
 APPLICATION_ID = 0x4D54524B  # in SQLite's header: this file is ours
-VERSION = 2  # 1 had only the answers
+VERSION = 3  # 1 had only the answers, 2 no prices
 BUSY_S = 30.0
 
 _ANSWERS = (
@@ -70,14 +70,14 @@ class ResponseCache:
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             (num_tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
             if num_tables == 0 and application == 0:
-                for statement in (_ANSWERS, *TABLES):
+                for statement in (_ANSWERS, *TABLES, PRICES):
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 self._db.execute(f"PRAGMA user_version = {VERSION}")
             elif application != APPLICATION_ID:
                 raise ValueError(f"{self.path}: an SQLite file of another program; choose another path for the cache")
-            elif version == 1:
-                for statement in (*TABLES, FROM_ANSWERS):
+            elif version in (1, 2):
+                for statement in (*TABLES, FROM_ANSWERS, PRICES) if version == 1 else (PRICES,):
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {VERSION}")
             elif version != VERSION:
@@ -120,16 +120,17 @@ class ResponseCache:
         with self._errors():
             self._accounts.release(key)
 
-    def hold(self, key: str, generator: str, most: Usage, fits: Callable[[Usage], bool]) -> Usage | None:
-        """Hold `most` for the claimed `key` if `fits` takes all that is spent, held and asked for, and return None.
+    def hold(self, key: str, generator: str, most: Usage, fits: Callable[[dict[str, Usage]], bool]) -> Usage | None:
+        """Hold `most` for the claimed `key` and return None, if `fits` takes it and all that is spent and held.
 
-        Otherwise hold nothing and return what others hold: no tokens if nothing is on its way that could cost less.
+        fits: told of the tokens by generator, of all that this file knows. Otherwise nothing is held, and what others
+        hold is returned: no tokens if nothing is on its way that could cost less.
         """
         with self._errors(), self._transaction():
-            self._accounts.bury(generator)
-            known = self._accounts.spending(generator)
-            if not fits(add(add(known.spent, known.held), most)):
-                return known.held
+            self._accounts.bury()
+            committed = self._accounts.committed()
+            if not fits({**committed, generator: add(committed.get(generator, Usage()), most)}):
+                return self._accounts.held()
             self._accounts.hold(key, most)
         return None
 
@@ -143,8 +144,53 @@ class ResponseCache:
     def spending(self, generator: str) -> Spending:
         """Return what `generator` was asked and at most cost; what a killed process held counts as lost."""
         with self._errors(), self._transaction():
-            self._accounts.bury(generator)
+            self._accounts.bury()
             return self._accounts.spending(generator)
+
+    def committed(self) -> dict[str, Usage]:
+        """Return the tokens that are spent and held, by generator."""
+        with self._errors(), self._transaction():
+            self._accounts.bury()
+            return self._accounts.committed()
+
+    def prices(self) -> dict[str, tuple[float, float]]:
+        """Return the last known prices by generator: US dollars for a million tokens read, and written."""
+        with self._errors():
+            rows = self._db.execute("SELECT generator, input, output FROM prices").fetchall()
+        return {generator: (read, written) for generator, read, written in rows}
+
+    def set_price(self, generator: str, read: float, written: float) -> None:
+        """Keep the prices of `generator`, so that a budget over several knows what the others cost."""
+        with self._errors():
+            self._db.execute("INSERT OR REPLACE INTO prices VALUES (?, ?, ?)", (generator, read, written))
+
+    # Several machines: each has a file of its own, since a WAL database is for the processes of one.
+
+    def take_in(self, path: Path) -> None:
+        """Add answers and accounts of the cache `path`, which no process uses any more. Twice would count twice."""
+        ResponseCache(path).close()  # it is one, and of our version
+        with self._errors():
+            self._db.execute("ATTACH ? AS other", (str(path),))
+            try:
+                with self._transaction():
+                    self._db.execute("INSERT OR IGNORE INTO answers SELECT * FROM other.answers")
+                    self._accounts.take_in("other")
+            finally:
+                self._db.execute("DETACH other")
+
+    def copy_answers(self, path: Path) -> None:
+        """Write a cache with the same answers, and accounts that begin with nothing, to `path`, which must not exist.
+        """
+        with self._errors():
+            self._db.execute("VACUUM INTO ?", (str(path),))
+        copy = ResponseCache(path)
+        try:
+            with copy._errors(), copy._transaction():
+                for table in ("spent", "claims"):
+                    copy._db.execute(f"DELETE FROM {table}")
+            copy._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            copy.close()
 
     def totals(self) -> dict[str, CacheTotals]:
         """Return the number of answers, their tokens and their times by generator."""

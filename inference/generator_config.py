@@ -1,7 +1,7 @@
 """The [generator] table: where the black box answers, how its requests look, how patiently and how fast it is asked."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from matryoshka.core.records import content_key
@@ -73,6 +73,14 @@ class GeneratorConfig:
             raise ValueError("generator: omit cannot leave out model or messages")
         _ = self.extra
 
+    def part(self, index: int, count: int) -> "GeneratorConfig":
+        """Return what process `index` of `count` may do: its part of every limit, so that together they keep it.
+
+        Raises ValueError for a limit that is smaller than the number of processes.
+        """
+        endpoints = tuple(replace(endpoint, **_parts(endpoint, index, count)) for endpoint in self.endpoints)
+        return replace(self, **_parts(self, index, count), endpoints=endpoints)
+
     @property
     def extra(self) -> dict[str, Any]:
         """The fields of extra_body. Raises ValueError when it is no JSON object."""
@@ -121,3 +129,15 @@ class GeneratorConfig:
             )
             for more in self.endpoints
         ]
+
+
+def _parts(limits: GeneratorConfig | EndpointConfig, index: int, count: int) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for name in ("concurrency", "requests_per_minute", "tokens_per_minute"):
+        whole = getattr(limits, name)
+        if 0 < whole < count:
+            raise ValueError(
+                f"generator: {name} {whole} cannot be shared by {count} processes; raise it or start fewer of them"
+            )
+        parts[name] = whole // count + (index < whole % count)
+    return parts

@@ -1,11 +1,13 @@
 """The line that a run's spending does not cross: every request holds the most that it can cost before it is sent.
 
 What is spent and held stands in the response cache's file, so it survives a kill and is one account for all processes
-that share the file. The invariant: spent + held never exceeds the budget, as long as no server bills more tokens than
-`chat_api.most_tokens` says it can.
+that share the file, and for all generators that are asked through it. The invariant: spent + held never exceeds the
+budget, as long as no server bills more tokens than `chat_api.most_tokens` says it can.
 """
 
 import asyncio
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ POLL_S = 0.5  # other processes' requests end without telling us
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that may be spent on a generator, in US dollars and in tokens read and written; 0 is no limit."""
+    """The most that may be spent on all generators, in US dollars and in tokens read and written; 0 is no limit."""
 
     usd: float = 0.0
     tokens: int = 0
@@ -29,9 +31,33 @@ class Budget:
         if not (0 <= self.usd < float("inf")) or self.tokens < 0:
             raise ValueError(f"budget: {self.usd} USD and {self.tokens} tokens must not be negative; 0 is no limit")
 
+    def part(self, index: int, spent: Sequence[tuple[float, int]]) -> "Budget":
+        """Return the budget of machine `index`, which keeps accounts of its own: what is left is shared evenly.
+
+        spent: dollars and tokens by machine so far.
+        """
+        usd, tokens = spent[index]
+        left_usd = max(0.0, self.usd - sum(dollars for dollars, _ in spent)) / len(spent)
+        left_tokens = max(0, self.tokens - sum(count for _, count in spent)) // len(spent)
+        # Nothing left is not "no limit".
+        return Budget(
+            max(usd + left_usd, sys.float_info.min) if self.usd else 0.0,
+            max(tokens + left_tokens, 1) if self.tokens else 0,
+        )
+
+
+def total(cache: ResponseCache) -> tuple[float, int]:
+    """Return the dollars (at known prices) and tokens that are spent and held, over all generators."""
+    return _cost(cache.committed(), {name: Price(*pair) for name, pair in cache.prices().items()})
+
+
+def _cost(usages: Mapping[str, Usage], prices: Mapping[str, Price]) -> tuple[float, int]:
+    usd = sum(prices[name].usd(usage) for name, usage in usages.items() if name in prices)
+    return usd, sum(usage.prompt_tokens + usage.completion_tokens for usage in usages.values())
+
 
 class Purse:
-    """The account of one generator. One object lives in one event loop."""
+    """The account of one generator, and the budget over all. One object lives in one event loop."""
 
     def __init__(self, generator: str, cache: ResponseCache | None, price: Price | None, budget: Budget) -> None:
         """Raises ValueError for a budget that could not be kept: one without a cache, or in dollars without a price."""
@@ -47,6 +73,11 @@ class Purse:
         self._cache = cache
         self.price = price
         self._budget = budget
+        self._prices: dict[str, Price] = {}
+        if cache is not None:
+            if price is not None:
+                cache.set_price(generator, price.input, price.output)
+            self._prices = {name: Price(*pair) for name, pair in cache.prices().items()}
         self._settled = asyncio.Event()
 
     def spending(self) -> Spending:
@@ -103,21 +134,22 @@ class Purse:
         """Note that an answer was kept, which ended its hold."""
         self._settled.set()
 
-    def _fits(self, usage: Usage) -> bool:
-        tokens = usage.prompt_tokens + usage.completion_tokens
+    def _fits(self, usages: Mapping[str, Usage]) -> bool:
+        usd, tokens = _cost(usages, self._prices)
         if self._budget.tokens and tokens > self._budget.tokens:
             return False
-        return self.price is None or not self._budget.usd or self.price.usd(usage) <= self._budget.usd
+        return not self._budget.usd or usd <= self._budget.usd
 
     def _reason(self, most: Usage) -> str:
-        spent = self.spending()
-        tokens = spent.spent.prompt_tokens + spent.spent.completion_tokens
+        assert self._cache is not None
+        committed, lost = self._cache.committed(), self.spending().lost
+        usd, tokens = _cost(committed, self._prices)
         limits = [f"{self._budget.usd:g} USD"] * bool(self._budget.usd)
         limits += [f"{self._budget.tokens:,} tokens"] * bool(self._budget.tokens)
-        cost = f"{tokens:,} tokens" + (f", {usd:.4f} USD" if (usd := self.usd()) is not None else "")
-        lost = f" (of these {spent.lost} attempts that brought no answer but may be billed)" if spent.lost else ""
+        cost = f"{tokens:,} tokens" + (f", {usd:.4f} USD" if self.price is not None else "")
+        tried = f" (of these {lost} attempts that brought no answer but may be billed)" if lost else ""
         return (
-            f"budget: {self._generator} has used {cost}{lost}, and the next request, of at most "
-            f"{most.prompt_tokens + most.completion_tokens:,} tokens, could cross the budget of {' or '.join(limits)}. "
-            "All answers are kept: raise the budget and run the same command to go on"
+            f"budget: {' and '.join(sorted({*committed, self._generator}))} used {cost}{tried}, and the next request, "
+            f"of at most {most.prompt_tokens + most.completion_tokens:,} tokens, could cross the budget of "
+            f"{' or '.join(limits)}. All answers are kept: raise the budget and run the same command to go on"
         )

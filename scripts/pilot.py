@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.files import read_jsonl, write_json
 from matryoshka.core.protocols import Controller
 from matryoshka.core.records import Example, Trajectory, stable_seed, to_json
@@ -19,16 +20,20 @@ from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.eval.statistics import Paired, PairedScores, paired_difference, paired_scores
 from matryoshka.inference.sampler import Sampler
 from matryoshka.scripts.doctor import environment
-from matryoshka.scripts.run import Run, Scheme, open_run
+from matryoshka.scripts.episodes import Scheme
+from matryoshka.scripts.run import Run, open_run
 from matryoshka.scripts.run_config import RunConfig
 
 HELD_OUT_SPLITS = ("test", "held_out")
 BASELINES = {"rag_1": "one retrieved entry (RAG)", "rag_4": "four retrieved entries (RAG)"}
 
 
-def pilot(config: RunConfig, root: Path = Path("runs")) -> dict[str, Any]:
-    """Run or continue the pilot in `root/<name>` and return its summary: accuracies, p values, the report's path."""
-    with open_run(config, root) as run:
+def pilot(config: RunConfig, root: Path = Path("runs"), world: World = ALONE) -> dict[str, Any]:
+    """Run or continue the pilot in `root/<name>` and return its summary: accuracies, p values, the report's path.
+
+    world: the ranks that share its episodes and its training.
+    """
+    with open_run(config, root, world=world) as run:
         run.warmup()
         trajectories: list[Trajectory] = []
         counts: dict[str, Any] = {}
@@ -56,8 +61,8 @@ def schemes(run: Run) -> dict[str, tuple[str, Scheme]]:
             controller = ScriptedGuidance(f"{name}-{config.seed}", dict(zip(prompts, table, strict=True)))
             found[name] = (label, Scheme(name, _fixed(controller), one_plan))
     if config.warmup.source == "generator" or config.task.name == "lamp":
-        own = GeneratorGuidance(run.generator)
-        found["own_guidance"] = ("the generator's own guidance", Scheme("own-guidance", _fixed(own), one_plan))
+        own = Scheme("own-guidance", lambda _: GeneratorGuidance(run.generator), one_plan)
+        found["own_guidance"] = ("the generator's own guidance", own)
     for name in examples[0].fields.get("baselines", {}):  # guidance that the task itself knows without a controller
         known = {run.task.first_prompt(example): example.fields["baselines"][name] for example in examples}
         fixed = _fixed(ScriptedGuidance(f"{name}-{config.seed}", known))
@@ -91,7 +96,8 @@ def evaluate(run: Run, what: str = "evaluate") -> list[Condition]:
 
 
 def report(run: Run, conditions: Sequence[Condition], counts: dict[str, Any]) -> dict[str, Any]:
-    """Write report.json, .md, .html into the run's folder and return the summary."""
+    """Write report.json, .md, .html into the run's folder and return the summary. All ranks call it, the first writes.
+    """
     names = [condition.name for condition in conditions]
     ladder = steps(names)
     comparisons = [*zip(ladder, ladder[1:], strict=False)]
@@ -99,6 +105,9 @@ def report(run: Run, conditions: Sequence[Condition], counts: dict[str, Any]) ->
     more = [(first, last) for first in ("untrained", "star") if first in names and first != last]
     comparisons += [pair for pair in more if pair not in comparisons]
     validation = select_round(run)
+    summary = summarise(run, conditions, last)
+    if not run.world.is_first:
+        return summary
     examples = [e for split in HELD_OUT_SPLITS for e in run.task.examples(split)]
     groups = {split: [e.id for e in run.task.examples(split)] for split in HELD_OUT_SPLITS}
     labels = {"test": "held-out problems", "held_out": "families held out whole"}
@@ -128,7 +137,6 @@ def report(run: Run, conditions: Sequence[Condition], counts: dict[str, Any]) ->
     write_report(data, run.folder)
     verdicts = {c.name: {t.example_id: t.info["verdict"] for t in c.trajectories} for c in conditions}
     write_json(run.folder / "verdicts.json", verdicts)
-    summary = summarise(run, conditions, last)
     write_json(run.folder / "summary.json", summary)
     return summary
 
@@ -152,7 +160,8 @@ def transfer(run: Run, generators: Sequence[str]) -> dict[str, dict[str, Any]]:
         conditions = evaluate(run, f"transfer {name}")
         found[name] = summarise(run, conditions, steps([condition.name for condition in conditions])[-1])
         found[name] |= {"metrics": scores(run, conditions)}
-        write_json(run.folder / "transfer.json", found)
+        if run.world.is_first:
+            write_json(run.folder / "transfer.json", found)
     return found
 
 

@@ -5,10 +5,11 @@ import time
 
 
 class Progress:
-    """Shows `label done/total text`, rate and remaining time on stderr. Use with `with`."""
+    """Shows `label done/total text`, rate and remaining time on stderr, if it is `shown`. Use with `with`."""
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: int, shown: bool = True) -> None:
         self.label = label
+        self._is_shown = shown
         self.total = total
         self.started = time.monotonic()
         self._shown = 0.0
@@ -19,7 +20,7 @@ class Progress:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._live and self._done:
+        if self._live and self._done and self._is_shown:
             sys.stderr.write("\n")
 
     def update(self, done: int, text: str = "") -> None:
@@ -27,7 +28,7 @@ class Progress:
         now = time.monotonic()
         self._done = done
         last = done >= self.total
-        if not last and now - self._shown < (0.1 if self._live else 15):
+        if not self._is_shown or not last and now - self._shown < (0.1 if self._live else 15):
             return
         self._shown = now
         elapsed = now - self.started

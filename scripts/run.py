@@ -10,18 +10,20 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from matryoshka.core.config import diff, load_toml, to_toml
-from matryoshka.core.files import Journal, folder_lock, write_json, write_jsonl, write_text
+from matryoshka.core.config import load_toml, to_toml
+from matryoshka.core.distributed import ALONE, World
+from matryoshka.core.files import SharedJournal, write_json, write_jsonl, write_text
 from matryoshka.core.load import load_model
-from matryoshka.core.protocols import Controller, Generator, RunStopped
+from matryoshka.core.protocols import Controller, Generator
 from matryoshka.core.records import (
     Example,
     Messages,
@@ -34,7 +36,7 @@ from matryoshka.core.records import (
     to_json,
 )
 from matryoshka.core.tokenizer import Tokenizer
-from matryoshka.core.train import Interrupted, Item, TrainConfig
+from matryoshka.core.train import Item, TrainConfig
 from matryoshka.dpo.data import completion, distinct, fitting, preference_items, read_conversations, text_completion
 from matryoshka.dpo.pairs import PairCounts, make_pairs, winners
 from matryoshka.eval.baselines import GeneratorGuidance
@@ -42,65 +44,59 @@ from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
 from matryoshka.inference.local import LocalController
 from matryoshka.inference.sampler import Sampler
-from matryoshka.inference.spending import Budget, Purse
+from matryoshka.inference.spending import Budget, Purse, total
 from matryoshka.lora import files as adapters
 from matryoshka.lora.linear import add_adapter, remove_adapter
 from matryoshka.scripts.doctor import environment
-from matryoshka.scripts.interrupt import stop_on_signal
+from matryoshka.scripts.episodes import Scheme, Stage, run_stage
 from matryoshka.scripts.problems import load_splits, make_task, scripted_generator
-from matryoshka.scripts.progress import Progress
+from matryoshka.scripts.ranks import Ranks
+from matryoshka.scripts.ray_episodes import connected, run_on_ray
 from matryoshka.scripts.run_config import RunConfig, ServeConfig
+from matryoshka.scripts.run_folder import CONFIG, cache_path, claim, copy_folder, deal_caches
 from matryoshka.scripts.serving import started
 from matryoshka.scripts.training import DTYPES, POLICY, QUANTIZATIONS, REFERENCE, train_policy
-from matryoshka.tasks.rollout import Job, job_key, run_rollouts
 
 logger = logging.getLogger(__name__)
 
-# Settings that a run may be continued with another value of.
-_PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "total_timeout_s")
-FREE_TO_CHANGE = (
-    *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints"),
-    *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
-)
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """One way to guide the generator: made from the open sampler, with the settings that its episodes run under."""
-
-    name: str
-    make: Callable[[Sampler], Controller]
-    settings: RolloutSettings
-
-
 class Run:
-    """An open run directory. Use `open_run`; the fields are shared by the stages.
+    """An open run directory. Use `open_run`, which opens the journal too; the fields are shared by the stages.
 
     What can be wrong with the configuration comes first, so that nobody waits for training to hear of a missing key.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, stack: ExitStack, cache: Path | None = None) -> None:
+    journal: SharedJournal
+
+    def __init__(
+        self, config: RunConfig, folder: Path, stack: ExitStack, cache: Path | None = None, ranks: Ranks | None = None
+    ) -> None:
         self.config = config
+        self.ranks = ranks = ranks or Ranks()
+        self.world = world = ranks.world
         self.purse: Purse | None = None  # the generator's account, where it has one
-        self._cache = cache or folder / "cache.sqlite"
+        self._cache = cache or cache_path(folder, str(ranks.node) if ranks.node else "")
         self.folder = folder
         self._stack = stack
-        self._runner = stack.enter_context(asyncio.Runner())  # one event loop for all stages: clients belong to one
-        splits = load_splits(config)
+        self.runner = stack.enter_context(asyncio.Runner())  # one event loop for all stages: clients belong to one
+        self._seconds: dict[str, float] = {}
+        if (folder / "seconds.json").exists():
+            self._seconds = json.loads((folder / "seconds.json").read_text())
+        with ranks.together():
+            splits = load_splits(config)
         self.generator = self._open_generator(config.generator, config.serve)
-        self.threads = config.controller.threads or os.cpu_count() or 1
+        self.threads = config.controller.threads or max(1, (os.cpu_count() or 1) // world.local_size)
         torch.set_num_threads(self.threads)
         path = Path(config.controller.path)
         controller = config.controller
+        device = world.device if world.size > 1 else controller.device
         convert = QUANTIZATIONS[controller.quantization]
-        self.model = load_model(path, DTYPES[controller.dtype], controller.device, convert)
-        self.tokenizer = Tokenizer.load(path)
-        context = self.model.config.max_position_embeddings
-        self.task, self._skipped_problems = make_task(config, splits, self._count_tokens, context)
+        with ranks.together():
+            self.model = load_model(path, DTYPES[controller.dtype], device, convert)
+            self.tokenizer = Tokenizer.load(path)
+            context = self.model.config.max_position_embeddings
+            self.task, self._skipped_problems = make_task(config, splits, self._count_tokens, context)
         if self._skipped_problems:
             logger.warning("problems that exceed the context are left out of everything: %s", self._skipped_problems)
-        self.journal = Journal(folder / "trajectories.jsonl")
-        stack.callback(self.journal.close)
 
     def _count_tokens(self, prompt: Messages) -> int:
         return len(self.tokenizer.render(prompt, add_generation_prompt=True).ids)
@@ -125,18 +121,28 @@ class Run:
         """Return the black box, checked; a server of our own is started where [serve] names a model."""
         if serve.scripted:
             return scripted_generator(self.config.task, serve.scripted)
+        ranks = self.ranks
         if serve.model:
-            log = self.folder / "generator.log"
-            url = self._stack.enter_context(started(serve, self.config.controller.deterministic, log))
-            digest = adapters.adapter_hash(Path(serve.adapter)) if serve.adapter else "base"
+            digest, url = adapters.adapter_hash(Path(serve.adapter)) if serve.adapter else "base", ""
+            with ranks.together():
+                if self.world.local_rank == 0:  # one server for all ranks of a machine
+                    log = self.folder / ("generator.log" if ranks.node == 0 else f"generator.node-{ranks.node}.log")
+                    url = self._stack.enter_context(started(serve, self.config.controller.deterministic, log))
+            url = ranks.texts(url)[self.world.rank - self.world.local_rank]
             config = replace(config, base_url=url, model=serve.name, identity=f"{Path(serve.model).name}+{digest}")
-        cache = ResponseCache(self._cache)
-        self._stack.callback(cache.close)
+        with ranks.together():
+            cache = ResponseCache(self._cache)
+            self._stack.callback(cache.close)
         budget = Budget(self.config.budget_usd, self.config.budget_tokens)
-        generator = OpenAIGenerator(config, cache, self.config.seed, budget)
-        self.purse = generator.purse
-        self._stack.callback(lambda: self._runner.run(generator.aclose()))
-        self._runner.run(generator.check())
+        if ranks.num_nodes > 1 and budget != Budget():
+            spent = [json.loads(text) for text in ranks.texts(json.dumps(total(cache)))]
+            budget = budget.part(ranks.node, spent[:: self.world.local_size])
+        with ranks.together():
+            part = config.part(self.world.rank, self.world.size)
+            generator = OpenAIGenerator(part, cache, self.config.seed, budget)
+            self.purse = generator.purse
+            self._stack.callback(lambda: self.runner.run(generator.aclose()))
+            self.runner.run(generator.check())
         return generator
 
     # Policies: "" is the base model, otherwise the stage folder whose adapter it is.
@@ -231,19 +237,25 @@ class Run:
             scored = self.task.score(self.episodes(self.policy(candidate), ["validation"]))[self.task.main_metric]
             results.append({"learning_rate": rate, "stage": candidate, "validation": to_json(scored)})
         best = max(results, key=lambda row: row["validation"]["value"])
-        write_json(self.folder / stage / "selection.json", {"chosen": best, "candidates": results})
-        _copy_folder(self.adapter_folder(best["stage"]), self.adapter_folder(stage))
+        if self.world.is_first:
+            write_json(self.folder / stage / "selection.json", {"chosen": best, "candidates": results})
+            copy_folder(self.adapter_folder(best["stage"]), self.adapter_folder(stage))
+        self.ranks.barrier()
         return counts
 
     def _keep_policy(self, before: str, stage: str) -> None:
         """Save the policy of `before` unchanged as `stage`'s: a stage without data changes nothing."""
         self._load_policy(before)
-        adapters.save_adapter(self.model, POLICY, self.adapter_folder(stage), self.config.controller.path)
+        self.ranks.barrier()  # nobody is still to ask whether it is trained
+        if self.world.is_first:
+            adapters.save_adapter(self.model, POLICY, self.adapter_folder(stage), self.config.controller.path)
+        self.ranks.barrier()
 
     def pairs(self, trajectories: Sequence[Trajectory]) -> tuple[list[Preference], PairCounts]:
         """Return the pairs of all trajectories so far and write them to preferences.jsonl."""
         pairs, counts = make_pairs(trajectories, self.task.pair_rule, self.config.seed)
-        write_jsonl(self.folder / "preferences.jsonl", [to_json(pair) for pair in pairs])
+        if self.world.is_first:
+            write_jsonl(self.folder / "preferences.jsonl", [to_json(pair) for pair in pairs])
         return pairs, counts
 
     def _gold_item(self, example: Example) -> Item:
@@ -261,7 +273,8 @@ class Run:
         items, skipped = fitting(items, context, self.config.overlong)
         if skipped:
             logger.warning("%s: %d items exceed the context of %d tokens and are left out", stage, skipped, context)
-            write_json(self.folder / stage / "left_out.json", skipped)
+            if self.world.is_first:
+                write_json(self.folder / stage / "left_out.json", skipped)
         started_at = time.monotonic()
         self._load_policy(start)
         folder = self.folder / stage
@@ -276,9 +289,10 @@ class Run:
             fresh=not start,
             reference_cache=self.folder / "reference.sqlite" if self.config.dpo.reference_cache else None,
             tensorboard=self.config.tensorboard,
+            world=self.world,
         )
         self._add_seconds(f"train {stage}", time.monotonic() - started_at)
-        for checkpoint in folder.glob("step-*"):
+        for checkpoint in folder.glob("step-*") if self.world.is_first else ():
             shutil.rmtree(checkpoint)  # the adapter is whole; the optimizer's state is not needed again
 
     # Episodes.
@@ -366,43 +380,32 @@ class Run:
         """
         examples = [example for split in splits for example in self.task.examples(split)][:first]
         examples = [example for example in examples if only is None or example.id in only]
-        generator = self.generator
         started_at = time.monotonic()
-        max_rows, deterministic = self.config.controller.max_rows, self.config.controller.deterministic
-        with Sampler(self.model, self.tokenizer, max_rows, deterministic, self.threads) as sampler:
-            controller = scheme.make(sampler)
-            jobs = [
-                Job(job_key(self.task, example, setting, controller, generator), example, setting)
-                for example in examples
-                for setting in (settings or [scheme.settings])
-            ]
-            with Progress(label or scheme.name, len(jobs)) as progress:
-                right = ended = 0
-
-                def show(job: Job, trajectory: Trajectory) -> None:
-                    nonlocal right, ended
-                    ended, right = ended + 1, right + (trajectory.reward > 0.5)
-                    cost = f" {self.purse.shown()}" if self.purse is not None else ""
-                    progress.update(ended, f"right {right / ended:.2f}{cost}")
-
-                async def drive() -> list[Trajectory]:
-                    limit = 1 if deterministic else self.config.rollout.limit
-                    share = self.config.rollout.max_failed_share
-                    with stop_on_signal() as stop:
-                        try:
-                            done = await run_rollouts(
-                                self.task, jobs, controller, generator, self.journal, limit, show, share, stop
-                            )
-                        except RunStopped:
-                            if not stop.is_set():
-                                raise
-                        if stop.is_set():
-                            raise Interrupted(f"{label or scheme.name}: stopped by signal; all that ended is recorded")
-                        return done
-
-                done = self._runner.run(drive())
+        with self.open_sampler() as sampler:
+            stage = Stage(
+                label or scheme.name,
+                self.task,
+                scheme.make(sampler),
+                self.generator,
+                self.purse,
+                self.limit,
+                self.config.rollout.max_failed_share,
+                partial(run_on_ray, self, scheme) if self.config.executor == "ray" else None,
+            )
+            jobs = stage.jobs(examples, settings or [scheme.settings])
+            done = self.runner.run(run_stage(stage, jobs, self.journal, self.ranks))
         self._add_seconds(label or f"{scheme.name} {'+'.join(splits)}", time.monotonic() - started_at)
         return done
+
+    def open_sampler(self) -> Sampler:
+        """Return a sampler of the controller's model, to be closed before it is trained."""
+        config = self.config.controller
+        return Sampler(self.model, self.tokenizer, config.max_rows, config.deterministic, self.threads)
+
+    @property
+    def limit(self) -> int:
+        """Episodes in flight in a process."""
+        return 1 if self.config.controller.deterministic else self.config.rollout.limit
 
     def left_out(self) -> dict[str, int]:
         """Return what did not fit the context, by split of problems and by stage of training; {} if all did."""
@@ -416,52 +419,39 @@ class Run:
 
     def seconds(self) -> dict[str, float]:
         """Return wall-clock seconds by stage, added up over restarts (a killed stage's last part is not in them)."""
-        path = self.folder / "seconds.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return dict(self._seconds)
 
     def _add_seconds(self, stage: str, seconds: float) -> None:
-        known = self.seconds()
-        write_json(self.folder / "seconds.json", {**known, stage: known.get(stage, 0.0) + seconds})
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+        if self.world.is_first:
+            write_json(self.folder / "seconds.json", self._seconds)
 
 
 @contextmanager
-def open_run(config: RunConfig, root: Path, cache: Path | None = None) -> Iterator[Run]:
-    """Open or continue `root/<name>` under its lock. cache: the file of answers, by default the folder's own.
+def open_run(config: RunConfig, root: Path, cache: Path | None = None, world: World = ALONE) -> Iterator[Run]:
+    """Open or continue `root/<name>`, all ranks of `world` together, under its lock, which the first one holds.
 
-    Raises ValueError when it was started with another configuration (naming every difference) or is in use. Budgets,
-    limits and patience may change: they decide how fast and how far a run goes, not what it finds.
+    cache: the file of answers, by default the folder's own. Raises ValueError when it was started with another
+    configuration (naming every difference) or is in use. Budgets, limits and patience may change: they decide how fast
+    and how far a run goes, not what it finds.
     """
-    folder = root / config.name
+    folder, ranks = root / config.name, Ranks(world)
     with ExitStack() as stack:
-        stack.enter_context(folder_lock(folder))
-        _sweep(folder)
-        saved = folder / "config.toml"
-        changed = diff(load_toml(RunConfig, saved), config) if saved.exists() else []
-        if changes := [line for line in changed if not line.startswith(FREE_TO_CHANGE)]:
-            raise ValueError(
-                f"{folder}: was started with another configuration: {'; '.join(changes)}. "
-                "Take the old values to continue, or another name to start afresh"
-            )
-        run = Run(config, folder, stack, cache)
-        if not saved.exists():  # a configuration that cannot start binds nobody
+        with ranks.together():
+            saved, changed = claim(config, folder, stack) if world.is_first else (True, [])
+            if world.is_first:
+                deal_caches(folder, ranks.num_nodes)
+        if config.executor == "ray":
+            if world.size > 1:
+                raise ValueError("executor = 'ray' and torchrun's ranks exclude each other; start one process")
+            stack.enter_context(connected())
+        run = Run(config, folder, stack, cache, ranks)
+        name = "trajectories" if world.size == 1 else f"trajectories.rank-{world.rank}"
+        with ranks.together():
+            run.journal = SharedJournal(folder / f"{name}.jsonl", "trajectories*.jsonl")
+        stack.callback(run.journal.close)
+        if world.is_first and not saved:  # a configuration that cannot start binds nobody
             write_json(folder / "environment.json", environment())
-        if changed or not saved.exists():
-            write_text(saved, to_toml(config))
+        if world.is_first and (changed or not saved):
+            write_text(folder / CONFIG, to_toml(config))
         yield run
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a kill left half-written; nobody else writes here while we hold the lock."""
-    for path in list(folder.rglob(".*.tmp")):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _copy_folder(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    os.rename(temporary, target)
-

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from matryoshka.core.layout import ParallelConfig
 from matryoshka.core.train import TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.inference.generators import GeneratorConfig
@@ -182,6 +183,9 @@ class RunConfig:
     tensorboard: also write every stage's metrics as TensorBoard events into its folder (the extra `track`).
     budget_usd, budget_tokens: the most that the run may spend on [generator], over all its restarts; 0 is no limit. The
     run stops before the line is crossed, and a larger budget continues it.
+    parallel: how the model lies on the ranks that torchrun starts; a pilot's own sampler needs all of it on each.
+    executor: where episodes run: in this process, or torchrun's, or as ray_tasks tasks of a Ray cluster (the extra
+    `cluster`; 0: one for each GPU or, on CPUs, for each machine), which gives the same episodes.
     """
 
     name: str
@@ -194,6 +198,9 @@ class RunConfig:
     tensorboard: bool = False
     budget_usd: float = 0.0
     budget_tokens: int = 0
+    parallel: ParallelConfig = ParallelConfig()
+    executor: Literal["local", "ray"] = "local"
+    ray_tasks: int = 0
     serve: ServeConfig = ServeConfig()
     task: TaskConfig = TaskConfig()
     lora: LoraConfig = LoraConfig()
@@ -204,3 +211,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.rounds < 0:
             raise ValueError(f"rounds {self.rounds} must not be negative")
+        if self.parallel.layout in ("shard", "hybrid"):
+            raise ValueError(
+                f"[parallel] layout {self.parallel.layout!r}: the local sampler needs the whole model on every rank "
+                "(layout 'replicate'); a model that does not fit is sampled by the vLLM engine"
+            )
+        if self.ray_tasks < 0:
+            raise ValueError(f"ray_tasks {self.ray_tasks} must not be negative; 0 is one for each GPU or machine")

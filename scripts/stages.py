@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matryoshka.core.distributed import open_world
 from matryoshka.core.layout import ParallelConfig
 from matryoshka.core.protocols import RunStopped
 from matryoshka.core.records import Trajectory, to_json
@@ -94,9 +95,11 @@ def stoppable() -> Iterator[None]:
 @stoppable()
 def pilot(config: RunConfig) -> None:
     """Run or continue the whole job; the last line printed is its summary as JSON (on LaMP a short one after it)."""
-    summary = job.pilot(config, RUNS)
-    _say(summary)
-    if config.task.name == "lamp":
+    with open_world(config.controller.device) as world:
+        summary = job.pilot(config, RUNS, world)
+    if world.is_first:
+        _say(summary)
+    if world.is_first and config.task.name == "lamp":
         _say({name: summary[name] for name in ("task", "examples", "untrained", "trained", "p", "seconds")})
 
 
@@ -115,9 +118,11 @@ def dpo(config: DpoCommand) -> None:
 @stoppable()
 def collect(config: RunConfig) -> None:
     """Warm up and collect the episodes of every round that can be collected: those whose policy is trained."""
-    with open_run(config, RUNS) as run:
+    with open_world(config.controller.device) as world, open_run(config, RUNS, world=world) as run:
         run.warmup()
-        _say({"episodes": len(_collected(run))})
+        episodes = len(_collected(run))
+        if world.is_first:
+            _say({"episodes": episodes})
 
 
 def pairs(config: RunConfig) -> None:
@@ -142,15 +147,17 @@ class EvaluateConfig(RunConfig):
 def evaluate(config: EvaluateConfig) -> None:
     """Evaluate every policy that is trained, print its scores and write the report, or transfer.json."""
     pilot_config = RunConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)})
-    with open_run(pilot_config, RUNS) as run:
+    with open_world(config.controller.device) as world, open_run(pilot_config, RUNS, world=world) as run:
+        rows: list[dict[str, Any]] = []
         if config.generators:
-            for name, row in job.transfer(run, config.generators.split(",")).items():
-                _say({"generator": name, **row})
-            return
-        conditions = job.evaluate(run)
-        for condition in conditions:
-            _say({condition.name: to_json(run.task.score(condition.trajectories))})
-        _say(job.report(run, conditions, {}))
+            found = job.transfer(run, config.generators.split(","))
+            rows = [{"generator": name, **row} for name, row in found.items()]
+        else:
+            conditions = job.evaluate(run)
+            rows = [{condition.name: to_json(run.task.score(condition.trajectories))} for condition in conditions]
+            rows.append(job.report(run, conditions, {}))
+        for row in rows if world.is_first else ():
+            _say(row)
 
 
 def _collected(run: Run) -> list[Trajectory]:

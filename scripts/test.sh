@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Sets up .venv/ with every extra but cuda, serve and cluster, then lints, type-checks and tests. Arguments go to pytest:
+# Sets up .venv/ with every extra but cuda and serve, then lints, type-checks and tests. Arguments go to pytest:
 # `bash scripts/test.sh -k tree`. Without any, the fast tests run first, then the slow ones and those that need a GPU.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
-extras=(demo report test track sentencepiece lamp eval)
+extras=(demo report test track sentencepiece lamp eval cluster)
 # The games' planner and interpreter are built from source.
 if command -v cc >/dev/null && command -v make >/dev/null; then
     extras+=(alfworld)

@@ -64,7 +64,7 @@ async def run_rollouts(
     key, count = Counter(job.key for job in jobs).most_common(1)[0] if jobs else ("", 0)
     if count > 1:
         raise ValueError(f"rollouts: {count} jobs have the key {key}; give each its own `draw` in the settings")
-    done = {job.key: _recorded(journal, job.key) for job in jobs if job.key in journal.rows}
+    done = {job.key: recorded(journal, job.key) for job in jobs if job.key in journal.rows}
     failed: list[Trajectory] = []
     stopped: list[RunStopped] = []
     ended = 0
@@ -128,7 +128,8 @@ async def _episode(task: Task, job: Job, controller: Controller, generator: Gene
         return Trajectory(task.name, job.example.id, (), 0.0, info)
 
 
-def _recorded(journal: Journal, key: str) -> Trajectory:
+def recorded(journal: Journal, key: str) -> Trajectory:
+    """Return the trajectory that `journal` holds under `key`. Raises ValueError when the row is none."""
     try:
         return from_json(Trajectory, journal.rows[key].get("trajectory"))
     except ValueError as err:

@@ -200,6 +200,40 @@ def test_a_cache_of_version_1_is_taken_over(tmp_path: Path) -> None:
         cache.close()
 
 
+def test_a_cache_of_version_2_is_taken_over(tmp_path: Path) -> None:
+    """Oracle: version 2 is today's file without the table of prices; answers and accounts stay."""
+    path = tmp_path / "c"
+    cache = ResponseCache(path)
+    cache.put("k", SAMPLE, "g")
+    cache.close()
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE prices")
+        db.execute("PRAGMA user_version = 2")
+    db.close()
+    cache = ResponseCache(path)
+    cache.set_price("g", 1.0, 2.0)
+    assert cache.get("k") == SAMPLE and cache.spending("g").answers == 1 and cache.prices() == {"g": (1.0, 2.0)}
+
+
+def test_another_machines_cache_is_taken_in_and_copied(tmp_path: Path) -> None:
+    """Oracle: by hand: answers once, spending added up, what was on its way there lost; the copy has spent nothing."""
+    ours, theirs = ResponseCache(tmp_path / "a"), ResponseCache(tmp_path / "b")
+    ours.put("both", SAMPLE, "g")
+    theirs.put("both", replace(SAMPLE, text="another"), "g")
+    theirs.put("new", SAMPLE, "h")
+    theirs.set_price("h", 1.0, 2.0)
+    assert theirs.claim("asked", "h") and theirs.hold("asked", "h", Usage(5, 7), lambda usages: True) is None
+    theirs.close()
+    ours.take_in(tmp_path / "b")
+    assert ours.get("both") == SAMPLE and ours.get("new") == SAMPLE and ours.prices() == {"h": (1.0, 2.0)}
+    assert ours.spending("g") == Spending(2, Usage(22, 6))
+    assert ours.spending("h") == Spending(1, Usage(11, 3), 1, Usage(5, 7))
+    ours.copy_answers(tmp_path / "c")
+    copy = ResponseCache(tmp_path / "c")
+    assert copy.get("both") == copy.get("new") == SAMPLE and copy.committed() == {}
+    assert ours.committed() == {"g": Usage(22, 6), "h": Usage(16, 10)}
+
+
 def test_pruned_answers_stay_paid_for(tmp_path: Path) -> None:
     """Oracle: by hand. Old answers of one generator go; what all cost is still known, and the file shrinks."""
     path = tmp_path / "c"

@@ -22,7 +22,7 @@ from matryoshka.inference.cache import ResponseCache, answer_key
 from matryoshka.inference.chat_api import most_tokens
 from matryoshka.inference.generators import OpenAIGenerator
 from matryoshka.inference.prices import Price
-from matryoshka.inference.spending import Budget, Purse
+from matryoshka.inference.spending import Budget, Purse, total
 from matryoshka.tests.inference.endpoint import GREEDY, PROMPT, Endpoint, run
 
 MOST = most_tokens(PROMPT, GREEDY)
@@ -85,6 +85,49 @@ def test_dollars_are_tokens_times_prices(tmp_path: Path) -> None:
 
     run(endpoint, scene, ResponseCache(tmp_path / "c"), budget, prices=str(prices))
     assert len(endpoint.seen) == 3
+
+
+def test_one_budget_is_over_all_generators(tmp_path: Path) -> None:
+    """Oracle: by hand. 7 tokens at 1000 and 2 at 2000 dollars a million are 0.011 dollars an answer of the first model,
+    twice that of the second; what the first has spent is no longer there for the second, and its prices are known.
+    """
+    path, most = tmp_path / "c", Price(2000.0, 4000.0).usd(MOST)
+    prices = tmp_path / "p.toml"
+    prices.write_text("m = { input = 1000, output = 2000 }\nmodel-b = { input = 2000, output = 4000 }\n")
+    settings = {"identity": "same", "prices": str(prices)}
+
+    async def three(generator: OpenAIGenerator) -> None:
+        for i in range(3):
+            await generator.complete(PROMPT, draw(i))
+
+    async def two(generator: OpenAIGenerator) -> None:
+        for i in range(2):
+            await generator.complete(PROMPT, draw(i))
+        with pytest.raises(RunStopped, match="budget: m@same and model-b@same used 45 tokens, 0.0770 USD"):
+            await generator.complete(PROMPT, draw(2))
+
+    run(Endpoint(), three, ResponseCache(path), Budget(usd=1.0), **settings)
+    budget = Budget(usd=3 * 0.011 + 0.022 + most + 0.001)
+    run(endpoint := Endpoint(), two, ResponseCache(path), budget, model="model-b", **settings)
+    assert len(endpoint.seen) == 2
+    tokens = Budget(tokens=5 * PER_ANSWER + BOUND - 1)
+
+    async def none(generator: OpenAIGenerator) -> None:
+        with pytest.raises(RunStopped, match="could cross the budget of"):
+            await generator.complete(PROMPT, draw(9))
+
+    run(endpoint := Endpoint(), none, ResponseCache(path), tokens, model="other", identity="same")
+    assert endpoint.seen == []
+    assert total(ResponseCache(path)) == (pytest.approx(0.077), 45)
+
+
+def test_a_budget_is_divided_among_machines() -> None:
+    """Oracle: by hand: 10 dollars and 100 tokens, of which 4 and 40 are spent; 3 and 30 are left for each of two."""
+    spent = [(1.0, 10), (3.0, 30)]
+    assert [Budget(10.0, 100).part(i, spent) for i in range(2)] == [Budget(4.0, 40), Budget(6.0, 60)]
+    assert Budget().part(0, spent) == Budget()
+    (none,) = {Budget(3.0, 30).part(0, [(0.0, 0), spent[1]])}  # nothing left is not "no limit"
+    assert 0 < none.usd < 1e-9 and none.tokens == 1
 
 
 def test_requests_wait_for_others_that_may_cost_less(tmp_path: Path) -> None:

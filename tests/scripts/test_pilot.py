@@ -31,7 +31,8 @@ from matryoshka.lora.files import WEIGHTS, adapter_hash
 from matryoshka.lora.linear import LoraConfig
 from matryoshka.scripts import cli
 from matryoshka.scripts.demo import KEYS
-from matryoshka.scripts.run import Scheme, open_run
+from matryoshka.scripts.episodes import Scheme
+from matryoshka.scripts.run import open_run
 from matryoshka.scripts.run_config import (
     ControllerConfig,
     DpoConfig,
@@ -450,8 +451,8 @@ def test_problems_that_do_not_fit_are_refused_or_left_out_of_everything(
         with Sampler(run.model, run.tokenizer) as sampler:
             prompt, limit = [1] * longest, config.rollout.guidance_tokens
             with pytest.raises(ValueError, match=rf"exceed the context of {context}"):
-                run._runner.run(sampler.generate(prompt, Sampling(max_tokens=limit)))
-            run._runner.run(sampler.generate(prompt[1:], Sampling(max_tokens=limit)))
+                run.runner.run(sampler.generate(prompt, Sampling(max_tokens=limit)))
+            run.runner.run(sampler.generate(prompt[1:], Sampling(max_tokens=limit)))
 
 
 class Twice:

@@ -6,6 +6,7 @@ a prompt was rendered by another template, log-probs were tempered. So a few sam
 """
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 
 from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.memory import plan_memory
-from matryoshka.core.records import Sample
+from matryoshka.core.records import Sample, Trajectory, stable_seed
 from matryoshka.core.train import Item, MicroBatch
 from matryoshka.core.tree import Tokens
 from matryoshka.dpo.data import completion
@@ -21,6 +22,7 @@ from matryoshka.dpo.head import token_logps
 
 # Root mean square over a sample's tokens that rounding may make, in nats; measured: benchmarks/results/parity.json.
 BOUNDS = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+NUM_CHECKED = 4  # samples before each training
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     """Return how far apart the two are. Raises ValueError for no tokens or unequal numbers of them."""
     if not ours or len(ours) != len(theirs):
         raise ValueError(f"parity: {len(ours)} and {len(theirs)} log-probs; expected equal numbers, at least one")
-    gaps = [abs(a - b) if math.isfinite(a) and math.isfinite(b) else math.inf for a, b in zip(ours, theirs, strict=True)]
+    pairs = zip(ours, theirs, strict=True)
+    gaps = [abs(a - b) if math.isfinite(a) and math.isfinite(b) else math.inf for a, b in pairs]
     largest = max(gaps)
     return Difference(math.sqrt(sum(gap * gap for gap in gaps) / len(gaps)), largest, gaps.index(largest), len(gaps))
 
@@ -72,10 +75,25 @@ def check_samples(
                 f"parity: example {example}, sample {sample.text[:60]!r}: {sampler} gave its {found.num_tokens} tokens "
                 f"a log-prob of {sum(sample.logprobs):.4f}, the trainer computes {sum(computed):.4f}; per token "
                 f"{found.rms:.2g} nats apart (root mean square; bound {bound:g}), most at token {at}: "
-                f"{sample.logprobs[at]:.4f} against {computed[at]:.4f}. Nothing was trained. Likely: another adapter or "
-                "base model was served under this name; the prompt was made by another chat template; the server's "
+                f"{sample.logprobs[at]:.4f} against {computed[at]:.4f}. Nothing was trained. Likely: another adapter "
+                "or base model was served under this name; the prompt was made by another chat template; the server's "
                 "log-probs are tempered (--logprobs-mode) or it computes in a coarser dtype or quantised"
             )
         if worst is None or found.rms > worst.rms:
             worst = found
     return worst
+
+
+def check_policy(
+    model: LanguageModel, trajectories: Sequence[Trajectory], controller: str, bound: float, seed: int
+) -> Difference | None:
+    """Check NUM_CHECKED random ones of the samples that `controller` drew, as `check_samples` does."""
+    drawn = [
+        (trajectory.example_id, turn.prompt_ids, turn.action)
+        for trajectory in trajectories
+        if trajectory.info.get("controller") == controller
+        for turn in trajectory.turns
+        if turn.prompt_ids is not None and turn.action.logprobs is not None
+    ]
+    chosen = random.Random(stable_seed("parity", seed)).sample(drawn, min(NUM_CHECKED, len(drawn)))
+    return check_samples(model, chosen, bound, controller)

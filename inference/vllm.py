@@ -1,4 +1,4 @@
-"""A vLLM server as the controller's sampler: prompts go as token ids, and what vLLM drew comes back as ids and log-probs.
+"""A vLLM server as the controller's sampler: prompts go as token ids, what vLLM drew comes back as ids and log-probs.
 
 Everything happens when it is needed: the server starts with the first request, and an adapter is loaded, under a name
 that carries its content hash, with the first request for it. A reused name would be served from the prefix cache of
@@ -75,6 +75,12 @@ class Vllm:
     def retire_others(self, *names: str) -> None:
         """Take no more requests for any other adapter; the server drops each when its requests have ended."""
         self._retired = self._folders.keys() - set(names)
+
+    def use(self, folder: Path | None) -> str | None:
+        """Register the adapter in `folder` (None: the base model) and retire all others; return its name."""
+        names = [] if folder is None else [self.register(folder)]
+        self.retire_others(*names)
+        return names[0] if names else None
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: str | None = None) -> Sample:
         """Return one completion of `prompt_ids` under `adapter` (None: the base model).
@@ -220,10 +226,11 @@ class Vllm:
             self._loaded.clear()
             if self.num_restarts >= self.server.config.max_restarts:
                 tail = "\n".join(self.server.tail())
-                what = f"vllm: the server died after {self.num_restarts} restarts ({failure}), which is max_restarts"
-                raise ValueError(f"{what}; mend the cause and run again to go on from here. {self.server.log} ends:\n{tail}")
+                what = f"vllm: the server died after {self.num_restarts} restarts ({failure}), which is max_restarts; "
+                what += "mend the cause and run again to go on from here"
+                raise ValueError(f"{what}. {self.server.log} ends:\n{tail}")
             self.num_restarts += 1
-            self._show(f"vLLM does not answer ({failure}); restart {self.num_restarts}")
+            logger.warning("vllm: the server does not answer; restart %d", self.num_restarts)
             await self._start()
 
     async def _post(self, path: str, body: dict[str, Any], timeout_s: float = LOAD_TIMEOUT_S) -> Reply:
@@ -231,7 +238,7 @@ class Vllm:
         return await self._client.request("POST", f"{self.server.url}/v1/{path}", self.server.headers, data, timeout_s)
 
     def _choice(self, reply: Reply, prompt: tuple[int, ...], name: str) -> dict[str, Any]:
-        """Return the choice that `reply` holds. Raises _Passing where another attempt may do better, ValueError else."""
+        """Return the choice that `reply` holds. Raises _Passing where another attempt may help, else ValueError."""
         status = reply.status
         if status == 404 and name:
             self._loaded.discard(name)  # a server that was started again by somebody else has lost it

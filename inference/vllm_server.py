@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from matryoshka.inference import vllm_guard
 from matryoshka.inference.http_client import HttpClient, TransportError
@@ -50,7 +52,7 @@ class VllmConfig:
     gpus: str = ""
     tensor_parallel: int = 1
     data_parallel: int = 1
-    dtype: str = ""
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     context: int = 0
     max_loras: int = 2
     flags: tuple[str, ...] = ()
@@ -109,8 +111,11 @@ class VllmServer:
     url: without /v1, "" before the first start. pid: of vLLM's API server while ours runs.
     """
 
-    def __init__(self, config: VllmConfig, model: Path, name: str, dtype: str, rank: int, log: Path) -> None:
-        """rank: of the adapters to come, 0 for none. Raises ValueError when there is no such command, or no key."""
+    def __init__(self, config: VllmConfig, model: Path, name: str, dtype: str, rank: int, log: Path | None) -> None:
+        """rank: of the adapters to come, 0 for none. log: where its output is appended, None for our standard error.
+
+        Raises ValueError when there is no such command, or no key.
+        """
         self.config = config
         self.is_ours = not config.base_url
         self.url = config.base_url.rstrip("/").removesuffix("/v1")
@@ -130,19 +135,20 @@ class VllmServer:
                 raise ValueError(f"vllm: no program {program!r}; set command to what starts vLLM here (docs/vllm.md)")
 
     async def start(self, client: HttpClient, show: Callable[[str], None]) -> None:
-        """Start the server if it is ours and return when it answers; `show` gets a progress line now and then.
+        """Return when the server answers; one of ours that does not is ended and started. `show` gets progress lines.
 
         Raises ValueError with the end of its log when it ends or does not answer in time.
         """
-        where = len(self.log.read_bytes()) if self.log.exists() else 0
-        if self.is_ours:
+        where = self.log.stat().st_size if self.log is not None and self.log.exists() else 0
+        if self.is_ours and not await self.is_healthy(client):
             await self.stop()
             self._launch()
         began = time.monotonic()
         while not await self.is_healthy(client):
             seconds = time.monotonic() - began
-            status = self._process.poll() if self._process is not None else None
-            what = "" if status is None else f"ended with status {status} before it was ready"
+            what = ""
+            if self.is_ours and not self.is_running:
+                what = "ended before it was ready"
             if seconds > self.config.start_timeout_s:
                 what = f"did not answer within start_timeout_s ({self.config.start_timeout_s:g} s)"
             if what:
@@ -152,9 +158,14 @@ class VllmServer:
             await asyncio.sleep(POLL_S)
         show(f"vLLM answers at {self.url} after {time.monotonic() - began:.0f} s")
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the process of a server of ours is there."""
+        return self._process is not None and self._process.poll() is None
+
     async def is_healthy(self, client: HttpClient) -> bool:
         """Return whether server and engine answer."""
-        if self._process is not None and self._process.poll() is not None:
+        if self.is_ours and not self.is_running:
             return False
         try:
             reply = await client.request("GET", f"{self.url}/health", self.headers, None, HEALTH_TIMEOUT_S)
@@ -174,7 +185,7 @@ class VllmServer:
 
     def tail(self, where: int = 0) -> list[str]:
         """Return the last lines of the log after byte `where`."""
-        if not self.is_ours or not self.log.exists():
+        if self.log is None or not self.log.exists():
             return []
         return self.log.read_bytes()[where:].decode("utf-8", "replace").splitlines()[-TAIL_LINES:]
 
@@ -189,8 +200,10 @@ class VllmServer:
             environment["CUDA_VISIBLE_DEVICES"] = self.config.gpus
         environment |= dict(pair.split("=", 1) for pair in self.config.environment)
         logger.info("starting %s", shlex.join(command))
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as errors:
+        with ExitStack() as stack:
+            if self.log is not None:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+            errors = None if self.log is None else stack.enter_context(self.log.open("ab"))
             # A session of its own: Ctrl-C ends the run in order, which then ends the server.
             self._process = subprocess.Popen(
                 [sys.executable, vllm_guard.__file__, *command],
@@ -207,6 +220,8 @@ class VllmServer:
     def _failure(self, what: str, where: int) -> str:
         if not self.is_ours:
             return f"vllm: the server at {self.url} {what}; is it running, and is base_url right?"
+        if self.log is None:
+            return f"vllm: the server {what}; its last words are above"
         return "\n".join([f"vllm: the server {what}; {self.log} ends:", *self.tail(where)])
 
 

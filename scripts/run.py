@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,20 +37,22 @@ from matryoshka.core.tokenizer import Tokenizer
 from matryoshka.core.train import Interrupted, Item, TrainConfig
 from matryoshka.dpo.data import completion, distinct, fitting, preference_items, read_conversations, text_completion
 from matryoshka.dpo.pairs import PairCounts, make_pairs, winners
+from matryoshka.dpo.parity import BOUNDS, check_policy
 from matryoshka.eval.baselines import GeneratorGuidance
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
-from matryoshka.inference.local import LocalController
+from matryoshka.inference.local import LocalController, TokenSampler
 from matryoshka.inference.sampler import Sampler
 from matryoshka.inference.spending import Budget, Purse
+from matryoshka.inference.vllm import Vllm
 from matryoshka.lora import files as adapters
-from matryoshka.lora.linear import add_adapter, remove_adapter
+from matryoshka.lora.linear import active, add_adapter, remove_adapter
 from matryoshka.scripts.doctor import environment
 from matryoshka.scripts.interrupt import stop_on_signal
 from matryoshka.scripts.problems import load_splits, make_task, scripted_generator
 from matryoshka.scripts.progress import Progress
 from matryoshka.scripts.run_config import RunConfig, ServeConfig
-from matryoshka.scripts.serving import started
+from matryoshka.scripts.serving import open_vllm, started
 from matryoshka.scripts.training import DTYPES, POLICY, REFERENCE, train_policy
 from matryoshka.tasks.rollout import Job, job_key, run_rollouts
 
@@ -59,7 +61,7 @@ logger = logging.getLogger(__name__)
 # Settings that a run may be continued with another value of.
 _PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "total_timeout_s")
 FREE_TO_CHANGE = (
-    *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints"),
+    *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints", "controller.vllm."),
     *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
 )
 
@@ -69,7 +71,7 @@ class Scheme:
     """One way to guide the generator: made from the open sampler, with the settings that its episodes run under."""
 
     name: str
-    make: Callable[[Sampler], Controller]
+    make: Callable[[TokenSampler], Controller]
     settings: RolloutSettings
 
 
@@ -94,6 +96,12 @@ class Run:
         self.model = load_model(path, DTYPES[config.controller.dtype], config.controller.device)
         self.tokenizer = Tokenizer.load(path)
         context = self.model.config.max_position_embeddings
+        self.vllm: Vllm | None = None
+        if config.controller.engine == "vllm":
+            context = min(context, config.controller.vllm.context or context)
+            self.vllm = open_vllm(config, self.tokenizer, folder / "vllm.log")
+            vllm = self.vllm
+            stack.callback(lambda: self._runner.run(vllm.aclose()))
         self.task, self._skipped_problems = make_task(config, splits, self._count_tokens, context)
         if self._skipped_problems:
             logger.warning("problems that exceed the context are left out of everything: %s", self._skipped_problems)
@@ -204,6 +212,7 @@ class Run:
             logger.warning("star: no sample won, so there is nothing to imitate; the policy stays as it was")
             self._keep_policy(self.policy_before(1), "star")
             return
+        self._check_parity(trajectories, self.policy_before(1))
         items = [Item((completion(ids or (), sample),), example) for ids, _, sample, example in won]
         config = replace(self.config.warmup.train, epochs=self.config.dpo.train.epochs)
         self._train("star", self.policy_before(1), items, config, sft=True)
@@ -221,6 +230,7 @@ class Run:
             logger.warning("round %d: no problem was both solved and failed: no pairs, so nothing changes", round)
             self._keep_policy(before, stage)
             return counts
+        self._check_parity(trajectories, before)
         rates = self.config.dpo.learning_rates or (self.config.dpo.train.learning_rate,)
         results = []
         for rate in rates:
@@ -232,6 +242,16 @@ class Run:
         write_json(self.folder / stage / "selection.json", {"chosen": best, "candidates": results})
         _copy_folder(self.adapter_folder(best["stage"]), self.adapter_folder(stage))
         return counts
+
+    def _check_parity(self, trajectories: Sequence[Trajectory], stage: str) -> None:
+        """Raise ValueError if the samples of the policy of `stage` are not what training computes for it."""
+        self._load_policy(stage)
+        config = self.config.controller
+        bound = max(BOUNDS[dtype] for dtype in {config.dtype, config.vllm.dtype or config.dtype})
+        with active(self.model, POLICY):
+            found = check_policy(self.model, trajectories, self.policy(stage).name, bound, self.config.seed)
+        if found is not None:
+            logger.info("parity of %s: %.2g nats a token (bound %g)", stage or "the base model", found.rms, bound)
 
     def _keep_policy(self, before: str, stage: str) -> None:
         """Save the policy of `before` unchanged as `stage`'s: a stage without data changes nothing."""
@@ -306,7 +326,9 @@ class Run:
         label = f"{name}+{adapters.adapter_hash(self.adapter_folder(stage))}" if stage else name
         adapter = POLICY if stage else None
 
-        def make(sampler: Sampler) -> Controller:
+        def make(sampler: TokenSampler) -> Controller:
+            if isinstance(sampler, Vllm):
+                return LocalController(sampler, sampler.use(self.adapter_folder(stage) if stage else None), label)
             if stage:
                 self._load_policy(stage)
             return LocalController(sampler, adapter, label)
@@ -366,8 +388,7 @@ class Run:
         examples = [example for example in examples if only is None or example.id in only]
         generator = self.generator
         started_at = time.monotonic()
-        max_rows, deterministic = self.config.controller.max_rows, self.config.controller.deterministic
-        with Sampler(self.model, self.tokenizer, max_rows, deterministic, self.threads) as sampler:
+        with self._open_sampler() as sampler:
             controller = scheme.make(sampler)
             jobs = [
                 Job(job_key(self.task, example, setting, controller, generator), example, setting)
@@ -384,7 +405,7 @@ class Run:
                     progress.update(ended, f"right {right / ended:.2f}{cost}")
 
                 async def drive() -> list[Trajectory]:
-                    limit = 1 if deterministic else self.config.rollout.limit
+                    limit = 1 if self.config.controller.deterministic else self.config.rollout.limit
                     share = self.config.rollout.max_failed_share
                     with stop_on_signal() as stop:
                         try:
@@ -401,6 +422,12 @@ class Run:
                 done = self._runner.run(drive())
         self._add_seconds(label or f"{scheme.name} {'+'.join(splits)}", time.monotonic() - started_at)
         return done
+
+    def _open_sampler(self) -> AbstractContextManager[Sampler | Vllm]:
+        if self.vllm is not None:
+            return nullcontext(self.vllm)
+        config = self.config.controller
+        return Sampler(self.model, self.tokenizer, config.max_rows, config.deterministic, self.threads)
 
     def left_out(self) -> dict[str, int]:
         """Return what did not fit the context, by split of problems and by stage of training; {} if all did."""

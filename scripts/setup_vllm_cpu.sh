@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes or reuses a virtual environment of its own with vLLM for CPUs: about 150 s and 2.5 GB the first time, nothing
-# after that. It is .venv-vllm/ in the checkout, or the folder that VLLM_ENV names, so that several checkouts can share
-# one. vLLM is never imported by this package: it runs as a server, and its requirements differ from ours.
+# Makes or reuses a virtual environment of its own with vLLM for CPUs: about three minutes and 2.1 GB the first time,
+# nothing after that. It is .venv-vllm/ in the checkout, or the folder that VLLM_ENV names, so that several checkouts can
+# share one. vLLM is never imported by this package: it runs as a server, and its requirements differ from ours.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 folder="${VLLM_ENV:-$ROOT/.venv-vllm}"

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 POLL_S = 0.25
 HEALTH_TIMEOUT_S = 10.0
-TAIL_LINES = 15
+TAIL_LINES, TAIL_WIDTH = 15, 300
 # What vLLM's --max-lora-rank takes (vllm/config/lora.py); an adapter may have any rank up to it.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -187,7 +187,8 @@ class VllmServer:
         """Return the last lines of the log after byte `where`."""
         if self.log is None or not self.log.exists():
             return []
-        return self.log.read_bytes()[where:].decode("utf-8", "replace").splitlines()[-TAIL_LINES:]
+        lines = self.log.read_bytes()[where:].decode("utf-8", "replace").splitlines()
+        return [line[:TAIL_WIDTH] for line in lines[-TAIL_LINES:]]
 
     def _launch(self) -> None:
         port = self.config.port or _free_port()

@@ -4,7 +4,7 @@
 
 FAKE_FAULTS names a file with one fault a line; every completion request takes the first line away and acts it out
 ("ok" is none). FAKE_START: "fail" (says why and exits), "hang" (never answers). What it draws is a function of prompt,
-seed and adapter; each request is appended to FAKE_LOG.
+seed and adapter; each request is appended to FAKE_LOG, the command line written to FAKE_ARGUMENTS.
 """
 
 import argparse
@@ -121,6 +121,7 @@ def main() -> None:
     for name in ("--model", "--served-model-name", "--port"):
         parser.add_argument(name)
     arguments, _ = parser.parse_known_args()
+    Path(os.environ.get("FAKE_ARGUMENTS", os.devnull)).write_text(" ".join(sys.argv[1:]))
     print("a line of the log", flush=True)
     start = os.environ.get("FAKE_START", "")
     if start == "fail":

@@ -1,11 +1,23 @@
-"""The local sampler in its two roles: the white-box controller of a rollout, and the engine behind the HTTP server."""
+"""A sampler in its two roles: the white-box controller of a rollout, and the engine behind the HTTP server."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from matryoshka.core.records import Messages, Sample, Sampling
+from matryoshka.core.tokenizer import Tokenizer
 from matryoshka.inference.sampler import Sampler
+
+
+class TokenSampler(Protocol):
+    """What draws a white-box model's tokens: `inference.sampler.Sampler`, or `inference.vllm.Vllm`."""
+
+    tokenizer: Tokenizer
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: str | None = None) -> Sample:
+        """Return one draw with token ids and log-probs; equal (prompt, seed, draw) give equal seeds."""
+        ...
 
 
 class LocalController:
@@ -14,7 +26,7 @@ class LocalController:
     name must change when the weights change: it is part of what a recorded episode is found by.
     """
 
-    def __init__(self, sampler: Sampler, adapter: str | None, name: str) -> None:
+    def __init__(self, sampler: TokenSampler, adapter: str | None, name: str) -> None:
         self.name = name
         self._sampler = sampler
         self._adapter = adapter

@@ -90,6 +90,12 @@ def _curve() -> Callable[..., None]:
     return curve
 
 
+def _parity() -> Callable[..., None]:
+    from matryoshka.scripts.parity import parity
+
+    return parity
+
+
 def _data() -> Callable[..., None]:
     from matryoshka.scripts.data import data
 
@@ -117,6 +123,7 @@ COMMANDS: dict[str, tuple[Callable[[], Callable[..., None]], str]] = {
     "cache": (_cache, "the answers that a run has paid for: stats, prune, export"),
     "data": (_data, "a benchmark's own files, checked and resumable: matryoshka data lamp --task 2N"),
     "serve": (_serve, "a model and its adapters behind an OpenAI-compatible HTTP server"),
+    "parity": (_parity, "log-probs of the same tokens from trainer, sampler and vLLM, with and without an adapter"),
     "merge": (_export("merge"), "an adapter folded into its model, as a Hugging Face folder"),
     "export": (_export("export"), "the adapter of a run's stage, in PEFT layout"),
     "convert": (_convert, "a GGUF file, or the embedded controller, as a Hugging Face folder"),

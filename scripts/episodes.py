@@ -14,7 +14,7 @@ from matryoshka.core.files import Journal, SharedJournal
 from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped, Task
 from matryoshka.core.records import Example, RolloutSettings, Trajectory, content_key, from_json, to_json
 from matryoshka.core.train import Interrupted
-from matryoshka.inference.sampler import Sampler
+from matryoshka.inference.local import TokenSampler
 from matryoshka.inference.spending import Purse
 from matryoshka.scripts.interrupt import stop_on_signal
 from matryoshka.scripts.progress import Progress
@@ -34,7 +34,7 @@ class Scheme:
     """One way to guide the generator: made from the open sampler, with the settings that its episodes run under."""
 
     name: str
-    make: Callable[[Sampler], Controller]
+    make: Callable[[TokenSampler], Controller]
     settings: RolloutSettings
 
 

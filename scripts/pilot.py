@@ -18,7 +18,7 @@ from matryoshka.core.records import Example, Trajectory, stable_seed, to_json
 from matryoshka.eval.baselines import GeneratorGuidance, NoGuidance, ScriptedGuidance
 from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.eval.statistics import Paired, PairedScores, paired_difference, paired_scores
-from matryoshka.inference.sampler import Sampler
+from matryoshka.inference.local import TokenSampler
 from matryoshka.scripts.doctor import environment
 from matryoshka.scripts.episodes import Scheme
 from matryoshka.scripts.run import Run, open_run
@@ -256,5 +256,5 @@ def wrong_guidance(gold: Sequence[str], seed: int) -> list[str]:
     return [draws.choice([other for other in gold if other != own]) for own in gold]
 
 
-def _fixed(controller: Controller) -> Callable[[Sampler], Controller]:
+def _fixed(controller: Controller) -> Callable[[TokenSampler], Controller]:
     return lambda _sampler: controller

@@ -4,6 +4,29 @@ import sys
 import time
 
 
+class StatusLine:
+    """Shows one text after the other on stderr, off a terminal one every 15 s. Use with `with` to end the line."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._shown = -15.0
+
+    def __enter__(self) -> "StatusLine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live and self._shown > 0:
+            sys.stderr.write("\n")
+
+    def show(self, text: str) -> None:
+        """Show `text`."""
+        now = time.monotonic()
+        if self._live or now - self._shown >= 15:
+            self._shown = now
+            sys.stderr.write(f"\r\x1b[K{text}" if self._live else text + "\n")
+            sys.stderr.flush()
+
+
 class Progress:
     """Shows `label done/total text`, rate and remaining time on stderr, if it is `shown`. Use with `with`."""
 

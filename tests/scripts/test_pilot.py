@@ -25,7 +25,7 @@ from matryoshka.core.records import Messages, Sample, Sampling
 from matryoshka.core.train import TrainConfig
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
-from matryoshka.inference.local import LocalController
+from matryoshka.inference.local import LocalController, TokenSampler
 from matryoshka.inference.sampler import Sampler
 from matryoshka.lora.files import WEIGHTS, adapter_hash
 from matryoshka.lora.linear import LoraConfig
@@ -460,7 +460,7 @@ class Twice:
 
     name = "twice"
 
-    def __init__(self, sampler: Sampler) -> None:
+    def __init__(self, sampler: TokenSampler) -> None:
         self.inner = LocalController(sampler, None, "inner")
 
     async def propose(self, prompt: Messages, n: int, sampling: Sampling) -> list[Sample]:

@@ -160,3 +160,40 @@ def test_controller_and_engine_draw_the_same(tiny_dir: Path) -> None:
         together, apart = asyncio.run(draw())
     assert together == apart and len({sample.text for sample in together}) == 3
     assert all(sample.token_ids and sample.logprobs for sample in together)
+
+
+def test_serving_through_vllm(tiny_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    """A stand-in for vLLM is started with the adapter, its URL printed when it answers; SIGTERM ends both."""
+    fake = Path(__file__).parents[1] / "inference" / "fake_vllm.py"
+    process = subprocess.Popen(
+        command("serve", "--engine", "vllm", "--vllm.command", f"{sys.executable} {fake}", "--port", "0",
+                "--model", str(tiny_dir), "--adapter", f"loud={adapter_dir}"),
+        env=environment() | {"FAKE_ARGUMENTS": str(tmp_path / "arguments")}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == [tiny_dir.name]
+    arguments = (tmp_path / "arguments").read_text().split()
+    assert arguments[-4:] == ["--host", "127.0.0.1", "--lora-modules", f"loud={adapter_dir}"]
+    assert arguments[arguments.index("--max-lora-rank") + 1] == "8"
+    process.terminate()
+    assert process.wait(30) == 0
+    process.stdout.close()
+    with pytest.raises(openai.APIConnectionError), openai.OpenAI(base_url=url, api_key="x", max_retries=0) as client:
+        client.models.list()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--deterministic"], "deterministic are of engine local"),
+        (["--adapter", "nameless"], "expected NAME=FOLDER"),
+        (["--vllm.command", "no-such-vllm serve"], "no program 'no-such-vllm'"),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused(
+    tiny_dir: Path, capsys: pytest.CaptureFixture[str], flags: list[str], says: str
+) -> None:
+    assert cli.main(["serve", "--engine", "vllm", "--model", str(tiny_dir), "--port", "0", *flags]) == 2
+    assert says in capsys.readouterr().err

@@ -1,0 +1,99 @@
+"""Whether what samples and what trains agree on the log-probs of the same tokens.
+
+They are two programs over one set of weights. Where they differ by more than rounding, the samples are another policy's
+than the one that training starts from, and every preference pair is about the wrong model: another adapter was served,
+a prompt was rendered by another template, log-probs were tempered. So a few samples are looked at before each training.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from matryoshka.core.language_model import LanguageModel
+from matryoshka.core.memory import plan_memory
+from matryoshka.core.records import Sample, Trajectory, stable_seed
+from matryoshka.core.train import Item, MicroBatch
+from matryoshka.core.tree import Tokens
+from matryoshka.dpo.data import completion
+from matryoshka.dpo.head import token_logps
+
+# Root mean square over a sample's tokens that rounding may make, in nats; measured: benchmarks/results/parity.json.
+BOUNDS = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+NUM_CHECKED = 4  # samples before each training
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two programs are apart on the log-probs of the same tokens, in nats: root mean square, and the largest
+    with its position among the scored tokens."""
+
+    rms: float
+    largest: float
+    position: int
+    num_tokens: int
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    """Return how far apart the two are. Raises ValueError for no tokens or unequal numbers of them."""
+    if not ours or len(ours) != len(theirs):
+        raise ValueError(f"parity: {len(ours)} and {len(theirs)} log-probs; expected equal numbers, at least one")
+    pairs = zip(ours, theirs, strict=True)
+    gaps = [abs(a - b) if math.isfinite(a) and math.isfinite(b) else math.inf for a, b in pairs]
+    largest = max(gaps)
+    return Difference(math.sqrt(sum(gap * gap for gap in gaps) / len(gaps)), largest, gaps.index(largest), len(gaps))
+
+
+def trainer_logps(model: LanguageModel, tokens: Tokens) -> tuple[float, ...]:
+    """Return the log-probs of the scored tokens as training computes them under the adapter that is active."""
+    device = model.head_weight.device
+    memory = plan_memory("none", model, {}, len(tokens.ids))
+    with torch.no_grad():
+        batch = MicroBatch(model, token_logps, [Item((tokens,), "")], len(tokens.ids), device, memory)
+        return tuple(batch.logps().tolist())
+
+
+def check_samples(
+    model: LanguageModel, samples: Sequence[tuple[str, Sequence[int], Sample]], bound: float, sampler: str
+) -> Difference | None:
+    """Return the largest difference over `samples` (example id, prompt ids, sample) under the adapter that is active.
+
+    Samples without log-probs are passed over; None if there are no others. sampler: what drew them, for the message.
+    Raises ValueError naming the sample, both values and likely causes where one differs by more than `bound`.
+    """
+    worst: Difference | None = None
+    for example, prompt_ids, sample in samples:
+        if sample.logprobs is None:
+            continue
+        computed = trainer_logps(model, completion(prompt_ids, Sample(sample.text, token_ids=sample.token_ids)))
+        found = difference(computed, sample.logprobs)
+        if not found.rms <= bound:
+            at = found.position
+            raise ValueError(
+                f"parity: example {example}, sample {sample.text[:60]!r}: {sampler} gave its {found.num_tokens} tokens "
+                f"a log-prob of {sum(sample.logprobs):.4f}, the trainer computes {sum(computed):.4f}; per token "
+                f"{found.rms:.2g} nats apart (root mean square; bound {bound:g}), most at token {at}: "
+                f"{sample.logprobs[at]:.4f} against {computed[at]:.4f}. Nothing was trained. Likely: another adapter "
+                "or base model was served under this name; the prompt was made by another chat template; the server's "
+                "log-probs are tempered (--logprobs-mode) or it computes in a coarser dtype or quantised"
+            )
+        if worst is None or found.rms > worst.rms:
+            worst = found
+    return worst
+
+
+def check_policy(
+    model: LanguageModel, trajectories: Sequence[Trajectory], controller: str, bound: float, seed: int
+) -> Difference | None:
+    """Check NUM_CHECKED random ones of the samples that `controller` drew, as `check_samples` does."""
+    drawn = [
+        (trajectory.example_id, turn.prompt_ids, turn.action)
+        for trajectory in trajectories
+        if trajectory.info.get("controller") == controller
+        for turn in trajectory.turns
+        if turn.prompt_ids is not None and turn.action.logprobs is not None
+    ]
+    chosen = random.Random(stable_seed("parity", seed)).sample(drawn, min(NUM_CHECKED, len(drawn)))
+    return check_samples(model, chosen, bound, controller)

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import jinja2
@@ -146,7 +147,8 @@ class ChatFormat:
         parts = [part for message in messages for part in (message.role, message.content)]
         firsts = sorted({match[1] for part in parts for match in self._starts.finditer(part)})
         used = self._reserved.union(*parts)
-        free = [chr(code) for code in PRIVATE_USE if chr(code) not in used]
+        # No more than are needed: a whole list of the 6,400 would take longer than the rest of rendering.
+        free = list(islice((chr(code) for code in PRIVATE_USE if chr(code) not in used), len(firsts)))
         if len(free) < len(firsts):
             raise ValueError("render: the messages use up all private-use characters; expected at most 6000 of them")
         masks = dict(zip(firsts, free, strict=False))

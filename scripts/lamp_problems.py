@@ -33,7 +33,8 @@ def load_splits(config: RunConfig) -> dict[str, Sequence[Example]]:
 
     if not task.train_file:
         return _made(kind, task, config.seed, example)
-    return {**_read(kind, task, example), "held_out": []}
+    found = _read(kind, task, example)
+    return {**found, "test": with_other(found["test"]), "held_out": []}
 
 
 def make_task(
@@ -49,6 +50,24 @@ def make_task(
     options = Options(lamp.prompt_tokens, lamp.show_question, lamp.retrieved)
     cap = config.dpo.pairs_per_example
     return LampTask(kind_of(lamp.task), splits, count_tokens, options, cap, with_meteor=lamp.meteor)
+
+
+def with_other(examples: Sequence[Example]) -> list[Example]:
+    """Return the examples with one baseline more, the control that real users have: RAG from another user's history.
+
+    "other_4": the best entries of the next example whose history shares none with it. Without such a one for each
+    example (all are one user's) no example gets the baseline.
+    """
+    histories = [{tuple(entry) for entry in example.fields["entries"]} for example in examples]
+    found = []
+    for i, example in enumerate(examples):
+        after = [(i + step) % len(examples) for step in range(1, len(examples))]
+        other = next((j for j in after if not histories[i] & histories[j]), None)
+        if other is None:
+            return list(examples)
+        baselines = {**example.fields["baselines"], "other_4": examples[other].fields["baselines"]["rag_4"]}
+        found.append(replace(example, fields={**example.fields, "baselines": baselines}))
+    return found
 
 
 def scripted_generator(name: str) -> Generator:

@@ -25,7 +25,11 @@ from matryoshka.scripts.run import Run, open_run
 from matryoshka.scripts.run_config import RunConfig
 
 HELD_OUT_SPLITS = ("test", "held_out")
-BASELINES = {"rag_1": "one retrieved entry (RAG)", "rag_4": "four retrieved entries (RAG)"}
+BASELINES = {
+    "rag_1": "one retrieved entry (RAG)",
+    "rag_4": "four retrieved entries (RAG)",
+    "other_4": "four entries of another user",
+}
 
 
 def pilot(config: RunConfig, root: Path = Path("runs"), world: World = ALONE) -> dict[str, Any]:
@@ -53,10 +57,11 @@ def schemes(run: Run) -> dict[str, tuple[str, Scheme]]:
     found = {"no_guidance": ("no guidance", Scheme("no-guidance", _fixed(NoGuidance()), one_plan))}
     gold = [guidance for example in examples if (guidance := run.task.gold_guidance(example)) is not None]
     if len(gold) == len(examples):
-        for name, label, table in (
-            ("wrong_guidance", "wrong guidance (another problem's)", wrong_guidance(gold, config.seed)),
-            ("gold_guidance", "gold guidance", gold),
-        ):
+        tables = [("gold_guidance", "gold guidance", gold)]
+        if len(set(gold)) > 1:  # a single problem has no other's
+            other = wrong_guidance(gold, config.seed)
+            tables = [("wrong_guidance", "wrong guidance (another problem's)", other), *tables]
+        for name, label, table in tables:
             prompts = [run.task.first_prompt(example) for example in examples]
             controller = ScriptedGuidance(f"{name}-{config.seed}", dict(zip(prompts, table, strict=True)))
             found[name] = (label, Scheme(name, _fixed(controller), one_plan))
@@ -137,6 +142,9 @@ def report(run: Run, conditions: Sequence[Condition], counts: dict[str, Any]) ->
     write_report(data, run.folder)
     verdicts = {c.name: {t.example_id: t.info["verdict"] for t in c.trajectories} for c in conditions}
     write_json(run.folder / "verdicts.json", verdicts)
+    graded = {c.name: {t.example_id: t.info.get("score") for t in c.trajectories} for c in conditions}
+    if all(score is not None for row in graded.values() for score in row.values()):
+        write_json(run.folder / "scores.json", graded)
     write_json(run.folder / "summary.json", summary)
     return summary
 

@@ -160,7 +160,7 @@ def test_a_curve_over_seeds(
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert result["seeds"] == [3, 4]
-    runs = {seed: curve.solved(tmp_path / "runs" / f"c-{seed}") for seed in (3, 4)}
+    runs = {seed: curve.outcomes(tmp_path / "runs" / f"c-{seed}") for seed in (3, 4)}
     for name, row in result["conditions"].items():
         won = [sum(runs[seed][name].values()) for seed in (3, 4)]
         assert row["by_seed"] == {"3": round(won[0] / 6, 4), "4": round(won[1] / 6, 4)}

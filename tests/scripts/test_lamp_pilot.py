@@ -11,6 +11,7 @@ from matryoshka.core.files import read_jsonl
 from matryoshka.core.records import Preference, from_json
 from matryoshka.core.tokenizer import Tokenizer
 from matryoshka.eval.statistics import paired_difference, paired_scores
+from matryoshka.scripts import curve
 from matryoshka.scripts.cli import main
 
 CONFIG = """
@@ -120,9 +121,13 @@ def test_graded_scores_are_compared_by_sign_flips(command: Command, tmp_path: Pa
 
 
 def test_questions_without_a_positive_are_bootstrapped(command: Command, tmp_path: Path, controller_dir: Path) -> None:
-    """Oracle: the random controller wins nothing, so every chosen side is the generator's summary, in our tokens."""
+    """Oracle: the random controller wins nothing, so every chosen side is the generator's summary, in our tokens.
+
+    A single held-out user has no other's summary as a control.
+    """
     config = configured(tmp_path, controller_dir, "2N", bootstrap=1)
-    command("pilot", "--config", config)
+    summary, _ = command("pilot", "--config", config, "--task.test", "1")
+    assert "gold_guidance" in summary and "wrong_guidance" not in summary
     rows = read_jsonl(tmp_path / "runs" / "lamp" / "preferences.jsonl")
     pairs = [from_json(Preference, row) for row in rows]
     assert 1 <= len(pairs) <= 6
@@ -131,3 +136,29 @@ def test_questions_without_a_positive_are_bootstrapped(command: Command, tmp_pat
         assert pair.provenance["chosen"][0]["controller"] == "own-guidance-of-scripted-careful"
         ids = pair.chosen.token_ids or ()
         assert tokenizer.decode(ids[:-1]) == pair.chosen.text and ids[-1] == tokenizer.eos_id and pair.prompt_ids
+
+
+def test_a_curve_of_graded_scores(tmp_path: Path, controller_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the journals' scores, pooled by hand, sign-flip tests on them, and each run's own summary."""
+    config = configured(tmp_path, controller_dir, "3")
+    monkeypatch.chdir(tmp_path)
+    assert main(["curve", "--config", config, "--seeds", "0", "1"]) == 0
+    folder = tmp_path / "runs"
+    result = json.loads((folder / "lamp-curve.json").read_text())
+    runs = [curve.outcomes(folder / f"lamp-{seed}") for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        rows = [row["trajectory"] for row in read_jsonl(folder / f"lamp-{seed}" / "trajectories.jsonl")]
+        told = {r["example_id"]: r["info"]["score"] for r in rows if r["info"]["controller"] == "tiny"}
+        assert told == run["untrained"]
+        own = json.loads((folder / f"lamp-{seed}" / "summary.json").read_text())
+        assert result["runs"][str(seed)] == {key: own[key] for key in result["runs"][str(seed)]}
+    pooled = {name: [*runs[0][name].values(), *runs[1][name].values()] for name in CONDITIONS}
+    for name, scores in pooled.items():
+        assert result["conditions"][name]["pooled"]["value"] == pytest.approx(sum(scores) / 8)
+    whole = result["gains"][-1]
+    assert (whole["first"], whole["second"]) == ("untrained", "round_1")
+    assert {key: whole[key] for key in ("n", "p")} == {
+        "n": 8,
+        "p": paired_scores(pooled["untrained"], pooled["round_1"]).p,
+    }
+    assert curve.table(result).splitlines()[-1].count("|") == 7

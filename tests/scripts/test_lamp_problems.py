@@ -14,7 +14,7 @@ import pytest
 from matryoshka.core.config import load_toml, to_toml
 from matryoshka.core.records import Messages
 from matryoshka.inference.generators import GeneratorConfig
-from matryoshka.scripts.lamp_problems import load_splits, make_task, scripted_generator
+from matryoshka.scripts.lamp_problems import load_splits, make_task, scripted_generator, with_other
 from matryoshka.scripts.run_config import ControllerConfig, LampConfig, RolloutConfig, RunConfig, TaskConfig
 from matryoshka.tasks.lamp.data import Item, write_items
 from matryoshka.tasks.lamp.fixtures import fixtures
@@ -79,6 +79,18 @@ def test_one_file_is_cut_by_users(tmp_path: Path) -> None:
     assert ids == {**expected, "held_out": []}
     with pytest.raises(ValueError, match="gives 0 problems for validation but the configuration takes 1; no two"):
         load_splits(config(train_file=written(tmp_path, items[:9])))
+
+
+def test_the_control_of_real_users_is_another_user_s_history(tmp_path: Path) -> None:
+    """Oracle: by hand: the next user's entries, past a question of the same user; none where all are one user's."""
+    items = [user("a0", "t0"), user("a1", "t0"), user("a2", "t1"), *(user(f"b{i}", f"u{i}") for i in range(6))]
+    test = load_splits(config(test=3, train_file=written(tmp_path, items)))["test"]
+    others = {example.id: example.fields["baselines"]["other_4"] for example in test}
+    first, other = "t0 0 => action\nt0 1 => action", "t1 0 => action\nt1 1 => action"
+    assert others == {"a0": other, "a1": other, "a2": first}
+    assert all(example.fields["baselines"].keys() == {"rag_1", "rag_4", "other_4"} for example in test)
+    alone = [replace(e, fields={**e.fields, "baselines": {"rag_4": ""}}) for e in test[:2]]
+    assert with_other(alone) == alone
 
 
 def test_what_lies_behind_the_number_asked_for_is_not_read(tmp_path: Path) -> None:
@@ -163,22 +175,25 @@ def test_the_shipped_configurations(name: str) -> None:
     ],
 )
 def test_real_rows_go_through(name: str, file: str) -> None:
-    """Oracle: sizes as asked; no entry of a test user's history stands in a training user's."""
+    """Oracle: sizes as shipped; no entry of a test user's history stands in a training user's; all have a control."""
     path = DATA / f"{file}_questions.json"
     if not path.is_file():
         pytest.skip(f"{path} is not here (set MATRYOSHKA_DATA)")
-    real = config(train_file=str(path), lamp=LampConfig(task=name), warmup=0, train=20)  # type: ignore[arg-type]
-    splits = load_splits(real)
+    shipped = ROOT / "configs" / f"lamp_{name.lower()}_rows.toml"
+    splits = load_splits(load_toml(RunConfig, shipped, {"task.train_file": str(path)}))
     seen = {split: {tuple(e) for row in rows for e in row.fields["entries"]} for split, rows in splits.items()}
-    assert len(splits["train"]) == 20 and not seen["train"] & seen["test"] and not seen["validation"] & seen["test"]
+    assert len(splits["train"]) == 40 and not seen["train"] & seen["test"] and not seen["validation"] & seen["test"]
+    assert all("other_4" in example.fields["baselines"] for example in splits["test"])
 
 
 def test_fixture_files_give_the_same_problems_as_the_seed(tmp_path: Path) -> None:
-    """Oracle: the same users through the files: all fields but the summary, which files do not have."""
+    """Oracle: the same users through the files: all fields but the summary, and the control that files have for it."""
     made = load_splits(CONFIG)["test"]
     items = [fixture.item for fixture in fixtures(KINDS["2M"], "test", 2, 0)]
     train = [fixture.item for fixture in fixtures(KINDS["2M"], "train", 6, 0)]
     files = {"test_file": written(tmp_path, items, "dev"), "train_file": written(tmp_path, train)}
     read = load_splits(config(**files))["test"]
     bare = [{key: value for key, value in row.fields.items() if key != "summary"} for row in made]
+    for row in read:
+        assert row.fields["baselines"].pop("other_4")
     assert [row.fields for row in read] == bare and [row.id for row in read] == [row.id for row in made]

@@ -117,7 +117,9 @@ def test_gold_plans_win_whole_episodes_with_either_backend_and_verbs(backend: st
         assert ("You arrive at loc " in story) is (verbs == "old")
 
 
-@pytest.mark.parametrize("name", ["alfworld_demo.toml", "alfworld_tiny.toml", "alfworld_valid_seen.toml"])
+@pytest.mark.parametrize(
+    "name", ["alfworld_demo.toml", "alfworld_tiny.toml", "alfworld_valid_seen.toml", "alfworld_llama3.toml"]
+)
 def test_the_configurations_that_come_with_it_are_valid(name: str) -> None:
     """Oracle: the reader, which refuses unknown keys and wrong values."""
     loaded = load_toml(RunConfig, ROOT / "configs" / name)

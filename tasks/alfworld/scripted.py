@@ -1,8 +1,9 @@
 """A generator that is no model: it takes a plan at its word, so the plan alone decides what comes of an episode.
 
 Asked for a program it translates the plan's steps literally, good or bad, and without a plan it does nothing; asked for
-an action it gives the next one that this very program would take. Asked for a plan itself, it writes one that suits the kind of task but guesses where things are: what a warm-up set of successful
-closed-loop runs is made from. Answers are a function of the prompt and the seed.
+an action it gives the next one that this very program would take. Asked for a plan itself, it writes one that suits the
+kind of task but guesses where things are: what a warm-up set of successful closed-loop runs is made from. Answers are a
+function of the prompt and the seed.
 """
 
 import random
@@ -61,8 +62,9 @@ class _NextAction(Exception):
 
 def _next_action(prompt: Messages) -> str:
     """Return the reply with the action that the plan's program takes after the answers that the conversation shows."""
-    system, first, *turns = (message.content for message in prompt)
-    answers = iter(turns[1::2])
+    # An example's conversation may come first; this household begins with the last screen.
+    begin = max(i for i, message in enumerate(prompt) if "Your task is to: " in message.content)
+    screen, answers = prompt[begin].content, iter([message.content for message in prompt[begin + 2 :: 2]])
 
     def act(command: str) -> str:
         for answer in answers:
@@ -72,8 +74,8 @@ def _next_action(prompt: Messages) -> str:
     # The steps' program is ours to the letter, whatever the plan says: names and quoted words are all it takes over.
     names: dict[str, Callable[[Agent, dict[str, str]], None]] = {}
     exec(program(parse_plan(_plan_in(prompt))), names)
-    verbs = "old" if " in/on " in system else "current"
-    agent, memory = Agent(first.partition(prompts.PLAN_MARK)[0], act, str, verbs), dict[str, str]()
+    verbs = "old" if " in/on " in prompt[0].content else "current"
+    agent, memory = Agent(screen.partition(prompts.PLAN_MARK)[0], act, str, verbs), dict[str, str]()
     try:
         for step in [value for name, value in names.items() if name.startswith("step_")]:
             step(agent, memory)

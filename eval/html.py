@@ -27,7 +27,7 @@ from matryoshka.eval.markdown import (
 )
 from matryoshka.eval.script import SCRIPT
 from matryoshka.eval.style import STYLE
-from matryoshka.eval.summary import ReportInput, Table
+from matryoshka.eval.summary import ReportInput, Table, metric_rows, unsolved
 
 SHARE_SCALE, SHARE_TICKS = (0.0, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -41,6 +41,9 @@ def render(data: ReportInput, tables: Sequence[Table]) -> str:
     sections = [("results", "Results", _results(tables[0]))]
     if len(tables) > 1:
         sections.append(("groups", "By group", "".join(_results(table, heading=True) for table in tables[1:])))
+    if data.metrics:
+        sections.append(("metrics", "Metrics", _metrics(data)))
+    sections.append(("unsolved", "Not solved", _unsolved(data)))
     if data.training:
         sections.append(("training", "Training", _training(data.training)))
     if facts := _facts(data):
@@ -149,6 +152,26 @@ def _table(caption: str, head: str, body: Sequence[str]) -> str:
         f'<div class="scroll"><table><caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>{rows}</tbody></table></div>\n"
     )
+
+
+def _metrics(data: ReportInput) -> str:
+    head = '<th class="name">metric</th>' + "".join(f"<th>{escape(c.label)}</th>" for c in data.conditions)
+    body = []
+    for name, *cells in metric_rows(data):
+        body.append(
+            f'<tr><td class="name">{escape(name)}</td>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        )
+    return _table("The task's own metrics by condition, with 95% intervals.", head, body)
+
+
+def _unsolved(data: ReportInput) -> str:
+    """Return a list to open for each condition: the examples that it did not get right."""
+    parts = []
+    for condition in data.conditions:
+        ids = unsolved(condition)
+        summary = f"{escape(condition.label)}: {len(ids):,} of {len(condition.trajectories):,}"
+        parts.append(f"<details><summary>{summary}</summary><p>{escape(', '.join(ids)) or 'none'}</p></details>")
+    return "\n".join(parts)
 
 
 def _training(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

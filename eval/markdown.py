@@ -9,7 +9,7 @@ from typing import Any
 
 from matryoshka.core.records import Metric
 from matryoshka.eval.statistics import Paired, PairedScores
-from matryoshka.eval.summary import ReportInput, Table
+from matryoshka.eval.summary import ReportInput, Table, metric_rows, unsolved
 
 SCORE_HEADS = ["score [95% bootstrap]", "sign-flip p"]
 PROTOCOL_NOTES = {
@@ -25,6 +25,17 @@ def render(data: ReportInput, tables: Sequence[Table]) -> str:
     parts.append(f"Protocol: **{protocol}** ({PROTOCOL_NOTES[protocol]}).")
     for table in tables:
         parts += [f"## {_plain(table.name)}", *_table(table)]
+    if data.metrics:
+        parts += [
+            "## Metrics",
+            "95% intervals.",
+            _grid(["metric", *(c.name for c in data.conditions)], metric_rows(data)),
+        ]
+    lists = [(condition.name, unsolved(condition)) for condition in data.conditions]
+    lines = [
+        f"- `{_plain(name)}`, {len(ids)} of {tables[0].n}: {_plain(', '.join(ids)) or 'none'}" for name, ids in lists
+    ]
+    parts += ["## Not solved", "\n".join(lines)]
     if data.training:
         parts += ["## Training", *_training(data.training)]
     for title, values in (

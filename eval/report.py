@@ -39,6 +39,7 @@ def _json(data: ReportInput, tables: tuple[Table, ...]) -> Any:
             "verdicts": verdicts,
             "training": {stage: list(rows) for stage, rows in data.training.items()},
             "counts": data.counts,
+            "metrics": to_json(data.metrics),
             "notes": list(data.notes),
             "config": data.config,
             "hardware": data.hardware,

@@ -39,7 +39,8 @@ class ReportInput:
     """Everything that a report is made of; the mappings hold what JSON can hold.
 
     groups: group name -> example ids; comparisons: pairs of condition names, second minus first; training: stage ->
-    rows of its metrics.jsonl, each with "step"; counts: pairs, samples, skipped, cut by length, ...
+    rows of its metrics.jsonl, each with "step"; counts: pairs, samples, skipped, cut by length, ...; metrics: condition
+    name -> the task's own metrics, such as success by type, attempts, steps.
     """
 
     title: str
@@ -54,6 +55,7 @@ class ReportInput:
     training: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     counts: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Mapping[str, Metric]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,23 @@ def summarise(data: ReportInput) -> tuple[Table, ...]:
     tables = [_table("all examples", everything, data, verdicts, protocol, cost=True)]
     tables += [_table(name, ids, data, verdicts, protocol, cost=False) for name, ids in data.groups.items()]
     return tuple(tables)
+
+
+def unsolved(condition: Condition) -> list[str]:
+    """Return "id (verdict)" of every episode that was not right, in the order of the episodes."""
+    episodes = ((t.example_id, t.info["verdict"]) for t in condition.trajectories)
+    return [f"{example_id} ({verdict})" for example_id, verdict in episodes if verdict != "right"]
+
+
+def metric_rows(data: ReportInput) -> list[list[str]]:
+    """Return a row for each metric: its name and, for each condition, "0.62 [0.56, 0.68]", "" where it has none."""
+    names = dict.fromkeys(name for metrics in data.metrics.values() for name in metrics)
+    columns = [data.metrics.get(condition.name, {}) for condition in data.conditions]
+
+    def cell(metric: Metric | None) -> str:
+        return "" if metric is None else f"{metric.value:.3g} [{metric.low:.3g}, {metric.high:.3g}]"
+
+    return [[name, *(cell(column.get(name)) for column in columns)] for name in names]
 
 
 def _table(

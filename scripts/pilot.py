@@ -130,6 +130,7 @@ def report(run: Run, conditions: Sequence[Condition], counts: dict[str, Any]) ->
         comparisons=comparisons,
         training={str(stage.relative_to(run.folder)): read_jsonl(stage / "metrics.jsonl") for stage in stages},
         notes=notes(run, validation),
+        metrics={condition.name: run.task.score(condition.trajectories) for condition in conditions},
         counts={
             **counts,
             "metrics": scores(run, conditions),

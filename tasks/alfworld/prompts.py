@@ -1,14 +1,16 @@
 """What controller and generator are shown of a household. A `Style` is four functions from texts to messages.
 
 `full_style` is for instruction-tuned models of a few billion parameters and more: the plan's format with a worked
-household of the same type of task, and for the generator the agent's methods with a worked program. A retry and a new
-plan continue the conversation, so a model sees what it wrote and what really happened.
+household of the same type of task, and for the generator the agent's methods with a worked program or, where it acts
+itself, worked actions. A retry and a new plan continue the conversation, so a model sees what it wrote and what really
+happened.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from matryoshka.core.records import Message, Messages
+from matryoshka.tasks.alfworld import acted
 from matryoshka.tasks.alfworld.agent import kind_of, receptacles_of, task_of
 from matryoshka.tasks.alfworld.exemplars import EXEMPLARS
 from matryoshka.tasks.alfworld.steps import Step, program, write_full
@@ -114,11 +116,11 @@ def ask(question: str) -> Messages:
     return Message("system", ASK_SYSTEM), Message("user", question)
 
 
-def act(scene: Scene, plan: str, max_steps: int, verbs: str) -> Messages:
-    """Return the generator's prompt for its first direct action."""
+def act(scene: Scene, plan: str, max_steps: int, verbs: str, example: Messages = ()) -> Messages:
+    """Return the generator's prompt for its first direct action. example: a conversation in another household."""
     put = "put THING in/on RECEPTACLE" if verbs == "old" else "move THING to RECEPTACLE"
     system = ACT_SYSTEM.replace("{steps}", str(max_steps)).replace("{put}", put)
-    return Message("system", system), Message("user", with_plan(scene.screen, plan))
+    return Message("system", system), *example, Message("user", with_plan(scene.screen, plan))
 
 
 def full_style(max_steps: int = 50, verbs: str = "current") -> Style:
@@ -136,4 +138,9 @@ def full_style(max_steps: int = 50, verbs: str = "current") -> Style:
         system = SOLVE_SYSTEM.replace("{steps}", str(max_steps)) + API
         return Message("system", system), *turns, Message("user", with_plan(scene.screen, plan))
 
-    return Style("full", plan, solve, lambda scene, plan: act(scene, plan, max_steps, verbs), write_full)
+    def direct(scene: Scene, plan: str) -> Messages:
+        shot = EXEMPLARS[scene.task_type]
+        shown = Message("user", with_plan(shot.screen, write_full(shot.steps) if plan else ""))
+        return act(scene, plan, max_steps, verbs, (shown, *acted.turns(scene.task_type, verbs)))
+
+    return Style("full", plan, solve, direct, write_full)

@@ -237,9 +237,7 @@ class ALFWorldTask:
     def _begin(self, example: Example) -> Session:
         return Session(self._environment(example), self._max_steps, self._verbs)
 
-    async def _ask(
-        self, generator: Generator, settings: RolloutSettings, work: _Work, turn: int, question: str
-    ) -> str:
+    async def _ask(self, generator: Generator, settings: RolloutSettings, work: _Work, turn: int, question: str) -> str:
         """Return the generator's answer to a question that its program asks."""
         if not question.strip():
             raise AskRefusedError("the question is empty")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from matryoshka.core.metrics import wilson
-from matryoshka.core.records import Example, Trajectory
+from matryoshka.core.records import Example, Metric, Trajectory, to_json
 from matryoshka.eval.markdown import p_value
 from matryoshka.eval.report import Condition, write_report
 from matryoshka.eval.statistics import mcnemar_exact
@@ -58,6 +58,19 @@ def test_json_and_markdown_say_the_same(make_input: Any, tmp_path: Path) -> None
     assert f"| Trained minus None | {points} | 3 | 1 | 0.625 |" in text
     assert text.count("label-free protocol, n = ") == 4
     assert "| round 1 | 2 | 0.6931 | 0.5 |" in text and "- dpo.beta: 0.1" in text
+
+
+def test_metrics_and_what_was_not_solved_are_listed(make_input: Any, tmp_path: Path) -> None:
+    """Oracle: conftest's verdicts by eye, the metrics as given; a condition without one has an empty cell."""
+    metrics = {"none": {"steps": Metric(4.25, 3.5, 5.0, 4)}, "trained": {"success a|b": wilson(3, 4)}}
+    write_report(make_input(metrics=metrics), tmp_path)
+    text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    assert "| steps | 4.25 [3.5, 5] |  |  |" in text and "| success a\\|b |  |  | 0.75 [0.301, 0.954] |" in text
+    assert "- `none`, 3 of 4: e1 (wrong), e2 (error), e3 (wrong)\n" in text
+    assert "- `untrained`, 2 of 4: e2 (failed), e3 (wrong)\n" in text and "- `trained`, 1 of 4: e0 (wrong)\n" in text
+    assert '<td class="name">steps</td><td>4.25 [3.5, 5]</td><td></td><td></td>' in page
+    assert "<summary>Untrained: 2 of 4</summary><p>e2 (failed), e3 (wrong)</p>" in page
+    assert json.loads((tmp_path / "report.json").read_text())["metrics"] == to_json(metrics)
 
 
 def test_the_same_input_gives_the_same_files(make_input: Any, tmp_path: Path) -> None:

@@ -91,19 +91,35 @@ def test_a_game_without_a_walkthrough_has_no_gold() -> None:
     assert task.gold_guidance(example) is None and example.fields["answer"] == "unknown"
 
 
-def test_the_stock_environment_behind_the_same_task() -> None:
-    """Oracle: TextWorld itself, which the gold plan of a household of ours must win in."""
-    if not is_installed():
+@pytest.mark.parametrize("verbs", ["current", "old"])
+@pytest.mark.parametrize("backend", ["engine", "textworld"])
+def test_gold_plans_win_whole_episodes_with_either_backend_and_verbs(backend: str, verbs: str) -> None:
+    """Oracle: the household, which alone decides; TextWorld itself where it is installed. ALFWorld's two wordings of
+    putting something down, of which each household knows one.
+    """
+    if backend == "textworld" and not is_installed():
         pytest.skip("the extra alfworld is not installed")
-    mine = config(**{"task.alfworld.backend": "textworld"})
-    example = alfworld_problems.example_of(households("train", 1, 3)[0])
-    task = alfworld_problems.make_task(mine, {"test": [example]}, len)
-    gold = ScriptedGuidance("gold", {task.first_prompt(example): str(task.gold_guidance(example))})
-    trajectory = asyncio.run(task.rollout(example, gold, LiteralGenerator(), RolloutSettings()))
-    assert trajectory.reward == 1.0
+    mine = config(**{"task.alfworld.backend": backend, "task.alfworld.verbs": verbs})
+    # TextWorld needs a second to load a game: the two types that put one thing and two things down stand for all.
+    types = TASK_TYPES if backend == "engine" else (TASK_TYPES[0], TASK_TYPES[5])
+    examples = [alfworld_problems.example_of(row) for row in households("train", len(types), 3, types=types)]
+    task = alfworld_problems.make_task(mine, {"test": examples}, len)
+    gold = ScriptedGuidance("gold", {task.first_prompt(e): str(task.gold_guidance(e)) for e in examples})
+    for example in examples:
+        trajectory = asyncio.run(task.rollout(example, gold, LiteralGenerator(), RolloutSettings()))
+        assert trajectory.reward == 1.0, example.id
+        story = trajectory.turns[0].calls[0].outcome
+        put = 0 if "look_at" in example.id else 2 if "two_obj" in example.id else 1
+        wordings = (" in/on ", "\n> put ", "\nYou put "), ("\n> move ", "\nYou move ")
+        used, unused = wordings if verbs == "old" else wordings[::-1]
+        assert [story.count(words) for words in used[-2:]] == [put, put], story
+        assert not any(words in story for words in unused), story
+        assert ("You arrive at loc " in story) is (verbs == "old")
 
 
-@pytest.mark.parametrize("name", ["alfworld_demo.toml", "alfworld_tiny.toml", "alfworld_valid_seen.toml"])
+@pytest.mark.parametrize(
+    "name", ["alfworld_demo.toml", "alfworld_tiny.toml", "alfworld_valid_seen.toml", "alfworld_llama3.toml"]
+)
 def test_the_configurations_that_come_with_it_are_valid(name: str) -> None:
     """Oracle: the reader, which refuses unknown keys and wrong values."""
     loaded = load_toml(RunConfig, ROOT / "configs" / name)

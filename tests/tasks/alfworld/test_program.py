@@ -177,6 +177,10 @@ HOSTILE = {
     "abort": ("__import__('os').abort()", "was killed (Aborted)"),
     "fork": ("__import__('os').fork()", "PermissionError: os.fork is not allowed here"),
     "subprocess": ("__import__('subprocess').run(['true'])", "PermissionError"),
+    "fork under another name": (
+        "__import__('_posixsubprocess').fork_exec",
+        "PermissionError: import of _posixsubprocess is not allowed here",
+    ),
     "shell": ("__import__('os').system('true')", "PermissionError: os.system is not allowed here"),
     "kill": ("__import__('os').kill(__import__('os').getppid(), 15)", "PermissionError: os.kill is not allowed here"),
     "network": ("__import__('socket').socket()", "PermissionError: socket."),

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from matryoshka.core.records import Message, Messages
+from matryoshka.tasks.alfworld import acted, react
 from matryoshka.tasks.alfworld.agent import Agent, kind_of, receptacles_of, task_of
 from matryoshka.tasks.alfworld.compact import SHOTS, compact_style
 from matryoshka.tasks.alfworld.engine import Engine
@@ -41,22 +42,22 @@ def room(task_type: str) -> dict[str, object]:
     """Return an exemplar's room as a game of its own, written from its screen and the table above."""
     screen = EXEMPLARS[task_type].screen
     receptacles, things = receptacles_of(screen), THINGS[task_type]
-    facts = ["atLocation agent1 loc0"]
-    objects = ["agent1 - agent", "loc0 - location"]
+    facts = ["atLocation agent1 loc_bar_0"]
+    objects = ["agent1 - agent", "loc_bar_0 - location"]
     kinds = {kind_of(name) for name in receptacles} | {"sinkbasin", "microwave", "fridge"}
     objects += [f"{kind}Type - rtype" for kind in sorted(kinds)]
     objects += [f"{kind}Type - otype" for kind in sorted({*things, "knife", "butterknife"})]
     # Numbers run against the order of ids: the first id of a type gets the highest number.
     place_ids = {name: place_id(*name.split()) for name in receptacles}
     for number, (name, id) in enumerate(place_ids.items(), start=1):
-        objects += [f"{id} - receptacle", f"loc{number} - location"]
-        facts += [f"receptacleAtLocation {id} loc{number}", f"receptacleType {id} {kind_of(name)}Type"]
+        objects += [f"{id} - receptacle", f"loc_bar_{number} - location"]
+        facts += [f"receptacleAtLocation {id} loc_bar_{number}", f"receptacleType {id} {kind_of(name)}Type"]
         facts += [f"openable {id}"] * (kind_of(name) in OPENABLE)
     for thing, places in things.items():
         for number, place in enumerate(places):
             id = f"{thing}_bar_{number}"
             objects.append(f"{id} - object")
-            here = f"loc{receptacles.index(place) + 1}"
+            here = f"loc_bar_{receptacles.index(place) + 1}"
             facts += [f"objectType {id} {thing}Type", f"inReceptacle {id} {place_ids[place]}"]
             facts += [f"objectAtLocation {id} {here}"]
             facts += [f"{trait} {id}" for trait in ("pickupable", "cleanable", "heatable", "coolable")]
@@ -120,6 +121,18 @@ def test_the_agent_has_what_the_prompt_promises() -> None:
     assert public == set(re.findall(r"agent\.(\w+)", API))
 
 
+@pytest.mark.parametrize("verbs", ["current", "old"])
+@pytest.mark.parametrize("task_type", TASK_TYPES)
+def test_every_exemplar_is_won_by_its_actions_too(task_type: str, verbs: str) -> None:
+    """Oracle: the engine's answer to each command; the old positions by their form, since their numbers say nothing."""
+    session = Session(Engine(load_game(room(task_type)), verbs), 50, verbs)
+    for _, command, answer in acted.played(task_type, verbs):
+        assert not session.won
+        wording = re.escape(answer) if verbs == "current" else re.sub(r"loc \d+", r"loc \\d+", answer)
+        assert re.fullmatch(wording, session.act(command))
+    assert session.won
+
+
 def scene(task_type: str = "pick_heat_then_place_in_recep") -> Scene:
     """Return a scene that is none of the exemplars."""
     seen = "Looking quickly around you, you see a cabinet 2, a cabinet 1, and a stove 1."
@@ -152,6 +165,19 @@ def test_without_a_plan_no_plan_is_shown() -> None:
         for prompt in (style.solve(scene(), ""), style.act(scene(), "")):
             assert PLAN_MARK not in text_of(prompt)
         assert PLAN_MARK in text_of(style.solve(scene(), "p")) and PLAN_MARK in text_of(style.act(scene(), "p"))
+
+
+@pytest.mark.parametrize("plan", ["", "my plan"])
+@pytest.mark.parametrize("task_type", TASK_TYPES)
+def test_direct_action_is_shown_a_whole_example_first(task_type: str, plan: str) -> None:
+    """Oracle: by eye: roles alternate, the exemplar from its screen to its last command, then this scene."""
+    system, shot, *turns, last = full_style().act(scene(task_type), plan)
+    roles = [message.role for message in (system, shot, *turns, last)]
+    assert roles == ["system"] + ["user", "assistant"] * ((len(turns) + 1) // 2) + ["user"]
+    assert shot.content.startswith(EXEMPLARS[task_type].screen) and (PLAN_MARK in shot.content) is bool(plan)
+    commands = [react.action_in(message.content) for message in turns[::2]]
+    assert commands == [command for _, command, _ in acted.played(task_type)]
+    assert last.content == scene().screen + (f"{PLAN_MARK}my plan" if plan else "")
 
 
 def test_direct_action_names_the_commands_of_the_household() -> None:

@@ -130,11 +130,13 @@ def example(game: Game) -> Example:
     return Example(game.id, {**fields, "gold": gold})
 
 
-def play(games: Sequence[Game], style: Style, make_plan: Any) -> list[Trajectory]:
+def play(
+    games: Sequence[Game], style: Style, make_plan: Any, mode: Any = "program", verbs: str = "current"
+) -> list[Trajectory]:
     """Return one episode a game; make_plan: "own", "none", or a function from (task, index, example) to a plan."""
     by_id = {game.id: game for game in games}
     examples = [example(game) for game in games]
-    task = ALFWorldTask({"test": examples}, style, lambda asked: Engine(by_id[asked.id]))
+    task = ALFWorldTask({"test": examples}, style, lambda asked: Engine(by_id[asked.id], verbs), mode, verbs=verbs)
     generator = LiteralGenerator()
 
     # One controller for all, as in a run: it sees prompts and no games.
@@ -181,6 +183,26 @@ def test_gold_plans_win_everything_and_other_plans_nothing(style: Style, own_gam
     assert sum(t.reward for t in play(own_games, style, wrong)) <= 1
 
 
+@pytest.mark.parametrize("verbs", ["current", "old"])
+def test_its_actions_are_those_of_its_program(verbs: str, own_games: list[Game]) -> None:
+    """Oracle: the same episodes with programs, command for command; without a plan it does nothing, fifty times."""
+    style = full_style(verbs=verbs)
+
+    def commands(mode: str, plans: Any) -> list[tuple[float, list[str]]]:
+        told = [
+            (t.reward, "\n".join(call.outcome for call in t.turns[0].calls))
+            for t in play(own_games, style, plans, mode, verbs)
+        ]
+        return [(reward, re.findall("^> (.+)$", story, re.MULTILINE)) for reward, story in told]
+
+    for plans in (gold, garbage):
+        acted = commands("react", plans)
+        assert acted == commands("program", plans)
+        assert [reward for reward, _ in acted] == [float(plans is gold)] * len(own_games)
+    idle = play(own_games[:1], style, "none", "react", verbs)[0]
+    assert (idle.reward, idle.info["steps"], idle.info["calls"], idle.info["verdict"]) == (0.0, 50, 50, "error")
+
+
 def test_its_own_plans_win_some(own_games: list[Game]) -> None:
     """Oracle: the right steps with guessed places must win some games and not all: what a warm-up filters."""
     for style in STYLES:
@@ -215,10 +237,10 @@ def test_a_retry_is_answered_with_the_same_plan() -> None:
     assert others == [first, first] and "shelf" in first
 
 
-@pytest.mark.parametrize("system", ["You answer questions", "", "You act in a household"])
+@pytest.mark.parametrize("system", ["You answer questions", "", "You act"])
 def test_what_it_cannot_answer_fails_the_episode(system: str) -> None:
     """Oracle: the exception that fails an episode, saying what was asked."""
-    with pytest.raises(GeneratorError, match="writes programs and plans only"):
+    with pytest.raises(GeneratorError, match="writes programs, actions and plans only"):
         asyncio.run(LiteralGenerator().complete((Message("system", system), Message("user", "?")), Sampling()))
 
 

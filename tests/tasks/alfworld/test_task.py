@@ -177,7 +177,7 @@ def test_a_mistake_is_mended_where_it_was_made() -> None:
 )
 def test_otherwise_all_begins_anew(broken: str, inner: int) -> None:
     """Oracle: the second program needs the untouched kitchen, and all fifty actions of it, to do what it asserts."""
-    check = 'def step_1(agent, memory):\n    assert not memory and not agent.holding and not agent.location\n'
+    check = "def step_1(agent, memory):\n    assert not memory and not agent.holding and not agent.location\n"
     check += '    assert agent.visit("countertop 1").count("potato 2") == 1\n    for _ in range(49): agent.look()\n'
     trajectory = play(Voice(broken, fenced(check)), inner=inner, limits=Limits(20.0, 128 * 2**20))
     assert trajectory.info["verdict"] == "wrong"

@@ -109,7 +109,7 @@ def _row(config: Config, case: Case, seen: dict[str, Any]) -> Row:
     job, cluster = predicted(config, case)
     sent = forecast(job, cluster, case.layout).sent
     on_gloo = sum(sent.values()) + sent["reduce-scatter"]
-    memory = memory_of(job, cluster, case.layout)
+    memory = memory_of(job, case.ranks if case.layout == "shard" else case.group or 1, cluster.memory)
     model = job.config
     head = extra_bytes(seen["scored"], model.hidden_size, model.vocab_size, job.dtype, gpu=False, training=True)
     footprint = Footprint(model, job.dtype, job.rank)

@@ -212,8 +212,9 @@ def memory_of(job: Job, shards: int, free: int) -> Memory:
         ahead = (1 + 2 * job.prefetch) * block
         gathered += root + (min(ahead, sum(sizes)) if job.reshard else sum(sizes) + block)
         early = 2 * (root + block)  # the root's message is there until the first block is, activations not yet
-        if job.full:  # gradients of the root and of a block, and the message in which they are summed
-            gathered += root + block + max(job.gathered_bytes(block, shards, wide) for block in job.blocks)
+        if job.full:  # gradients of the head and of a block, and the message in which they are summed
+            gathered += max(job.gathered_bytes([weight], shards) for weight in job.root) + block
+            gathered += max(job.gathered_bytes(block, shards, wide) for block in job.blocks)
     room = int(free * (1 - MARGIN)) - weights - gathered - gradients - moments
     plan = MemoryPlan(job.activations, Footprint(job.config, job.dtype, job.rank, job.dora), room, job.device_type)
     policy = plan.policy_for(job.micro_batch_tokens)

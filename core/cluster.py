@@ -193,7 +193,8 @@ def memory_of(job: Job, shards: int, free: int) -> Memory:
     free (`core/memory.py`). Raises ValueError for an unknown policy.
     """
     wide = job.wide
-    cut = shards > 1 or (job.full and wide > job.dtype.itemsize)  # gathered, or made narrower to compute with
+    narrower = job.full and wide > job.dtype.itemsize
+    cut = shards > 1 or job.offload or narrower  # a copy is gathered, fetched, or made to compute with
     weights = job.stored_bytes(shards)
     trained = weights // wide if job.full else job.adapter
     gradients = trained * wide

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from matryoshka.scripts.bench.ranks import CASES, Config, run
+from matryoshka.scripts.bench import ranks
+from matryoshka.scripts.bench.ranks import Config, run
 from matryoshka.scripts.bench.result import BenchResult
 
 pytestmark = pytest.mark.slow
+CASES = [case for case in ranks.CASES if case.ranks > 1]
 CONTROL = 2000  # bytes: the step's sums of losses, metrics and norms, and gloo's headers of 72 bytes a message
 
 

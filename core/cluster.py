@@ -176,7 +176,10 @@ def layouts(job: Job, cluster: Cluster) -> tuple[str, ...]:
     """Return the layouts that differ on this cluster, in the order in which "auto" tries them."""
     if cluster.size == 1:
         return ("shard",) if job.full else ("replicate",)
-    return tuple(x for x in LAYOUTS if (x != "replicate" or not job.full) and (x != "hybrid" or cluster.nodes > 1))
+    left_out = {"replicate"} if job.full else set()
+    if cluster.nodes == 1 or cluster.gpus_per_node == 1:
+        left_out.add("hybrid")
+    return tuple(layout for layout in LAYOUTS if layout not in left_out)
 
 
 def shards_of(layout: str, cluster: Cluster) -> int:

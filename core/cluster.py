@@ -11,7 +11,7 @@ fine-tuning cuts weights (fp32), gradients and moments alike, and gathers in the
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ import torch
 from matryoshka.core.elementwise import at_least_fp32
 from matryoshka.core.hardware import Cluster
 from matryoshka.core.language_model import LanguageModel, ModelConfig
-from matryoshka.core.layout import LAYOUTS
+from matryoshka.core.layout import LAYOUTS, ParallelConfig
 from matryoshka.core.memory import MARGIN, Footprint, MemoryPlan
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -114,6 +114,12 @@ class Job:
         """Return what gathering `weights` gives, rows padded to equal parts. itemsize: another than the dtype's."""
         return sum(w.bytes(-(-w.shape[0] // ranks) * ranks, itemsize or self.dtype.itemsize) for w in weights)
 
+    def needed(self, config: ParallelConfig, ranks: int) -> int:
+        """Return the bytes that each of `ranks` ranks needs that share one copy, under the leanest policy for
+        activations where the job says "auto"."""
+        parallel = {"reshard": config.reshard, "prefetch": config.prefetch, "offload": config.offload}
+        return memory_of(replace(self, **parallel), ranks, 0).total
+
     def scale_bytes(self) -> int:
         """Return the size of NF4's scales, which every rank holds whole."""
         blocks = [-(-w.numel // NF4_BLOCK) for w in self.weights if w.packed]
@@ -170,7 +176,10 @@ def layouts(job: Job, cluster: Cluster) -> tuple[str, ...]:
     """Return the layouts that differ on this cluster, in the order in which "auto" tries them."""
     if cluster.size == 1:
         return ("shard",) if job.full else ("replicate",)
-    return tuple(x for x in LAYOUTS if (x != "replicate" or not job.full) and (x != "hybrid" or cluster.nodes > 1))
+    left_out = {"replicate"} if job.full else set()
+    if cluster.nodes == 1 or cluster.gpus_per_node == 1:
+        left_out.add("hybrid")
+    return tuple(layout for layout in LAYOUTS if layout not in left_out)
 
 
 def shards_of(layout: str, cluster: Cluster) -> int:
@@ -180,13 +189,15 @@ def shards_of(layout: str, cluster: Cluster) -> int:
     return {"replicate": 1, "hybrid": cluster.gpus_per_node, "shard": cluster.size}[layout]
 
 
-def memory_of(job: Job, cluster: Cluster, layout: str) -> Memory:
-    """Return the memory of a rank, with the fastest policy for activations that fits where the job says "auto".
+def memory_of(job: Job, shards: int, free: int) -> Memory:
+    """Return the memory of a rank that has `free` bytes, where `shards` ranks share a model; 1: each has its own.
 
-    A tenth stays free (`core/memory.py`). Raises ValueError for an unknown layout or policy.
+    Where the job says "auto", with the fastest policy for activations that fits, or else the leanest. A tenth stays
+    free (`core/memory.py`). Raises ValueError for an unknown policy.
     """
-    shards, wide = shards_of(layout, cluster), job.wide
-    cut = shards > 1 or job.full
+    wide = job.wide
+    narrower = job.full and wide > job.dtype.itemsize
+    cut = shards > 1 or job.offload or narrower  # a copy is gathered, fetched, or made to compute with
     weights = job.stored_bytes(shards)
     trained = weights // wide if job.full else job.adapter
     gradients = trained * wide
@@ -205,9 +216,10 @@ def memory_of(job: Job, cluster: Cluster, layout: str) -> Memory:
         ahead = (1 + 2 * job.prefetch) * block
         gathered += root + (min(ahead, sum(sizes)) if job.reshard else sum(sizes) + block)
         early = 2 * (root + block)  # the root's message is there until the first block is, activations not yet
-        if job.full:  # gradients of the root and of a block, and the message in which they are summed
-            gathered += root + block + max(job.gathered_bytes(block, shards, wide) for block in job.blocks)
-    room = int(cluster.memory * (1 - MARGIN)) - weights - gathered - gradients - moments
+        if job.full:  # gradients of the head and of a block, and the message in which they are summed
+            gathered += max(job.gathered_bytes([weight], shards) for weight in job.root) + block
+            gathered += max(job.gathered_bytes(block, shards, wide) for block in job.blocks)
+    room = int(free * (1 - MARGIN)) - weights - gathered - gradients - moments
     plan = MemoryPlan(job.activations, Footprint(job.config, job.dtype, job.rank, job.dora), room, job.device_type)
     policy = plan.policy_for(job.micro_batch_tokens)
     peak = max(plan.peak_bytes(job.micro_batch_tokens, policy), early - gathered)

@@ -1,4 +1,4 @@
-"""How long a training step takes on a cluster and what its ranks send, for each layout; and which layout to take.
+"""How long a training step takes on a cluster and what its ranks send, for each layout.
 
 Every number is a prediction: products at the rate that a step reaches, collectives as rings at the speed of their
 slowest link, hidden behind the computing of the block before where that takes longer. `docs/multi_node.md` says how far
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from matryoshka.core.cluster import Job, Memory, Weight, layouts, memory_of, shards_of
+from matryoshka.core.cluster import Job, Memory, Weight, memory_of, shards_of
 from matryoshka.core.hardware import Cluster, Cost, Hardware, gather, reduce, reduce_across
-from matryoshka.core.memory import GIB, MARGIN
+from matryoshka.core.memory import GIB
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")
 
@@ -78,7 +78,8 @@ def head_seconds(job: Job, hardware: Hardware) -> float:
 
 def forecast(job: Job, cluster: Cluster, layout: str) -> Forecast:
     """Return what a step takes under `layout`. Raises ValueError for a layout or policy that is unknown."""
-    memory, shards, hardware = memory_of(job, cluster, layout), shards_of(layout, cluster), cluster.hardware
+    shards, hardware = shards_of(layout, cluster), cluster.hardware
+    memory = memory_of(job, shards, cluster.memory)
     costs = dict.fromkeys(KINDS, Cost())
 
     def pay(kind: str, cost: Cost) -> float:
@@ -116,35 +117,6 @@ def forecast(job: Job, cluster: Cluster, layout: str) -> Forecast:
     tokens = job.micro_batches * job.micro_batch_tokens * cluster.size
     sent = {kind: cost.sent for kind, cost in costs.items()}
     return Forecast(layout, memory, sent, compute, communication, exposed, tokens / (compute + exposed))
-
-
-def choose_layout(job: Job, cluster: Cluster) -> tuple[str, str]:
-    """Return the layout that `layout = "auto"` takes, and why in words.
-
-    It is the first of replicate, hybrid and shard that fits into memory: each sends less, or over shorter ways, than
-    the next. Raises ValueError with the whole plan where none fits.
-    """
-    found = [forecast(job, cluster, layout) for layout in layouts(job, cluster)]
-    for one in found:
-        if one.memory.fits:
-            return one.layout, _reason(one, found, cluster)
-    raise ValueError(
-        f"layout: nothing fits into {cluster.memory / GIB:.1f} GiB a rank, of which {MARGIN:.0%} stay free; take more "
-        "or larger GPUs, a lower micro_batch_tokens or a base in four bits. Predicted:\n" + table(found)
-    )
-
-
-def _reason(one: Forecast, found: Sequence[Forecast], cluster: Cluster) -> str:
-    needs = f"{one.memory.total / GIB:.1f} of {cluster.memory / GIB:.1f} GiB, activations {one.memory.policy!r}"
-    before = [f"{x.layout} would need {x.memory.total / GIB:.1f} GiB" for x in found[: found.index(one)]]
-    why = {
-        "replicate": "the whole model fits on every rank, so that only adapter gradients are sent",
-        "hybrid": "a model fits on a node, so that weights are gathered over its own links alone",
-        "shard": "the model is cut over all ranks",
-    }[one.layout]
-    if one.layout == "shard" and cluster.size == 1:
-        why = "one rank"
-    return "; ".join([f"{one.layout}: {why} ({needs})", *before])
 
 
 def table(found: Sequence[Forecast]) -> str:

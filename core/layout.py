@@ -6,12 +6,9 @@ hybrid     the ranks of a node share one copy as under `shard`, the nodes hold a
 """
 
 from dataclasses import dataclass
-
-import torch
-from torch import nn
+from typing import Protocol
 
 from matryoshka.core.distributed import World
-from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.memory import GIB, MARGIN
 
 LAYOUTS = ("replicate", "hybrid", "shard")  # from the least communication to the least memory
@@ -41,52 +38,15 @@ class ParallelConfig:
                 raise ValueError(f"parallel: {name} {getattr(self, name)} must not be negative")
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What a rank has to hold, in bytes, taken from a model without weights.
+class Needs(Protocol):
+    """What is trained, as far as it decides the layout: `core/cluster.py` has it as `Job`. full: all weights are."""
 
-    stored, computed: of a number as it is kept, and as it is computed with. extra: what every rank holds beside the
-    model: adapters with their gradients and moments, activations.
-    """
-
-    total: int
-    root: int
-    block: int
-    stored: int
-    computed: int
-    trained: bool
-    extra: int
-
-    @classmethod
-    def of(cls, model: LanguageModel, stored: torch.dtype, computed: torch.dtype, trained: bool, extra: int) -> "Sizes":
-        """Return the sizes of `model`; trained: its own weights are, by AdamW.
-
-        Packed weights (uint8, which are gathered as they are) count as the numbers that would take their bytes.
-        """
-
-        def count(module: nn.Module) -> int:
-            return sum(p.numel() // (stored.itemsize if p.dtype == torch.uint8 else 1) for p in module.parameters())
-
-        total, blocks = count(model), [count(block) for block in model.blocks]
-        root = total - sum(blocks)
-        return cls(total, root, max(blocks), stored.itemsize, computed.itemsize, trained, extra)
+    @property
+    def full(self) -> bool: ...
 
     def needed(self, config: ParallelConfig, ranks: int) -> int:
         """Return the bytes that each of `ranks` ranks needs that share one copy; 1: it is a rank's own, uncut."""
-        kept = self.stored * (4 if self.trained else 1)  # with gradient and two moments
-        if ranks == 1:
-            return self.total * kept + self.extra
-        part = 0 if config.offload else -(-self.total // ranks) * kept
-        return part + self.gathered(config) + self.extra
-
-    def gathered(self, config: ParallelConfig) -> int:
-        """Return the bytes of what is whole on a rank for a while, where the weights are cut up."""
-        # A block that is gathered ahead lies in the message and outside of it for a while.
-        gathered = self.root + min(self.block * (1 + 2 * config.prefetch), self.total - self.root)
-        whole = (gathered if config.reshard else self.total) * self.computed
-        if self.trained:  # gradients before they are cut up, and what they are summed in
-            whole += (self.root + self.block) * (self.computed + max(self.computed, 4))
-        return whole
+        ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +58,7 @@ class Layout:
     reason: str
 
 
-def choose_layout(config: ParallelConfig, sizes: Sizes, free: int, world: World) -> Layout:
+def choose_layout(config: ParallelConfig, job: Needs, free: int, world: World) -> Layout:
     """Return the layout that `config` asks for, or under "auto" the first of LAYOUTS whose share fits in `free` bytes.
 
     Where the weights are trained, "auto" cuts them up: what would be copied is four times as much. Raises ValueError
@@ -106,11 +66,11 @@ def choose_layout(config: ParallelConfig, sizes: Sizes, free: int, world: World)
     """
     groups = {"replicate": 1, "hybrid": config.group or world.local_size, "shard": world.size}
     room = int(free * (1 - MARGIN))
-    needed = {name: sizes.needed(config, group) for name, group in groups.items()}
+    needed = {name: job.needed(config, group) for name, group in groups.items()}
     plan = ", ".join(f"{name} {needed[name] / GIB:.2f} GiB" for name in LAYOUTS)
     plan = f"a rank needs under {plan}; {room / GIB:.2f} GiB are free for each of {world.size}"
     if config.layout == "auto":
-        tried = [name for name in LAYOUTS if name != "replicate" or not sizes.trained]
+        tried = [name for name in LAYOUTS if name != "replicate" or not job.full]
         if not _can_group(groups["hybrid"], world):  # one node for one
             tried.remove("hybrid")
         name = next((name for name in tried if needed[name] <= room), "")

@@ -22,7 +22,7 @@ from matryoshka.core.files import write_json
 from matryoshka.scripts.doctor import ROOT, environment
 
 NOT_MEASURED = "not measured"
-PARTS = ("tests", "head", "step", "padded", "sft", "qlora", "load")
+PARTS = ("tests", "head", "step", "padded", "sft", "qlora", "load", "ranks")
 Benches = Mapping[str, Mapping[str, Any]]  # name of the run -> the object that the bench printed
 # Import name -> what --against calls it.
 HEAD_PEERS = {"liger_kernel": "liger", "cut_cross_entropy": "cce", "trl": "trl"}
@@ -33,8 +33,8 @@ class Config:
     """Kernel tests and all benchmarks on this machine's GPU.
 
     model: a Hugging Face folder, for its tokenizer and for `bench load`. data: rows for `bench step` (default: the
-    embedded word problems). out: folder of the results. only: some of tests, head, step, padded, sft, qlora, load
-    (default: all), where a session on the GPU is short. dry_run: tiny sizes on the CPU, nothing written.
+    embedded word problems). out: folder of the results. only: some of tests, head, step, padded, sft, qlora, load,
+    ranks (default: all), where a session on the GPU is short. dry_run: tiny sizes on the CPU, nothing written.
     """
 
     model: Path = Path("models/smollm2-135m-instruct")
@@ -85,6 +85,7 @@ def commands(config: Config, peers: Sequence[str], chart: Path) -> dict[str, lis
             "sft": ["step", *model, *short, "--against"],
             **({"qlora": ["qlora", *model, *data, *tiny[:-2]]} if "bitsandbytes" in peers else {}),
             "load": [*load, "--repeats", "1"],
+            "ranks": ["ranks", *model, "--ranks", "1", "--tokens", "32"],
         }
     cuda = ["--device", "cuda"]
     large = [*cuda, "--shape", "llama3-8b", "--compile-blocks", *model]
@@ -98,6 +99,7 @@ def commands(config: Config, peers: Sequence[str], chart: Path) -> dict[str, lis
         "sft": ["step", *large, *plain, "--against"],
         **({"qlora": ["qlora", *four_bits]} if "bitsandbytes" in peers else {}),
         "load": [*load, *cuda],
+        "ranks": ["ranks", *model, *cuda, *"--dtype bfloat16 --ranks 1 --tokens 4096".split()],
     }
 
 

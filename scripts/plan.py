@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from matryoshka.core.cluster import Job, job_of, layouts, shards_of
-from matryoshka.core.forecast import Forecast, choose_layout, forecast, table
+from matryoshka.core.distributed import World
+from matryoshka.core.forecast import Forecast, forecast, table
 from matryoshka.core.hardware import Cluster, known_hardware
-from matryoshka.core.layout import LAYOUTS
+from matryoshka.core.layout import LAYOUTS, ParallelConfig, choose_layout
 from matryoshka.core.load import model_architecture, read_config
 from matryoshka.core.memory import GIB, Footprint, MemoryPlan
 from matryoshka.dpo.head import extra_bytes
@@ -169,9 +170,11 @@ def plan(config: PlanConfig) -> None:
     best = max(fitting, key=lambda one: one.tokens_per_s) if fitting else None
     auto, reason = None, "nothing fits"
     if best is not None:
-        auto, reason = choose_layout(job, cluster)
+        world = World(size=cluster.size, local_size=cluster.gpus_per_node)
+        chosen = choose_layout(ParallelConfig(), job, cluster.memory, world)
+        auto, reason = chosen.name, chosen.reason
         print(f"best: {_why(best, fitting)}")
-        print(f'layout = "auto" takes {reason}')
+        print(f'layout = "auto" takes {auto}, the first of {", ".join(LAYOUTS)} that fits')
     else:
         print(f"nothing fits: {_remedy(job)}")
     dry = None

@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from matryoshka.core.activations import POLICIES
+from matryoshka.core.cluster import job_of, memory_of
 from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.elementwise import at_least_fp32
 from matryoshka.core.files import write_json
 from matryoshka.core.language_model import LanguageModel
-from matryoshka.core.layout import ParallelConfig, Sizes, choose_layout
+from matryoshka.core.layout import ParallelConfig, choose_layout
 from matryoshka.core.load import empty_model, fill_model, load_model, read_config
-from matryoshka.core.memory import Footprint, MemoryPlan, scratch_bytes
 from matryoshka.core.step import Reference
 from matryoshka.core.train import Item, TrainConfig, free_share, longest_micro_batch, train
 from matryoshka.core.weights import save_weights
@@ -35,8 +34,7 @@ from matryoshka.lora.linear import (
     set_active,
     trainable_parameters,
 )
-from matryoshka.lora.nf4 import nf4_bytes
-from matryoshka.lora.quantized import QuantizedLinear, quantize_linears
+from matryoshka.lora.quantized import quantize_linears
 from matryoshka.scripts.export import WEIGHT_SUFFIXES
 from matryoshka.scripts.progress import Progress
 from matryoshka.scripts.tracking import scalar_writer
@@ -195,22 +193,18 @@ def load_base(
             raise ValueError(f"parallel: {what} is for ranks; start with torchrun, one rank being enough")
         return load_model(base, dtype, world.device, convert)
     model = empty_model(base)
-    rank = 0 if full else lora.rank
-    linears = [(path.rpartition(".")[2], m) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
-    adapted = sum(sum(m.weight.shape) for name, m in linears if name in lora.targets)
-    footprint = Footprint(model.config, dtype, rank, lora.dora and not full)
-    policy = config.activations if config.activations != "auto" else POLICIES[-1 if world.device.type == "cuda" else -2]
-    plan = MemoryPlan(policy, footprint, 0, world.device.type)
-    peak = plan.peak_bytes(longest_micro_batch(items, config), policy)
-    extra = peak + 5 * rank * adapted * at_least_fp32(dtype).itemsize  # with gradient, moments and the reference's copy
-    if convert is not None:
-        convert(model)
-    packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]  # scales, whole everywhere
-    extra += sum(nf4_bytes(m.shape.numel()) - m.weight.numel() for m in packed) + scratch_bytes(model, dtype)
-    sizes = Sizes.of(model, stored, dtype, full, extra)
-    layout = choose_layout(parallel, sizes, int(world.least(free_share(world.device, world))), world)
+    job = job_of(
+        model, nf4=quantization == "nf4", dtype=dtype, rank=0 if full else lora.rank, dora=lora.dora and not full,
+        targets=lora.targets, eight_bit=config.optimizer != "adamw",
+        micro_batch_tokens=longest_micro_batch(items, config), activations=config.activations,
+        device_type=world.device.type, reshard=parallel.reshard, prefetch=parallel.prefetch, offload=parallel.offload,
+    )  # fmt: skip
+    free = int(world.least(free_share(world.device, world)))
+    layout = choose_layout(parallel, job, free, world)
     if world.is_first:
         print(layout.reason, file=sys.stderr)
+    if convert is not None:
+        convert(model)
     if layout.name == "replicate":
         if stored != dtype:
             raise ValueError(f"parallel: training all weights in {dtype} keeps them in fp32 beside; use layout 'shard'")
@@ -223,5 +217,5 @@ def load_base(
         prepare_linears(model)
     model.requires_grad_(full)
     shard(model, make_mesh(layout, world), parallel, dtype, world.device)
-    model.gathered_bytes = sizes.gathered(parallel)
+    model.gathered_bytes = memory_of(job, layout.group, free).gathered
     return fill_model(model, base, stored, "cpu" if parallel.offload else world.device)

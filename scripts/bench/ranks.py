@@ -1,4 +1,4 @@
-"""`matryoshka bench ranks`: what `matryoshka plan` predicts, measured on ranks of this machine that talk over gloo.
+"""`matryoshka bench ranks`: what `matryoshka plan` predicts, measured on ranks of this machine (gloo, or NCCL on GPUs).
 
 torchrun starts the ranks, and each trains through the product's own loader and loop. Of one optimizer step is measured
 what a rank writes to its sockets (the kernel's count), which collectives run with how many bytes (torch's dispatcher),
@@ -36,7 +36,7 @@ from matryoshka.core.tree import Tokens
 from matryoshka.dpo.head import extra_bytes, token_logps
 from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.lora.linear import LoraConfig, active, add_adapter, set_active, trainable_parameters
-from matryoshka.scripts.bench.measure import MIB
+from matryoshka.scripts.bench.measure import DTYPES, MIB, dtype_of, prepare
 from matryoshka.scripts.bench.result import BenchResult, Row
 from matryoshka.scripts.training import POLICY, load_base
 
@@ -45,19 +45,23 @@ IO = Path("/proc/self/io")
 
 @dataclass(frozen=True)
 class Case:
-    """A run: layout, ranks, how many share a model under "hybrid", and whether all weights are trained."""
+    """A run: layout, ranks, how many share a model under "hybrid", whether all weights are trained, and whether the
+    host keeps the model."""
 
     layout: str
     ranks: int
     group: int = 0
     full: bool = False
+    offload: bool = False
 
     @property
     def name(self) -> str:
-        return f"{'full SFT' if self.full else 'LoRA DPO'}, {self.layout}, {self.ranks} ranks"
+        where = f"{self.layout}{', offloaded' if self.offload else ''}, {self.ranks} rank{'s' * (self.ranks > 1)}"
+        return f"{'full SFT' if self.full else 'LoRA DPO'}, {where}"
 
 
 CASES = (
+    Case("replicate", 1), Case("shard", 1, offload=True),
     Case("replicate", 2), Case("shard", 2), Case("shard", 2, full=True), Case("replicate", 4), Case("hybrid", 4, 2),
     Case("shard", 4), Case("hybrid", 4, 2, True), Case("shard", 4, full=True),
 )  # fmt: skip
@@ -65,11 +69,15 @@ CASES = (
 
 @dataclass(frozen=True)
 class Config:
-    """Bytes, peak memory and time of a training step on gloo ranks against the prediction. ranks: which of 2 and 4.
+    """Bytes, peak memory and time of a training step on ranks against the prediction. ranks: which of 1, 2 and 4.
 
     A rank goes over micro_batches of `tokens` tokens a step. An untrained adapter of rank 8 with DPO, or all weights.
+    device: cpu (gloo), or cuda (NCCL, a GPU for each rank; what sockets carry is not measured there). dtype: float32
+    or bfloat16.
     """
 
+    device: str = "cpu"
+    dtype: str = "float32"
     model: Path = Path("models/smollm2-135m-instruct")
     ranks: tuple[int, ...] = (2, 4)
     tokens: int = 256
@@ -78,7 +86,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if unknown := set(self.ranks) - {case.ranks for case in CASES}:
-            raise ValueError(f"bench ranks: {sorted(unknown)[0]} ranks are not measured; choose from 2 and 4")
+            raise ValueError(f"bench ranks: {sorted(unknown)[0]} ranks are not measured; choose from 1, 2 and 4")
+        prepare(self.device, 1)
+        dtype_of(self.dtype, self.device)
         if self.tokens < 8 or self.micro_batches < 1:
             raise ValueError("bench ranks: tokens must be at least 8 and micro_batches at least 1")
 
@@ -108,36 +118,38 @@ def _launch(config: Config, ranks: int, folder: Path) -> None:
 def _row(config: Config, case: Case, seen: dict[str, Any]) -> Row:
     job, cluster = predicted(config, case)
     sent = forecast(job, cluster, case.layout).sent
-    on_gloo = sum(sent.values()) + sent["reduce-scatter"]
-    memory = memory_of(job, cluster, case.layout)
+    on_gloo, on_gpu = sum(sent.values()) + sent["reduce-scatter"], config.device == "cuda"
+    shards = case.ranks if case.layout == "shard" else case.group or 1
+    memory = memory_of(job, shards, cluster.memory)
     model = job.config
-    head = extra_bytes(seen["scored"], model.hidden_size, model.vocab_size, job.dtype, gpu=False, training=True)
+    head = extra_bytes(seen["scored"], model.hidden_size, model.vocab_size, job.dtype, on_gpu, training=True)
     footprint = Footprint(model, job.dtype, job.rank)
-    step = footprint.step_bytes(config.tokens, job.activations, head, min(config.tokens, PIECE) * config.tokens)
+    scores = 0 if on_gpu else min(config.tokens, PIECE) * config.tokens
+    step = footprint.step_bytes(config.tokens, job.activations, head, scores)
     peak = memory.gathered + memory.gradients + step
     details = {
         "predicted": on_gloo / 1e6,
-        "over_predicted": seen["written"] / on_gloo,
+        "over_predicted": seen["written"] / on_gloo if on_gloo and not on_gpu else None,
         "collectives_mb": {kind: size / 1e6 for kind, size in seen["sent"].items()},
         "collectives_predicted_mb": {kind: size / 1e6 for kind, size in sent.items()},
         "peak_mib": seen["peak"] / MIB,
         "peak_predicted_mib": peak / MIB,
         "peak_over_predicted": seen["peak"] / peak,
         "stored_mib": seen["stored"] / MIB,
-        "stored_predicted_mib": job.stored_bytes(case.ranks if case.layout == "shard" else case.group or 1) / MIB,
+        "stored_predicted_mib": job.stored_bytes(shards) / MIB,
         "seconds": seen["seconds"],
         "collectives_under_way": seen["communication_s"] / seen["profiled_s"],
     }
-    return Row(case.name, seen["written"] / 1e6, "MB sent by a rank in a step", details)
+    return Row(case.name, None if on_gpu else seen["written"] / 1e6, "MB sent by a rank in a step", details)
 
 
 def predicted(config: Config, case: Case) -> tuple[Job, Cluster]:
     """Return what a case is to the planner: groups of ranks are its nodes."""
     group = case.group or case.ranks
     job = job_of(
-        empty_model(config.model), dtype=torch.float32, rank=0 if case.full else LoraConfig().rank,
+        empty_model(config.model), dtype=DTYPES[config.dtype], rank=0 if case.full else LoraConfig().rank,
         reference=not case.full, micro_batch_tokens=config.tokens, micro_batches=config.micro_batches,
-        activations="none", device_type="cpu",
+        activations="none", device_type=config.device, offload=case.offload,
     )  # fmt: skip
     return job, Cluster(case.ranks // group, group, 10**6 * GIB)
 
@@ -160,8 +172,9 @@ def measure(config: Config, case: Case, folder: Path, world: World) -> dict[str,
     settings = TrainConfig(
         epochs=9, batch_size=len(items), micro_batch_tokens=config.tokens, warmup_ratio=0.0, activations="none"
     )
-    lora, parallel = LoraConfig(), ParallelConfig(case.layout, case.group)
-    model = load_base(config.model, torch.float32, "none", case.full, lora, items, settings, parallel, world)
+    lora, parallel = LoraConfig(), ParallelConfig(case.layout, case.group, offload=case.offload)
+    dtype = DTYPES[config.dtype]
+    model = load_base(config.model, dtype, "none", case.full, lora, items, settings, parallel, world)
     parameters: dict[str, Any] = dict(model.named_parameters())
     stored = sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in parameters.values())
     if not case.full:
@@ -181,7 +194,7 @@ def measure(config: Config, case: Case, folder: Path, world: World) -> dict[str,
         row = next(steps)
     written = _written() - before
     sent = {kind: sum(one.sent for one in heard if one.kind == kind) for kind in {one.kind for one in heard}}
-    profiled = _profiled(steps)
+    profiled = _on_gpu(steps) if config.device == "cuda" else _profiled(steps)
     steps.close()  # type: ignore[attr-defined]
     scored = sum(sum(s.mask) for s in items[0].sequences)
     return {"written": written, "sent": sent, "stored": stored, "scored": scored, "seconds": row["seconds"], **profiled}
@@ -203,6 +216,16 @@ def _profiled(steps: Iterator[dict[str, float]]) -> dict[str, float]:
     return {"peak": peak, "communication_s": gloo / 1e9, "profiled_s": row["seconds"]}
 
 
+def _on_gpu(steps: Iterator[dict[str, float]]) -> dict[str, float]:
+    """Return the highest allocation of a step on this rank's GPU, and its seconds; NCCL's own time is not taken."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    row = next(steps)
+    torch.cuda.synchronize()
+    return {"peak": torch.cuda.max_memory_allocated() - before, "communication_s": 0.0, "profiled_s": row["seconds"]}
+
+
 def _written() -> int:
     """Return the bytes that this process has written so far: on a rank that writes no file, to its sockets."""
     return int(dict(line.split(": ") for line in IO.read_text().splitlines())["wchar"])
@@ -211,7 +234,7 @@ def _written() -> int:
 def main(settings: str, folder: Path) -> None:
     given = json.loads(settings)
     config = Config(**given | {"model": Path(given["model"]), "ranks": tuple(given["ranks"])})
-    with open_world(timeout_s=600) as world:
+    with open_world(config.device, timeout_s=600) as world:
         torch.set_num_threads(1)
         for case in [case for case in CASES if case.ranks == world.size]:
             seen = measure(config, case, folder, world)

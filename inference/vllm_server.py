@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 POLL_S = 0.25
-HEALTH_TIMEOUT_S = 10.0
+HEALTH_TIMEOUT_S = 30.0  # a machine may be busy; a server that is gone refuses at once
 TAIL_LINES, TAIL_WIDTH = 15, 300
 # What vLLM's --max-lora-rank takes (vllm/config/lora.py); an adapter may have any rank up to it.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -19,7 +19,6 @@ from matryoshka.inference.vllm import Vllm
 from matryoshka.inference.vllm_adapter import check_adapter, check_config
 from matryoshka.inference.vllm_server import VllmConfig, VllmServer
 from matryoshka.lora.files import read_config
-from matryoshka.scripts.interrupt import stop_on_signal
 from matryoshka.scripts.progress import StatusLine
 from matryoshka.scripts.run_config import RunConfig, ServeConfig
 
@@ -104,8 +103,10 @@ async def _serve_vllm(model: Path, adapters: tuple[str, ...], name: str, config:
     modules = [f"{label}={Path(folder).absolute()}" for label, _, folder in pairs]
     config = replace(config, flags=(*config.flags, *(("--lora-modules", *modules) if modules else ())))
     server = VllmServer(config, model, name, "auto", rank, None)
-    client = HttpClient()
-    with stop_on_signal() as stop, StatusLine() as line:
+    client, stop, loop = HttpClient(), asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    with StatusLine() as line:
         starting = asyncio.create_task(server.start(client, line.show))
         stopping = asyncio.create_task(stop.wait())
         try:

@@ -228,7 +228,8 @@ def test_a_hot_swap(vllm: Vllm, server: Shared, adapters: list[Path]) -> None:
             await asyncio.sleep(0.02)
         new = vllm.use(adapters[1])
         await vllm.generate(ids, Sampling(max_tokens=1), new)
-        assert new in await listed(server) and (old in await listed(server)) is not long.done()
+        served = await listed(server)
+        assert new in served and (old in served or long.done())
         sample = await long
         assert sample.token_ids is not None
         assert old not in await listed(server)
@@ -281,7 +282,8 @@ def test_kill_9_in_mid_collection(
     """Oracles: all episodes are there, their log-probs are the trainer's, and no answer was asked for twice."""
     tenant = "vllm-kill"
     config = pilot_config("kill", model_dir, generator.url(tenant), server, rounds=1)
-    config = replace(config, rollout=replace(config.rollout, samples=8, guidance_tokens=200))
+    # Few at a time, so that there are requests in flight, and others to come, when the server dies.
+    config = replace(config, rollout=replace(config.rollout, samples=8, guidance_tokens=100, limit=4))
     with open_run(config, tmp_path) as run:
         run.warmup()
         run.vllm = Vllm(server, run.tokenizer, LORA.rank)

@@ -10,7 +10,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ class Average:
 def estimate(config: RunConfig) -> None:
     """Run 20 training examples and print what the whole run will cost; the last line is the numbers as JSON."""
     with tempfile.TemporaryDirectory() as root:
-        with open_run(config, Path(root), RUNS / config.name / "cache.sqlite") as run:
+        here = replace(config, executor="local")  # answers go to the run's own cache, not to one of the folder's
+        with open_run(here, Path(root), RUNS / config.name / "cache.sqlite") as run:
             settings = run.settings(greedy=False)
             done = run.episodes(run.policy(""), ["train"], [settings], "estimate", EXAMPLES)
             found = extrapolate(run, done)

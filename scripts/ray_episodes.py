@@ -139,10 +139,13 @@ def _machines() -> list[dict[str, Any]]:
 
 def _config_of(run: "Run", index: int, count: int) -> RunConfig:
     """Return the configuration that task `index` of `count` opens: the driver's black box, its part of the limits."""
-    config, generator = run.config, getattr(run.generator, "config", None)
+    machines = len(_machines())
+    threads = max(1, (os.cpu_count() or 1) // -(-count // machines))  # tasks on one machine share its cores
+    controller = replace(run.config.controller, threads=run.config.controller.threads or threads)
+    config, generator = replace(run.config, controller=controller), getattr(run.generator, "config", None)
     if generator is None:
         return config
-    if len(_machines()) > 1:
+    if machines > 1:
         budget = config.budget_usd or config.budget_tokens
         if budget or config.serve.model:
             raise ValueError(

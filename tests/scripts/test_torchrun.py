@@ -47,8 +47,7 @@ def test_an_error_names_its_rank(tiny_dir: Path, tmp_path: Path) -> None:
     torchrun's own report names the rank that failed first, with its traceback.
     """
     data = tmp_path / "rows.jsonl"
-    data.write_text('{"prompt": "p"
-')
+    data.write_text('{"prompt": "p"\n')
     code, _, errors = torchrun(2, *CLI, "sft", *arguments(data, tiny_dir, tmp_path / "out"))
     assert code != 0 and not (tmp_path / "out").exists()
     assert "rank 0: error: " in errors or "rank 1: error: " in errors

@@ -38,7 +38,8 @@ def write_slices(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> list
 
     It holds the bytes of the slices once more while it writes.
     """
-    from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     if not tensors:
         return []
@@ -53,7 +54,8 @@ def write_slices(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> list
 
 def read_slices(folder: Path, targets: Mapping[str, Tensor]) -> None:
     """Fill `targets` in place (DTensors: this rank's slice) from the safetensors files in `folder`, sharded or not."""
-    from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     wanted = {n: t for n, t in targets.items() if not is_sharded(t) or own(t).numel()}
     reader = HuggingFaceStorageReader(str(folder))

@@ -25,7 +25,7 @@ from torch import nn
 
 from matryoshka.core.activations import POLICIES
 from matryoshka.core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from matryoshka.core.distributed import ALONE, World, is_sharded, whole
+from matryoshka.core.distributed import ALONE, World, forget_gathered, is_sharded, whole
 from matryoshka.core.files import write_text
 from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.memory import free_bytes, plan_memory
@@ -138,6 +138,7 @@ def train(
                 fill_cache(batch, config.micro_batch_tokens, micro_batch, reference, cache, world)
                 if world.any(stop.is_set()):
                     raise Interrupted("train: stopped by signal before the first step; reference log-probs are kept")
+        forget_gathered(model)
         if found is not None:
             step = load_checkpoint(found, parameters, optimizer, run)
         if world.is_first:

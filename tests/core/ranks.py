@@ -52,7 +52,7 @@ class Case:
     """A training run. full: of all weights. items: how many, of ragged lengths; steps: of the optimizer.
 
     dtype: what is computed in; stored: what weights are kept in, where that is another. model: a folder, default the
-    one that all cases have.
+    one that all cases have. folder: the run's own, default the name; a case goes on where one before it ended.
     """
 
     name: str
@@ -76,6 +76,7 @@ class Case:
     model: str = ""
     nf4: bool = False
     optimizer: str = "adamw"
+    folder: str = ""
 
 
 def items_of(case: Case) -> list[Item]:
@@ -183,14 +184,15 @@ def run(case: Case, model_folder: Path, folder: Path, world: World = ALONE) -> R
             block.register_forward_pre_hook(partial(keep_bytes, index))  # after FSDP2's, which gathers
     objective = Preference() if case.preference else SFT()
     reference: Any = None if not case.preference else nullcontext if case.full else partial(active, model, None)
+    own = folder / (case.folder or case.name)
     hook = register_optimizer_step_pre_hook(keep)
     with ExitStack() as stack:
         cache = None
         if case.preference and case.full:
-            path = folder / f"{case.name}.sqlite"
+            path = folder / f"{case.folder or case.name}.sqlite"
             cache = stack.enter_context(open_reference(path, Path(case.model or model_folder), model, None, world))
         rows = train(
-            *(model, parameters, items_of(case), config, objective, token_logps, folder / case.name, reference),
+            *(model, parameters, items_of(case), config, objective, token_logps, own, reference),
             *(None, cache, world, cache is not None),
         )
         found = [row for _, row in zip(range(case.steps), rows, strict=False)]

@@ -38,6 +38,8 @@ TWO = [
     Case("shard full blocks again", layout="shard", full=True, activations="full", offload=True),
     Case("shard full untied", layout="shard", full=True, model="untied"),
 ]
+RESUMED = Case("shard full resumed", layout="shard", full=True, preference=True, batch_size=4, save_every=1, steps=2)
+PARTS = [replace(RESUMED, name=f"{RESUMED.name} {i}", folder="resumed", reshard=i == 1, steps=1) for i in (1, 2)]
 BF16 = Case("shard full bf16", layout="shard", full=True, dtype="bfloat16", stored="float32")
 FOUR = [
     Case("sft", items=3, batch_size=3),  # fewer items than ranks
@@ -69,7 +71,7 @@ def with_model(case: Case, untied_dir: Path) -> Case:
 
 @pytest.fixture(scope="module")
 def two(tiny_dir: Path, untied_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    cases = [with_model(case, untied_dir) for case in [*TWO, BF16]]
+    cases = [with_model(case, untied_dir) for case in [*TWO, *PARTS, BF16]]
     return launch(cases, 2, tiny_dir, tmp_path_factory.mktemp("two"))
 
 
@@ -150,6 +152,20 @@ def test_four_ranks_compute_what_one_process_does(
 ) -> None:
     """Oracle: as with two ranks. Hybrid: two groups of two, each with a copy of the weights."""
     check(case, four[case.name], tiny_dir, tmp_path)
+
+
+def test_sharded_weights_resume(two: dict[str, Result], tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: the undisturbed run of one process, float64, tolerances as above.
+
+    When it goes on, the reference is looked up with the weights as they came, which must not be used any more after it.
+    """
+    rows, tensors = run(replace(RESUMED, layout="replicate"), tiny_dir, tmp_path)
+    for row, part in zip(rows, PARTS, strict=True):
+        (found,) = two[part.name][0]
+        assert (found["step"], found["loss"]) == (row["step"], pytest.approx(row["loss"], rel=1e-10))
+    for name, value in tensors.items():
+        if name.startswith("parameter/"):
+            close(two[PARTS[1].name][1][name], value, 1e-8, name)
 
 
 def test_bf16_is_as_close_to_float64_as_in_one_process(two: dict[str, Result], tiny_dir: Path) -> None:

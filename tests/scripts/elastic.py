@@ -1,18 +1,17 @@
 """A command on two ranks under torchrun's own agent, for tests that start ranks again and again.
 
-    python tests/scripts/elastic.py PIDS MAX_RESTARTS SHUTDOWN_S COMMAND...
+`launch` makes the ranks as forks of the process that calls it, so that they start in no time. As a script,
 
-The ranks are forks of the agent, so that they start in no time; under `torch.distributed.run` this file is one rank.
-Each rank leaves its process id in the file PIDS/<rank>.
+    python -m torch.distributed.run --nproc-per-node 2 tests/scripts/elastic.py PIDS COMMAND...
+
+it is one rank. Each rank leaves its process id in the file PIDS/<rank>.
 """
 
 import os
 import sys
 from pathlib import Path
 
-from matryoshka.scripts import cli, finetune
-
-assert finetune  # what takes long to import is there before the ranks are forked
+from matryoshka.scripts import cli
 
 
 def rank(pids: Path, arguments: list[str]) -> None:
@@ -22,18 +21,27 @@ def rank(pids: Path, arguments: list[str]) -> None:
         sys.exit(status)
 
 
-def main(pids: str, max_restarts: str, shutdown_s: str, *arguments: str) -> None:
-    if "RANK" in os.environ:
-        rank(Path(pids), list(arguments))
-        return
+def warm() -> None:
+    """Import what training imports on its way and takes long."""
+    import torch._dynamo
+    import torch.distributed.launcher.api
+    import torch.distributed.tensor
+
+    import matryoshka.scripts.finetune
+
+    assert matryoshka.scripts.finetune
+
+
+def launch(pids: Path, max_restarts: int, shutdown_s: int, arguments: list[str]) -> None:
+    """Run the command under torchrun's agent until it is done, or failed once more than `max_restarts` times."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        1, 1, 2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=int(max_restarts),
-        start_method="fork", monitor_interval=0.05, shutdown_timeout=int(shutdown_s),
+        1, 1, 2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=max_restarts,
+        start_method="fork", monitor_interval=0.05, shutdown_timeout=shutdown_s,
     )  # fmt: skip
-    elastic_launch(config, rank)(Path(pids), list(arguments))
+    elastic_launch(config, rank)(pids, arguments)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    rank(Path(sys.argv[1]), sys.argv[2:])

@@ -78,6 +78,7 @@ def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
     parallel = ParallelConfig(settings["layout"], group=2 if settings["layout"] == "hybrid" else 0)
     lora = LoraConfig()
     model = load_base(model_folder, DTYPES[settings["dtype"]], full, lora, items, config, parallel, world)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
     if full:
         parameters = dict(model.requires_grad_(True).named_parameters())
     else:
@@ -94,6 +95,7 @@ def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
         with watch.listening():
             watched = list(itertools.islice(rows, steps))
     return {
+        "parameters": numbers,
         "first_loss": first["loss"],
         "seconds": [row["seconds"] for row in timed],
         "tokens": sum(row["tokens"] for row in timed) / steps,

@@ -189,11 +189,8 @@ def launch(cases: list[Case], ranks: int, model_folder: Path, folder: Path) -> d
     """Return what each case gives on `ranks` ranks of this machine."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += [__file__, str(model_folder), str(folder), str(folder / "cases.json")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".ns"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = torchrun(ranks, __file__, str(model_folder), str(folder), str(folder / "cases.json"))
+    assert code == 0, errors
     return {
         case.name: (
             json.loads((folder / f"{case.name}.json").read_text()),
@@ -201,6 +198,19 @@ def launch(cases: list[Case], ranks: int, model_folder: Path, folder: Path) -> d
         )
         for case in cases
     }
+
+
+def torchrun(ranks: int, *command: str, timeout_s: float = 1200) -> tuple[int, str, str]:
+    """Return status, output and errors of a command on ranks of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".ns"), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*launcher, *command], env=environment, **pipes) as process:
+        try:
+            out, errors = process.communicate(timeout=timeout_s)
+        finally:
+            process.terminate()  # it ends its ranks, which being killed it could not
+    return process.returncode, out, errors
 
 
 def main(model_folder: Path, folder: Path, cases: Path) -> None:

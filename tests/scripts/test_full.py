@@ -1,4 +1,4 @@
-"""`matryoshka sft | dpo --tune full` and `--parallel.*` through the command line; a single rank runs in this process."""
+"""`matryoshka sft | dpo --tune full` and `--parallel.*` through the command line; single ranks run in this process."""
 
 import json
 import socket

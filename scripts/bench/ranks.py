@@ -108,11 +108,17 @@ def _launch(config: Config, ranks: int, folder: Path) -> None:
     settings = asdict(config) | {"model": str(config.model.resolve())}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["-m", "matryoshka.scripts.bench.ranks", json.dumps(settings), str(folder)]
-    done = subprocess.run(
-        command, env={"OMP_NUM_THREADS": "1", **os.environ}, capture_output=True, text=True, timeout=config.timeout_s
-    )
-    if done.returncode:
-        raise ValueError(f"bench ranks: {ranks} ranks failed:\n{done.stderr[-4000:]}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        try:
+            _, errors = process.communicate(timeout=config.timeout_s)
+        except subprocess.TimeoutExpired as err:
+            raise ValueError(f"bench ranks: {ranks} ranks took more than {config.timeout_s} s") from err
+        finally:
+            process.terminate()  # torchrun ends its ranks
+    if process.returncode:
+        raise ValueError(f"bench ranks: {ranks} ranks failed:\n{errors[-4000:]}")
 
 
 def _row(config: Config, case: Case, seen: dict[str, Any]) -> Row:

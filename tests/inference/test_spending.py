@@ -118,7 +118,7 @@ def test_one_budget_is_over_all_generators(tmp_path: Path) -> None:
 
     run(endpoint := Endpoint(), none, ResponseCache(path), tokens, model="other", identity="same")
     assert endpoint.seen == []
-    assert total(ResponseCache(path)) == (pytest.approx(0.077), 45)
+    assert total(ResponseCache(path)) == pytest.approx((0.077, 45))
 
 
 def test_a_budget_is_divided_among_machines() -> None:

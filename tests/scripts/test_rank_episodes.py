@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,33 @@ from matryoshka.scripts.run_config import RunConfig, WarmupConfig
 from matryoshka.tests.scripts.conftest import Generator, environment
 from matryoshka.tests.scripts.test_pilot import Runs, num_lines, small
 
+PATIENCE_S = 1500.0  # a launch takes seconds, on a busy machine minutes
 USD = (7 * 0.01 + 5 * 20) / 1e6  # of an answer of the scripted server
 
 
 class RankRuns(Runs):
-    """Runs that torchrun starts."""
+    """Runs that torchrun starts, each launcher in a session of its own; `end` leaves none behind."""
+
+    def __init__(self, root: Path, generator: Generator) -> None:
+        super().__init__(root, generator)
+        self.started: list[subprocess.Popen[str]] = []
+
+    def end(self) -> None:
+        for process in self.started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)  # the launcher ends its ranks
+                process.communicate(timeout=60)
 
     def torchrun(self, ranks: int, command: str, config: RunConfig, *place: str) -> "subprocess.Popen[str]":
         launcher = [sys.executable, "-m", "torch.distributed.run", *(place or ["--standalone"])]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*launcher, "--nproc-per-node", str(ranks), "-m", "matryoshka.scripts.cli", command]
             + ["--config", str(self.write(config))],
             cwd=self.root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
         )  # fmt: skip
+        self.started.append(process)
+        return process
 
     def on_two_machines(self, ranks: int, command: str, config: RunConfig) -> list[tuple[int, str, str]]:
         """Start two launchers, as two machines would, and return the status, output and errors of each."""
@@ -49,13 +63,20 @@ class RankRuns(Runs):
             port = free.getsockname()[1]
         place = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port), "--node-rank")
         processes = [self.torchrun(ranks, command, config, *place, str(node)) for node in range(2)]
-        ends = [process.communicate(timeout=500) for process in processes]
+        ends = [process.communicate(timeout=PATIENCE_S) for process in processes]
         return [(process.returncode, *end) for process, end in zip(processes, ends, strict=True)]
 
     def finish_on(self, ranks: int, command: str, config: RunConfig) -> list[Any]:
-        output, errors = (process := self.torchrun(ranks, command, config)).communicate(timeout=500)
+        output, errors = (process := self.torchrun(ranks, command, config)).communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, errors[-4000:]
         return [json.loads(line) for line in output.splitlines()]
+
+
+@pytest.fixture
+def runs(tmp_path: Path, generator: Generator) -> Iterator[RankRuns]:
+    runs = RankRuns(tmp_path, generator)
+    yield runs
+    runs.end()
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -119,14 +140,13 @@ def test_alone_every_collective_is_the_identity() -> None:
 
 
 @pytest.mark.slow
-def test_no_world_size_repeats_anything(tmp_path: Path, controller_dir: Path, generator: Generator) -> None:
+def test_no_world_size_repeats_anything(runs: RankRuns, controller_dir: Path, generator: Generator) -> None:
     """Oracle: the same run in one process. Budgets stop it on two machines of two ranks, each with a cache of its own,
     and then in one process; two ranks go on to the end.
 
     Sampling is deterministic and nothing is trained, so the journals' rows are the same, bit for bit.
     """
-    runs = RankRuns(tmp_path, generator)
-    prices = tmp_path / "prices.toml"
+    prices = (tmp_path := runs.root) / "prices.toml"
     prices.write_text("scripted = { input = 0.01, output = 20 }\n")
 
     def config(name: str) -> RunConfig:
@@ -173,7 +193,7 @@ def test_no_world_size_repeats_anything(tmp_path: Path, controller_dir: Path, ge
 
     # What has to be mended is told by one rank; the other ends with it.
     process = runs.torchrun(2, "collect", replace(many, seed=1))
-    _, errors = process.communicate(timeout=500)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode != 0 and errors.count("error: ") == errors.count("another configuration: seed: 0 ->") == 1
 
     # One process reads it all back, asks nothing and makes the same pairs.
@@ -185,23 +205,23 @@ def test_no_world_size_repeats_anything(tmp_path: Path, controller_dir: Path, ge
 
 
 @pytest.mark.slow
-def test_a_pilot_on_two_ranks_outlives_one_of_them(tmp_path: Path, controller_dir: Path, generator: Generator) -> None:
+def test_a_pilot_on_two_ranks_outlives_one_of_them(runs: RankRuns, controller_dir: Path, generator: Generator) -> None:
     """Oracle: the pilot of one process. SIGKILL to one rank in collection ends all; the same command goes on.
 
     Ranks add gradients in another order, so adapters differ in the last bits, their hashes and keys altogether.
     """
-    runs = RankRuns(tmp_path, generator)
     one, two = (small(name, controller_dir, generator.url(name)) for name in ("alone", "pair"))
     summary = runs.finish(one)
     folder, expected = runs.folder(two), runs.folder(one)
     process = runs.torchrun(2, "pilot", two)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE_S
     while sum(num_lines(path) for path in folder.glob("trajectories*")) < 3:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-4000:]
         time.sleep(0.01)
-    os.kill(children(process.pid)[-1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0 and children(os.getpid()) is not None
+    ranks = children(process.pid)
+    os.kill(ranks[-1], signal.SIGKILL)
+    process.communicate(timeout=PATIENCE_S)
+    assert process.returncode != 0 and not any(Path(f"/proc/{child}").exists() for child in ranks)
     assert 3 <= len(rows(folder)) < 16 and not (folder / "preferences.jsonl").exists()
     found = runs.finish_on(2, "pilot", two)[-1]
 

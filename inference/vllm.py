@@ -53,6 +53,7 @@ class Vllm:
         self._rank, self._show = rank, show
         self._client = HttpClient()
         self._lock = asyncio.Lock()  # held while the server starts or an adapter is loaded or unloaded
+        self._scoring = asyncio.Lock()
         self._runs = 0  # starts so far; a request that fails knows by it whether somebody has mended the server since
         self._is_up = False
         self._folders: dict[str, Path] = {}
@@ -109,10 +110,15 @@ class Vllm:
     async def score(
         self, prompt_ids: Sequence[int], completion_ids: Sequence[int], adapter: str | None = None
     ) -> tuple[float, ...]:
-        """Return the log-prob of each completion token as vLLM's forward pass over the whole text sees it."""
+        """Return the log-prob of each completion token as vLLM's forward pass over the whole text sees it.
+
+        One at a time, and nothing else should be under way: on CPUs, vLLM 0.32 with LoRA dies of prompt log-probs that
+        are asked for in a batch with other requests (its LoRA head takes one row a request, and gets one a token).
+        """
         ids = (*prompt_ids, *completion_ids)
         request = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        choice = await self._complete(ids, request, adapter)
+        async with self._scoring:
+            choice = await self._complete(ids, request, adapter)
         rows = choice["prompt_logprobs"][len(prompt_ids) :]
         return tuple(float(row[str(id)]["logprob"]) for row, id in zip(rows, completion_ids, strict=True))
 

@@ -78,8 +78,8 @@ def model_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=draws)
-            weight.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else 0.15 * noise)
-        model.get_parameter("model.embed_tokens.weight")[config["eos_token_id"]] *= 3
+            weight.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else 0.3 * noise)
+        model.get_parameter("model.embed_tokens.weight")[config["eos_token_id"]] *= 2
     save_weights(model, folder)
     return folder
 
@@ -242,7 +242,8 @@ def test_a_hot_swap(vllm: Vllm, server: Shared, adapters: list[Path]) -> None:
 def pilot_config(name: str, model_dir: Path, url: str, server: Shared, rounds: int) -> RunConfig:
     config = small(name, model_dir, url, rounds)
     vllm = VllmConfig(base_url=server.url, context=CONTEXT)
-    return replace(config, controller=replace(config.controller, deterministic=False, engine="vllm", vllm=vllm))
+    controller = replace(config.controller, deterministic=False, engine="vllm", vllm=vllm)
+    return replace(config, controller=controller, rollout=replace(config.rollout, guidance_tokens=60))
 
 
 def test_a_pilot_of_two_rounds(
@@ -286,7 +287,7 @@ def test_kill_9_in_mid_collection(
     config = replace(config, rollout=replace(config.rollout, samples=8, guidance_tokens=100, limit=4))
     with open_run(config, tmp_path) as run:
         run.warmup()
-        run.vllm = Vllm(server, run.tokenizer, LORA.rank)
+        run.vllm = Vllm(server, run.tokenizer, LORA.rank)  # the server is ours here, to be started again
         killed = []
 
         def kill() -> None:

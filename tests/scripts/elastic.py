@@ -23,9 +23,6 @@ def rank(pids: Path, arguments: list[str]) -> None:
 
 def warm() -> None:
     """Import what training imports on its way and takes long."""
-    import torch._dynamo
-    import torch.distributed.launcher.api
-    import torch.distributed.tensor
 
     import matryoshka.scripts.finetune
 

@@ -92,7 +92,8 @@ def by_hand(case: Case, folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
     def logp(tokens: Tokens) -> Tensor:
         ids, mask = torch.tensor(tokens.ids), torch.tensor(tokens.mask[1:], dtype=torch.bool)
         logps_TV = model.logits(model(ids[None, :-1]))[0].log_softmax(-1)
-        return logps_TV.gather(1, ids[1:, None])[mask].sum()
+        summed: Tensor = logps_TV.gather(1, ids[1:, None])[mask].sum()
+        return summed
 
     def reference(tokens: Tokens) -> Tensor:
         with torch.no_grad(), active(model, None):
@@ -162,7 +163,7 @@ def test_sharded_weights_resume(two: dict[str, Result], tiny_dir: Path, tmp_path
     rows, tensors = run(replace(RESUMED, layout="replicate"), tiny_dir, tmp_path)
     for row, part in zip(rows, PARTS, strict=True):
         (found,) = two[part.name][0]
-        assert (found["step"], found["loss"]) == (row["step"], pytest.approx(row["loss"], rel=1e-10))
+        assert found["step"] == row["step"] and found["loss"] == pytest.approx(row["loss"], rel=1e-10)
     for name, value in tensors.items():
         if name.startswith("parameter/"):
             close(two[PARTS[1].name][1][name], value, 1e-8, name)

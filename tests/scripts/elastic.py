@@ -7,6 +7,7 @@
 it is one rank. Each rank leaves its process id in the file PIDS/<rank>.
 """
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -23,10 +24,8 @@ def rank(pids: Path, arguments: list[str]) -> None:
 
 def warm() -> None:
     """Import what training imports on its way and takes long."""
-
-    import matryoshka.scripts.finetune
-
-    assert matryoshka.scripts.finetune
+    for name in ("torch._dynamo", "torch.distributed.tensor", "matryoshka.scripts.finetune"):
+        importlib.import_module(name)
 
 
 def launch(pids: Path, max_restarts: int, shutdown_s: int, arguments: list[str]) -> None:

@@ -86,16 +86,16 @@ def model_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two adapters that move log-probs a lot."""
+    """Two adapters that move log-probs a lot, and one that moves nothing."""
     folders = []
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         model = load_model(model_dir)
         add_adapter(model, "a", LORA, seed)
         draws = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for layer in layers_with(model, "a"):
                 weight = layer.parts("a")["lora_B"]["a"]
-                weight.copy_(torch.randn(weight.shape, generator=draws))
+                weight.copy_((seed < 3) * torch.randn(weight.shape, generator=draws))
         folders.append(tmp_path_factory.mktemp("adapter") / str(seed))
         save_adapter(model, "a", folders[-1], str(model_dir))
     return folders
@@ -114,7 +114,7 @@ class Shared(VllmServer):
 
 @pytest.fixture(scope="module")
 def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
-    config = VllmConfig(vllm_command(), flags=FLAGS, environment=ENVIRONMENT, start_timeout_s=900.0)
+    config = VllmConfig(vllm_command(), max_loras=3, flags=FLAGS, environment=ENVIRONMENT, start_timeout_s=900.0)
     log = tmp_path_factory.mktemp("vllm") / "vllm.log"
     server = Shared(config, model_dir, "controller", "float32", LORA.rank, log)
 
@@ -192,16 +192,16 @@ def test_greedy_and_sampled(vllm: Vllm, model_dir: Path) -> None:
     assert len({first.token_ids, other.token_ids, another.token_ids}) == 3
 
 
-def test_two_adapters_at_once(vllm: Vllm, model_dir: Path, adapters: list[Path]) -> None:
+def test_adapters_at_once(vllm: Vllm, model_dir: Path, adapters: list[Path]) -> None:
     """Oracle: the trainer's log-probs under each adapter; under another one they are far away.
 
     Sampled ids come with the log-probs that they were drawn with, and prompt_logprobs of the same ids agree.
     """
     ids = prompt(vllm.tokenizer)
-    places = [None, *adapters]
+    places = [*adapters[:2], None]  # the third is the base model
 
     async def draw() -> tuple[list[Sample], list[tuple[float, ...]]]:
-        names = [None, *(vllm.register(folder) for folder in adapters)]
+        names = [vllm.register(folder) for folder in adapters]
         draws = [(name, Sampling(temperature=1.0, max_tokens=30, draw=draw)) for draw in range(3) for name in names]
         samples = list(await asyncio.gather(*(vllm.generate(ids, sampling, name) for name, sampling in draws)))
         scores = [vllm.score(ids, sample.token_ids or (), names[i % 3]) for i, sample in enumerate(samples)]
@@ -234,8 +234,6 @@ def test_a_hot_swap(vllm: Vllm, server: Shared, adapters: list[Path]) -> None:
         sample = await long
         assert sample.token_ids is not None
         assert old not in await listed(server)
-        vllm.use(None)
-        await vllm.generate(ids, Sampling(max_tokens=1))
 
     run(vllm, swap())
 
@@ -270,6 +268,11 @@ def test_a_pilot_of_two_rounds(
                 expected = trained(model_dir, turn.prompt_ids, turn.action, stages[-1])
                 assert difference(expected, turn.action.logprobs).largest < 5e-4
             run.train_round(round, trajectories)
+        for trajectory in run.episodes(run.policy(""), ["validation"]):  # the base model, beside loaded adapters
+            (turn,) = trajectory.turns
+            assert turn.prompt_ids is not None and turn.action.logprobs is not None
+            expected = trained(model_dir, turn.prompt_ids, turn.action, None)
+            assert difference(expected, turn.action.logprobs).largest < 5e-4
         assert run.is_trained("round-2") and run.vllm is not None and run.vllm.num_restarts == 0
         other, use = stages[0], run.vllm.use
         monkeypatch.setattr(run.vllm, "use", lambda folder: use(other))

@@ -77,16 +77,19 @@ class Vllm:
         """Take no more requests for any other adapter; the server drops each when its requests have ended."""
         self._retired = self._folders.keys() - set(names)
 
-    def use(self, folder: Path | None) -> str | None:
-        """Register the adapter in `folder` (None: the base model) and retire all others; return its name."""
-        names = [] if folder is None else [self.register(folder)]
-        self.retire_others(*names)
-        return names[0] if names else None
+    def use(self, folder: Path) -> str:
+        """Register the adapter in `folder` and retire all others; return its name."""
+        name = self.register(folder)
+        self.retire_others(name)
+        return name
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: str | None = None) -> Sample:
-        """Return one completion of `prompt_ids` under `adapter` (None: the base model).
+        """Return one completion of `prompt_ids` under `adapter` (None: the base model, on a server without adapters).
 
-        Its seed is a function of (seed, draw, prompt); equal ones draw equal tokens as far as vLLM's batches allow.
+        vLLM 0.32 on CPUs gives requests for the base model the adapter of its last slot, where there is one (its index
+        for none is -1, and its kernels index with it): serve the base model as an adapter whose B is zero.
+
+        The seed is a function of (seed, draw, prompt); equal ones draw equal tokens as far as vLLM's batches allow.
         Raises ValueError for what the server refuses, a name that was not registered, and a server that does not come
         up; ContextError where prompt and max_tokens do not fit; ConnectionError when attempts are exhausted.
         """

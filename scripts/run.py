@@ -355,12 +355,18 @@ class Run:
 
         def make(sampler: TokenSampler) -> Controller:
             if isinstance(sampler, Vllm):
-                return LocalController(sampler, sampler.use(self.adapter_folder(stage) if stage else None), label)
+                return LocalController(sampler, sampler.use(self.adapter_folder(stage or self._neutral())), label)
             if stage:
                 self._load_policy(stage)
             return LocalController(sampler, adapter, label)
 
         return Scheme(label, make, self.settings(greedy=True))
+
+    def _neutral(self) -> str:
+        """Return a stage whose adapter changes nothing: vLLM serves it as the base model (`Vllm.generate` says why)."""
+        if not self.is_trained("untrained"):
+            self._keep_policy("", "untrained")
+        return "untrained"
 
     def collect(self, round: int) -> list[Trajectory]:
         """Return K sampled episodes for each training problem under the policy that round `round` starts from."""

@@ -256,8 +256,9 @@ def test_a_failed_start_shows_the_end_of_the_log(
         server = VllmServer(config, tiny_dir, "base", "float32", 0, tmp_path / "vllm.log")
         with pytest.raises(ValueError, match=says) as caught:
             await server.start(HttpClient(), shown.append)
-        assert "a line of the log" in str(caught.value)
-        assert ("no memory for the cache" in str(caught.value)) is (start == "fail")
+        assert f"{tmp_path / 'vllm.log'} ends:" in str(caught.value)
+        if start == "fail":  # the other one may not have come to writing anything, on a busy machine
+            assert "a line of the log\nno memory for the cache" in str(caught.value)
         assert not server.is_running
 
     asyncio.run(run())

@@ -74,28 +74,32 @@ def test_memory_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "problem"),
+    ("settings", "problem"),
     [
-        (["--model", "llama3-70b"], "model 'llama3-70b' is neither known nor a folder; did you mean 'llama-3-70b'?"),
-        (["--model", "qwerty"], "choose from smollm2-135m, llama-3.2-1b"),
-        (["--model", "llama-3-8b", "--gpus", "12"], "12 GPUs are not whole nodes of 8"),
-        (["--model", "llama-3-8b", "--gpus", "8", "--gpus-per-node", "3"], "8 GPUs are not whole nodes of 3"),
-        (["--model", "llama-3-8b", "--gpus", "0"], "gpus 0 must be at least 1"),
-        (["--model", "llama-3-8b", "--gpu-memory", "80"], "GPU memory '80' is not understood"),
-        (["--model", "llama-3-8b", "--hardware", "h10"], "hardware 'h10' is unknown; did you mean 'h100'?"),
-        (["--model", "llama-3-8b", "--network-gbs", "-1"], "network_gbs -1.0 must not be negative"),
-        (["--model", "llama-3-8b", "--quantization", "int4"], "quantization 'int4' is unknown"),
-        (["--model", "llama-3-8b", "--quantization", "nf4", "--full"], "four bits cannot be trained"),
-        (["--model", "llama-3-8b", "--activations", "some"], "policy 'some' is unknown"),
-        (["--model", "llama-3-8b", "--layout", "ddp"], "layout 'ddp' is unknown"),
+        ({"model": "llama3-70b"}, "model 'llama3-70b' is neither known nor a folder; did you mean 'llama-3-70b'"),
+        ({"model": "qwerty"}, "choose from smollm2-135m, llama-3.2-1b"),
+        ({"gpus": 12}, "12 GPUs are not whole nodes of 8"),
+        ({"gpus": 8, "gpus_per_node": 3}, "8 GPUs are not whole nodes of 3"),
+        ({"gpus": 0}, "gpus 0 must be at least 1"),
+        ({"gpu_memory": "80"}, "GPU memory '80' is not understood"),
+        ({"hardware": "h10"}, "hardware 'h10' is unknown; did you mean 'h100'"),
+        ({"network_gbs": -1.0}, "network_gbs -1.0 must not be negative"),
+        ({"quantization": "int4"}, "quantization 'int4' is unknown"),
+        ({"quantization": "nf4", "full": True}, "four bits cannot be trained"),
+        ({"activations": "some"}, "policy 'some' is unknown"),
+        ({"layout": "ddp"}, "layout 'ddp' is unknown"),
     ],
 )
-def test_bad_input_is_refused_by_name(
-    arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Oracle: status 2 and the message."""
-    assert main(["plan", *arguments]) == 2
-    assert problem in capsys.readouterr().err
+def test_bad_input_is_refused_by_name(settings: dict[str, Any], problem: str) -> None:
+    """Oracle: the message."""
+    with pytest.raises(ValueError, match=problem):
+        plan(PlanConfig(**{"model": "llama-3-8b", **settings}))
+
+
+def test_the_command_line_refuses_it_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: status 2, and one line."""
+    assert main(["plan", "--model", "llama3-70b"]) == 2
+    assert capsys.readouterr().err.startswith("error: plan: model 'llama3-70b' is neither known")
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka.core import memory
+from matryoshka.core import train as training
 from matryoshka.core.activations import POLICIES, CompiledBlocks, activations, run_block
 from matryoshka.core.attention import blocks, tree_attention
 from matryoshka.core.elementwise import rope_tables
@@ -282,7 +283,7 @@ def test_training_runs_each_micro_batch_as_planned(tmp_path: Path, monkeypatch: 
     expected = run(config, "none", 4)
     model, parameters = trained(WIDE, torch.float32)
     room = plan_memory("auto", model, parameters, 1, free=GIB).peak_bytes(70, "none") + state_bytes(parameters)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: int(room / (1 - memory.MARGIN)) + 2)
+    monkeypatch.setattr(training, "free_bytes", lambda device: int(room / (1 - memory.MARGIN)) + 2)
     used: dict[int, str] = {}
 
     def noted(policy: str, compiled: CompiledBlocks | None = None) -> Any:

@@ -156,8 +156,8 @@ def test_layers_that_read_the_same_are_computed_together(tiny_dir: Path, monkeyp
         patch.setattr(LoraLinear, "forward_together", lambda self, x, layers: None)
         apart, alone = run()
     assert together == [3, 1, 2, 1] * 2 and apart == [1] * 7 * 2
-    for got, expected in zip(shared, alone, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    for got, expected in zip(shared, alone, strict=True):  # float64 sums in another order, up to 4e-12 on some CPUs
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
     add_adapter(model, "some", LoraConfig(rank=2, targets=("q_proj", "v_proj", "gate_proj", "up_proj")), seed=0)
     add_adapter(model, "drop", LoraConfig(rank=2, dropout=0.5), seed=0)

@@ -172,7 +172,7 @@ def test_a_server_that_dies_is_started_again(tiny_dir: Path, tmp_path: Path, fau
             return await asyncio.gather(*(vllm.generate(PROMPT, draw, name) for draw in draws for name in names))
 
         before, pid = await draw(), vllm.server.pid
-        faults(*["sleep0.5"] * 7, "die")
+        faults(*["sleep20"] * 7, "die")
         assert await draw() == before
         assert vllm.num_restarts == 1 and vllm.server.pid != pid
         assert len(requests(tmp_path, "/v1/load_lora_adapter")) == 4
@@ -191,7 +191,7 @@ def test_an_old_adapter_goes_when_its_requests_have_ended(
     folders = [adapter(tiny_dir, tmp_path / str(seed), seed) for seed in (1, 2)]
 
     async def use(vllm: Vllm) -> None:
-        faults("sleep0.6")
+        faults("sleep1.5")
         old = vllm.use(folders[0])
         running = asyncio.create_task(vllm.generate(PROMPT, SAMPLING, old))
         while not requests(tmp_path):

@@ -276,7 +276,7 @@ def test_a_pilot_of_two_rounds(
         assert run.is_trained("round-2") and run.vllm is not None and run.vllm.num_restarts == 0
         other, use = stages[0], run.vllm.use
         monkeypatch.setattr(run.vllm, "use", lambda folder: use(other))
-        wrong = run.episodes(run.policy("round-2"), ["validation"])
+        wrong = run.episodes(run.policy("round-2"), ["test"])  # not recorded yet
         with pytest.raises(ValueError, match=r"parity: example .* the trainer computes .*another adapter"):
             run._check_parity(wrong, "round-2")
     assert asyncio.run(listed(server)) == before  # what a run has loaded on a server of others goes with it

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 TIMEOUT_S = 600.0
 
@@ -91,6 +91,13 @@ def whole(tensor: Any) -> Tensor:
     """Return the tensor with the parts of all ranks, which all have to ask for it; others as they are."""
     full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return full
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Free weights that FSDP2 holds gathered after a pass without backward, so that they cannot outlive a change."""
+    for module in model.modules():
+        if (reshard := getattr(module, "reshard", None)) is not None:
+            reshard()
 
 
 def as_part(like: Any, part: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def shard(
     for block in model.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard, mp_policy=mixed, offload_policy=offload)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=mixed, offload_policy=offload)
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    parts: list[FSDPModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)

@@ -27,7 +27,7 @@ from torch import nn
 
 from matryoshka.core.activations import POLICIES
 from matryoshka.core.checkpoint import Checkpoints
-from matryoshka.core.distributed import ALONE, TIMEOUT_S, World, is_sharded, whole
+from matryoshka.core.distributed import ALONE, TIMEOUT_S, World, forget_gathered, is_sharded, whole
 from matryoshka.core.files import write_text
 from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.memory import free_bytes, plan_memory
@@ -151,6 +151,7 @@ def train(
                 fill_cache(batch, config.micro_batch_tokens, micro_batch, reference, cache, world)
                 if world.any(stop.is_set()):
                     raise Interrupted("train: stopped by signal before the first step; reference log-probs are kept")
+        forget_gathered(model)
         step = checkpoints.load(parameters, optimizer)
         if world.is_first:
             _keep_metrics(metrics_path, step)

@@ -98,8 +98,13 @@ def _launch(config: Config, layout: str, ranks: int) -> dict[str, Any]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += ["-m", "matryoshka.scripts.bench.scale_rank", json.dumps(settings)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"bench scale: {layout} on {ranks} ranks failed:\n{done.stderr[-2000:]}")
+        pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env=environment, **pipes) as process:
+            try:
+                _, errors = process.communicate()
+            finally:
+                process.terminate()  # torchrun ends its ranks
+        if process.returncode:
+            raise ValueError(f"bench scale: {layout} on {ranks} ranks failed:\n{errors[-2000:]}")
         found: dict[str, Any] = json.loads(out.read_text())
         return found

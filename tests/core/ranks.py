@@ -51,7 +51,7 @@ class Case:
     """A training run. full: of all weights. items: how many, of ragged lengths; steps: of the optimizer.
 
     dtype: what is computed in; stored: what weights are kept in, where that is another. model: a folder, default the
-    one that all cases have.
+    one that all cases have. folder: the run's own, default the name; a case goes on where one before it ended.
     """
 
     name: str
@@ -73,6 +73,7 @@ class Case:
     steps: int = 1
     save_every: int = 0
     model: str = ""
+    folder: str = ""
 
 
 def items_of(case: Case) -> list[Item]:
@@ -168,14 +169,15 @@ def run(case: Case, model_folder: Path, folder: Path, world: World = ALONE) -> R
 
     objective = Preference() if case.preference else SFT()
     reference: Any = None if not case.preference else nullcontext if case.full else partial(active, model, None)
+    own = folder / (case.folder or case.name)
     hook = register_optimizer_step_pre_hook(keep)
     with ExitStack() as stack:
         cache = None
         if case.preference and case.full:
-            path = folder / f"{case.name}.sqlite"
+            path = folder / f"{case.folder or case.name}.sqlite"
             cache = stack.enter_context(open_reference(path, Path(case.model or model_folder), model, None, world))
         rows = train(
-            *(model, parameters, items_of(case), config, objective, token_logps, folder / case.name, reference),
+            *(model, parameters, items_of(case), config, objective, token_logps, own, reference),
             *(None, cache, world, cache is not None),
         )
         found = [row for _, row in zip(range(case.steps), rows, strict=False)]
@@ -189,11 +191,8 @@ def launch(cases: list[Case], ranks: int, model_folder: Path, folder: Path) -> d
     """Return what each case gives on `ranks` ranks of this machine."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += [__file__, str(model_folder), str(folder), str(folder / "cases.json")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".ns"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = torchrun(ranks, __file__, str(model_folder), str(folder), str(folder / "cases.json"))
+    assert code == 0, errors
     return {
         case.name: (
             json.loads((folder / f"{case.name}.json").read_text()),
@@ -201,6 +200,19 @@ def launch(cases: list[Case], ranks: int, model_folder: Path, folder: Path) -> d
         )
         for case in cases
     }
+
+
+def torchrun(ranks: int, *command: str, timeout_s: float = 1200) -> tuple[int, str, str]:
+    """Return status, output and errors of a command on ranks of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".ns"), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*launcher, *command], env=environment, **pipes) as process:
+        try:
+            out, errors = process.communicate(timeout=timeout_s)
+        finally:
+            process.terminate()  # it ends its ranks, which being killed it could not
+    return process.returncode, out, errors
 
 
 def main(model_folder: Path, folder: Path, cases: Path) -> None:

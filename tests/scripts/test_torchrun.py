@@ -1,8 +1,6 @@
 """`torchrun -m matryoshka.scripts.cli sft | dpo` on two ranks of this machine."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,10 @@ from safetensors.torch import load_file
 from matryoshka.core.files import read_jsonl
 from matryoshka.lora.files import WEIGHTS
 from matryoshka.scripts import cli
-from matryoshka.tests.scripts.conftest import environment
+from matryoshka.tests.core.ranks import torchrun
 from matryoshka.tests.scripts.test_finetune import CHATS, PAIRS, arguments, write
 
-
-def torchrun(*command: str) -> "subprocess.CompletedProcess[str]":
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*launcher, "-m", "matryoshka.scripts.cli", *command], env=environment(), capture_output=True, text=True,
-        timeout=500,
-    )  # fmt: skip
+CLI = ("-m", "matryoshka.scripts.cli")
 
 
 @pytest.mark.parametrize(("name", "rows"), [("dpo", PAIRS), pytest.param("sft", CHATS, marks=pytest.mark.slow)])
@@ -34,9 +26,9 @@ def test_two_ranks_train_the_adapter_of_one(
     of 1e-2 and six steps.
     """
     data = write(tmp_path / "rows.jsonl", rows)
-    done = torchrun(name, *arguments(data, tiny_dir, tmp_path / "two"))
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
+    code, out, errors = torchrun(2, *CLI, name, *arguments(data, tiny_dir, tmp_path / "two"))
+    assert code == 0, errors
+    (line,) = out.splitlines()
     assert json.loads(line)["step"] == 6
     assert cli.main([name, *arguments(data, tiny_dir, tmp_path / "one")]) == 0
     two, one = (read_jsonl(tmp_path / out / "metrics.jsonl") for out in ("two", "one"))
@@ -50,16 +42,16 @@ def test_two_ranks_train_the_adapter_of_one(
 
 
 def test_an_error_names_its_rank(tiny_dir: Path, tmp_path: Path) -> None:
-    """Oracle: by hand: both ranks read the same bad file, each says so; torchrun's status is not 0.
+    """Oracle: by hand: both ranks read the same bad file and say so, the second one unless it was ended before.
 
     torchrun's own report names the rank that failed first, with its traceback.
     """
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "p"\n')
-    done = torchrun("sft", *arguments(data, tiny_dir, tmp_path / "out"))
-    assert done.returncode != 0 and not (tmp_path / "out").exists()
-    assert "rank 0: error: " in done.stderr or "rank 1: error: " in done.stderr
-    assert "rows.jsonl:1: malformed JSON" in done.stderr
-    report = done.stderr.partition("Root Cause")[2]
+    code, _, errors = torchrun(2, *CLI, "sft", *arguments(data, tiny_dir, tmp_path / "out"))
+    assert code != 0 and not (tmp_path / "out").exists()
+    assert "rank 0: error: " in errors or "rank 1: error: " in errors
+    assert "rows.jsonl:1: malformed JSON" in errors
+    report = errors.partition("Root Cause")[2]
     assert "rank      : 0" in report or "rank      : 1" in report
     assert "traceback : Traceback (most recent call last)" in report and "in read_jsonl" in report

@@ -43,7 +43,8 @@ class Job:
             log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            os.environ |= environment()
+            # Otherwise torchrun's restarts share one store, and a rank may read there where a dead one listened.
+            os.environ |= {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
             if torchrun:
                 launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", *torchrun.split()]
                 os.execv(sys.executable, [sys.executable, *launcher, elastic.__file__, str(self.pids), *command])

@@ -30,6 +30,8 @@ setup_env() {
     for extra in "$@"; do
         grep -qsxF "$key $extra" "$stamp" || missing+=("$extra")
     done
+    # Or every process of ours would compile torch's sources again: the install leaves byte code to the first import.
+    unset PYTHONDONTWRITEBYTECODE
     # Every core by default; threads that wait must sleep, or two processes on two cores starve each other.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
     if [ ${#missing[@]} -eq 0 ]; then

@@ -117,8 +117,8 @@ class Job:
     def needed(self, config: ParallelConfig, ranks: int) -> int:
         """Return the bytes that each of `ranks` ranks needs that share one copy, under the leanest policy for
         activations where the job says "auto"."""
-        parallel = {"reshard": config.reshard, "prefetch": config.prefetch, "offload": config.offload}
-        return memory_of(replace(self, **parallel), ranks, 0).total
+        parallel = replace(self, reshard=config.reshard, prefetch=config.prefetch, offload=config.offload)
+        return memory_of(parallel, ranks, 0).total
 
     def scale_bytes(self) -> int:
         """Return the size of NF4's scales, which every rank holds whole."""
@@ -134,7 +134,7 @@ def job_of(model: LanguageModel, nf4: bool = False, **settings: Any) -> Job:
     """
     names = {id(module): f"{path}." for path, module in model.named_modules()}
     parts: dict[str, list[Weight]] = {names[id(block)]: [] for block in model.blocks}
-    root = []
+    root: list[Weight] = []
     for name, parameter in model.named_parameters():
         part = next((part for part in parts if name.startswith(part)), None)
         weight = Weight(name, tuple(parameter.shape), nf4 and part is not None and parameter.dim() == 2)

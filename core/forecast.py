@@ -121,8 +121,10 @@ def forecast(job: Job, cluster: Cluster, layout: str) -> Forecast:
 
 def table(found: Sequence[Forecast]) -> str:
     """Return the forecasts as lines of text: memory of a rank in GiB, bytes sent by a rank in a step, time, rate."""
-    rows = [("layout", "weights", "gathered", "grads", "moments", "activations", "total GiB", "fits", "sent GB/step",
-             "step s", "hidden", "tokens/s")]  # fmt: skip
+    rows: list[tuple[str, ...]] = [
+        ("layout", "weights", "gathered", "grads", "moments", "activations", "total GiB", "fits", "sent GB/step", "step s",
+         "hidden", "tokens/s")
+    ]  # fmt: skip
     for x in found:
         memory = x.memory
         parts = (memory.weights, memory.gathered, memory.gradients, memory.moments)

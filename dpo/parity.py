@@ -14,8 +14,9 @@ import torch
 
 from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.memory import plan_memory
+from matryoshka.core.packing import Item
 from matryoshka.core.records import Sample, Trajectory, stable_seed
-from matryoshka.core.train import Item, MicroBatch
+from matryoshka.core.step import MicroBatch
 from matryoshka.core.tree import Tokens
 from matryoshka.dpo.data import completion
 from matryoshka.dpo.head import token_logps

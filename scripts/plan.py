@@ -213,7 +213,7 @@ def _dry_run(
     done = dry_run(model, model_config, once, cluster, layout, one.memory.policy, with_peak)
     print(f"dry run of rank 0 of {cluster.size}, {layout}, one micro-batch, {done['seconds']:.0f} s here:")
     stored = once.stored_bytes(shards_of(layout, cluster))
-    rows = [("weights stored", done["stored_bytes"], stored)]
+    rows: list[tuple[str, Any, float]] = [("weights stored", done["stored_bytes"], stored)]
     for kind, size in one.sent.items():
         seen = done["collectives"].get(kind, {"count": 0, "sent_bytes": 0.0})
         rows.append((f"{kind}, {seen['count']} calls: sent", seen["sent_bytes"], size))

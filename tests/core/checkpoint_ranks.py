@@ -42,7 +42,7 @@ def make(seed: int, mesh: Any = None) -> Run:
         from torch.distributed.fsdp import fully_shard
 
         for layer in (model[0], model[2], model[3]):
-            fully_shard(layer, mesh=mesh).set_gradient_divide_factor(1.0)  # type: ignore[attr-defined]
+            fully_shard(layer, mesh=mesh).set_gradient_divide_factor(1.0)
         fully_shard(model, mesh=mesh)
     model.adapter = nn.Parameter(torch.randn(3, dtype=torch.float64))
     parameters = dict(model.named_parameters())
@@ -58,7 +58,7 @@ def train(run: Run, steps: range, world: World = ALONE, after: Any = None) -> li
         data_NF, target_NF = (torch.randn(8, width, generator=draws, dtype=torch.float64) for width in (5, 3))
         mine = slice(world.rank, None, world.size)
         loss = (model(data_NF[mine]) * parameters["adapter"] - target_NF[mine]).square().sum() / 8
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         gradient = parameters["adapter"].grad
         assert gradient is not None
         total = loss.detach()

@@ -178,7 +178,7 @@ def test_a_curve_over_seeds(
     assert result["seeds"] == [3, 4]
     runs = {seed: curve.outcomes(tmp_path / "runs" / f"c-{seed}") for seed in (3, 4)}
     for name, row in result["conditions"].items():
-        won = [sum(runs[seed][name].values()) for seed in (3, 4)]
+        won = [sum(map(bool, runs[seed][name].values())) for seed in (3, 4)]
         assert row["by_seed"] == {"3": round(won[0] / 6, 4), "4": round(won[1] / 6, 4)}
         assert row["pooled"] == to_json(wilson(sum(won), 12))
     assert result["conditions"]["gold_guidance"]["pooled"]["value"] == 1.0

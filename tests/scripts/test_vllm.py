@@ -305,7 +305,7 @@ def test_kill_9_in_mid_collection(
         killer.start()
         done = run.collect(1)
         killer.join()
-        run._runner.run(run.vllm.aclose())
+        run.runner.run(run.vllm.aclose())
         ((pid, recorded),) = killed
         assert recorded < len(done) == 4 * 8 and run.vllm.num_restarts == 1 and server.pid != pid
         for turn in (turn for trajectory in done for turn in trajectory.turns):

@@ -122,8 +122,8 @@ def forecast(job: Job, cluster: Cluster, layout: str) -> Forecast:
 def table(found: Sequence[Forecast]) -> str:
     """Return the forecasts as lines of text: memory of a rank in GiB, bytes sent by a rank in a step, time, rate."""
     rows: list[tuple[str, ...]] = [
-        ("layout", "weights", "gathered", "grads", "moments", "activations", "total GiB", "fits", "sent GB/step", "step s",
-         "hidden", "tokens/s")
+        ("layout", "weights", "gathered", "grads", "moments", "activations", "total GiB", "fits", "sent GB/step",
+         "step s", "hidden", "tokens/s")
     ]  # fmt: skip
     for x in found:
         memory = x.memory

@@ -160,13 +160,8 @@ def rms(values: list[Tensor]) -> float:
     return torch.cat([value.double().flatten() for value in values]).square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("call", [0, 2048])
-def test_bf16_errs_no_more_than_the_padded_batch(seed: int, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: float64 on the same bf16 weights. Error of the tree at most 1.5 times the padded path's plus 1e-3, root
-    mean square over the batch: log-probs, loss, and adapter gradients (there in units of their own size).
-    """
-    monkeypatch.setattr(attention, "CALL", call)
+def bf16_errors(seed: int) -> list[tuple[float, float, float]]:
+    """Return the errors of the padded and of the tree's bf16 pass against float64, by log-probs, loss and gradient."""
     draws = random.Random(seed)
     header = [draws.randrange(50) for _ in range(12)]
     sequences = []
@@ -203,9 +198,19 @@ def test_bf16_errs_no_more_than_the_padded_batch(seed: int, call: int, monkeypat
         size = rms(list(truth[2]))
         gradient = rms([a.double() - b for a, b in zip(gradients, truth[2], strict=True)]) / size
         errors.append((rms([logps_S.double() - truth[0]]), abs(loss.item() - truth[1].item()), gradient))
-    assert errors[0][0] > 1e-3  # bf16 does round
-    for theirs, ours in zip(*errors, strict=True):
-        assert ours <= 1.5 * theirs + 1e-3
+    return errors
+
+
+@pytest.mark.parametrize("call", [0, 2048])
+def test_bf16_errs_no_more_than_the_padded_batch(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: float64 on the same bf16 weights. Error of the tree at most 1.5 times the padded path's plus 1e-3, root
+    mean square over the batches: log-probs, loss, and adapter gradients (there in units of their own size). A batch has
+    one loss, whose error may be near 0 by luck; over eight of them it is a measure.
+    """
+    monkeypatch.setattr(attention, "CALL", call)
+    theirs, ours = torch.tensor([bf16_errors(seed) for seed in range(8)]).square().mean(0).sqrt()
+    assert theirs[0] > 1e-3  # bf16 does round
+    assert (ours <= 1.5 * theirs + 1e-3).all(), (ours, theirs)
 
 
 def test_branches_leave_out_what_is_not_seen() -> None:

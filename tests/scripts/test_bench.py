@@ -145,7 +145,7 @@ def test_speeds_are_medians_over_all_steps(monkeypatch: pytest.MonkeyPatch, tmp_
 
     recipe = Recipe(True, 4, 1e-4, 8, 1, LoraConfig(), 0, "cpu")
     shared = step.Bench(nn.Module(), {}, [], recipe)  # type: ignore[arg-type]
-    monkeypatch.setattr(step, "_load", lambda config: shared)
+    monkeypatch.setattr(step, "load_bench", lambda config: shared)
     monkeypatch.setattr(step, "memory_row", lambda *rest: Row("memory", 1.0, "MiB"))
     monkeypatch.setattr(step, "_warm_up", lambda *rest: ["trl, 5 pairs"])
     monkeypatch.setattr(step, "_trainers", lambda *rest: {name: stub(name) for name in (*blocks, "trl, 5 pairs")})

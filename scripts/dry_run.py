@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -142,6 +141,8 @@ def _by_kind(heard: list[Collective]) -> dict[str, dict[str, float]]:
 
 def _peak(model: LanguageModel, optimizer: Any, trained: list[Any], job: Job, policy: str) -> dict[str, int]:
     """Return the bytes by category at the highest point of the policy's forward and backward."""
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker  # loads the compiler
+
     tracker = FSDPMemTracker(model, optimizer)
     if not job.full:
         tracker.track_external(*trained)

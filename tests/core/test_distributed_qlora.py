@@ -9,6 +9,7 @@ import torch
 from matryoshka.tests.core.ranks import Case, Result, launch, run
 
 pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.slow
 
 CASES = [
     Case("sft", dtype="float32", nf4=True),

@@ -28,13 +28,13 @@ def warm() -> None:
         importlib.import_module(name)
 
 
-def launch(pids: Path, max_restarts: int, shutdown_s: int, arguments: list[str]) -> None:
+def launch(pids: Path, max_restarts: int, arguments: list[str]) -> None:
     """Run the command under torchrun's agent until it is done, or failed once more than `max_restarts` times."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
         1, 1, 2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=max_restarts,
-        start_method="fork", monitor_interval=0.05, shutdown_timeout=shutdown_s,
+        start_method="fork", monitor_interval=0.05,
     )  # fmt: skip
     elastic_launch(config, rank)(pids, arguments)
 

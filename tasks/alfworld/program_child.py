@@ -39,6 +39,14 @@ def _in_library(path: object) -> bool:
     return isinstance(path, str) and (os.path.abspath(path) + os.sep).startswith(LIBRARY + os.sep)
 
 
+def flush() -> None:
+    """Write what was printed, before a message after which the parent may end this process: the task may be done."""
+    try:
+        sys.stdout.flush()
+    except (AttributeError, OSError, ValueError):  # closed, replaced, or over the file limit: only output is lost
+        pass
+
+
 class Line:
     """The connection with the parent. Whatever the parent refuses is raised as RuntimeError."""
 
@@ -55,6 +63,7 @@ class Line:
             message = message[self._write(self._descriptor, message) :]
 
     def ask(self, kind: bytes, text: str) -> str:
+        flush()
         self.send(kind, text)
         answer = self.receive()
         if answer[:1] == b"-":
@@ -154,10 +163,7 @@ def main() -> None:
             error = sandbox.describe(err, source)
         except BaseException:  # an exception whose __str__ raises
             error = type(err).__name__
-    try:  # before the last message, after which the parent ends this process
-        sys.stdout.flush()
-    except (AttributeError, OSError, ValueError):  # closed, replaced, or over the file limit: only output is lost
-        pass
+    flush()
     if error is None:
         line.send(b"F", "")
     else:

@@ -138,7 +138,7 @@ def test_equals_bitsandbytes_and_peft(tiny_dir: Path, dtype: torch.dtype) -> Non
     """Oracle: bitsandbytes' Linear4bit under peft's LoRA in a copy of the model: logits and every adapter gradient.
 
     fp32: 1e-5 of each tensor's norm, the order of the sums. bf16: as far from fp32 as they are, to a
-    factor of two: peft multiplies by the adapter in fp32, we round it to bf16.
+    factor of 1.5: peft multiplies by the adapter in fp32, we round it to bf16.
     """
     peft = pytest.importorskip("peft")
     model, stored = quantised(tiny_dir, dtype), load_model(tiny_dir).state_dict()
@@ -173,7 +173,7 @@ def test_equals_bitsandbytes_and_peft(tiny_dir: Path, dtype: torch.dtype) -> Non
         sum(((tensor - wanted).norm() / wanted.norm()).item() for tensor, wanted in zip(found, exact, strict=True))
         for found in (got, expected)
     ]
-    assert 0 < errors[0] <= 2 * errors[1]
+    assert 0 < errors[0] <= 1.5 * errors[1]
 
 
 def test_what_is_quantised(tiny_dir: Path) -> None:

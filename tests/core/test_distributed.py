@@ -170,7 +170,7 @@ def test_sharded_weights_resume(two: dict[str, Result], tiny_dir: Path, tmp_path
 
 
 def test_bf16_is_as_close_to_float64_as_in_one_process(two: dict[str, Result], tiny_dir: Path) -> None:
-    """Oracle: float64 autograd by hand; the error is that of a process that computes in bf16, within a factor of 2.
+    """Oracle: float64 autograd by hand; the error is that of a process that computes in bf16, within a factor of 1.5.
 
     bf16 rounds every product to 8 bits, and the order of tokens decides which way, so no closer bound holds for each.
     The loss is 5.9 or so: 2^-8 of it. Weights, gradients and the sum over the ranks are in fp32.
@@ -185,7 +185,7 @@ def test_bf16_is_as_close_to_float64_as_in_one_process(two: dict[str, Result], t
         for found in ({name: tensors[f"gradient/{name}"] for name in exact}, rounded)
     )
     norm = torch.stack([value.square().sum() for value in exact.values()]).sum().sqrt()
-    assert 0 < errors / norm < 2 * expected / norm < 0.1
+    assert 0 < errors / norm < 1.5 * expected / norm < 0.1
     assert all(value.dtype == torch.float32 for value in tensors.values())
 
 

@@ -84,9 +84,3 @@ def dense_twin(packed: Tensor, scales: NF4, dtype: torch.dtype) -> Tensor:
     scale_N = scales.code[scales.absmax.long()] * each + scales.offset
     values *= scale_N.repeat_interleave(BLOCK)[: len(values)]
     return values.view(len(packed), -1).to(dtype)
-
-
-def nf4_bytes(numbers: int) -> int:
-    """Return what a weight of so many numbers takes, its scales included."""
-    blocks = -(-numbers // BLOCK)
-    return numbers // 2 + blocks + 4 * (-(-blocks // SCALES) + 1 + 256)

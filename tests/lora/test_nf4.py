@@ -6,12 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from matryoshka.lora.nf4 import BLOCK, LEVELS, NF4, SCALES, dense, dense_twin, nf4_bytes, quantize
+from matryoshka.lora.nf4 import BLOCK, LEVELS, NF4, SCALES, dense, dense_twin, quantize
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
 # One block that is not full; two rows a block; blocks across rows; more than one block of scales, not full.
 SHAPES = [(5, 6), (6, 32), (16, 96), (301, 130)]
+
+
+def nf4_bytes(numbers: int) -> int:
+    """Return what a weight of so many numbers takes, its scales included."""
+    blocks = -(-numbers // BLOCK)
+    return numbers // 2 + blocks + 4 * (-(-blocks // SCALES) + 1 + 256)
 
 
 def weights(shape: tuple[int, int], dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:

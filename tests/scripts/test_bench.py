@@ -19,7 +19,6 @@ from matryoshka.core.load import load_model
 from matryoshka.core.tokenizer import Tokenizer
 from matryoshka.core.tree import tree_size
 from matryoshka.lora.linear import LoraConfig
-from matryoshka.lora.nf4 import nf4_bytes
 from matryoshka.scripts import cli
 from matryoshka.scripts.bench import head, load, step
 from matryoshka.scripts.bench.command import BENCHES, show
@@ -30,6 +29,7 @@ from matryoshka.scripts.bench.shapes import SHAPES, random_model
 from matryoshka.scripts.bench.step_profile import profile_chart
 from matryoshka.scripts.bench.training import Block, Recipe
 from matryoshka.scripts.bench.trl_training import transformers_model
+from matryoshka.tests.lora.test_nf4 import nf4_bytes
 from matryoshka.tests.scripts.conftest import with_context
 
 KEYS = ["bench", "hardware", "versions", "commit", "rows", "ratio", "target", "holds"]

@@ -87,8 +87,8 @@ class Checkpoints:
         state = read_state(path)
         if state["run"] != self._run:
             raise ValueError(
-                f"{path}: was written with another training configuration, objective or data; go on with what wrote "
-                "it, or start in a new folder"
+                f"{path}: was written with another training configuration, objective, model or data; go on with "
+                "what wrote it, or start in a new folder"
             )
         _check_parameters(path, state["tensors"], parameters)
         targets = {name: _empty(kind, _owner(name, parameters)[1]) for name, kind in state["tensors"].items()}

@@ -109,6 +109,7 @@ def train(
     cache: ReferenceCache | None = None,
     world: World = ALONE,
     reference_first: bool = False,
+    start: str = "",
 ) -> Iterator[dict[str, float]]:
     """Train `parameters` in place and yield a metrics row per optimizer step: step, epoch, loss, grad_norm, lr, ...
 
@@ -117,11 +118,12 @@ def train(
     first_loss: what the first micro-batch's mean loss must be (ln 2 for DPO, policy and reference being equal; its
     reference is computed, cache or not); checked to 1e-5 of it, and of 1 where it is below.
     State and metrics.jsonl go to `folder`, which all ranks see; an unfinished run found there is continued.
+    start: whatever tells the model that training starts from, frozen weights included, from others of its shape.
     world: the ranks that share every batch, all of which call this with the same arguments and get the same rows.
     Raises ValueError for no items, an item beyond micro_batch_tokens, another first loss, or a folder that another
-    configuration, objective or data wrote; FloatingPointError before the optimizer on a non-finite loss or gradient,
-    naming the example whose hidden states are not finite; Interrupted on SIGTERM or SIGINT, after the step that runs is
-    done and saved.
+    configuration, objective, model or data wrote; FloatingPointError before the optimizer on a non-finite loss or
+    gradient, naming the example whose hidden states are not finite; Interrupted on SIGTERM or SIGINT, after the step
+    that runs is done and saved.
     """
     if not items:
         raise ValueError(f"train: no items to train on ({folder}); collect more samples or check the data file")
@@ -139,7 +141,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     max_bytes = int(config.max_checkpoint_gb * 1e9) or None
     checkpoints = Checkpoints(
-        *(folder, _fingerprint(config, objective, items), world, config.keep_checkpoints, max_bytes),
+        *(folder, _fingerprint(config, objective, items, start), world, config.keep_checkpoints, max_bytes),
         *(config.save_asynchronously, config.rank_timeout_s),
     )
 
@@ -213,13 +215,13 @@ def free_share(device: torch.device, world: World) -> int:
     return free_bytes(device) // (1 if device.type == "cuda" else world.local_size)
 
 
-def _fingerprint(config: TrainConfig, objective: Objective, items: Sequence[Item]) -> str:
+def _fingerprint(config: TrainConfig, objective: Objective, items: Sequence[Item], start: str) -> str:
     """Return a hash of all that decides the result, so not of checkpoints, nor of how the batch is cut up and kept."""
     free: dict[str, Any] = {"save_every": 0, "keep_checkpoints": 1, "max_checkpoint_gb": 0.0}
     free |= {"save_asynchronously": True, "rank_timeout_s": TIMEOUT_S, "micro_batch_tokens": 1, "activations": "auto"}
     decisive = dataclasses.replace(config, **free)
     name = repr(objective) if dataclasses.is_dataclass(objective) else type(objective).__qualname__
-    digest = hashlib.sha256(f"{decisive} {name}".encode())
+    digest = hashlib.sha256(f"{decisive} {name} {start}".encode())
     for item in items:
         digest.update(repr(item).encode())
     return digest.hexdigest()

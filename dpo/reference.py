@@ -25,8 +25,8 @@ from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.packing import Item
 from matryoshka.core.records import stable_seed
 from matryoshka.core.tree import Tokens
-from matryoshka.lora.files import adapter_tensors
-from matryoshka.lora.linear import LoraLinear, layers_with
+from matryoshka.lora.files import adapter_digest
+from matryoshka.lora.linear import LoraLinear
 
 KERNELS = 1  # raise it with any change to the code that moves log-probs by more than rounding
 APPLICATION_ID = 0x4D545246  # in SQLite's header: this file is ours
@@ -50,10 +50,7 @@ def reference_digest(base: Path, model: LanguageModel, adapter: str | None) -> s
     if packed := [path for path, layer in layers if layer.scales is not None]:
         digest.update(f"nf4 {packed}".encode())
     if adapter is not None:
-        digest.update(f"{layers_with(model, adapter)[0].configs[adapter]}".encode())
-        for name, tensor in adapter_tensors(model, adapter).items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(adapter_digest(model, adapter).encode())
     return digest.hexdigest()
 
 

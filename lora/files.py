@@ -41,6 +41,15 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     return tensors
 
 
+def adapter_digest(model: nn.Module, name: str) -> str:
+    """Return a hash of adapter `name` as it is in `model`: its configuration and every bit of it."""
+    digest = hashlib.sha256(f"{layers_with(model, name)[0].configs[name]}".encode())
+    for key, tensor in adapter_tensors(model, name).items():
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def save_adapter(model: nn.Module, name: str, folder: Path, base_model: str, dtype: torch.dtype | None = None) -> None:
     """Write adapter `name` to `folder` in PEFT's layout.
 

@@ -21,15 +21,16 @@ from matryoshka.core.layout import ParallelConfig, choose_layout
 from matryoshka.core.load import empty_model, fill_model, load_model, read_config
 from matryoshka.core.step import Reference
 from matryoshka.core.train import Item, TrainConfig, free_share, longest_micro_batch, train
-from matryoshka.core.weights import save_weights
+from matryoshka.core.weights import sampled_digest, save_weights
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.dpo.reference import ReferenceLogps, open_reference
-from matryoshka.lora.files import save_adapter
+from matryoshka.lora.files import adapter_digest, save_adapter
 from matryoshka.lora.linear import (
     LoraConfig,
     active,
     copy_adapter,
+    layers_with,
     prepare_linears,
     set_active,
     trainable_parameters,
@@ -65,6 +66,8 @@ def train_policy(
     and all return when the adapter is there.
     """
     set_active(model, POLICY)
+    nf4 = any(layer.scales is not None for layer in layers_with(model, POLICY))
+    start = f"{sampled_digest(base)} {model.dtype} {nf4} {adapter_digest(model, POLICY)}"
     with ExitStack() as stack:
         reference: Reference | None = None
         cache: ReferenceLogps | None = None
@@ -76,7 +79,9 @@ def train_policy(
             if reference_cache is not None:
                 cache = stack.enter_context(open_reference(reference_cache, base, model, name, world))
         parameters = trainable_parameters(model, POLICY)
-        row = _train(model, parameters, items, config, preference, folder, title, reference, cache, tensorboard, world)
+        row = _train(
+            *(model, parameters, items, config, preference, folder, title, reference, cache, tensorboard, world, start)
+        )
     set_active(model, None)
     if world.is_first:
         save_adapter(model, POLICY, folder / "adapter", str(base))
@@ -109,7 +114,10 @@ def train_weights(
         if preference is not None and preference.needs_reference:
             reference, path = nullcontext, reference_cache or folder / "reference.sqlite"
             cache = stack.enter_context(open_reference(path, base, model, None, world))
-        row = _train(model, parameters, items, config, preference, folder, title, reference, cache, tensorboard, world)
+        start = sampled_digest(base)
+        row = _train(
+            *(model, parameters, items, config, preference, folder, title, reference, cache, tensorboard, world, start)
+        )
     _save_model(model, base, folder / "model", dtype, world)
     return row
 
@@ -126,6 +134,7 @@ def _train(
     cache: ReferenceLogps | None,
     tensorboard: bool,
     world: World,
+    start: str,
 ) -> dict[str, float]:
     """Train `parameters`, the first rank showing progress, and return the last metrics row."""
     model.train(preference is None)  # dropout is for SFT; policy and reference are compared without it
@@ -133,6 +142,7 @@ def _train(
         *(model, parameters, items, config, preference or SFT(), token_logps, folder, reference),
         *(preference.first_loss if preference else None, cache, world),
         reference_first=reference is nullcontext,
+        start=start,
     )
     total = config.epochs * math.ceil(len(items) / config.batch_size)
     row: dict[str, float] = {}

@@ -252,7 +252,7 @@ HALF = "half a checkpoint: .*remove this folder to go on from an earlier checkpo
         (lambda folder: (folder / "step-2/state.safetensors").unlink(), "tensors is missing, [0-9]+ were"),
         (rewrite("step-2/state.safetensors", lambda data: data[:-1]), "tensors has [0-9]+ bytes, [0-9]+ were"),
         (rewrite("step-2/state.safetensors", lambda data: b"\x01" * len(data)), "cannot be read"),
-        (edit(run="another"), "was written with another training configuration, objective or data"),
+        (edit(run="another"), "was written with another training configuration, objective, model or data"),
         (lambda folder: (folder / "step-3").mkdir(), HALF),
         (rename("step-2", "step-7"), "was written as step-2; give the folder its name back"),
         (rename("step-2", "step-best"), r"step-best: is not the name of a checkpoint \(step-<number>\)"),

@@ -262,7 +262,7 @@ def test_how_the_work_is_cut_up_may_change(tiny_dir: Path, tmp_path: Path) -> No
     assert same(values(loaded), values(part))
 
 
-OTHER = "was written with another training configuration, objective or data"
+OTHER = "was written with another training configuration, objective, model or data"
 
 
 def other_rank(tiny_dir: Path) -> dict[str, Any]:

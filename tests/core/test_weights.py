@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matryoshka.core.weights import load_weights, save_weights
+from matryoshka.core.weights import load_weights, sampled_digest, save_weights
 
 
 class Body(nn.Module):
@@ -269,6 +269,26 @@ done = True
 thread.join()
 print(anonymous() - before, max(peak, anonymous()) - before)
 """
+
+
+def test_sampled_digest(tmp_path: Path) -> None:
+    """Oracle: the same numbers in other files give the same digest; another number, name, shape or dtype another."""
+    tensors = {**checkpoint(), "scalar": torch.tensor(1.0), "empty": torch.empty(0, 3)}
+    name = next(iter(tensors))
+    changed = {
+        "number": {**tensors, name: tensors[name].clone().index_fill_(0, torch.tensor([len(tensors[name]) - 1]), 9.0)},
+        "scalar": {**tensors, "scalar": torch.tensor(2.0)},
+        "name": {("other" if key == name else key): tensor for key, tensor in tensors.items()},
+        "shape": {**tensors, "empty": torch.empty(0, 4)},
+        "dtype": {**tensors, "empty": torch.empty(0, 3, dtype=torch.float64)},
+    }
+    save_weights(tensors, tmp_path / "one")
+    save_weights(tensors, tmp_path / "cut", max_shard_bytes=100)
+    first = sampled_digest(tmp_path / "one")
+    assert sampled_digest(tmp_path / "cut") == first
+    for what, other in changed.items():
+        save_weights(other, tmp_path / what)
+        assert sampled_digest(tmp_path / what) != first, what
 
 
 @pytest.fixture(scope="module")

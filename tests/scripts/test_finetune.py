@@ -1,6 +1,7 @@
 """`matryoshka sft` and `matryoshka dpo --data` on a user's own rows, through the command line."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from matryoshka.core.files import read_jsonl
 from matryoshka.core.load import load_model
@@ -191,8 +193,32 @@ def test_other_data_in_a_folder_of_an_unfinished_run_is_refused(
     assert cli.main(["dpo", *arguments(write(tmp_path / "a.jsonl", PAIRS), tiny_dir, out)]) == 0
     before = (out / "adapter" / WEIGHTS).read_bytes()
     assert cli.main(["dpo", *arguments(write(tmp_path / "b.jsonl", PAIRS[:4]), tiny_dir, out)]) == 2
-    assert "was written with another training configuration, objective or data" in capsys.readouterr().err
+    assert "was written with another training configuration, objective, model or data" in capsys.readouterr().err
     assert (out / "adapter" / WEIGHTS).read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["base", "adapter"])
+def test_another_start_in_a_folder_of_an_unfinished_run_is_refused(
+    kind: str, tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the message, for a base and for a first adapter of the same shapes in which one number differs."""
+    data, out = write(tmp_path / "a.jsonl", PAIRS), tmp_path / "out"
+    first: list[str] = []
+    if kind == "adapter":
+        assert cli.main(["dpo", *arguments(data, tiny_dir, tmp_path / "before")]) == 0
+        first = ["--adapter", str(tmp_path / "before" / "adapter")]
+    assert cli.main(["dpo", *arguments(data, tiny_dir, out, *first)]) == 0
+    folder = tiny_dir if kind == "base" else Path(first[1])
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (weights,) = other.glob("*.safetensors")
+    tensors = load_file(weights)
+    name = sorted(tensors)[-1]
+    tensors[name].view(-1)[0] += 1.0
+    save_file(tensors, weights, metadata={"format": "pt"})
+    base, first = (other, []) if kind == "base" else (tiny_dir, ["--adapter", str(other)])
+    assert cli.main(["dpo", *arguments(data, base, out, *first)]) == 2
+    assert "was written with another training configuration, objective, model or data" in capsys.readouterr().err
 
 
 def test_tensorboard_without_its_package_names_the_extra(

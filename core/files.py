@@ -13,14 +13,16 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then fsync and rename it: `path` is whole or untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = os.open(path.parent, os.O_RDONLY)  # later it may have another name: who waits for the file may rename it
     try:
         write(temporary)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+        os.fsync(folder)
     finally:
+        os.close(folder)
         temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,15 +43,18 @@ def write_jsonl(path: Path, rows: list[Any]) -> None:
 def read_jsonl(path: Path) -> list[Any]:
     """Return the JSON objects of `path`, one a line.
 
-    Raises FileNotFoundError, and ValueError naming file and line for an empty file, an empty row or malformed JSON.
+    Raises FileNotFoundError, and ValueError naming file and line for an empty file, an empty row, malformed JSON or
+    bytes that are not UTF-8.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected JSONL, one JSON object a line")
     rows = []
-    with path.open(encoding="utf-8") as handle:
+    with path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
+            except UnicodeDecodeError as err:
+                raise ValueError(f"{path}:{number}: not UTF-8 (byte {err.start + 1} of the line); save it so") from err
             except json.JSONDecodeError as err:
                 what = "the row is empty" if not line.strip() else f"malformed JSON ({err.msg}, column {err.colno})"
                 raise ValueError(f"{path}:{number}: {what}; expected one JSON object a line") from err
@@ -136,7 +141,7 @@ def _journal_rows(path: Path, data: bytes, first: int) -> dict[str, dict[str, An
         try:
             row = json.loads(line)
             rows[row["key"]] = row
-        except (json.JSONDecodeError, KeyError, TypeError) as err:
+        except (ValueError, KeyError, TypeError) as err:  # malformed JSON, or not UTF-8
             raise ValueError(f"{path}:{number}: not a journal row ({err}); expected an object with 'key'") from err
     return rows
 

@@ -93,7 +93,7 @@ def forecast(job: Job, cluster: Cluster, layout: str) -> Forecast:
         return seconds + pay("all-reduce", across)
 
     def fetch(weights: Sequence[Weight]) -> float:
-        size = job.gathered_bytes(weights, shards) if shards > 1 else 0
+        size = job.gathered_bytes(weights, shards)
         moved = size / shards / hardware.host if job.offload else 0.0
         return moved + pay("all-gather", gather(size, cluster, shards))
 

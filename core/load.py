@@ -70,7 +70,7 @@ def fill_model(
 def read_config(folder: Path) -> dict[str, Any]:
     """Return `config.json` of a model folder.
 
-    Raises FileNotFoundError when folder or file is missing, ValueError for anything but a JSON object.
+    Raises FileNotFoundError when folder or file is missing, ValueError for anything but a JSON object in UTF-8.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -78,8 +78,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder}: no such {missing}; expected a Hugging Face model folder")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as err:
-        raise ValueError(f"{path}:{err.lineno}: malformed JSON ({err.msg}); get the file again") from err
+    except ValueError as err:  # malformed, or not UTF-8
+        raise ValueError(f"{path}: malformed JSON ({err}); get the file again") from err
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}; get the file again")
     return config

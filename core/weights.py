@@ -175,7 +175,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         return {str(key): str(name) for key, name in weight_map.items()}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise ValueError(f"{path}: not an index ({err!r}); expected {{'weight_map': {{key: file}}}}, "
                          f"get it again") from err
 

@@ -169,8 +169,9 @@ def _space() -> str:
 
 
 def _started(pid: int) -> str:
-    """Return the clock tick at which process `pid` started, "" if there is none."""
+    """Return the clock tick at which process `pid` started, "" if there is none, or only its parent has yet to hear."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return ""
+    return "" if fields[0] in "ZX" else fields[19]

@@ -105,6 +105,8 @@ def parse_answer(text: str) -> Answer:
         if finish_reason == "length":
             raise AttemptError(f"{reason}: all tokens went into thinking; raise max_tokens", "prompt", tokens)
         raise AttemptError(reason, "passing", tokens)
+    # Half a surrogate pair is no Unicode: neither a file of ours nor a tokenizer could hold it.
+    content = content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return Answer(Sample(content, finish_reason, usage=tokens), model)
 
 

@@ -201,7 +201,9 @@ class OpenAIGenerator:
         body = chat_body(endpoint.model, prompt, sampling, config.length_key, config.omit, self._extra)
         await self.purse.hold(key, most)
         sent_at = time.monotonic()
-        timeout_s = min(config.timeout_s, max(0.0, deadline - sent_at))
+        if (timeout_s := min(config.timeout_s, deadline - sent_at)) <= 0:
+            self.purse.settle(key, Usage())
+            raise AttemptError("its turn came when its time was over", "passing")
         endpoint.stats.sent += 1
         try:
             reply = await self._client.request(

@@ -68,6 +68,6 @@ def retry_after_s(headers: Mapping[str, str]) -> float:
         except ValueError:
             try:
                 seconds = parsedate_to_datetime(value).timestamp() - time.time()
-            except ValueError:
+            except (ValueError, OverflowError):  # no date, or none that a calendar has
                 return 0.0
     return max(0.0, seconds) if math.isfinite(seconds) else 0.0

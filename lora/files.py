@@ -101,7 +101,7 @@ def read_config(folder: Path) -> LoraConfig:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         rank, alpha, targets = data["r"], float(data["lora_alpha"]), data["target_modules"]
-    except (json.JSONDecodeError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError) as err:
         raise ValueError(f"{path}: not an adapter's configuration ({err!r}); expected PEFT's, with r, lora_alpha and "
                          "target_modules") from err
     for key in REFUSED:

@@ -15,7 +15,7 @@ from rich.text import Text
 from matryoshka.core.files import write_atomic
 from matryoshka.core.records import to_json
 from matryoshka.inference.cache import ResponseCache
-from matryoshka.inference.prices import load_prices, price_of
+from matryoshka.inference.prices import Price, load_prices, price_of
 
 DAY_S = 86400.0
 
@@ -40,7 +40,7 @@ def cache(
         generator: Only the answers of this one (MODEL@URL, as stats shows it).
         older_than_days: What prune deletes: answers at least so old; 0 for all.
         out: The file that export writes.
-        prices: A TOML file of your own prices, for stats.
+        prices: A TOML file of your own prices, for stats; default those that the run was told of.
         as_json: stats as one JSON object.
     """
     file = path / "cache.sqlite" if path.is_dir() else path
@@ -68,9 +68,10 @@ def cache(
 
 def _stats(answers: ResponseCache, own_prices: Path | None) -> Iterator[dict[str, Any]]:
     prices, totals = load_prices(own_prices), answers.totals()
+    told = {} if own_prices else {name: Price(*pair) for name, pair in answers.prices().items()}
     for name in answers.generators():
         known, kept = answers.spending(name), totals.get(name)
-        price = price_of(prices, name.partition("@")[0])
+        price = told.get(name) or price_of(prices, name.partition("@")[0])
         yield {
             "generator": name,
             "answers": kept.answers if kept else 0,

@@ -16,6 +16,7 @@ from matryoshka.tasks.lamp.retrieval import Retriever, bm25, dense, recency
 from matryoshka.tasks.lamp.task import LampTask, Options, make_example
 
 FROM_TRAINING = ("warmup", "train", "validation")
+EMBEDDED_AT_ONCE = 256  # texts in a request; OpenAI takes 2,048, and histories are longer
 
 
 def load_splits(config: RunConfig) -> dict[str, Sequence[Example]]:
@@ -115,23 +116,22 @@ def _cut(
 ) -> dict[str, Sequence[Example]]:
     """Return the first problems of `path` in the numbers asked for, split after split; the rest is not read.
 
-    Problems whose histories share an entry are one user's: all go to the split of the first, and what of them is too
-    much for it goes nowhere.
+    Problems whose histories share an entry, or are joined by others that do, are one user's: all go to the split of the
+    first, and what of them is too much for it, or joins two splits, goes nowhere.
     """
     splits: dict[str, list[Example]] = {split: [] for split in counts}
-    owner: dict[int, str] = {}  # hash of an entry -> the split of its user
+    owner: dict[int, str] = {}  # hash of an entry -> the split of its user, "" where that would be two
     items = read_items(path, kind)
     while wanting := [split for split, count in counts.items() if len(splits[split]) < count]:
         item = next(items, None)
         if item is None:
             break
         entries = {hash(tuple(entry[name] for name in kind.fields)) for entry in item.profile}
-        owners = {owner[entry] for entry in entries if entry in owner}
-        split = wanting[0] if not owners else owners.pop()
-        if owners or split not in wanting:
-            continue
-        owner.update(dict.fromkeys(entries, split))
-        splits[split].append(example(item))
+        owners = {owner[entry] for entry in entries if entry in owner} or {wanting[0]}
+        split = owners.pop() if len(owners) == 1 else ""
+        owner.update(dict.fromkeys(entries - owner.keys(), split))
+        if split in wanting:
+            splits[split].append(example(item))
     for split, count in counts.items():
         if len(splits[split]) < count:
             raise ValueError(
@@ -154,10 +154,14 @@ def _retriever(lamp: LampConfig) -> Retriever:
     client = openai.OpenAI(base_url=lamp.embeddings_url, api_key=key)
 
     def embed(texts: Sequence[str]) -> list[list[float]]:
-        try:
-            answer = client.embeddings.create(model=lamp.embeddings_model, input=list(texts), encoding_format="float")
-        except openai.OpenAIError as err:
-            raise ValueError(f"[task.lamp] the embeddings of {lamp.embeddings_url} failed: {err}") from err
-        return [row.embedding for row in sorted(answer.data, key=lambda row: row.index)]
+        vectors: list[list[float]] = []
+        for start in range(0, len(texts), EMBEDDED_AT_ONCE):
+            some = list(texts[start : start + EMBEDDED_AT_ONCE])
+            try:
+                answer = client.embeddings.create(model=lamp.embeddings_model, input=some, encoding_format="float")
+            except openai.OpenAIError as err:
+                raise ValueError(f"[task.lamp] the embeddings of {lamp.embeddings_url} failed: {err}") from err
+            vectors += [row.embedding for row in sorted(answer.data, key=lambda row: row.index)]
+        return vectors
 
     return dense(embed)

@@ -53,8 +53,8 @@ class PlanConfig:
     a step, in sequences of sequence_tokens. activations: auto, none, selective, full or offload. hardware: h100 or
     a100; tflops, share, link_gbs, network_gbs: its product rate, the share of it that a step reaches, the bandwidth of
     a GPU to its node's others and of a node to the other nodes, in GB/s and one direction, where they differ (0: not).
-    dry_run: also build and run the first rank with fake tensors and a fake process group, in `layout` (default: the
-    best); peak: follow every allocation of it, which takes minutes. json: one JSON object as the last line.
+    dry_run: also build and run the first rank with fake tensors and a fake process group, in `layout` (default: what
+    "auto" takes); peak: follow every allocation of it, which takes minutes. json: one JSON object as the last line.
     """
 
     model: str
@@ -94,6 +94,8 @@ class PlanConfig:
                 raise ValueError(f"plan: {name} {getattr(self, name)!r} is unknown; choose from {known}")
         if self.layout not in ("", *LAYOUTS):
             raise ValueError(f"plan: layout {self.layout!r} is unknown; choose from {', '.join(LAYOUTS)}")
+        if (self.layout or self.peak) and not self.dry_run:
+            raise ValueError("plan: layout and peak are of the dry run; add --dry-run, or leave them out")
         if self.gpus % self.per_node:
             raise ValueError(
                 f"plan: {self.gpus} GPUs are not whole nodes of {self.per_node}; give a multiple or --gpus-per-node"

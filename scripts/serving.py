@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from matryoshka.core.tokenizer import Tokenizer
 from matryoshka.inference.http_client import HttpClient
@@ -156,19 +156,20 @@ def started(config: ServeConfig, deterministic: bool, log: Path) -> Iterator[str
     environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads or os.cpu_count() or 1)}
     environment["OMP_WAIT_POLICY"] = "passive"  # spinning threads starve whoever shares their cores
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        )
-    try:
-        assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        if not url:
-            process.wait()
-            tail = log.read_text(errors="replace").splitlines()[-8:]
-            what = f"serve: the generator's server ended with status {process.returncode} before it was ready"
-            raise ValueError("\n".join([f"{what}; [serve] describes it, and {log} ends:", *tail]))
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    # A session of its own: a terminal's Ctrl-C is a wish to the run, whose episodes in flight still ask the server.
+    with (
+        log.open("ab") as errors,
+        subprocess.Popen(command, stderr=errors, env=environment, start_new_session=True, **pipes) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
+            if not url:
+                process.wait()
+                tail = log.read_text(errors="replace").splitlines()[-8:]
+                what = f"serve: the generator's server ended with status {process.returncode} before it was ready"
+                raise ValueError("\n".join([f"{what}; [serve] describes it, and {log} ends:", *tail]))
+            yield url
+        finally:
+            process.terminate()

@@ -10,6 +10,7 @@ go on as far as they can and are recorded.
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from matryoshka.core.files import Journal
@@ -92,15 +93,16 @@ async def run_rollouts(
 
     pending = [job for job in jobs if job.key not in done]
     queue = iter(pending)
-    syncing = asyncio.create_task(_keep_synced(journal))
+    all_ended = asyncio.Event()
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(limit, len(pending))):
-                group.create_task(work(queue))
+            group.create_task(_keep_synced(journal, all_ended))
+            if workers := [group.create_task(work(queue)) for _ in range(min(limit, len(pending)))]:
+                await asyncio.wait(workers)
+            all_ended.set()
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from errors
     finally:
-        syncing.cancel()
         journal.sync()
     if stopped:
         raise stopped[0]
@@ -109,11 +111,16 @@ async def run_rollouts(
     return [done[job.key] for job in jobs]
 
 
-async def _keep_synced(journal: Journal) -> None:
-    """Sync the journal to its disk as it grows, in a thread: all episodes would wait for it otherwise."""
+async def _keep_synced(journal: Journal, all_ended: asyncio.Event) -> None:
+    """Sync the journal to its disk as it grows, in a thread: all episodes would wait for it otherwise.
+
+    Raises OSError where the disk refuses, which it says once: a later sync may succeed without what was lost.
+    """
     synced = len(journal.rows)
-    while True:
-        await asyncio.sleep(SYNC_S)
+    while not all_ended.is_set():
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SYNC_S):
+                await all_ended.wait()
         if synced < len(journal.rows):
             synced = len(journal.rows)
             await asyncio.to_thread(journal.sync)

@@ -106,6 +106,9 @@ def test_seconds_add_up() -> None:
     assert len(text) == 3 and text[0].split()[0] == "layout" and text[1].split()[0] == "shard"
     offloaded = forecast(replace(one, offload=True), Cluster(8, 8, 80 * GB, replace(fast, host=1e9)), "shard")
     assert offloaded.step_s > found.step_s and offloaded.memory.weights < found.memory.weights
+    alone = forecast(replace(one, offload=True), Cluster(1, 1, 80 * GB, replace(fast, host=1e9)), "shard")
+    moved = [sum(one.gathered_bytes(part, 1) for part in parts) / 1e9 for parts in (one.blocks, [one.root])]
+    assert alone.exposed_s == pytest.approx(3 * moved[0] + moved[1] - sum(pass_seconds(one, fast, "full")), rel=1e-6)
 
 
 def test_a_published_rate() -> None:

@@ -98,9 +98,10 @@ def test_config_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such config.json in this folder"):
         load_model(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text('{\n"model_type": "llama",\n')
-    with pytest.raises(ValueError, match=r"config\.json:3: malformed JSON"):
-        load_model(tmp_path)
+    for broken, where in ((b'{\n"model_type": "llama",\n', "line 3"), (b'{"model_type": "\xff"}', "position 16")):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=rf"config\.json: malformed JSON \(.*{where}"):
+            load_model(tmp_path)
     path.write_text("[1]")
     with pytest.raises(ValueError, match=r"config\.json: expected a JSON object, got list"):
         load_model(tmp_path)

@@ -210,8 +210,8 @@ def test_index_that_disagrees_with_its_shards(tmp_path: Path) -> None:
     save_file({**load_file(shard), "model.proj.bias": torch.zeros(3)}, shard)
     with pytest.raises(ValueError, match=r"not in the shard nothing, not in the index model\.proj\.bias"):
         load_weights(meta_body(), tmp_path, None, "cpu")
-    for text in ("{", "[]", "{}", '{"weight_map": []}'):
-        path.write_text(text)
+    for broken in (b"{", b"[]", b"{}", b'{"weight_map": []}', b"\xff"):
+        path.write_bytes(broken)
         with pytest.raises(ValueError, match=r"index\.json: not an index"):
             load_weights(meta_body(), tmp_path, None, "cpu")
 

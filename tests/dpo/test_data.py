@@ -45,7 +45,8 @@ def item(tokenizer: Tokenizer, *sides: tuple[str, str]) -> tuple[Tokens, ...]:
 
 
 def write(path: Path, *rows: Any) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    texts = (row if isinstance(row, str | bytes) else json.dumps(row) for row in rows)
+    path.write_bytes(b"".join((text.encode() if isinstance(text, str) else text) + b"\n" for text in texts))
     return path
 
 
@@ -137,6 +138,7 @@ GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
     [
         ("{", "malformed JSON"),
         ("", "the row is empty"),
+        (b'{"prompt": "\xff"}', r"not UTF-8 \(byte 13 of the line\)"),
         ("[1]", "expected a JSON object, got list"),
         ({"prompt": "p", "chosen": "a"}, "field 'rejected' is missing"),
         ({"chosen": "a", "rejected": "b"}, "field 'prompt' is missing"),

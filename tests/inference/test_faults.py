@@ -13,6 +13,7 @@ import pytest
 
 from matryoshka.core.protocols import GeneratorError
 from matryoshka.core.records import Usage
+from matryoshka.inference.accounts import Spending
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.chat_api import most_tokens
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
@@ -143,6 +144,20 @@ def test_total_time_bounds_the_call() -> None:
 
     run(endpoint, scene, timeout_s=0.3, total_timeout_s=0.7, backoff_s=0.01)
     assert 0.3 < time.monotonic() - started < 1.5 and len(endpoint.seen) <= 3
+
+
+def test_a_turn_that_comes_too_late_is_not_taken_and_costs_nothing(tmp_path: Path) -> None:
+    """Oracle: one request a second, and half a second in all: the retry of a refusal is not sent, nor accounted for."""
+    endpoint, cache = Endpoint((500, failure("boom"))), ResponseCache(tmp_path / "c")
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        with pytest.raises(GeneratorError, match="its turn came when its time was over.*total_timeout_s \\(0.5 s\\)"):
+            await generator.complete(PROMPT, GREEDY)
+        assert generator.purse.spending() == Spending()
+
+    generator = run(endpoint, scene, cache, requests_per_minute=60, total_timeout_s=0.5)
+    assert len(endpoint.seen) == 1 == generator.endpoints[0].stats.sent
+    cache.close()
 
 
 def test_the_table_in_the_docs_is_this_one() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from matryoshka.core.files import Journal
 from matryoshka.core.protocols import Generator, GeneratorError
 from matryoshka.core.records import Sample, Sampling, Usage
 from matryoshka.inference.cache import ResponseCache
@@ -51,6 +52,20 @@ def test_request_and_answer() -> None:
         14,
         4,
     )
+
+
+def test_what_is_no_unicode_is_replaced(tmp_path: Path) -> None:
+    """Oracle: by hand: half a surrogate pair, which JSON can say, is U+FFFD, a whole one a character; a journal has it.
+    """
+    endpoint = Endpoint((200, answer("a\ud83db \U0001f600 \ude00")))
+    journal = Journal(tmp_path / "j")
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        journal.append("k", {"text": (await generator.complete(PROMPT, GREEDY)).text})
+
+    run(endpoint, scene)
+    journal.close()
+    assert Journal(tmp_path / "j").rows["k"]["text"] == "a\ufffdb \U0001f600 \ufffd"
 
 
 def test_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

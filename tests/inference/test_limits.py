@@ -92,6 +92,7 @@ def test_backoff_doubles_up_to_a_minute() -> None:
         ({"retry-after": "nan"}, 0.0),
         ({"retry-after": "inf"}, 0.0),
         ({"retry-after": "tomorrow"}, 0.0),
+        ({"retry-after": "Fri, 31 Dec 99999999999999999999 23:59:59 GMT"}, 0.0),
         ({"retry-after": formatdate(time.time() - 60, usegmt=True)}, 0.0),
     ],
 )

@@ -182,6 +182,24 @@ def test_a_killed_process_may_have_been_billed_and_its_claim_is_free(tmp_path: P
     assert cache.claim("k", "g") and not cache.claim("k", "g")
 
 
+def test_a_killed_process_that_nobody_waits_for_is_dead(tmp_path: Path) -> None:
+    """Oracle: the kernel's state Z: it stays in the table of processes until its parent asks, which may be never."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom matryoshka.inference.cache import ResponseCache\n"
+        "assert ResponseCache(Path(sys.argv[1])).claim('k', 'g')\nprint('claimed', flush=True)\ntime.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, str(tmp_path / "c")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"claimed\n"
+        cache = ResponseCache(tmp_path / "c")
+        assert not cache.claim("k", "g")
+        os.kill(process.pid, signal.SIGKILL)
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.01)
+        assert cache.claim("k", "g")
+
+
 def test_a_claim_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     """Oracle: claims written by hand: of a process number that no longer is, and of another machine, new and old."""
     cache = ResponseCache(tmp_path / "c")

@@ -205,6 +205,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda f: (f / files.WEIGHTS).unlink(), FileNotFoundError, "adapter_model.safetensors: no such file"),
         (lambda f: shutil.rmtree(f), FileNotFoundError, "no such file"),
         (lambda f: (f / files.CONFIG).write_text("{"), ValueError, "not an adapter's configuration"),
+        (lambda f: (f / files.CONFIG).write_bytes(b"\xff"), ValueError, "adapter_config.json: not an adapter's config"),
         (lambda f: edit_config(f, r=...), ValueError, "not an adapter's configuration.*'r'"),
         (lambda f: edit_config(f, use_qalora=True), ValueError, "use_qalora = True is not supported"),
         (lambda f: edit_config(f, use_dora=True), ValueError, "lora_magnitude_vector has shape None"),

@@ -4,7 +4,8 @@
 
 ANSWERS maps questions to gold answers. The hash of the last message decides between the right program, a wrong one and
 one that raises. Each chat request is appended to LOG (tenant and body hash) and synced before it is answered. The path
-is /TENANT/v1/..., so that several runs can be told apart. Prints its port; ends when its standard input closes.
+is /TENANT/v1/..., so that several runs can be told apart; the tenant `stalling` gets three answers and no more. Prints
+its port; ends when its standard input closes.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 LOCK = threading.Lock()
+STALLING, ANSWERED = "stalling", 3
 
 
 def program(prompt: str, answers: dict[str, float]) -> str:
@@ -30,6 +32,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     answers: dict[str, float]
     log: Path
+    num_stalling = 0
 
     def do_GET(self) -> None:
         self._send({"object": "list", "data": [{"id": "scripted"}]})
@@ -41,6 +44,9 @@ class Handler(BaseHTTPRequestHandler):
             handle.write(f"{tenant} {hashlib.sha256(body).hexdigest()}\n")
             handle.flush()
             os.fsync(handle.fileno())
+            Handler.num_stalling += tenant == STALLING
+        if tenant == STALLING and Handler.num_stalling > ANSWERED:
+            threading.Event().wait()
         text = program(json.loads(body)["messages"][-1]["content"], self.answers)
         message = {"role": "assistant", "content": text}
         usage = {"prompt_tokens": 7, "completion_tokens": 5}

@@ -31,6 +31,20 @@ def test_stats(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1.3500" in shown and "no price" in shown
 
 
+def test_stats_know_the_prices_of_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: by hand: 5 tokens read at 2 dollars a million and 5 written at 4; a file of prices given now goes first.
+    """
+    cache = ResponseCache(folder / "cache.sqlite")
+    cache.set_price("mine@http://b/v1", 2.0, 4.0)
+    cache.close()
+    own = folder / "own.toml"
+    own.write_text("mine = { input = 20, output = 40 }\n")
+    for arguments, usd in (([], 30e-6), (["--prices", str(own)], 300e-6)):
+        assert main(["cache", "stats", str(folder), "--json", *arguments]) == 0
+        rows = {row["generator"]: row["usd_at_most"] for row in json.loads(capsys.readouterr().out)["generators"]}
+        assert rows["mine@http://b/v1"] == pytest.approx(usd)
+
+
 def test_export_and_prune(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: the answers that were put, and the count that is left."""
     out = folder / "out.jsonl"

@@ -88,6 +88,7 @@ def test_memory_sizes() -> None:
         ({"quantization": "nf4", "full": True}, "four bits cannot be trained"),
         ({"activations": "some"}, "policy 'some' is unknown"),
         ({"layout": "ddp"}, "layout 'ddp' is unknown"),
+        ({"layout": "shard"}, "layout and peak are of the dry run; add --dry-run"),
     ],
 )
 def test_bad_input_is_refused_by_name(settings: dict[str, Any], problem: str) -> None:

@@ -1,6 +1,8 @@
 """`matryoshka serve` as a process of its own: the openai client against it, its names, and how it ends."""
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -120,17 +122,26 @@ def test_what_cannot_be_served_is_one_line(
     assert problem in captured.err and captured.out == ""
 
 
-def test_a_server_beside_a_run_dies_with_it(tiny_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
-    """Oracle: after kill -9 of the process that started it, its port refuses; nobody told the server."""
+def test_a_server_beside_a_run_outlives_ctrl_c_and_dies_with_it(
+    tiny_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    """Oracle: after a terminal's SIGINT, which goes to the whole group of the run, it still answers those in flight;
+    after kill -9 of the process that started it, its port refuses. Nobody told the server.
+    """
     config = f"ServeConfig(model={str(tiny_dir)!r}, adapter={str(adapter_dir)!r}, name='loud')"
     code = (
-        "import time; from pathlib import Path; from matryoshka.scripts.run_config import ServeConfig\n"
+        "import signal, time; from pathlib import Path; from matryoshka.scripts.run_config import ServeConfig\n"
         "from matryoshka.scripts.serving import started\n"
+        "signal.signal(signal.SIGINT, lambda *_: None)\n"
         f"with started({config}, True, Path({str(tmp_path / 'log')!r})) as url: print(url, flush=True); time.sleep(300)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert parent.stdout is not None
     url = parent.stdout.readline().strip()
+    os.killpg(parent.pid, signal.SIGINT)
+    time.sleep(0.5)
     assert isinstance(ask(url, "loud", temperature=0.0), str)
     parent.kill()
     parent.wait()

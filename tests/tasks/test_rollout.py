@@ -166,6 +166,29 @@ def test_an_exception_stops_the_run_and_keeps_what_had_ended(tmp_path: Path) -> 
     assert drive(right, tmp_path / "j", JOBS[:8])[0].started == ["5", "6", "7"]
 
 
+def test_a_disk_that_refuses_a_sync_stops_the_run(tmp_path: Path) -> None:
+    """Oracle: the error of the one sync that failed; Linux tells it once, and the next fsync of the file succeeds."""
+
+    class Refusing(Journal):
+        syncs = 0
+
+        def sync(self) -> None:
+            self.syncs += 1
+            if self.syncs == 1:
+                raise OSError("no space")
+            super().sync()
+
+    async def slow(example: Example) -> str:
+        await asyncio.sleep(0.03)
+        return "right"
+
+    record = Refusing(tmp_path / "j")
+    with pytest.raises(OSError, match="no space"):
+        asyncio.run(run_rollouts(PlayedTask(slow), JOBS, CONTROLLER, GENERATOR, record, 2))
+    record.close()
+    assert 2 <= len(keys(tmp_path / "j")) < 40
+
+
 @pytest.mark.parametrize("raised", [True, False])
 def test_a_failed_episode_is_returned_but_tried_again_on_resume(raised: bool, tmp_path: Path) -> None:
     """Whether the task says "failed" or lets the GeneratorError through."""

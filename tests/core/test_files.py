@@ -1,0 +1,45 @@
+"""core/files.py: atomic writes, what a journal is after a kill, and what is said of rows that are none."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from matryoshka.core.files import Journal, write_text
+
+
+def test_a_folder_may_be_renamed_as_soon_as_the_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: no error, and the file in the folder's new place: so a checkpoint's first rank waits for the others'."""
+    replace = os.replace
+
+    def replace_then_rename(source: Path, target: Path) -> None:
+        replace(source, target)
+        os.rename(tmp_path / "half", tmp_path / "whole")
+
+    monkeypatch.setattr(os, "replace", replace_then_rename)
+    write_text(tmp_path / "half" / "rank-1.json", "{}")
+    assert [path.name for path in (tmp_path / "whole").iterdir()] == ["rank-1.json"]
+
+
+def test_a_journal_is_cut_where_a_kill_cut_it(tmp_path: Path) -> None:
+    """Oracle: the bytes on the disk: half a row is gone, the next one stands alone on its line."""
+    path = tmp_path / "journal.jsonl"
+    first = Journal(path)
+    first.append("a", {"text": "one line\u2028for JSON\r"})
+    first.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"key": "b", "te')
+    again = Journal(path)
+    assert again.rows == {"a": {"key": "a", "text": "one line\u2028for JSON\r"}} and path.read_bytes() == whole
+    again.append("c", {})
+    again.close()
+    assert [json.loads(line)["key"] for line in path.read_bytes().split(b"\n")[:-1]] == ["a", "c"]
+
+
+@pytest.mark.parametrize("row", [b'{"key"', b"[]", b"7", b"{}", b'{"key": "\xff"}', b""])
+def test_a_row_that_is_none_is_named(row: bytes, tmp_path: Path) -> None:
+    """Oracle: the number of the line that this test broke."""
+    (tmp_path / "journal.jsonl").write_bytes(b'{"key": "a"}\n' + row + b'\n{"key": "b"}\n')
+    with pytest.raises(ValueError, match=r"journal\.jsonl:2: not a journal row \(.*\); expected an object with 'key'"):
+        Journal(tmp_path / "journal.jsonl")

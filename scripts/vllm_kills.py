@@ -53,9 +53,11 @@ def main(out: Path, config: Path = Path("configs/vllm_tiny.toml"), name: str = "
         if what == "vLLM":  # it is the pilot's to start again
             continue
         step = steps[-1]
-        step["pilot then ended with status"] = pilot.wait(TIMEOUT_S)
+        status = step["pilot then ended with status"] = pilot.wait(TIMEOUT_S)
         if what == "generator":
             step["saying"] = _errors(path)[-1][:300]
+        if status == 0:
+            raise RuntimeError(f"the {what} was killed, and the pilot went on as if nothing had happened")
         _wait_for_end(step.pop("_family"))
         pilot = _start(path)
     if status := pilot.wait(TIMEOUT_S):

@@ -17,7 +17,7 @@ from matryoshka.core.files import Journal
 from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped, Task
 from matryoshka.core.records import Example, RolloutSettings, Trajectory, content_key, from_json, to_json
 
-# A share of failed episodes says something only after this many.
+# While others are still to come, a share of failed episodes says something only after this many.
 MIN_EPISODES = 20
 SYNC_S = 0.05
 
@@ -89,7 +89,7 @@ async def run_rollouts(
             if on_done is not None:
                 on_done(job, trajectory)
             if ended >= MIN_EPISODES and len(failed) > max_failed_share * ended:
-                raise GeneratorError(_summary(failed, ended, max_failed_share))
+                raise GeneratorError(failures(failed, ended, max_failed_share))
 
     pending = [job for job in jobs if job.key not in done]
     queue = iter(pending)
@@ -143,7 +143,8 @@ def recorded(journal: Journal, key: str) -> Trajectory:
         raise ValueError(f"{journal.path}: the row of key {key} holds no trajectory: {err}") from err
 
 
-def _summary(failed: Sequence[Trajectory], ended: int, max_failed_share: float) -> str:
+def failures(failed: Sequence[Trajectory], ended: int, max_failed_share: float) -> str:
+    """Return what to tell of more than `max_failed_share` of `ended` episodes that failed."""
     (reason, count), *_ = Counter(str(trajectory.info.get("error")) for trajectory in failed).most_common(1)
     return (
         f"rollouts: {len(failed)} of {ended} episodes failed, more than {max_failed_share:.0%}; most often ({count} "

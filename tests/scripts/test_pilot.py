@@ -389,13 +389,19 @@ def test_a_server_of_ours_answers(tmp_path: Path, tiny_dir: Path, controller_dir
         pass
 
 
+@pytest.mark.parametrize("samples", [6, 1])
 def test_a_generator_that_dies_stops_the_run(
-    tmp_path: Path, controller_dir: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+    samples: int,
+    tmp_path: Path,
+    controller_dir: Path,
+    generator: Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Oracle: by hand; 24 episodes fail for good, none is recorded, and the command ends with status 2."""
+    """Oracle: by hand; all 24 episodes fail for good, or all of only 4: none is recorded, the command ends with 2."""
     monkeypatch.chdir(tmp_path)
     config = small("dying", controller_dir, generator.url("dying"))
-    config = replace(config, rollout=replace(config.rollout, samples=6), warmup=WarmupConfig("none"))
+    config = replace(config, rollout=replace(config.rollout, samples=samples), warmup=WarmupConfig("none"))
     path = Runs(tmp_path, generator).write(config)
 
     async def lost(self: object, prompt: Messages, sampling: Sampling) -> Sample:
@@ -403,6 +409,8 @@ def test_a_generator_that_dies_stops_the_run(
 
     monkeypatch.setattr(OpenAIGenerator, "complete", lost)
     assert cli.main(["pilot", "--config", str(path)]) == 2
+    count = 20 if samples == 6 else 4
+    assert f"{count} of {count} episodes failed" in capsys.readouterr().err
     assert (tmp_path / "runs" / "dying" / "trajectories.jsonl").read_bytes() == b""
 
 

@@ -83,6 +83,8 @@ def main(out: Path, config: Path = Path("configs/vllm_tiny.toml"), name: str = "
     }
     write_json(out, result)
     print(json.dumps(result))
+    if result["vLLM starts"] <= len(moments):  # once for each pilot, and once more by the first
+        raise RuntimeError("the pilot got by without the vLLM that was killed: nothing is shown; take more episodes")
     if not all(step["all kept"] for step in steps):
         raise RuntimeError("something that was recorded before a kill is lost or has changed")
 

@@ -85,8 +85,8 @@ def check_samples(
         f"mean square; bound {bound:g}); example {example}, sample {sample.text[:60]!r}: {sampler} gave its "
         f"{found.num_tokens} tokens a log-prob of {sum(drawn):.4f}, the trainer computes {sum(computed):.4f}, "
         f"{found.rms:.2g} a token, most at token {at}: {drawn[at]:.4f} against {computed[at]:.4f}. Nothing was "
-        "trained. Likely: another adapter or base model was served under this name; the prompt was made by another chat "
-        "template; the server's log-probs are tempered (--logprobs-mode), or it computes in a coarser dtype or quantised"
+        "trained. Likely: another adapter or base model was served under this name; the prompt was made by another "
+        "template; the server's log-probs are tempered (--logprobs-mode), or it computes in a coarser dtype"
     )
 
 

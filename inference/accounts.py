@@ -49,8 +49,8 @@ _COMMITTED = (
 class Spending:
     """What one generator was ever asked through this file, pruned answers included.
 
-    usage: of the answers that came. lost: attempts that may have been billed though no answer came, and lost_usage, at
-    most what they cost. held: at most what requests that are on their way now will cost.
+    usage: of the answers that came. lost: attempts that may have been billed though no answer came, or none that says
+    what it cost, and lost_usage, at most what they cost. held: at most what requests on their way now will cost.
     """
 
     answers: int = 0
@@ -103,7 +103,7 @@ class Accounts:
         self._db.execute(_SPEND, (generator, 1, usage.prompt_tokens, usage.completion_tokens, 0, 0, 0))
 
     def lost(self, generator: str, most: Usage) -> None:
-        """Add an attempt without an answer that may have cost `most`."""
+        """Add an attempt that may have cost `most`."""
         self._db.execute(_SPEND, (generator, 0, 0, 0, 1, most.prompt_tokens, most.completion_tokens))
 
     def bury(self) -> None:

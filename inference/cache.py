@@ -135,7 +135,7 @@ class ResponseCache:
         return None
 
     def unhold(self, key: str, generator: str, cost: Usage) -> None:
-        """End the hold of `key`, whose attempt brought no answer but may have cost `cost`."""
+        """End the hold of `key`, whose attempt may have cost `cost`, no answer having said what."""
         with self._errors(), self._transaction():
             if cost != Usage():
                 self._accounts.lost(generator, cost)

@@ -222,6 +222,8 @@ class OpenAIGenerator:
             self.purse.settle(key, most)  # it was sent, and may be billed though nobody waits for it any more
             raise
         endpoint.succeeded()
+        if sample.usage == Usage():  # the server does not say; a budget counts the most that it can be
+            self.purse.settle(key, most)
         self.stats.prompt_tokens += sample.usage.prompt_tokens
         self.stats.completion_tokens += sample.usage.completion_tokens
         if self._cache is not None:

@@ -96,7 +96,8 @@ class Purse:
         return f"{spent.prompt_tokens + spent.completion_tokens:,} tokens"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the account for a report; attempts_perhaps_billed brought no answer and count as their upper bound."""
+        """Return the account for a report. attempts_perhaps_billed brought no answer, or one that does not say what it
+        cost, and count as their upper bound."""
         known = self.spending()
         return {
             "generator": self._generator,
@@ -125,7 +126,7 @@ class Purse:
                 pass
 
     def settle(self, key: str, cost: Usage) -> None:
-        """End the hold of a request that brought no answer to keep and cost `cost` at most."""
+        """End the hold of a request that cost `cost` at most, no answer having said what."""
         if self._cache is not None and (cost != Usage() or self._budget != Budget()):
             self._cache.unhold(key, self._generator, cost)
         self._settled.set()
@@ -147,7 +148,7 @@ class Purse:
         limits = [f"{self._budget.usd:g} USD"] * bool(self._budget.usd)
         limits += [f"{self._budget.tokens:,} tokens"] * bool(self._budget.tokens)
         cost = f"{tokens:,} tokens" + (f", {usd:.4f} USD" if self.price is not None else "")
-        tried = f" (of these {lost} attempts that brought no answer but may be billed)" if lost else ""
+        tried = f" (of these {lost} attempts that brought no answer, or none that says what it cost)" if lost else ""
         return (
             f"budget: {' and '.join(sorted({*committed, self._generator}))} used {cost}{tried}, and the next request, "
             f"of at most {most.prompt_tokens + most.completion_tokens:,} tokens, could cross the budget of "

@@ -159,8 +159,9 @@ def _retriever(lamp: LampConfig) -> Retriever:
             some = list(texts[start : start + EMBEDDED_AT_ONCE])
             try:
                 answer = client.embeddings.create(model=lamp.embeddings_model, input=some, encoding_format="float")
-            except openai.OpenAIError as err:
-                raise ValueError(f"[task.lamp] the embeddings of {lamp.embeddings_url} failed: {err}") from err
+            except openai.OpenAIError as err:  # from None: servers repeat keys, and a traceback would show this one
+                what = str(err).replace(key, "[key]" if lamp.embeddings_key_env else key)
+                raise ValueError(f"[task.lamp] the embeddings of {lamp.embeddings_url} failed: {what}") from None
             vectors += [row.embedding for row in sorted(answer.data, key=lambda row: row.index)]
         return vectors
 

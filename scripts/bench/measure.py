@@ -8,6 +8,7 @@ kinds of device the same notion; scratch space inside MKL or cuBLAS is not in it
 import difflib
 import importlib
 import importlib.util
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -117,10 +118,15 @@ def peak_bytes(work: Callable[[], Any], device: str) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         work()
+    return highest(events_of(profile))
+
+
+def events_of(profile: torch.profiler.profile) -> list[Any]:
+    """Return everything that `profile` has noted, in the order of time."""
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+
+
+def highest(events: Sequence[Any]) -> int:
+    """Return the most bytes that a profile's events held beyond what was held before."""
+    return max(itertools.accumulate((e.nbytes() for e in events if e.name() == "[memory]"), initial=0))

@@ -8,14 +8,11 @@ share few cores say nothing of speed.
 """
 
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ import torch
 
 from matryoshka.core.attention import PIECE
 from matryoshka.core.cluster import Job, job_of, memory_of
-from matryoshka.core.distributed import World, open_world
+from matryoshka.core.distributed import World, open_world, own
 from matryoshka.core.forecast import forecast
 from matryoshka.core.hardware import Cluster
 from matryoshka.core.layout import ParallelConfig
@@ -34,11 +31,11 @@ from matryoshka.core.traffic import listen
 from matryoshka.core.train import TrainConfig, train
 from matryoshka.core.tree import Tokens
 from matryoshka.dpo.head import extra_bytes, token_logps
-from matryoshka.dpo.objectives import SFT, Preference
-from matryoshka.lora.linear import LoraConfig, active, add_adapter, set_active, trainable_parameters
-from matryoshka.scripts.bench.measure import DTYPES, MIB, dtype_of, prepare
+from matryoshka.lora.linear import LoraConfig
+from matryoshka.scripts.bench.measure import DTYPES, MIB, dtype_of, events_of, highest, prepare
+from matryoshka.scripts.bench.ranked import launch, trained_part
 from matryoshka.scripts.bench.result import BenchResult, Row
-from matryoshka.scripts.training import POLICY, load_base
+from matryoshka.scripts.training import load_base
 
 IO = Path("/proc/self/io")
 
@@ -95,30 +92,13 @@ class Config:
 
 def run(config: Config) -> BenchResult:
     """Return a row for each case: bytes that a rank sends in a step, all else in its details."""
-    rows = []
+    rows, settings = [], json.dumps(asdict(config) | {"model": str(config.model.resolve())})
     for ranks in config.ranks:
         with tempfile.TemporaryDirectory() as folder:
-            _launch(config, ranks, Path(folder))
+            launch("bench ranks", ranks, __name__, settings, folder, timeout_s=config.timeout_s)
             for case in [case for case in CASES if case.ranks == ranks]:
                 rows.append(_row(config, case, json.loads((Path(folder) / f"{case.name}.json").read_text())))
     return BenchResult("ranks", rows, None)
-
-
-def _launch(config: Config, ranks: int, folder: Path) -> None:
-    settings = asdict(config) | {"model": str(config.model.resolve())}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["-m", "matryoshka.scripts.bench.ranks", json.dumps(settings), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
-        try:
-            _, errors = process.communicate(timeout=config.timeout_s)
-        except subprocess.TimeoutExpired as err:
-            raise ValueError(f"bench ranks: {ranks} ranks took more than {config.timeout_s} s") from err
-        finally:
-            process.terminate()  # torchrun ends its ranks
-    if process.returncode:
-        raise ValueError(f"bench ranks: {ranks} ranks failed:\n{errors[-4000:]}")
 
 
 def _row(config: Config, case: Case, seen: dict[str, Any]) -> Row:
@@ -178,17 +158,10 @@ def measure(config: Config, case: Case, folder: Path, world: World) -> dict[str,
     settings = TrainConfig(
         epochs=9, batch_size=len(items), micro_batch_tokens=config.tokens, warmup_ratio=0.0, activations="none"
     )
-    lora, parallel = LoraConfig(), ParallelConfig(case.layout, case.group, offload=case.offload)
-    dtype = DTYPES[config.dtype]
-    model = load_base(config.model, dtype, "none", case.full, lora, items, settings, parallel, world)
-    parameters: dict[str, Any] = dict(model.named_parameters())
-    stored = sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in parameters.values())
-    if not case.full:
-        add_adapter(model, POLICY, lora, 0, world.device)
-        set_active(model, POLICY)
-        parameters = trainable_parameters(model, POLICY)
-    objective = SFT() if case.full else Preference()
-    reference = None if case.full else partial(active, model, None)
+    parallel, dtype = ParallelConfig(case.layout, case.group, offload=case.offload), DTYPES[config.dtype]
+    model = load_base(config.model, dtype, "none", case.full, LoraConfig(), items, settings, parallel, world)
+    stored = sum(own(parameter).nbytes for parameter in model.parameters())
+    parameters, objective, reference = trained_part(model, case.full, world)
     steps = train(
         model, parameters, items, settings, objective, token_logps, folder / case.name.replace(" ", "-"), reference,
         world=world,
@@ -211,15 +184,9 @@ def _profiled(steps: Iterator[dict[str, float]]) -> dict[str, float]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         row = next(steps)
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    held = peak = 0
-    for event in events:
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+    events = events_of(profile)
     gloo = sum(event.duration_ns() for event in events if event.name().startswith("gloo:"))
-    return {"peak": peak, "communication_s": gloo / 1e9, "profiled_s": row["seconds"]}
+    return {"peak": highest(events), "communication_s": gloo / 1e9, "profiled_s": row["seconds"]}
 
 
 def _on_gpu(steps: Iterator[dict[str, float]]) -> dict[str, float]:

@@ -11,14 +11,13 @@ ring algorithms send: (n - 1) / n of the bytes for gathering and for scattering,
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from matryoshka.core.layout import LAYOUTS
+from matryoshka.scripts.bench.ranked import launch
 from matryoshka.scripts.bench.result import BenchResult, Row
 
 MIB = 2**20
@@ -84,7 +83,7 @@ def run(config: Config) -> BenchResult:
                 "cores": os.cpu_count(),
             }))  # fmt: skip
     speeds = {row.details["ranks"]: row.value or 0.0 for row in rows if row.details["layout"] == config.layouts[0]}
-    fewest = min(speeds)
+    fewest = min(speeds, default=0)  # "hybrid" alone on two ranks has none
     others = [speed for ranks, speed in speeds.items() if ranks != fewest]
     return BenchResult("scale", rows, max(others) / speeds[fewest] if others else None)
 
@@ -93,18 +92,7 @@ def _launch(config: Config, layout: str, ranks: int) -> dict[str, Any]:
     """Return what rank 0 of a run measured."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        settings = {name: str(value) if name == "model" else value for name, value in asdict(config).items()}
-        settings |= {"layout": layout, "out": str(out)}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += ["-m", "matryoshka.scripts.bench.scale_rank", json.dumps(settings)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, env=environment, **pipes) as process:
-            try:
-                _, errors = process.communicate()
-            finally:
-                process.terminate()  # torchrun ends its ranks
-        if process.returncode:
-            raise ValueError(f"bench scale: {layout} on {ranks} ranks failed:\n{errors[-2000:]}")
+        settings = asdict(config) | {"model": str(config.model), "layout": layout, "out": str(out)}
+        launch(f"bench scale: {layout}", ranks, "matryoshka.scripts.bench.scale_rank", json.dumps(settings))
         found: dict[str, Any] = json.loads(out.read_text())
         return found

@@ -21,10 +21,10 @@ from matryoshka.core.layout import ParallelConfig
 from matryoshka.core.tokenizer import Tokenizer
 from matryoshka.core.train import Item, TrainConfig, train
 from matryoshka.dpo.head import token_logps
-from matryoshka.dpo.objectives import SFT, Preference
-from matryoshka.lora.linear import LoraConfig, active, add_adapter, set_active, trainable_parameters
+from matryoshka.lora.linear import LoraConfig
 from matryoshka.scripts.bench.pal_rows import pal_items
-from matryoshka.scripts.training import DTYPES, POLICY, load_base
+from matryoshka.scripts.bench.ranked import trained_part
+from matryoshka.scripts.training import DTYPES, load_base
 
 # Kind -> the functions of torch.distributed that do it, of which the first that there is calls none of the others, and
 # how often the ring algorithm goes round.
@@ -76,18 +76,10 @@ def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
     if full:
         items = [Item(item.sequences[:1], item.group) for item in items]
     parallel = ParallelConfig(settings["layout"], group=2 if settings["layout"] == "hybrid" else 0)
-    lora = LoraConfig()
-    model = load_base(
-        model_folder, DTYPES[settings["dtype"]], "none", full, lora, items, config, parallel, world
-    )
+    dtype = DTYPES[settings["dtype"]]
+    model = load_base(model_folder, dtype, "none", full, LoraConfig(), items, config, parallel, world)
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    if full:
-        parameters = dict(model.requires_grad_(True).named_parameters())
-    else:
-        add_adapter(model, POLICY, lora, 0, world.device)
-        set_active(model, POLICY)
-        parameters = trainable_parameters(model, POLICY)
-    objective, reference = (SFT(), None) if full else (Preference(), partial(active, model, None))
+    parameters, objective, reference = trained_part(model, full, world)
     with tempfile.TemporaryDirectory() as folder:
         job = (model, parameters, items, config, objective, token_logps, Path(folder))
         rows = train(*job, reference, world=world)

@@ -75,9 +75,11 @@ def played(task_type: str, verbs: str = "current") -> list[tuple[str, str, str]]
     turns = []
     for line in _PLAYED[task_type].strip().splitlines():
         thought, command, answer = line.split(" | ")
-        if place := command.removeprefix("go to ") * command.startswith("go to "):
+        if command.startswith("go to "):
+            place = command.removeprefix("go to ")
             # Before ALFWorld 0.4.0 one arrived at numbered positions, whose order says nothing.
-            answer = f"You arrive at {place if verbs == 'current' else f'loc {places.index(place) + 1}'}. {answer}"
+            arrived = place if verbs == "current" else f"loc {places.index(place) + 1}"
+            answer = f"You arrive at {arrived}. {answer}"
         elif command.startswith("move ") and verbs == "old":
             answer = answer.replace("You move ", "You put ").replace(" to the ", " in/on the ")
         turns.append((thought, in_verbs(command, verbs), answer))

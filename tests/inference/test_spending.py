@@ -4,6 +4,7 @@ The oracle is the endpoint's own sum of what it would have billed.
 """
 
 import asyncio
+import json
 import os
 import signal
 import sqlite3
@@ -180,6 +181,23 @@ def test_a_killed_process_may_have_been_billed_and_its_claim_is_free(tmp_path: P
     cache = ResponseCache(path)
     assert cache.spending("g") == Spending(lost=1, lost_usage=Usage(100, 8))
     assert cache.claim("k", "g") and not cache.claim("k", "g")
+
+
+def test_an_answer_that_does_not_say_what_it_cost_counts_as_the_most(tmp_path: Path) -> None:
+    """Oracle: by hand: two upper bounds fit the budget, and a third does not, though the server tells of no tokens."""
+    silent = (200, json.dumps({"choices": [{"message": {"content": "four"}}]}))
+    endpoint = Endpoint(*[silent] * 9)
+
+    async def spend(generator: OpenAIGenerator) -> None:
+        for number in range(2):
+            assert (await generator.complete(PROMPT, draw(number))).usage == Usage()
+        with pytest.raises(RunStopped, match="could cross the budget"):
+            await generator.complete(PROMPT, draw(2))
+        most = Usage(2 * MOST.prompt_tokens, 2 * MOST.completion_tokens)
+        assert generator.purse.spending() == Spending(answers=2, lost=2, lost_usage=most)
+
+    run(endpoint, spend, ResponseCache(tmp_path / "c"), Budget(tokens=3 * BOUND - 1))
+    assert len(endpoint.seen) == 2
 
 
 def test_a_killed_process_that_nobody_waits_for_is_dead(tmp_path: Path) -> None:

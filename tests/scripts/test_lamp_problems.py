@@ -2,6 +2,7 @@
 
 import json
 import os
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -133,10 +134,13 @@ class Embeddings(BaseHTTPRequestHandler):
         """Embed each of 256 texts at most as how often it says "ghost", and 1; in reversed order, as a server may."""
         texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
         assert len(texts) <= 256
+        key = self.headers["Authorization"].removeprefix("Bearer ")
         rows = [{"object": "embedding", "index": i, "embedding": [t.count("ghost"), 1]} for i, t in enumerate(texts)]
         usage = {"prompt_tokens": 1, "total_tokens": 1}
-        body = json.dumps({"object": "list", "data": rows[::-1], "model": "m", "usage": usage}).encode()
-        self.send_response(200)
+        found = {"object": "list", "data": rows[::-1], "model": "m", "usage": usage}
+        refused = {"error": {"message": f"the key {key} is wrong"}}
+        body = json.dumps(refused if key.startswith("sk-") else found).encode()
+        self.send_response(401 if key.startswith("sk-") else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -169,6 +173,10 @@ def test_dense_retrieval_asks_an_endpoint(embeddings: str, tmp_path: Path, monke
     keyless = replace(task, lamp=replace(lamp, embeddings_key_env=""))
     found = load_splits(replace(CONFIG, task=keyless))["test"][0].fields["entries"]
     assert [body for body, _ in found][:3] == ["a ghost and a ghost", "a ghost", "a farm"]
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-planted-4f9a7c21")
+    with pytest.raises(ValueError, match="failed: .*the key \\[key\\] is wrong") as refused:
+        load_splits(replace(CONFIG, task=task))
+    assert "sk-planted" not in "".join(traceback.format_exception(refused.value))
     with pytest.raises(ValueError, match="retrieval 'dense' needs embeddings_url and embeddings_model"):
         load_splits(replace(CONFIG, task=replace(task, lamp=LampConfig(task="2M", retrieval="dense"))))
 

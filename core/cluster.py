@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from matryoshka.core import optimizer
 from matryoshka.core.elementwise import at_least_fp32
 from matryoshka.core.hardware import Cluster
 from matryoshka.core.language_model import LanguageModel, ModelConfig
@@ -24,7 +25,6 @@ from matryoshka.core.memory import MARGIN, Footprint, MemoryPlan
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NF4_BLOCK, NF4_SCALES = 64, 256  # numbers that share a scale, scales that share one
-MOMENTS_BLOCK = 256  # of 8-bit moments: numbers that share a scale
 
 
 class Weight(NamedTuple):
@@ -201,7 +201,7 @@ def memory_of(job: Job, shards: int, free: int) -> Memory:
     weights = job.stored_bytes(shards)
     trained = weights // wide if job.full else job.adapter
     gradients = trained * wide
-    moments = int(2 * trained * (1 + 4 / MOMENTS_BLOCK)) if job.eight_bit else 2 * trained * wide
+    moments = int(2 * trained * (1 + 4 / optimizer.BLOCK)) if job.eight_bit else 2 * trained * wide
     host = early = 0
     if cut and job.offload:
         host, weights = weights, 0

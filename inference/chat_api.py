@@ -101,13 +101,18 @@ def parse_answer(text: str) -> Answer:
     if not isinstance(content, str):
         reason = f"the message has no content (finish_reason {finish_reason!r})"
         if finish_reason == "content_filter":
-            raise AttemptError(f"{reason}: the server's filter", "prompt", tokens)
+            raise AttemptError(f"{reason}: the server's filter", "prompt", told(tokens))
         if finish_reason == "length":
-            raise AttemptError(f"{reason}: all tokens went into thinking; raise max_tokens", "prompt", tokens)
-        raise AttemptError(reason, "passing", tokens)
+            raise AttemptError(f"{reason}: all tokens went into thinking; raise max_tokens", "prompt", told(tokens))
+        raise AttemptError(reason, "passing", told(tokens))
     # Half a surrogate pair is no Unicode: neither a file of ours nor a tokenizer could hold it.
     content = content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return Answer(Sample(content, finish_reason, usage=tokens), model)
+
+
+def told(usage: Usage) -> Usage | None:
+    """Return what an answer says that it cost, None where it does not say."""
+    return None if usage == _NOTHING else usage
 
 
 def refusal(reply: Reply) -> AttemptError:

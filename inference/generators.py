@@ -29,6 +29,7 @@ from matryoshka.inference.chat_api import (
     parse_answer,
     refusal,
     remedy,
+    told,
 )
 from matryoshka.inference.generator_config import GeneratorConfig as GeneratorConfig
 from matryoshka.inference.http_client import HttpClient, Reply, TransportError
@@ -222,7 +223,7 @@ class OpenAIGenerator:
             self.purse.settle(key, most)  # it was sent, and may be billed though nobody waits for it any more
             raise
         endpoint.succeeded()
-        if sample.usage == Usage():  # the server does not say; a budget counts the most that it can be
+        if told(sample.usage) is None:  # a budget counts the most that it can be
             self.purse.settle(key, most)
         self.stats.prompt_tokens += sample.usage.prompt_tokens
         self.stats.completion_tokens += sample.usage.completion_tokens
@@ -247,7 +248,7 @@ class OpenAIGenerator:
         is_ours = is_ours or not answer.model or any(is_same_model(name, answer.model) for name in names)
         if not is_ours:
             reason = f"the answer is from model {answer.model!r}"
-            raise AttemptError(reason, "endpoint", answer.sample.usage, status=200)
+            raise AttemptError(reason, "endpoint", told(answer.sample.usage), status=200)
         return answer.sample
 
     def _failed(self, endpoint: Endpoint, err: AttemptError, key: str, most: Usage, sent_at: float) -> None:

@@ -12,6 +12,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ class Vllm:
         await self.server.start(self._client, self._show)
         self._runs += 1
         try:
-            reply = await self._client.request("GET", f"{self.server.url}/v1/models", self.server.headers, None, 60.0)
+            reply = await self._request("GET", "models", None, 60.0)
         except TransportError as err:
             raise ConnectionError(f"vllm: no answer from {self.server.url}: {err}") from err
         rows = _json(reply).get("data") if reply.status == 200 else None
@@ -243,8 +244,12 @@ class Vllm:
             await self._start()
 
     async def _post(self, path: str, body: dict[str, Any], timeout_s: float = LOAD_TIMEOUT_S) -> Reply:
-        data = json.dumps(body).encode()
-        return await self._client.request("POST", f"{self.server.url}/v1/{path}", self.server.headers, data, timeout_s)
+        return await self._request("POST", path, json.dumps(body).encode(), timeout_s)
+
+    async def _request(self, method: str, path: str, data: bytes | None, timeout_s: float) -> Reply:
+        server = self.server
+        reply = await self._client.request(method, f"{server.url}/v1/{path}", server.headers, data, timeout_s)
+        return replace(reply, text=server.hide(reply.text))
 
     def _choice(self, reply: Reply, prompt: tuple[int, ...], name: str) -> dict[str, Any]:
         """Return the choice that `reply` holds. Raises _Passing where another attempt may help, else ValueError."""

@@ -183,6 +183,11 @@ class VllmServer:
         self._process.stdout.close()
         self._process, self.pid = None, 0
 
+    def hide(self, text: str) -> str:
+        """Return `text` without the key: servers do repeat it in their errors."""
+        key = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        return text.replace(key, "[key]") if key else text
+
     def tail(self, where: int = 0) -> list[str]:
         """Return the last lines of the log after byte `where`."""
         if self.log is None or not self.log.exists():

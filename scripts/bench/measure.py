@@ -129,4 +129,5 @@ def events_of(profile: torch.profiler.profile) -> list[Any]:
 
 def highest(events: Sequence[Any]) -> int:
     """Return the most bytes that a profile's events held beyond what was held before."""
-    return max(itertools.accumulate((e.nbytes() for e in events if e.name() == "[memory]"), initial=0))
+    most: int = max(itertools.accumulate((e.nbytes() for e in events if e.name() == "[memory]"), initial=0))
+    return most

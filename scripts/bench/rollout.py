@@ -247,8 +247,10 @@ async def _client(client: str, url: str, body: dict[str, Any]) -> AsyncIterator[
             )
             json.loads(reply.text)["choices"]
 
-        yield ask
-        await http.aclose()
+        try:
+            yield ask
+        finally:
+            await http.aclose()
         return
     import openai
 
@@ -257,10 +259,9 @@ async def _client(client: str, url: str, body: dict[str, Any]) -> AsyncIterator[
         import aiohttp  # noqa: F401
 
         options["http_client"] = openai.DefaultAioHttpClient()
-    peer = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=60.0, **options)
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=60.0, **options) as peer:
 
-    async def ask_peer() -> None:
-        await peer.chat.completions.create(**body)
+        async def ask_peer() -> None:
+            await peer.chat.completions.create(**body)
 
-    yield ask_peer
-    await peer.close()
+        yield ask_peer

@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         if body["model"] != self.base and body["model"] not in ADAPTERS:
             return self.refuse(404, f"The model `{body['model']}` does not exist.")
         if fault.isdigit():
-            return self.refuse(int(fault), "as you wish")
+            return self.refuse(int(fault), f"as you wish, {self.headers.get('Authorization')}")
         if fault == "drop":
             return self.hang_up()
         if fault.startswith("sleep"):

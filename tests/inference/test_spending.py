@@ -183,18 +183,21 @@ def test_a_killed_process_may_have_been_billed_and_its_claim_is_free(tmp_path: P
     assert cache.claim("k", "g") and not cache.claim("k", "g")
 
 
-def test_an_answer_that_does_not_say_what_it_cost_counts_as_the_most(tmp_path: Path) -> None:
+@pytest.mark.parametrize("contents", [("four", "four"), (None, "four")])
+def test_an_answer_that_does_not_say_what_it_cost_counts_as_the_most(
+    contents: tuple[str | None, str], tmp_path: Path
+) -> None:
     """Oracle: by hand: two upper bounds fit the budget, and a third does not, though the server tells of no tokens."""
-    silent = (200, json.dumps({"choices": [{"message": {"content": "four"}}]}))
-    endpoint = Endpoint(*[silent] * 9)
+    texts = [json.dumps({"choices": [{"message": {"content": content}}]}) for content in contents]
+    endpoint, answers = Endpoint(*((200, text) for text in texts)), 2 - contents.count(None)
 
     async def spend(generator: OpenAIGenerator) -> None:
-        for number in range(2):
+        for number in range(answers):
             assert (await generator.complete(PROMPT, draw(number))).usage == Usage()
         with pytest.raises(RunStopped, match="could cross the budget"):
             await generator.complete(PROMPT, draw(2))
         most = Usage(2 * MOST.prompt_tokens, 2 * MOST.completion_tokens)
-        assert generator.purse.spending() == Spending(answers=2, lost=2, lost_usage=most)
+        assert generator.purse.spending() == Spending(answers=answers, lost=2, lost_usage=most)
 
     run(endpoint, spend, ResponseCache(tmp_path / "c"), Budget(tokens=3 * BOUND - 1))
     assert len(endpoint.seen) == 2

@@ -214,7 +214,7 @@ def test_an_old_adapter_goes_when_its_requests_have_ended(
 def test_attaching_to_a_running_server(
     tiny_dir: Path, tmp_path: Path, faults: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not stopped; what was loaded on it goes; the key is sent; one that is not there is told of."""
+    """It is not stopped; what was loaded on it goes; the key is sent, and in no error; a missing one is told of."""
     folder = adapter(tiny_dir, tmp_path / "adapter")
     monkeypatch.setenv("SERVER_KEY", "planted")
 
@@ -226,6 +226,9 @@ def test_attaching_to_a_running_server(
         name = other.register(folder)
         await other.generate(PROMPT, SAMPLING, name)
         assert other.base == "base" and vllm.server.is_running
+        faults("400")
+        with pytest.raises(ValueError, match=r"refuses the request: 400 as you wish, Bearer \[key\]"):
+            await other.generate(PROMPT, SAMPLING, name)
         await other.aclose()
         assert requests(tmp_path, "/v1/unload_lora_adapter") == [{"lora_name": name}]
         assert {row["row"][1] for row in _rows(tmp_path)} == {None, "Bearer planted"}

@@ -191,7 +191,8 @@ class RunConfig:
     tensorboard: also write every stage's metrics as TensorBoard events into its folder (the extra `track`).
     budget_usd, budget_tokens: the most that the run may spend on [generator], over all its restarts; 0 is no limit. The
     run stops before the line is crossed, and a larger budget continues it.
-    parallel: how the model lies on the ranks that torchrun starts; a pilot's own sampler needs all of it on each.
+    parallel: how the model lies on the ranks that torchrun starts; our own sampler needs all of it on each, so that
+    "shard" and "hybrid" go with the engine vLLM.
     executor: where episodes run: in this process, or torchrun's, or as ray_tasks tasks of a Ray cluster (the extra
     `cluster`; 0: one for each GPU or, on CPUs, for each machine), which gives the same episodes.
     """
@@ -219,7 +220,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.rounds < 0:
             raise ValueError(f"rounds {self.rounds} must not be negative")
-        if self.parallel.layout in ("shard", "hybrid"):
+        if self.controller.engine == "local" and self.parallel.layout in ("shard", "hybrid"):
             raise ValueError(
                 f"[parallel] layout {self.parallel.layout!r}: the local sampler needs the whole model on every rank "
                 "(layout 'replicate'); a model that does not fit is sampled by the vLLM engine"

@@ -5,6 +5,7 @@ is an error that names file and key. The peak is the module itself and one tenso
 tensor is copied out of the map, so that no parameter keeps a file alive. Pickled checkpoints are not read.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -122,6 +123,21 @@ def save_weights(
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def files_digest(folder: Path) -> str:
+    """Return the name and SHA-256 of a model folder's configuration and weight files, which are read whole for it."""
+    found = []
+    for path in sorted((*folder.glob("*.safetensors"), folder / "config.json")):
+        with path.open("rb") as handle:
+            found.append(f"{path.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}")
+    return "".join(found)
+
+
+def weights_hash(folder: Path) -> str:
+    """Return 16 hex digits of the SHA-256 of `files_digest`: what the name of a model carries that a run has trained.
+    """
+    return hashlib.sha256(files_digest(folder).encode()).hexdigest()[:16]
 
 
 def _open_checkpoint(folder: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from matryoshka.core.config import load_toml, to_toml
+from matryoshka.core.config import to_toml
 from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.files import SharedJournal, write_json, write_jsonl, write_text
 from matryoshka.core.protocols import Generator
@@ -40,21 +40,20 @@ from matryoshka.dpo.data import completion, distinct, fitting, preference_items,
 from matryoshka.dpo.pairs import PairCounts, make_pairs, winners
 from matryoshka.dpo.parity import BOUNDS, check_policy
 from matryoshka.eval.baselines import GeneratorGuidance
-from matryoshka.inference.cache import ResponseCache
-from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
+from matryoshka.inference.generators import OpenAIGenerator
 from matryoshka.inference.sampler import Sampler
-from matryoshka.inference.spending import Budget, Purse, total
+from matryoshka.inference.spending import Purse
 from matryoshka.inference.vllm import Vllm
-from matryoshka.lora import files as adapters
+from matryoshka.scripts.black_box import named, open_generator
 from matryoshka.scripts.doctor import environment
 from matryoshka.scripts.episodes import Scheme, Stage, run_stage
-from matryoshka.scripts.policies import Adapters
-from matryoshka.scripts.problems import load_splits, make_task, scripted_generator
+from matryoshka.scripts.policies import open_policies
+from matryoshka.scripts.problems import load_splits, make_task
 from matryoshka.scripts.ranks import Ranks
 from matryoshka.scripts.ray_episodes import connected, run_on_ray
-from matryoshka.scripts.run_config import RunConfig, ServeConfig
+from matryoshka.scripts.run_config import RunConfig
 from matryoshka.scripts.run_folder import CONFIG, cache_path, claim, copy_folder, deal_caches
-from matryoshka.scripts.serving import open_vllm, started
+from matryoshka.scripts.serving import open_vllm
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +64,8 @@ class Run:
     """
 
     journal: SharedJournal
+    generator: Generator
+    purse: Purse | None  # the generator's account, where it has one
 
     def __init__(
         self,
@@ -80,21 +81,20 @@ class Run:
         self.ranks = ranks = ranks or Ranks()
         world = ranks.world if ranks.world.size > 1 else World(device=torch.device(config.controller.device))
         self.world = world
-        self.purse: Purse | None = None  # the generator's account, where it has one
-        self._cache = cache or cache_path(folder, str(ranks.node) if ranks.node else "")
+        self.cache = cache or cache_path(folder, str(ranks.node) if ranks.node else "")
         self.folder = folder
-        self._stack = stack
+        self.stack = stack
         self.runner = stack.enter_context(asyncio.Runner())  # one event loop for all stages: clients belong to one
         self._seconds: dict[str, float] = {}
         if (folder / "seconds.json").exists():
             self._seconds = json.loads((folder / "seconds.json").read_text())
         with ranks.together():
             splits = load_splits(config)
-        self.generator = self._open_generator(config.generator, config.serve)
+        self._take(open_generator(self, config.generator, config.serve))
         self.threads = config.controller.threads or max(1, (os.cpu_count() or 1) // world.local_size)
         torch.set_num_threads(self.threads)
         with ranks.together():
-            self.policies = Adapters(config, folder, world, trains)
+            self.policies = open_policies(config, folder, world, trains)
             self.model = self.policies.model
             self.tokenizer = Tokenizer.load(Path(config.controller.path))
             context = self.model.config.max_position_embeddings
@@ -111,60 +111,30 @@ class Run:
         if controller.engine != "vllm":
             return None
         if (self.world.size > 1 or self.config.executor == "ray") and not controller.vllm.base_url:
+            if controller.tune == "full":
+                raise ValueError(
+                    "[controller] tune = 'full' and engine = 'vllm' over several processes: the one server is started "
+                    "again for every policy, which a single process can do; start one, or take engine = 'local'"
+                )
             raise ValueError(
                 "[controller] engine = 'vllm' over several processes: they share one server; start it with `matryoshka "
-                "serve --engine vllm` and give its address as controller.vllm.base_url"
+                f"serve --engine vllm --lora-rank {self.config.lora.rank}` and give its address as "
+                "controller.vllm.base_url"
             )
         vllm = open_vllm(self.config, self.tokenizer, self.folder / "vllm.log")
-        self._stack.callback(lambda: self.runner.run(vllm.aclose()))
+        self.stack.callback(lambda: self.runner.run(vllm.aclose()))
         return vllm
 
     def _count_tokens(self, prompt: Messages) -> int:
         return len(self.tokenizer.render(prompt, add_generation_prompt=True).ids)
 
     def use_generator(self, name: str) -> None:
-        """Take another black box from now on: a TOML file with [generator]'s keys, else one beside the present one.
+        """Take another black box from now on; `black_box.named` says which ones there are."""
+        self._take(open_generator(self, *named(self.config, name)))
 
-        That is another scripted generator of the task, where [serve] names one, or another model at [generator].
-        """
-        config, serve = self.config.generator, self.config.serve
-        if name.endswith(".toml"):
-            config, serve = load_toml(GeneratorConfig, name), ServeConfig()
-        elif serve.scripted:
-            serve = replace(serve, scripted=name)
-        elif serve.model:
-            raise ValueError(f"generator {name!r}: [serve] starts one model alone; name others by TOML files")
-        else:
-            config = replace(config, model=name)
-        self.generator = self._open_generator(config, serve)
-
-    def _open_generator(self, config: GeneratorConfig, serve: ServeConfig) -> Generator:
-        """Return the black box, checked; a server of our own is started where [serve] names a model."""
-        if serve.scripted:
-            return scripted_generator(self.config.task, serve.scripted)
-        ranks = self.ranks
-        if serve.model:
-            digest, url = adapters.adapter_hash(Path(serve.adapter)) if serve.adapter else "base", ""
-            with ranks.together():
-                if self.world.local_rank == 0:  # one server for all ranks of a machine
-                    log = self.folder / ("generator.log" if ranks.node == 0 else f"generator.node-{ranks.node}.log")
-                    url = self._stack.enter_context(started(serve, self.config.controller.deterministic, log))
-            url = ranks.texts(url)[self.world.rank - self.world.local_rank]
-            config = replace(config, base_url=url, model=serve.name, identity=f"{Path(serve.model).name}+{digest}")
-        with ranks.together():
-            cache = ResponseCache(self._cache)
-            self._stack.callback(cache.close)
-        budget = Budget(self.config.budget_usd, self.config.budget_tokens)
-        if ranks.num_nodes > 1 and budget != Budget():
-            spent = [json.loads(text) for text in ranks.texts(json.dumps(total(cache)))]
-            budget = budget.part(ranks.node, spent[:: self.world.local_size])
-        with ranks.together():
-            part = config.part(self.world.rank, self.world.size)
-            generator = OpenAIGenerator(part, cache, self.config.seed, budget)
-            self.purse = generator.purse
-            self._stack.callback(lambda: self.runner.run(generator.aclose()))
-            self.runner.run(generator.check())
-        return generator
+    def _take(self, generator: Generator) -> None:
+        self.generator = generator
+        self.purse = generator.purse if isinstance(generator, OpenAIGenerator) else None
 
     def is_trained(self, stage: str) -> bool:
         return self.policies.folder(stage).exists()

@@ -110,7 +110,7 @@ def train_weights(
             reference, path = nullcontext, reference_cache or folder / "reference.sqlite"
             cache = stack.enter_context(open_reference(path, base, model, None, world))
         row = _train(model, parameters, items, config, preference, folder, title, reference, cache, tensorboard, world)
-    _save_model(model, base, folder / "model", dtype, world)
+    save_model(model, base, folder / "model", dtype, world)
     return row
 
 
@@ -148,7 +148,7 @@ def _train(
     return row
 
 
-def _save_model(model: LanguageModel, base: Path, folder: Path, dtype: torch.dtype, world: World) -> None:
+def save_model(model: LanguageModel, base: Path, folder: Path, dtype: torch.dtype, world: World) -> None:
     """Write `model` as a Hugging Face folder that appears whole, with configuration and tokenizer of `base`."""
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:

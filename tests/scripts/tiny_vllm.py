@@ -1,14 +1,14 @@
 """vLLM's protocol over our own sampler: a server whose log-probs are the model's, for pilots whose ranks share one.
 
-    python tiny_vllm.py MODEL none|nf4
+    python tiny_vllm.py --model DIR --served-model-name NAME --port PORT [--quantization nf4] ...
 
-prints its port and ends when standard input closes. One request at a time, each a pure function of what it says, so
-that whoever asks the same gets the same. It answers as vLLM does to an adapter that is loaded or unloaded twice.
+prints its port. One request at a time, each a pure function of what it says, so that whoever asks the same gets the
+same. It answers as vLLM does to an adapter that is loaded or unloaded twice.
 """
 
+import argparse
 import asyncio
 import json
-import sys
 import threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -28,7 +28,6 @@ from matryoshka.tests.inference.fake_vllm import ADAPTERS, LOCK
 
 
 class Handler(fake_vllm.Handler):
-    base = "controller"
     sampler: Sampler
     loop: asyncio.AbstractEventLoop
 
@@ -68,18 +67,23 @@ class Handler(fake_vllm.Handler):
         return {"model": body["model"], "choices": [choice]}
 
 
-def main(folder: str, quantization: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--served-model-name")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--quantization", default="none")
+    arguments, _ = parser.parse_known_args()
     torch.set_num_threads(1)
-    model = load_model(Path(folder), convert=QUANTIZATIONS[quantization])
+    model = load_model(arguments.model, convert=QUANTIZATIONS[arguments.quantization])
     fake_vllm.CONTEXT = model.config.max_position_embeddings
-    Handler.loop = asyncio.new_event_loop()
+    Handler.base, Handler.loop = arguments.served_model_name, asyncio.new_event_loop()
     threading.Thread(target=Handler.loop.run_forever, daemon=True).start()
-    Handler.sampler = Sampler(model, Tokenizer.load(Path(folder)), deterministic=True, num_threads=1)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Handler.sampler = Sampler(model, Tokenizer.load(arguments.model), deterministic=True, num_threads=1)
+    server = ThreadingHTTPServer(("127.0.0.1", arguments.port), Handler)
     print(server.server_address[1], flush=True)
-    sys.stdin.read()
+    server.serve_forever()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

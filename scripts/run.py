@@ -66,6 +66,7 @@ class Run:
     journal: SharedJournal
     generator: Generator
     purse: Purse | None  # the generator's account, where it has one
+    vllm: Vllm | None = None  # the controller's sampler where [controller] engine says so
 
     def __init__(
         self,
@@ -79,8 +80,8 @@ class Run:
         """trains: whether anything is to be trained; else no weights are loaded that vLLM samples without."""
         self.config = config
         self.ranks = ranks = ranks or Ranks()
-        world = ranks.world if ranks.world.size > 1 else World(device=torch.device(config.controller.device))
-        self.world = world
+        alone = World(device=torch.device(config.controller.device))
+        self.world = world = alone if ranks.world == ALONE else ranks.world
         self.cache = cache or cache_path(folder, str(ranks.node) if ranks.node else "")
         self.folder = folder
         self.stack = stack
@@ -98,32 +99,13 @@ class Run:
             self.model = self.policies.model
             self.tokenizer = Tokenizer.load(Path(config.controller.path))
             context = self.model.config.max_position_embeddings
-            self.vllm = self._open_vllm()
-            if self.vllm is not None:
+            if config.controller.engine == "vllm":
+                self.vllm = vllm = open_vllm(config, self.tokenizer, folder / "vllm.log", world.size)
+                stack.callback(lambda: self.runner.run(vllm.aclose()))
                 context = min(context, config.controller.vllm.context or context)
             self.task, self._skipped_problems = make_task(config, splits, self._count_tokens, context)
         if self._skipped_problems:
             logger.warning("problems that exceed the context are left out of everything: %s", self._skipped_problems)
-
-    def _open_vllm(self) -> Vllm | None:
-        """Return vLLM as the controller's sampler where [controller] engine says so; it starts when it is needed."""
-        controller = self.config.controller
-        if controller.engine != "vllm":
-            return None
-        if (self.world.size > 1 or self.config.executor == "ray") and not controller.vllm.base_url:
-            if controller.tune == "full":
-                raise ValueError(
-                    "[controller] tune = 'full' and engine = 'vllm' over several processes: the one server is started "
-                    "again for every policy, which a single process can do; start one, or take engine = 'local'"
-                )
-            raise ValueError(
-                "[controller] engine = 'vllm' over several processes: they share one server; start it with `matryoshka "
-                f"serve --engine vllm --lora-rank {self.config.lora.rank}` and give its address as "
-                "controller.vllm.base_url"
-            )
-        vllm = open_vllm(self.config, self.tokenizer, self.folder / "vllm.log")
-        self.stack.callback(lambda: self.runner.run(vllm.aclose()))
-        return vllm
 
     def _count_tokens(self, prompt: Messages) -> int:
         return len(self.tokenizer.render(prompt, add_generation_prompt=True).ids)

@@ -130,12 +130,24 @@ async def _serve_vllm(model: Path, adapters: tuple[str, ...], name: str, config:
             await server.stop()
 
 
-def open_vllm(config: RunConfig, tokenizer: Tokenizer, log: Path) -> Vllm:
+def open_vllm(config: RunConfig, tokenizer: Tokenizer, log: Path, num_ranks: int) -> Vllm:
     """Return vLLM as the controller's sampler; its server starts with the first request that there is for it.
 
-    Raises ValueError for adapters that vLLM does not serve, and where its command is missing.
+    Raises ValueError for adapters that vLLM does not serve, where its command is missing, and for a server of our own
+    that several processes would have to share.
     """
     controller, rank = config.controller, 0
+    if (num_ranks > 1 or config.executor == "ray") and not controller.vllm.base_url:
+        what = "[controller] engine = 'vllm' over several processes"
+        if controller.tune == "full":
+            raise ValueError(
+                f"{what}: with tune = 'full' the server is started again for every policy, which a single process can "
+                "do; start one, or take engine = 'local'"
+            )
+        raise ValueError(
+            f"{what}: they share one server; start it with `matryoshka serve --engine vllm --lora-rank "
+            f"{config.lora.rank}` and give its address as controller.vllm.base_url"
+        )
     if controller.tune == "adapter":
         check_config(config.lora, "[lora] with [controller] engine = 'vllm'")
         rank = config.lora.rank

@@ -5,7 +5,7 @@ import shutil
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,14 +15,18 @@ from matryoshka.core.files import read_jsonl
 from matryoshka.core.layout import ParallelConfig
 from matryoshka.core.load import load_model
 from matryoshka.core.records import Trajectory
+from matryoshka.core.tokenizer import Tokenizer
 from matryoshka.core.weights import SINGLE, weights_hash
 from matryoshka.dpo.data import completion, distinct, preference_items
 from matryoshka.dpo.parity import difference, trainer_logps
 from matryoshka.inference.generators import GeneratorConfig
 from matryoshka.inference.vllm_server import VllmConfig
+from matryoshka.lora.files import adapter_hash
 from matryoshka.scripts import cli
+from matryoshka.scripts.policies import _heaviest
 from matryoshka.scripts.run import open_run
 from matryoshka.scripts.run_config import ControllerConfig, RunConfig
+from matryoshka.scripts.serving import open_vllm
 from matryoshka.tests.scripts.conftest import Generator, environment
 from matryoshka.tests.scripts.test_pilot import Runs, assert_equal_runs, lines, small
 from matryoshka.tests.scripts.test_rank_episodes import RankRuns, runs
@@ -162,6 +166,19 @@ def test_all_weights_lie_on_every_rank() -> None:
         RunConfig("run", controller, GeneratorConfig("http://h/v1", "m"), parallel=ParallelConfig("shard"))
 
 
+@pytest.mark.parametrize(
+    ("tune", "says"), [("adapter", "they share one server; .* --lora-rank 2"), ("full", "a single process can do")]
+)
+def test_ranks_share_a_server_of_somebody_else(
+    tune: Literal["adapter", "full"], says: str, controller_dir: Path, tmp_path: Path
+) -> None:
+    """Oracle: the messages."""
+    config = small("ranks", controller_dir, "http://h/v1")
+    controller = replace(config.controller, deterministic=False, engine="vllm", tune=tune)
+    with pytest.raises(ValueError, match=f"over several processes.*{says}"):
+        open_vllm(replace(config, controller=controller), Tokenizer.load(controller_dir), tmp_path / "log", num_ranks=2)
+
+
 @pytest.mark.slow
 def test_vllm_is_started_again_with_the_weights_of_each_stage(
     tmp_path: Path, controller_dir: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
@@ -206,3 +223,19 @@ def test_a_layout_that_cuts_the_model_up_needs_vllm(
             pass
     with open_run(replace(config, controller=controller), tmp_path) as run:
         assert not run.model.head_weight.is_meta
+        run.policies.keep("", "weighty")
+    with open_run(replace(config, controller=controller, parallel=parallel), tmp_path, trains=False) as run:
+        assert run.model.head_weight.is_meta
+        run.policies.keep("", "weightless")  # what vLLM serves as the base model needs no weights of ours
+        folders = [run.policies.folder(stage) for stage in ("weighty", "weightless")]
+    assert adapter_hash(folders[0]) == adapter_hash(folders[1])
+
+
+def test_a_layout_is_planned_for_the_largest_training(controller_dir: Path) -> None:
+    """Oracle: by hand; a warm-up that does not happen takes nothing."""
+    config = small("planned", controller_dir, "http://h/v1")
+    warmup = replace(config.warmup, train=replace(config.warmup.train, micro_batch_tokens=9000, activations="none"))
+    dpo = replace(config.dpo, train=replace(config.dpo.train, micro_batch_tokens=5000, optimizer="adamw8bit"))
+    planned = _heaviest(config := replace(config, warmup=warmup, dpo=dpo))
+    assert (planned.micro_batch_tokens, planned.activations, planned.optimizer) == (9000, "none", "adamw")
+    assert _heaviest(replace(config, star=False, warmup=replace(warmup, source="none"))) == dpo.train

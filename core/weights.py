@@ -143,6 +143,21 @@ def sampled_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def files_digest(folder: Path) -> str:
+    """Return the name and SHA-256 of a model folder's configuration and weight files, which are read whole for it."""
+    found = []
+    for path in sorted((*folder.glob("*.safetensors"), folder / "config.json")):
+        with path.open("rb") as handle:
+            found.append(f"{path.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}")
+    return "".join(found)
+
+
+def weights_hash(folder: Path) -> str:
+    """Return 16 hex digits of the SHA-256 of `files_digest`: what the name of a model carries that a run has trained.
+    """
+    return hashlib.sha256(files_digest(folder).encode()).hexdigest()[:16]
+
+
 def _open_checkpoint(folder: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
     """Return the open file that holds each key; every file is opened, so that a bad one shows before any work."""
     if not folder.is_dir():

@@ -51,7 +51,7 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
 
 def trainer_logps(model: LanguageModel, tokens: Tokens) -> tuple[float, ...]:
     """Return the log-probs of the scored tokens as training computes them under the adapter that is active."""
-    device = model.head_weight.device
+    device = model.device
     memory = plan_memory("none", model, {}, len(tokens.ids))
     with torch.no_grad():
         batch = MicroBatch(model, token_logps, [Item((tokens,), "")], len(tokens.ids), device, memory)

@@ -25,6 +25,7 @@ from matryoshka.core.language_model import LanguageModel
 from matryoshka.core.packing import Item
 from matryoshka.core.records import stable_seed
 from matryoshka.core.tree import Tokens
+from matryoshka.core.weights import files_digest
 from matryoshka.lora.files import adapter_digest
 from matryoshka.lora.linear import LoraLinear
 
@@ -43,9 +44,7 @@ def reference_digest(base: Path, model: LanguageModel, adapter: str | None) -> s
     base: the Hugging Face folder that `model` was loaded from; adapter None: adapters off. Reads every weight once.
     """
     digest = hashlib.sha256(f"{KERNELS} {torch.__version__} {model.dtype} {model.device.type}".encode())
-    for path in sorted((*base.glob("*.safetensors"), base / "config.json")):
-        with path.open("rb") as handle:
-            digest.update(f"{path.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}".encode())
+    digest.update(files_digest(base).encode())
     layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLinear)]
     if packed := [path for path, layer in layers if layer.scales is not None]:
         digest.update(f"nf4 {packed}".encode())

@@ -84,6 +84,14 @@ class Vllm:
         self.retire_others(name)
         return name
 
+    def use_model(self, folder: Path) -> None:
+        """Answer requests for the base model with the weights in `folder` from now on; none may be under way.
+
+        The server, which must be ours, is started again with the next one.
+        """
+        if self.server.take(folder):
+            self._is_up = False
+
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: str | None = None) -> Sample:
         """Return one completion of `prompt_ids` under `adapter` (None: the base model, on a server without adapters).
 

@@ -126,7 +126,7 @@ class VllmServer:
             if not (key := os.environ.get(config.api_key_env, "")):
                 raise ValueError(f"vllm: environment variable {config.api_key_env} is empty; set the server's key")
             self.headers["Authorization"] = f"Bearer {key}"
-        self._arguments = (model.absolute(), name, dtype, rank)
+        self._arguments = self._launched = (model.absolute(), name, dtype, rank)
         self._process: subprocess.Popen[str] | None = None
         if self.is_ours:
             server_command(config, *self._arguments, 0)
@@ -134,13 +134,19 @@ class VllmServer:
             if shutil.which(program) is None:
                 raise ValueError(f"vllm: no program {program!r}; set command to what starts vLLM here (docs/vllm.md)")
 
+    def take(self, model: Path) -> bool:
+        """Serve another model folder from the next start on; return whether it is another one."""
+        self._arguments = (model.absolute(), *self._arguments[1:])
+        return self._arguments != self._launched
+
     async def start(self, client: HttpClient, show: Callable[[str], None]) -> None:
-        """Return when the server answers; one of ours that does not is ended and started. `show` gets progress lines.
+        """Return when the server answers; one of ours that does not, or that serves another model than the one that was
+        taken last, is ended and started. `show` gets progress lines.
 
         Raises ValueError with the end of its log when it ends or does not answer in time.
         """
         where = self.log.stat().st_size if self.log is not None and self.log.exists() else 0
-        if self.is_ours and not await self.is_healthy(client):
+        if self.is_ours and (self._arguments != self._launched or not await self.is_healthy(client)):
             await self.stop()
             self._launch()
         began = time.monotonic()
@@ -199,6 +205,7 @@ class VllmServer:
         port = self.config.port or _free_port()
         self.url = f"http://{HOST}:{port}"
         command = server_command(self.config, *self._arguments, port)
+        self._launched = self._arguments
         environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
         if "Authorization" in self.headers:  # not on the command line, where everybody can read it
             environment["VLLM_API_KEY"] = self.headers["Authorization"].removeprefix("Bearer ")

@@ -264,6 +264,11 @@ def trainable_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]
     return chosen
 
 
+def adapter_names(model: nn.Module) -> set[str]:
+    """Return the names of the adapters that any layer holds."""
+    return {name for module in _lora_layers(model) for name in module.configs}
+
+
 def target_names(model: nn.Module, name: str) -> Sequence[str]:
     """Return the sorted last names of the layers that carry adapter `name`."""
     layers = [(path, m) for path, m in model.named_modules() if isinstance(m, LoraLinear)]

@@ -125,7 +125,7 @@ COMMANDS: dict[str, tuple[Callable[[], Callable[..., None]], str]] = {
     "serve": (_serve, "a model and its adapters behind an OpenAI-compatible HTTP server"),
     "parity": (_parity, "log-probs of the same tokens from trainer, sampler and vLLM, with and without an adapter"),
     "merge": (_export("merge"), "an adapter folded into its model, as a Hugging Face folder"),
-    "export": (_export("export"), "the adapter of a run's stage, in PEFT layout"),
+    "export": (_export("export"), "the policy of a run's stage: an adapter in PEFT layout, or a model folder"),
     "convert": (_convert, "a GGUF file, or the embedded controller, as a Hugging Face folder"),
     "bench": (_bench, "measurements of this machine against other software: matryoshka bench --help lists them"),
 }

@@ -41,7 +41,7 @@ def estimate(config: RunConfig) -> None:
     """Run 20 training examples and print what the whole run will cost; the last line is the numbers as JSON."""
     with tempfile.TemporaryDirectory() as root:
         here = replace(config, executor="local")  # answers go to the run's own cache, not to one of the folder's
-        with open_run(here, Path(root), RUNS / config.name / "cache.sqlite") as run:
+        with open_run(here, Path(root), RUNS / config.name / "cache.sqlite", trains=False) as run:
             settings = run.settings(greedy=False)
             done = run.episodes(run.policy(""), ["train"], [settings], "estimate", EXAMPLES)
             found = extrapolate(run, done)

@@ -1,11 +1,12 @@
-"""Adapters on their way out: `matryoshka merge` folds one into its model, `matryoshka export` takes one from a run."""
+"""Policies on their way out: `matryoshka merge` folds an adapter into its model, `export` takes a stage's from a run.
+"""
 
 import os
 import shutil
 from pathlib import Path
 
 from matryoshka.core.load import load_model
-from matryoshka.core.weights import save_weights
+from matryoshka.core.weights import save_weights, weights_hash
 from matryoshka.lora.files import adapter_hash, load_adapter
 from matryoshka.lora.files import merge as fold
 
@@ -37,7 +38,9 @@ def merge(model: Path, adapter: Path, out: Path) -> None:
 
 
 def export(run: Path, out: Path, stage: str = "") -> None:
-    """Copy the adapter of a run's stage, in PEFT layout, and print the folder and the adapter's content hash.
+    """Copy the policy of a run's stage and print the folder and its content hash.
+
+    It is an adapter in PEFT layout or, where all weights were trained, a Hugging Face folder, to be used as any other.
 
     Args:
         run: The run's folder, e.g. runs/demo-0.
@@ -45,18 +48,20 @@ def export(run: Path, out: Path, stage: str = "") -> None:
         stage: warmup, star, round-1, ...; by default the last round that is trained.
     """
     _refuse_existing(out)
-    trained = sorted(folder.parent.name for folder in run.glob("*/adapter"))
+    hashes = {"adapter": adapter_hash, "model": weights_hash}
+    folders = {path.parent.name: path for part in hashes for path in run.glob(f"*/{part}")}
+    trained = sorted(folders)
     rounds = sorted((name for name in trained if name.startswith("round-")), key=lambda name: int(name[6:]))
     chosen = stage or (rounds[-1] if rounds else "")
     if chosen not in trained:
         raise ValueError(f"{run}: stage {chosen or 'round-1'!r} is not trained; choose from {trained}")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        shutil.copytree(run / chosen / "adapter", temporary)
+        shutil.copytree(folders[chosen], temporary)
         os.rename(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(out, adapter_hash(out))
+    print(out, hashes[folders[chosen].name](out))
 
 
 def _refuse_existing(out: Path) -> None:

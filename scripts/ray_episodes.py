@@ -222,7 +222,7 @@ def _opened(config: RunConfig, folder: Path, first: str) -> "Run":
             _open_runs.popitem()[1][0].close()
         with ExitStack() as stack:
             here = socket.gethostname()
-            run = Run(config, folder, stack, cache_path(folder, "" if here == first else here))
+            run = Run(config, folder, stack, cache_path(folder, "" if here == first else here), trains=False)
             _open_runs[key] = (stack.pop_all(), run)
     return _open_runs[key][1]
 

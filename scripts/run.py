@@ -1,6 +1,6 @@
 """A run directory and its stages: warm-up, collect, pair, train, evaluate. Each stage finds what is done and goes on.
 
-Training is complete when its adapter folder exists, an episode when its key is in the journal, a black-box answer when
+Training is complete when its policy's folder exists, an episode when its key is in the journal, a black-box answer when
 it is in the cache: so a run that was killed anywhere costs at most the work in flight.
 """
 
@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 
-from matryoshka.core.config import load_toml, to_toml
+from matryoshka.core.config import to_toml
 from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.files import SharedJournal, write_json, write_jsonl, write_text
-from matryoshka.core.load import load_model
-from matryoshka.core.protocols import Controller, Generator
+from matryoshka.core.protocols import Generator
 from matryoshka.core.records import (
     Example,
     Messages,
@@ -41,23 +40,20 @@ from matryoshka.dpo.data import completion, distinct, fitting, preference_items,
 from matryoshka.dpo.pairs import PairCounts, make_pairs, winners
 from matryoshka.dpo.parity import BOUNDS, check_policy
 from matryoshka.eval.baselines import GeneratorGuidance
-from matryoshka.inference.cache import ResponseCache
-from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
-from matryoshka.inference.local import LocalController, TokenSampler
+from matryoshka.inference.generators import OpenAIGenerator
 from matryoshka.inference.sampler import Sampler
-from matryoshka.inference.spending import Budget, Purse, total
+from matryoshka.inference.spending import Purse
 from matryoshka.inference.vllm import Vllm
-from matryoshka.lora import files as adapters
-from matryoshka.lora.linear import active, add_adapter, remove_adapter
+from matryoshka.scripts.black_box import named, open_generator
 from matryoshka.scripts.doctor import environment
 from matryoshka.scripts.episodes import Scheme, Stage, run_stage
-from matryoshka.scripts.problems import load_splits, make_task, scripted_generator
+from matryoshka.scripts.policies import open_policies
+from matryoshka.scripts.problems import load_splits, make_task
 from matryoshka.scripts.ranks import Ranks
 from matryoshka.scripts.ray_episodes import connected, run_on_ray
-from matryoshka.scripts.run_config import RunConfig, ServeConfig
+from matryoshka.scripts.run_config import RunConfig
 from matryoshka.scripts.run_folder import CONFIG, cache_path, claim, copy_folder, deal_caches
-from matryoshka.scripts.serving import open_vllm, started
-from matryoshka.scripts.training import DTYPES, POLICY, QUANTIZATIONS, REFERENCE, train_policy
+from matryoshka.scripts.serving import open_vllm
 
 logger = logging.getLogger(__name__)
 
@@ -68,128 +64,68 @@ class Run:
     """
 
     journal: SharedJournal
+    generator: Generator
+    purse: Purse | None  # the generator's account, where it has one
+    vllm: Vllm | None = None  # the controller's sampler where [controller] engine says so
 
     def __init__(
-        self, config: RunConfig, folder: Path, stack: ExitStack, cache: Path | None = None, ranks: Ranks | None = None
+        self,
+        config: RunConfig,
+        folder: Path,
+        stack: ExitStack,
+        cache: Path | None = None,
+        ranks: Ranks | None = None,
+        trains: bool = True,
     ) -> None:
+        """trains: whether anything is to be trained; else no weights are loaded that vLLM samples without."""
         self.config = config
         self.ranks = ranks = ranks or Ranks()
-        self.world = world = ranks.world
-        self.purse: Purse | None = None  # the generator's account, where it has one
-        self._cache = cache or cache_path(folder, str(ranks.node) if ranks.node else "")
+        alone = World(device=torch.device(config.controller.device))
+        self.world = world = alone if ranks.world == ALONE else ranks.world
+        self.cache = cache or cache_path(folder, str(ranks.node) if ranks.node else "")
         self.folder = folder
-        self._stack = stack
+        self.stack = stack
         self.runner = stack.enter_context(asyncio.Runner())  # one event loop for all stages: clients belong to one
         self._seconds: dict[str, float] = {}
         if (folder / "seconds.json").exists():
             self._seconds = json.loads((folder / "seconds.json").read_text())
         with ranks.together():
             splits = load_splits(config)
-        self.generator = self._open_generator(config.generator, config.serve)
+        self._take(open_generator(self, config.generator, config.serve))
         self.threads = config.controller.threads or max(1, (os.cpu_count() or 1) // world.local_size)
         torch.set_num_threads(self.threads)
-        path = Path(config.controller.path)
-        controller = config.controller
-        device = world.device if world.size > 1 else controller.device
-        convert = QUANTIZATIONS[controller.quantization]
         with ranks.together():
-            self.model = load_model(path, DTYPES[controller.dtype], device, convert)
-            self.tokenizer = Tokenizer.load(path)
+            self.policies = open_policies(config, folder, world, trains)
+            self.model = self.policies.model
+            self.tokenizer = Tokenizer.load(Path(config.controller.path))
             context = self.model.config.max_position_embeddings
-            self.vllm = self._open_vllm()
-            if self.vllm is not None:
-                context = min(context, controller.vllm.context or context)
+            if config.controller.engine == "vllm":
+                self.vllm = vllm = open_vllm(config, self.tokenizer, folder / "vllm.log", world.size)
+                stack.callback(lambda: self.runner.run(vllm.aclose()))
+                context = min(context, config.controller.vllm.context or context)
             self.task, self._skipped_problems = make_task(config, splits, self._count_tokens, context)
         if self._skipped_problems:
             logger.warning("problems that exceed the context are left out of everything: %s", self._skipped_problems)
-
-    def _open_vllm(self) -> Vllm | None:
-        """Return vLLM as the controller's sampler where [controller] engine says so; it starts when it is needed."""
-        controller = self.config.controller
-        if controller.engine != "vllm":
-            return None
-        if (self.world.size > 1 or self.config.executor == "ray") and not controller.vllm.base_url:
-            raise ValueError(
-                "[controller] engine = 'vllm' over several processes: they share one server; start it with `matryoshka "
-                "serve --engine vllm` and give its address as controller.vllm.base_url"
-            )
-        vllm = open_vllm(self.config, self.tokenizer, self.folder / "vllm.log")
-        self._stack.callback(lambda: self.runner.run(vllm.aclose()))
-        return vllm
 
     def _count_tokens(self, prompt: Messages) -> int:
         return len(self.tokenizer.render(prompt, add_generation_prompt=True).ids)
 
     def use_generator(self, name: str) -> None:
-        """Take another black box from now on: a TOML file with [generator]'s keys, else one beside the present one.
+        """Take another black box from now on; `black_box.named` says which ones there are."""
+        self._take(open_generator(self, *named(self.config, name)))
 
-        That is another scripted generator of the task, where [serve] names one, or another model at [generator].
-        """
-        config, serve = self.config.generator, self.config.serve
-        if name.endswith(".toml"):
-            config, serve = load_toml(GeneratorConfig, name), ServeConfig()
-        elif serve.scripted:
-            serve = replace(serve, scripted=name)
-        elif serve.model:
-            raise ValueError(f"generator {name!r}: [serve] starts one model alone; name others by TOML files")
-        else:
-            config = replace(config, model=name)
-        self.generator = self._open_generator(config, serve)
-
-    def _open_generator(self, config: GeneratorConfig, serve: ServeConfig) -> Generator:
-        """Return the black box, checked; a server of our own is started where [serve] names a model."""
-        if serve.scripted:
-            return scripted_generator(self.config.task, serve.scripted)
-        ranks = self.ranks
-        if serve.model:
-            digest, url = adapters.adapter_hash(Path(serve.adapter)) if serve.adapter else "base", ""
-            with ranks.together():
-                if self.world.local_rank == 0:  # one server for all ranks of a machine
-                    log = self.folder / ("generator.log" if ranks.node == 0 else f"generator.node-{ranks.node}.log")
-                    url = self._stack.enter_context(started(serve, self.config.controller.deterministic, log))
-            url = ranks.texts(url)[self.world.rank - self.world.local_rank]
-            config = replace(config, base_url=url, model=serve.name, identity=f"{Path(serve.model).name}+{digest}")
-        with ranks.together():
-            cache = ResponseCache(self._cache)
-            self._stack.callback(cache.close)
-        budget = Budget(self.config.budget_usd, self.config.budget_tokens)
-        if ranks.num_nodes > 1 and budget != Budget():
-            spent = [json.loads(text) for text in ranks.texts(json.dumps(total(cache)))]
-            budget = budget.part(ranks.node, spent[:: self.world.local_size])
-        with ranks.together():
-            part = config.part(self.world.rank, self.world.size)
-            generator = OpenAIGenerator(part, cache, self.config.seed, budget)
-            self.purse = generator.purse
-            self._stack.callback(lambda: self.runner.run(generator.aclose()))
-            self.runner.run(generator.check())
-        return generator
-
-    # Policies: "" is the base model, otherwise the stage folder whose adapter it is.
-
-    def adapter_folder(self, stage: str) -> Path:
-        return self.folder / stage / "adapter"
+    def _take(self, generator: Generator) -> None:
+        self.generator = generator
+        self.purse = generator.purse if isinstance(generator, OpenAIGenerator) else None
 
     def is_trained(self, stage: str) -> bool:
-        return self.adapter_folder(stage).exists()
+        return self.policies.folder(stage).exists()
 
     def policy_before(self, round: int) -> str:
         """Return the stage whose policy round `round` starts from and is held to."""
         if round > 1:
             return f"round-{round - 1}"
         return "" if self.config.warmup.source == "none" else "warmup"
-
-    def _load_policy(self, stage: str) -> None:
-        """Make POLICY the adapter of `stage` (a fresh one for the base model), alone in the model."""
-        for name in (POLICY, REFERENCE):
-            if name in self._adapters():
-                remove_adapter(self.model, name)
-        if stage:
-            adapters.load_adapter(self.model, POLICY, self.adapter_folder(stage))
-        else:
-            add_adapter(self.model, POLICY, self.config.lora, stable_seed("lora", self.config.seed))
-
-    def _adapters(self) -> set[str]:
-        return {name for module in self.model.modules() for name in getattr(module, "configs", {})}
 
     # Training.
 
@@ -229,7 +165,7 @@ class Run:
         won = winners(trajectories)
         if not won:
             logger.warning("star: no sample won, so there is nothing to imitate; the policy stays as it was")
-            self._keep_policy(self.policy_before(1), "star")
+            self.policies.keep(self.policy_before(1), "star")
             return
         self._check_parity(trajectories, self.policy_before(1))
         items = [Item((completion(ids or (), sample),), example) for ids, _, sample, example in won]
@@ -247,7 +183,7 @@ class Run:
             logger.warning("%s: %d pairs repeat those of an equal prompt and are left out", stage, repeated)
         if not items:
             logger.warning("round %d: no problem was both solved and failed: no pairs, so nothing changes", round)
-            self._keep_policy(before, stage)
+            self.policies.keep(before, stage)
             return counts
         self._check_parity(trajectories, before)
         rates = self.config.dpo.learning_rates or (self.config.dpo.train.learning_rate,)
@@ -260,27 +196,18 @@ class Run:
         best = max(results, key=lambda row: row["validation"]["value"])
         if self.world.is_first:
             write_json(self.folder / stage / "selection.json", {"chosen": best, "candidates": results})
-            copy_folder(self.adapter_folder(best["stage"]), self.adapter_folder(stage))
+            copy_folder(self.policies.folder(best["stage"]), self.policies.folder(stage))
         self.ranks.barrier()
         return counts
 
     def _check_parity(self, trajectories: Sequence[Trajectory], stage: str) -> None:
         """Raise ValueError if the samples of the policy of `stage` are not what training computes for it."""
-        self._load_policy(stage)
         config = self.config.controller
         bound = max(BOUNDS[dtype] for dtype in {config.dtype, config.vllm.dtype or config.dtype})
-        with active(self.model, POLICY):
-            found = check_policy(self.model, trajectories, self.policy(stage).name, bound, self.config.seed)
+        with self.policies.computing(stage):
+            found = check_policy(self.model, trajectories, self.policies.name(stage), bound, self.config.seed)
         if found is not None:
             logger.info("parity of %s: %.2g nats a token (bound %g)", stage or "the base model", found.rms, bound)
-
-    def _keep_policy(self, before: str, stage: str) -> None:
-        """Save the policy of `before` unchanged as `stage`'s: a stage without data changes nothing."""
-        self._load_policy(before)
-        self.ranks.barrier()  # nobody is still to ask whether it is trained
-        if self.world.is_first:
-            adapters.save_adapter(self.model, POLICY, self.adapter_folder(stage), self.config.controller.path)
-        self.ranks.barrier()
 
     def pairs(self, trajectories: Sequence[Trajectory]) -> tuple[list[Preference], PairCounts]:
         """Return the pairs of all trajectories so far and write them to preferences.jsonl."""
@@ -297,7 +224,7 @@ class Run:
         return Item((text_completion(self.tokenizer, self.task.first_prompt(example), guidance),), example.id)
 
     def _train(self, stage: str, start: str, items: Sequence[Item], config: TrainConfig, sft: bool) -> None:
-        """Train POLICY from the policy of `start`, and save it as `stage`'s adapter."""
+        """Train from the policy of `start`, and save the result as `stage`'s policy."""
         if self.is_trained(stage):
             return
         context = self.model.config.max_position_embeddings
@@ -307,24 +234,10 @@ class Run:
             if self.world.is_first:
                 write_json(self.folder / stage / "left_out.json", skipped)
         started_at = time.monotonic()
-        self._load_policy(start)
-        folder = self.folder / stage
-        train_policy(
-            self.model,
-            Path(self.config.controller.path),
-            items,
-            config,
-            None if sft else self.config.dpo.objective,
-            folder,
-            stage,
-            fresh=not start,
-            reference_cache=self.folder / "reference.sqlite" if self.config.dpo.reference_cache else None,
-            tensorboard=self.config.tensorboard,
-            world=self.world,
-        )
+        self.policies.train(stage, start, items, config, None if sft else self.config.dpo.objective)
         self._add_seconds(f"train {stage}", time.monotonic() - started_at)
-        for checkpoint in folder.glob("step-*") if self.world.is_first else ():
-            shutil.rmtree(checkpoint)  # the adapter is whole; the optimizer's state is not needed again
+        for checkpoint in (self.folder / stage).glob("step-*") if self.world.is_first else ():
+            shutil.rmtree(checkpoint)  # the policy is whole; the optimizer's state is not needed again
 
     # Episodes.
 
@@ -349,24 +262,8 @@ class Run:
 
     def policy(self, stage: str) -> Scheme:
         """Return the scheme of a trained policy ("": the base model), evaluated greedily."""
-        name = Path(self.config.controller.path).name
-        label = f"{name}+{adapters.adapter_hash(self.adapter_folder(stage))}" if stage else name
-        adapter = POLICY if stage else None
-
-        def make(sampler: TokenSampler) -> Controller:
-            if isinstance(sampler, Vllm):
-                return LocalController(sampler, sampler.use(self.adapter_folder(stage or self._neutral())), label)
-            if stage:
-                self._load_policy(stage)
-            return LocalController(sampler, adapter, label)
-
-        return Scheme(label, make, self.settings(greedy=True))
-
-    def _neutral(self) -> str:
-        """Return a stage whose adapter changes nothing: vLLM serves it as the base model (`Vllm.generate` says why)."""
-        if not self.is_trained("untrained"):
-            self._keep_policy("", "untrained")
-        return "untrained"
+        name = self.policies.name(stage)
+        return Scheme(name, lambda sampler: self.policies.controller(stage, sampler), self.settings(greedy=True))
 
     def collect(self, round: int) -> list[Trajectory]:
         """Return K sampled episodes for each training problem under the policy that round `round` starts from."""
@@ -469,12 +366,14 @@ class Run:
 
 
 @contextmanager
-def open_run(config: RunConfig, root: Path, cache: Path | None = None, world: World = ALONE) -> Iterator[Run]:
+def open_run(
+    config: RunConfig, root: Path, cache: Path | None = None, world: World = ALONE, trains: bool = True
+) -> Iterator[Run]:
     """Open or continue `root/<name>`, all ranks of `world` together, under its lock, which the first one holds.
 
-    cache: the file of answers, by default the folder's own. Raises ValueError when it was started with another
-    configuration (naming every difference) or is in use. Budgets, limits and patience may change: they decide how fast
-    and how far a run goes, not what it finds.
+    cache: the file of answers, by default the folder's own. trains: as `Run` takes it. Raises ValueError when it was
+    started with another configuration (naming every difference) or is in use. Budgets, limits and patience may change:
+    they decide how fast and how far a run goes, not what it finds.
     """
     folder, ranks = root / config.name, Ranks(world)
     with ExitStack() as stack:
@@ -486,7 +385,7 @@ def open_run(config: RunConfig, root: Path, cache: Path | None = None, world: Wo
             if world.size > 1:
                 raise ValueError("executor = 'ray' and torchrun's ranks exclude each other; start one process")
             stack.enter_context(connected())
-        run = Run(config, folder, stack, cache, ranks)
+        run = Run(config, folder, stack, cache, ranks, trains)
         name = "trajectories" if world.size == 1 else f"trajectories.rank-{world.rank}"
         with ranks.together():
             run.journal = SharedJournal(folder / f"{name}.jsonl", "trajectories*.jsonl")

@@ -17,7 +17,8 @@ class ControllerConfig:
 
     quantization "nf4": the base in four bits (QLoRA; the extra `cuda`). max_rows: rows the sampler decodes together.
     deterministic: one request at a time, bit for bit repeatable. engine: what samples, our own sampler or vLLM as
-    [controller.vllm] says; training is ours in either case.
+    [controller.vllm] says; training is ours in either case. tune "full": all weights are trained, in float32, and a
+    policy is a model folder, as large as the model; [lora] is not used, and vLLM is started again for every policy.
     """
 
     path: str
@@ -28,11 +29,27 @@ class ControllerConfig:
     max_rows: int = 64
     deterministic: bool = False
     engine: Literal["local", "vllm"] = "local"
+    tune: Literal["adapter", "full"] = "adapter"
     vllm: VllmConfig = VllmConfig()
 
     def __post_init__(self) -> None:
         if self.engine == "vllm" and self.deterministic:
             raise ValueError("deterministic is of the local engine; what vLLM draws depends on its batches' rounding")
+        if self.tune != "full":
+            return
+        if self.quantization != "none":
+            what = f"quantization {self.quantization!r} is for a frozen base"
+            raise ValueError(f"tune = 'full': {what}; leave it out, or train an adapter")
+        if self.engine == "vllm" and self.vllm.base_url:
+            raise ValueError(
+                "tune = 'full': vLLM takes weights when it starts, so it is started again for every policy; leave "
+                "base_url out, or train an adapter"
+            )
+        if self.dtype != "float32":
+            raise ValueError(
+                f"tune = 'full': {self.dtype} is too coarse for small steps, and nothing finer is kept beside it here; "
+                "take dtype = 'float32', or train an adapter"
+            )
 
 
 @dataclass(frozen=True)
@@ -191,7 +208,8 @@ class RunConfig:
     tensorboard: also write every stage's metrics as TensorBoard events into its folder (the extra `track`).
     budget_usd, budget_tokens: the most that the run may spend on [generator], over all its restarts; 0 is no limit. The
     run stops before the line is crossed, and a larger budget continues it.
-    parallel: how the model lies on the ranks that torchrun starts; a pilot's own sampler needs all of it on each.
+    parallel: how the model lies on the ranks that torchrun starts; our own sampler needs all of it on each, so that
+    "shard" and "hybrid" go with the engine vLLM.
     executor: where episodes run: in this process, or torchrun's, or as ray_tasks tasks of a Ray cluster (the extra
     `cluster`; 0: one for each GPU or, on CPUs, for each machine), which gives the same episodes.
     """
@@ -219,7 +237,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.rounds < 0:
             raise ValueError(f"rounds {self.rounds} must not be negative")
-        if self.parallel.layout in ("shard", "hybrid"):
+        is_cut = self.parallel.layout in ("shard", "hybrid")
+        if is_cut and self.controller.tune == "full":
+            raise ValueError(
+                f"[parallel] layout {self.parallel.layout!r}: with tune = 'full' every rank of a pilot has the whole "
+                "model; take layout 'replicate', or train an adapter"
+            )
+        if is_cut and self.controller.engine == "local":
             raise ValueError(
                 f"[parallel] layout {self.parallel.layout!r}: the local sampler needs the whole model on every rank "
                 "(layout 'replicate'); a model that does not fit is sampled by the vLLM engine"

@@ -35,6 +35,7 @@ def serve(
     api_key_env: str = "",
     deterministic: bool = False,
     with_parent: bool = False,
+    lora_rank: int = 0,
     vllm: VllmConfig = VllmConfig(),  # noqa: B008  it is frozen
 ) -> None:
     """Serve a model folder and its adapters through an OpenAI-compatible HTTP API.
@@ -51,6 +52,8 @@ def serve(
         api_key_env: Environment variable with the key that callers must send; empty asks for none.
         deterministic: One request at a time, answers repeatable bit for bit.
         with_parent: End when standard input closes, as it does when the parent process dies.
+        lora_rank: Engine vllm alone: of adapters to be loaded while it runs, as a pilot's are; 0 is that of the ones
+            given here.
         vllm: How vLLM is started; its output goes to standard error.
     """
     if with_parent:
@@ -59,8 +62,10 @@ def serve(
         if threads or max_rows != 64 or deterministic or vllm.base_url:
             raise ValueError("serve: threads, max_rows and deterministic are of engine local, and base_url starts none")
         vllm = replace(vllm, port=port, api_key_env=api_key_env, flags=(*vllm.flags, "--host", host))
-        asyncio.run(_serve_vllm(model, adapter, name or model.name, vllm))
+        asyncio.run(_serve_vllm(model, adapter, name or model.name, vllm, lora_rank))
         return
+    if lora_rank:
+        raise ValueError("serve: lora_rank is of engine vllm; engine local serves the adapters given, of any rank")
     import torch
 
     from matryoshka.core.load import load_model
@@ -91,13 +96,13 @@ def serve(
         asyncio.run(server.serve(LocalEngine(sampler, names), host, port, key, ready))
 
 
-async def _serve_vllm(model: Path, adapters: tuple[str, ...], name: str, config: VllmConfig) -> None:
+async def _serve_vllm(model: Path, adapters: tuple[str, ...], name: str, config: VllmConfig, rank: int) -> None:
     """Run vLLM until SIGTERM or SIGINT; print its URL when it answers."""
     pairs = [pair.partition("=") for pair in adapters]
     labels = [name, *(label for label, _, _ in pairs)]
     if not all(equals for _, equals, _ in pairs) or len(set(labels)) < len(labels):
         raise ValueError(f"serve: adapters {', '.join(adapters)}; expected NAME=FOLDER with names that are not taken")
-    rank = max((read_config(Path(folder)).rank for _, _, folder in pairs), default=0)
+    rank = max((rank, *(read_config(Path(folder)).rank for _, _, folder in pairs)))
     for _, _, folder in pairs:
         check_adapter(Path(folder), rank)
     modules = [f"{label}={Path(folder).absolute()}" for label, _, folder in pairs]
@@ -125,13 +130,27 @@ async def _serve_vllm(model: Path, adapters: tuple[str, ...], name: str, config:
             await server.stop()
 
 
-def open_vllm(config: RunConfig, tokenizer: Tokenizer, log: Path) -> Vllm:
+def open_vllm(config: RunConfig, tokenizer: Tokenizer, log: Path, num_ranks: int) -> Vllm:
     """Return vLLM as the controller's sampler; its server starts with the first request that there is for it.
 
-    Raises ValueError for adapters that vLLM does not serve, and where its command is missing.
+    Raises ValueError for adapters that vLLM does not serve, where its command is missing, and for a server of our own
+    that several processes would have to share.
     """
-    check_config(config.lora, "[lora] with [controller] engine = 'vllm'")
-    controller, rank = config.controller, config.lora.rank
+    controller, rank = config.controller, 0
+    if (num_ranks > 1 or config.executor == "ray") and not controller.vllm.base_url:
+        what = "[controller] engine = 'vllm' over several processes"
+        if controller.tune == "full":
+            raise ValueError(
+                f"{what}: with tune = 'full' the server is started again for every policy, which a single process can "
+                "do; start one, or take engine = 'local'"
+            )
+        raise ValueError(
+            f"{what}: they share one server; start it with `matryoshka serve --engine vllm --lora-rank "
+            f"{config.lora.rank}` and give its address as controller.vllm.base_url"
+        )
+    if controller.tune == "adapter":
+        check_config(config.lora, "[lora] with [controller] engine = 'vllm'")
+        rank = config.lora.rank
     server = VllmServer(controller.vllm, Path(controller.path), "controller", controller.dtype, rank, log)
     return Vllm(server, tokenizer, rank, StatusLine().show)
 

@@ -127,7 +127,7 @@ def collect(config: RunConfig) -> None:
 
 def pairs(config: RunConfig) -> None:
     """Make preferences.jsonl from the episodes collected so far."""
-    with open_run(config, RUNS) as run:
+    with open_run(config, RUNS, trains=False) as run:
         _, counts = run.pairs(_collected(run))
         _say(counts.as_dict())
 
@@ -147,7 +147,8 @@ class EvaluateConfig(RunConfig):
 def evaluate(config: EvaluateConfig) -> None:
     """Evaluate every policy that is trained, print its scores and write the report, or transfer.json."""
     pilot_config = RunConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)})
-    with open_world(config.controller.device) as world, open_run(pilot_config, RUNS, world=world) as run:
+    device = config.controller.device
+    with open_world(device) as world, open_run(pilot_config, RUNS, world=world, trains=False) as run:
         rows: list[dict[str, Any]] = []
         if config.generators:
             found = job.transfer(run, config.generators.split(","))

@@ -118,7 +118,7 @@ def train_weights(
         row = _train(
             *(model, parameters, items, config, preference, folder, title, reference, cache, tensorboard, world, start)
         )
-    _save_model(model, base, folder / "model", dtype, world)
+    save_model(model, base, folder / "model", dtype, world)
     return row
 
 
@@ -158,7 +158,7 @@ def _train(
     return row
 
 
-def _save_model(model: LanguageModel, base: Path, folder: Path, dtype: torch.dtype, world: World) -> None:
+def save_model(model: LanguageModel, base: Path, folder: Path, dtype: torch.dtype, world: World) -> None:
     """Write `model` as a Hugging Face folder that appears whole, with configuration and tokenizer of `base`."""
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
@@ -185,15 +185,16 @@ def load_base(
     quantization: str,
     full: bool,
     lora: LoraConfig,
-    items: Sequence[Item],
+    items: Sequence[Item] | None,
     config: TrainConfig,
     parallel: ParallelConfig,
     world: World,
 ) -> LanguageModel:
     """Return the model that is to be trained on `items` as this rank holds it, under the layout that fits.
 
-    quantization: one of QUANTIZATIONS. full: all weights are trained; they are then kept in fp32 at least. Says on the
-    first rank which layout and why.
+    quantization: one of QUANTIZATIONS. full: all weights are trained; they are then kept in fp32 at least. items: None
+    where they are not known yet, for micro-batches as long as `config` allows. Says on the first rank which layout and
+    why.
     Raises ValueError where the layout does not fit, before anything is loaded, or where it needs torchrun.
     """
     stored, convert = at_least_fp32(dtype) if full else dtype, QUANTIZATIONS[quantization]
@@ -203,10 +204,11 @@ def load_base(
             raise ValueError(f"parallel: {what} is for ranks; start with torchrun, one rank being enough")
         return load_model(base, dtype, world.device, convert)
     model = empty_model(base)
+    longest = config.micro_batch_tokens if items is None else longest_micro_batch(items, config)
     job = job_of(
         model, nf4=quantization == "nf4", dtype=dtype, rank=0 if full else lora.rank, dora=lora.dora and not full,
         targets=lora.targets, eight_bit=config.optimizer != "adamw",
-        micro_batch_tokens=longest_micro_batch(items, config), activations=config.activations,
+        micro_batch_tokens=longest, activations=config.activations,
         device_type=world.device.type, reshard=parallel.reshard, prefetch=parallel.prefetch, offload=parallel.offload,
     )  # fmt: skip
     free = int(world.least(free_share(world.device, world)))

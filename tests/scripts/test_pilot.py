@@ -27,7 +27,7 @@ from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
 from matryoshka.inference.local import LocalController, TokenSampler
 from matryoshka.inference.sampler import Sampler
-from matryoshka.lora.files import WEIGHTS, adapter_hash
+from matryoshka.lora.files import adapter_hash
 from matryoshka.lora.linear import LoraConfig
 from matryoshka.scripts import cli
 from matryoshka.scripts.demo import KEYS
@@ -144,15 +144,16 @@ def journal(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def adapters(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob(f"**/{WEIGHTS}"))}
+def policies(folder: Path) -> dict[str, bytes]:
+    """Return the weights of all stages, of adapters or of whole models."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("**/*model.safetensors"))}
 
 
 def assert_equal_runs(folder: Path, expected: Path) -> None:
-    """Keys, token ids, log-probs, rewards, pairs and adapters are the same, bit for bit; so is what is reported."""
+    """Keys, token ids, log-probs, rewards, pairs and policies are the same, bit for bit; so is what is reported."""
     assert journal(folder) == journal(expected)
     assert (folder / "preferences.jsonl").read_bytes() == (expected / "preferences.jsonl").read_bytes()
-    assert adapters(folder) == adapters(expected) and len(adapters(folder)) >= 4
+    assert policies(folder) == policies(expected) and len(policies(folder)) >= 4
     ours, theirs = (json.loads((run / "report.json").read_text()) for run in (folder, expected))
     assert ours["verdicts"] == theirs["verdicts"]
     for stage in theirs["training"]:
@@ -290,7 +291,7 @@ def test_a_finished_run_is_read_back(
     """Oracle: nothing asked, nothing recorded, the same numbers; the single stages read the same run."""
     monkeypatch.chdir(undisturbed.root)
     folder = undisturbed.root / "runs" / "whole"
-    before = journal(folder), adapters(folder), undisturbed.generator.asked("whole")
+    before = journal(folder), policies(folder), undisturbed.generator.asked("whole")
     pairs = (folder / "preferences.jsonl").read_bytes()
     first = json.loads((folder / "summary.json").read_text())
     for stage in ("collect", "pairs", "evaluate"):
@@ -299,7 +300,7 @@ def test_a_finished_run_is_read_back(
     assert printed[0] == {"episodes": 16} and printed[1]["pairs"] == pairs.count(b"\n")
     assert {**printed[-1], "seconds": 0} == {**first, "seconds": 0}
     assert (folder / "preferences.jsonl").read_bytes() == pairs
-    assert (journal(folder), adapters(folder), undisturbed.generator.asked("whole")) == before
+    assert (journal(folder), policies(folder), undisturbed.generator.asked("whole")) == before
 
 
 def test_evaluation_takes_the_policies_that_there_are(

@@ -56,9 +56,9 @@ def test_a_stage_without_data_keeps_the_policy(
         run.warmup()
         assert run.train_round(1, []).pairs == 0
         run.star([])
-        kept = [(run.adapter_folder(stage) / WEIGHTS).read_bytes() for stage in ("round-1", "star")]
+        kept = [(run.policies.folder(stage) / WEIGHTS).read_bytes() for stage in ("round-1", "star")]
         if source == "gold":
-            before = (run.adapter_folder("warmup") / WEIGHTS).read_bytes()
+            before = (run.policies.folder("warmup") / WEIGHTS).read_bytes()
         else:
             before = kept[0]
             turns = [[e.turns for e in run.episodes(run.policy(stage), ["test"])] for stage in ("", "round-1")]

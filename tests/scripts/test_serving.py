@@ -178,7 +178,7 @@ def test_serving_through_vllm(tiny_dir: Path, adapter_dir: Path, tmp_path: Path)
     fake = Path(__file__).parents[1] / "inference" / "fake_vllm.py"
     process = subprocess.Popen(
         command("serve", "--engine", "vllm", "--vllm.command", f"{sys.executable} {fake}", "--port", "0",
-                "--model", str(tiny_dir), "--adapter", f"loud={adapter_dir}"),
+                "--model", str(tiny_dir), "--adapter", f"loud={adapter_dir}", "--lora-rank", "9"),
         env=environment() | {"FAKE_ARGUMENTS": str(tmp_path / "arguments")}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -187,7 +187,7 @@ def test_serving_through_vllm(tiny_dir: Path, adapter_dir: Path, tmp_path: Path)
         assert [model.id for model in client.models.list()] == [tiny_dir.name]
     arguments = (tmp_path / "arguments").read_text().split()
     assert arguments[-4:] == ["--host", "127.0.0.1", "--lora-modules", f"loud={adapter_dir}"]
-    assert arguments[arguments.index("--max-lora-rank") + 1] == "8"
+    assert arguments[arguments.index("--max-lora-rank") + 1] == "16"  # the smallest that vLLM has for 9
     process.terminate()
     assert process.wait(30) == 0
     process.stdout.close()

@@ -262,7 +262,7 @@ def test_a_pilot_of_two_rounds(
             done = run.collect(round)
             trajectories += done
             stage = run.policy_before(round)
-            stages.append(run.adapter_folder(stage))
+            stages.append(run.policies.folder(stage))
             for turn in (turn for trajectory in done for turn in trajectory.turns):
                 assert turn.prompt_ids is not None and turn.action.logprobs is not None
                 expected = trained(model_dir, turn.prompt_ids, turn.action, stages[-1])
@@ -310,7 +310,7 @@ def test_kill_9_in_mid_collection(
         assert recorded < len(done) == 4 * 8 and run.vllm.num_restarts == 1 and server.pid != pid
         for turn in (turn for trajectory in done for turn in trajectory.turns):
             assert turn.prompt_ids is not None and turn.action.logprobs is not None
-            expected = trained(model_dir, turn.prompt_ids, turn.action, run.adapter_folder("warmup"))
+            expected = trained(model_dir, turn.prompt_ids, turn.action, run.policies.folder("warmup"))
             assert difference(expected, turn.action.logprobs).largest < 5e-4
     rows = read_jsonl(tmp_path / "kill" / "trajectories.jsonl")
     assert len(rows) == len({row["key"] for row in rows}) == 4 * 8

@@ -190,7 +190,8 @@ class DpoConfig:
     """Preference training. learning_rates: tried in turn, chosen on validation ((): train.learning_rate alone).
 
     pairs_per_example caps the pairs of one example over all rounds. reference_cache: keep reference log-probs in the
-    run's folder, so that later epochs and further learning rates need no reference pass.
+    run's folder, so that later epochs and further learning rates need no reference pass; with tune = "full" they are
+    always kept, in the round's.
     """
 
     objective: Preference = Preference(beta=0.1, label_smoothing=0.1)

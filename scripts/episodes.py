@@ -19,7 +19,7 @@ from matryoshka.inference.spending import Purse
 from matryoshka.scripts.interrupt import stop_on_signal
 from matryoshka.scripts.progress import Progress
 from matryoshka.scripts.ranks import Ranks, deal
-from matryoshka.tasks.rollout import Job, job_key, recorded, run_rollouts
+from matryoshka.tasks.rollout import Job, failures, job_key, recorded, run_rollouts
 
 STEP_S = 0.2  # how often the ranks tell each other how far they are
 
@@ -67,7 +67,9 @@ async def run_stage(stage: Stage, jobs: Sequence[Job], journal: SharedJournal, r
     """Return the trajectories of `jobs`, recorded ones read back; the ranks share the others by their examples.
 
     Every rank returns all of them. Raises RunStopped when the budget is spent, Interrupted on SIGINT or SIGTERM, both
-    when the episodes in flight have ended, and on every rank when one of them stops; otherwise as `run_rollouts` does.
+    when the episodes in flight have ended, and on every rank when one of them stops; GeneratorError when more than
+    `max_failed_share` of all failed, however few they are: what follows would take them for the controller's; otherwise
+    as `run_rollouts` does.
     """
     pending = [job for job in jobs if job.key not in journal.rows]
     ranks.agree(content_key(*(job.key for job in pending)), f"{stage.label}: the episodes to run")
@@ -85,7 +87,11 @@ async def run_stage(stage: Stage, jobs: Sequence[Job], journal: SharedJournal, r
     failed = {key: to_json(trajectory) for key, trajectory in known.items() if key not in journal.rows}
     for text in ranks.texts(json.dumps(failed)):
         known |= {key: from_json(Trajectory, row) for key, row in json.loads(text).items()}
-    return [known[job.key] if job.key in known else recorded(journal, job.key) for job in jobs]
+    found = [known[job.key] if job.key in known else recorded(journal, job.key) for job in jobs]
+    lost = [trajectory for trajectory in found if trajectory.info.get("verdict") == "failed"]
+    if len(lost) > stage.max_failed_share * len(found):
+        raise GeneratorError(failures(lost, len(found), stage.max_failed_share))
+    return found
 
 
 async def _run_share(

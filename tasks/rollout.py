@@ -89,7 +89,7 @@ async def run_rollouts(
             if on_done is not None:
                 on_done(job, trajectory)
             if ended >= MIN_EPISODES and len(failed) > max_failed_share * ended:
-                raise GeneratorError(_summary(failed, ended, max_failed_share))
+                raise GeneratorError(failures(failed, ended, max_failed_share))
 
     pending = [job for job in jobs if job.key not in done]
     queue = iter(pending)
@@ -143,7 +143,8 @@ def recorded(journal: Journal, key: str) -> Trajectory:
         raise ValueError(f"{journal.path}: the row of key {key} holds no trajectory: {err}") from err
 
 
-def _summary(failed: Sequence[Trajectory], ended: int, max_failed_share: float) -> str:
+def failures(failed: Sequence[Trajectory], ended: int, max_failed_share: float) -> str:
+    """Return what to say of too many failed episodes among `ended`: their share and the commonest reason."""
     (reason, count), *_ = Counter(str(trajectory.info.get("error")) for trajectory in failed).most_common(1)
     return (
         f"rollouts: {len(failed)} of {ended} episodes failed, more than {max_failed_share:.0%}; most often ({count} "

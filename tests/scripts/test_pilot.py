@@ -389,13 +389,16 @@ def test_a_server_of_ours_answers(tmp_path: Path, tiny_dir: Path, controller_dir
         pass
 
 
+@pytest.mark.parametrize("samples", [4, 6])  # with 4, a stage has fewer episodes than say something on their way
 def test_a_generator_that_dies_stops_the_run(
-    tmp_path: Path, controller_dir: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+    samples: int, tmp_path: Path, controller_dir: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: by hand; 24 episodes fail for good, none is recorded, and the command ends with status 2."""
+    """Oracle: by hand; 16 or 24 episodes fail for good, none is recorded, nothing is taken for trained, and the command
+    ends with status 2.
+    """
     monkeypatch.chdir(tmp_path)
     config = small("dying", controller_dir, generator.url("dying"))
-    config = replace(config, rollout=replace(config.rollout, samples=6), warmup=WarmupConfig("none"))
+    config = replace(config, rollout=replace(config.rollout, samples=samples), warmup=WarmupConfig("none"))
     path = Runs(tmp_path, generator).write(config)
 
     async def lost(self: object, prompt: Messages, sampling: Sampling) -> Sample:
@@ -404,6 +407,7 @@ def test_a_generator_that_dies_stops_the_run(
     monkeypatch.setattr(OpenAIGenerator, "complete", lost)
     assert cli.main(["pilot", "--config", str(path)]) == 2
     assert (tmp_path / "runs" / "dying" / "trajectories.jsonl").read_bytes() == b""
+    assert not (tmp_path / "runs" / "dying" / "round-1").exists()
 
 
 def test_tensorboard_events_hold_the_metrics(tmp_path: Path, controller_dir: Path, generator: Generator) -> None:

@@ -67,9 +67,9 @@ async def run_stage(stage: Stage, jobs: Sequence[Job], journal: SharedJournal, r
     """Return the trajectories of `jobs`, recorded ones read back; the ranks share the others by their examples.
 
     Every rank returns all of them. Raises RunStopped when the budget is spent, Interrupted on SIGINT or SIGTERM, both
-    when the episodes in flight have ended, and on every rank when one of them stops; GeneratorError when too many of
-    `jobs` failed, however few they are, since a report on them would blame the controller; otherwise as `run_rollouts`
-    does.
+    when the episodes in flight have ended, and on every rank when one of them stops; GeneratorError when more than
+    `max_failed_share` of all failed, however few they are: what follows would take them for the controller's; otherwise
+    as `run_rollouts` does.
     """
     pending = [job for job in jobs if job.key not in journal.rows]
     ranks.agree(content_key(*(job.key for job in pending)), f"{stage.label}: the episodes to run")
@@ -88,9 +88,9 @@ async def run_stage(stage: Stage, jobs: Sequence[Job], journal: SharedJournal, r
     for text in ranks.texts(json.dumps(failed)):
         known |= {key: from_json(Trajectory, row) for key, row in json.loads(text).items()}
     found = [known[job.key] if job.key in known else recorded(journal, job.key) for job in jobs]
-    failed_ones = [trajectory for trajectory in found if trajectory.info.get("verdict") == "failed"]
-    if len(failed_ones) > stage.max_failed_share * len(found):
-        raise GeneratorError(failures(failed_ones, len(found), stage.max_failed_share))
+    lost = [trajectory for trajectory in found if trajectory.info.get("verdict") == "failed"]
+    if len(lost) > stage.max_failed_share * len(found):
+        raise GeneratorError(failures(lost, len(found), stage.max_failed_share))
     return found
 
 

@@ -144,7 +144,7 @@ def recorded(journal: Journal, key: str) -> Trajectory:
 
 
 def failures(failed: Sequence[Trajectory], ended: int, max_failed_share: float) -> str:
-    """Return what to tell of more than `max_failed_share` of `ended` episodes that failed."""
+    """Return what to say of too many failed episodes among `ended`: their share and the commonest reason."""
     (reason, count), *_ = Counter(str(trajectory.info.get("error")) for trajectory in failed).most_common(1)
     return (
         f"rollouts: {len(failed)} of {ended} episodes failed, more than {max_failed_share:.0%}; most often ({count} "

@@ -407,8 +407,6 @@ def test_a_generator_that_dies_stops_the_run(
 
     monkeypatch.setattr(OpenAIGenerator, "complete", lost)
     assert cli.main(["pilot", "--config", str(path)]) == 2
-    count = 20 if samples == 6 else 4
-    assert f"{count} of {count} episodes failed" in capsys.readouterr().err
     assert (tmp_path / "runs" / "dying" / "trajectories.jsonl").read_bytes() == b""
     assert not (tmp_path / "runs" / "dying" / "round-1").exists()
 

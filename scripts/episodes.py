@@ -9,6 +9,7 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from matryoshka.core.files import Journal, SharedJournal
 from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped, Task
@@ -112,6 +113,8 @@ async def _run_share(
     def on_done(job: Job, trajectory: Trajectory) -> None:
         nonlocal ended, right
         ended, right = ended + 1, right + (trajectory.reward > 0.5)
+        if trajectory.info.get("verdict") == "failed":
+            _note_failure(stage, job, trajectory, journal)
         show()
 
     async def keep_step() -> None:
@@ -158,3 +161,18 @@ async def _run_share(
     if outcome is None and stop.is_set() and not by_others:
         outcome = Interrupted(f"{stage.label}: stopped by signal; all that ended is recorded")
     return outcome, done
+
+
+def _note_failure(stage: Stage, job: Job, trajectory: Trajectory, journal: Journal) -> None:
+    """Append why an episode failed to the file beside the journal, which it is not in, so as to be tried again."""
+    path = journal.path.with_name(journal.path.name.replace("trajectories", "failed", 1))
+    row = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "stage": stage.label,
+        "example": job.example.id,
+        "draw": job.settings.controller.draw,
+        "error": trajectory.info.get("error"),
+        "key": job.key,
+    }
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,12 +1,12 @@
 """LaMP's problems by split, made from the seed or read from LaMP's own files, and the task over them."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from matryoshka.core.protocols import Generator
 from matryoshka.core.records import Example, Messages
+from matryoshka.scripts.embeddings import Embeddings
 from matryoshka.scripts.run_config import LampConfig, RunConfig, TaskConfig
 from matryoshka.tasks.lamp.data import Item, read_items
 from matryoshka.tasks.lamp.fixtures import fixtures
@@ -16,7 +16,6 @@ from matryoshka.tasks.lamp.retrieval import Retriever, bm25, dense, recency
 from matryoshka.tasks.lamp.task import LampTask, Options, make_example
 
 FROM_TRAINING = ("warmup", "train", "validation")
-EMBEDDED_AT_ONCE = 256  # texts in a request; OpenAI takes 2,048, and histories are longer
 
 
 def load_splits(config: RunConfig) -> dict[str, Sequence[Example]]:
@@ -144,25 +143,4 @@ def _cut(
 def _retriever(lamp: LampConfig) -> Retriever:
     if lamp.retrieval != "dense":
         return {"bm25": bm25, "recency": recency}[lamp.retrieval]
-    if not lamp.embeddings_url or not lamp.embeddings_model:
-        raise ValueError("[task.lamp] retrieval 'dense' needs embeddings_url and embeddings_model")
-    import openai
-
-    key = os.environ.get(lamp.embeddings_key_env, "") if lamp.embeddings_key_env else "none"
-    if not key:
-        raise ValueError(f"[task.lamp] environment variable {lamp.embeddings_key_env} holds no key for the embeddings")
-    client = openai.OpenAI(base_url=lamp.embeddings_url, api_key=key)
-
-    def embed(texts: Sequence[str]) -> list[list[float]]:
-        vectors: list[list[float]] = []
-        for start in range(0, len(texts), EMBEDDED_AT_ONCE):
-            some = list(texts[start : start + EMBEDDED_AT_ONCE])
-            try:
-                answer = client.embeddings.create(model=lamp.embeddings_model, input=some, encoding_format="float")
-            except openai.OpenAIError as err:  # from None: servers repeat keys, and a traceback would show this one
-                what = str(err).replace(key, "[key]" if lamp.embeddings_key_env else key)
-                raise ValueError(f"[task.lamp] the embeddings of {lamp.embeddings_url} failed: {what}") from None
-            vectors += [row.embedding for row in sorted(answer.data, key=lambda row: row.index)]
-        return vectors
-
-    return dense(embed)
+    return dense(Embeddings(lamp))

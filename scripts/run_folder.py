@@ -15,9 +15,10 @@ CONFIG = "config.toml"
 _PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "total_timeout_s")
 FREE_TO_CHANGE = (
     *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints", "controller.vllm."),
-    *("executor:", "ray_tasks:", "parallel."),
+    *("executor:", "ray_tasks:", "parallel.", "task.lamp.embeddings_cache:"),
     *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
 )
+DECISIVE = "controller.vllm.dtype:"  # of those; what is drawn depends on it
 
 
 def claim(config: RunConfig, folder: Path, stack: ExitStack) -> tuple[bool, list[str]]:
@@ -26,7 +27,7 @@ def claim(config: RunConfig, folder: Path, stack: ExitStack) -> tuple[bool, list
     _sweep(folder)
     saved = (folder / CONFIG).exists()
     changed = diff(load_toml(RunConfig, folder / CONFIG), config) if saved else []
-    if changes := [line for line in changed if not line.startswith(FREE_TO_CHANGE)]:
+    if changes := [line for line in changed if not line.startswith(FREE_TO_CHANGE) or line.startswith(DECISIVE)]:
         raise ValueError(
             f"{folder}: was started with another configuration: {'; '.join(changes)}. "
             "Take the old values to continue, or another name to start afresh"

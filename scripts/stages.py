@@ -151,7 +151,10 @@ def evaluate(config: EvaluateConfig) -> None:
     with open_world(device) as world, open_run(pilot_config, RUNS, world=world, trains=False) as run:
         rows: list[dict[str, Any]] = []
         if config.generators:
-            found = job.transfer(run, config.generators.split(","))
+            names = [name.strip() for name in config.generators.split(",")]
+            if not all(names):
+                raise ValueError(f"generators {config.generators!r}: expected names or TOML files, separated by commas")
+            found = job.transfer(run, names)
             rows = [{"generator": name, **row} for name, row in found.items()]
         else:
             conditions = job.evaluate(run)

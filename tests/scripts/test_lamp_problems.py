@@ -8,7 +8,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -127,6 +127,8 @@ def test_a_loop_that_lamp_does_not_have_is_refused() -> None:
 
 
 class Embeddings(BaseHTTPRequestHandler):
+    asked: ClassVar[list[str]] = []
+
     def log_message(self, *args: object) -> None:
         pass
 
@@ -134,6 +136,7 @@ class Embeddings(BaseHTTPRequestHandler):
         """Embed each of 256 texts at most as how often it says "ghost", and 1; in reversed order, as a server may."""
         texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
         assert len(texts) <= 256
+        self.asked.extend(texts)
         key = self.headers["Authorization"].removeprefix("Bearer ")
         rows = [{"object": "embedding", "index": i, "embedding": [t.count("ghost"), 1]} for i, t in enumerate(texts)]
         usage = {"prompt_tokens": 1, "total_tokens": 1}
@@ -165,7 +168,10 @@ def test_dense_retrieval_asks_an_endpoint(embeddings: str, tmp_path: Path, monke
     entries = [{"description": text, "tag": "classic"} for text in texts]
     items = [Item("a0", KINDS["2M"].ask("ghost, ghost"), entries, "action")]
     items += [user(f"b{i}", f"t{i}") for i in range(9)]
-    lamp = LampConfig(task="2M", retrieval="dense", embeddings_url=embeddings, embeddings_model="m")
+    cache = tmp_path / "kept" / "embeddings.sqlite"
+    lamp = LampConfig(
+        task="2M", retrieval="dense", embeddings_url=embeddings, embeddings_model="m", embeddings_cache=str(cache)
+    )
     task = replace(TASK, train_file=written(tmp_path, items), lamp=lamp)
     with pytest.raises(ValueError, match="environment variable OPENAI_API_KEY holds no key for the embeddings"):
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -173,6 +179,10 @@ def test_dense_retrieval_asks_an_endpoint(embeddings: str, tmp_path: Path, monke
     keyless = replace(task, lamp=replace(lamp, embeddings_key_env=""))
     found = load_splits(replace(CONFIG, task=keyless))["test"][0].fields["entries"]
     assert [body for body, _ in found][:3] == ["a ghost and a ghost", "a ghost", "a farm"]
+    asked = len(Embeddings.asked)
+    assert load_splits(replace(CONFIG, task=keyless))["test"][0].fields["entries"] == found
+    assert len(Embeddings.asked) == asked == len(set(Embeddings.asked)) >= 302
+    cache.unlink()
     monkeypatch.setenv("OPENAI_API_KEY", "sk-planted-4f9a7c21")
     with pytest.raises(ValueError, match="failed: .*the key \\[key\\] is wrong") as refused:
         load_splits(replace(CONFIG, task=task))

@@ -409,6 +409,9 @@ def test_a_generator_that_dies_stops_the_run(
     assert cli.main(["pilot", "--config", str(path)]) == 2
     assert (tmp_path / "runs" / "dying" / "trajectories.jsonl").read_bytes() == b""
     assert not (tmp_path / "runs" / "dying" / "round-1").exists()
+    notes = read_jsonl(tmp_path / "runs" / "dying" / "failed.jsonl")
+    assert len(notes) >= min(20, 4 * samples) and {note["stage"] for note in notes} == {"collect 1"}
+    assert {note["error"] for note in notes} == {"connection failed"}
 
 
 def test_tensorboard_events_hold_the_metrics(tmp_path: Path, controller_dir: Path, generator: Generator) -> None:

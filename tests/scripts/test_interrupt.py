@@ -91,7 +91,7 @@ def test_collection_stops_at_once(tmp_path: Path, controller_dir: Path, generato
     controller = replace(config.controller, deterministic=False)  # several episodes at a time
     config = replace(config, controller=controller, warmup=WarmupConfig("none"))
     process, errors = runs.start(config), tmp_path / "stalling.err"
-    wait_for(lambda: len(generator.asked("stalling")) > 5)
+    wait_for(lambda: len(generator.asked("stalling")) > 5 and runs.num_kept(config) == 3)
     os.killpg(process.pid, signal.SIGINT)
     wait_for(lambda: WISH in errors.read_text())
     os.killpg(process.pid, signal.SIGINT)

@@ -16,9 +16,10 @@ BUSY_S = 30.0
 
 
 class Embeddings:
-    """Vectors by endpoint, model and text, in the SQLite file of [task.lamp] embeddings_cache ("": in memory).
+    """Vectors (float64, as long as the model makes them) by endpoint, model and text, in the SQLite file of [task.lamp]
+    embeddings_cache ("": in memory), which processes may share.
 
-    Processes may share the file. Raises ValueError for settings that are missing and a file that is something else.
+    Raises ValueError for settings that are missing and a file that is no SQLite file.
     """
 
     def __init__(self, lamp: LampConfig) -> None:
@@ -36,7 +37,7 @@ class Embeddings:
         if lamp.embeddings_cache:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
+            self._db = sqlite3.connect(path, timeout=BUSY_S)
             self._db.execute("CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, vector BLOB NOT NULL)")
         except sqlite3.Error as err:
             raise ValueError(f"[task.lamp] embeddings_cache {path}: cannot be used ({err}); name another file") from err
@@ -49,7 +50,8 @@ class Embeddings:
             some = missing[start : start + AT_ONCE]
             came = dict(zip(some, self._asked(some), strict=True))
             rows = [(self._key_of(text), vector.tobytes()) for text, vector in came.items()]
-            self._db.executemany("INSERT OR IGNORE INTO embeddings VALUES (?, ?)", rows)
+            with self._db:  # one transaction a request
+                self._db.executemany("INSERT OR IGNORE INTO embeddings VALUES (?, ?)", rows)
             found |= came
         return [vector.tolist() for text in texts if (vector := found[text]) is not None]
 

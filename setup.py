@@ -3,8 +3,8 @@
 from setuptools import setup
 
 FOLDERS = [
-    "core", "core.models", "lora", "dpo", "inference", "tasks", "tasks.pal", "tasks.alfworld", "tasks.lamp", "eval",
-    "scripts", "scripts.bench",
+    "core", "core.models", "core.text", "core.training", "core.parallel", "lora", "dpo", "inference",
+    "tasks", "tasks.pal", "tasks.alfworld", "tasks.lamp", "eval", "pilot", "scripts", "benchmarks",
 ]
 
 setup(

@@ -11,9 +11,9 @@ from typing import Any
 
 from matryoshka.core.files import read_jsonl
 from matryoshka.core.records import Message, Messages, Preference, Sample, content_key
-from matryoshka.core.tokenizer import Tokenizer
-from matryoshka.core.train import Item
-from matryoshka.core.tree import Tokens
+from matryoshka.core.text.tokenizer import Tokenizer
+from matryoshka.core.training.train import Item
+from matryoshka.core.training.tree import Tokens
 
 
 def completion(prompt_ids: Sequence[int], sample: Sample) -> Tokens:

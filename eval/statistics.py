@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from matryoshka.core.metrics import bootstrap, wilson
+from matryoshka.core.intervals import bootstrap, wilson
 
 EXACT_FLIPS = 14  # differences up to which every assignment of signs is counted
 FLIPS = 10_000

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from matryoshka.core.metrics import bootstrap, wilson
+from matryoshka.core.intervals import bootstrap, wilson
 from matryoshka.core.records import Example, Metric, Trajectory
 from matryoshka.eval.statistics import Paired, PairedScores, paired_difference, paired_scores
 

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from matryoshka.core.language_model import LanguageModel
+from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.records import Sample, Sampling, stable_seed
-from matryoshka.core.tokenizer import TextStream, Tokenizer
-from matryoshka.inference.draw import draw_tokens
+from matryoshka.core.text.tokenizer import TextStream, Tokenizer
 from matryoshka.inference.kv_cache import CachedAttention, Prefix
-from matryoshka.inference.request import (
+from matryoshka.inference.sampler_request import (
     Request,
     answer,
     check_context,
@@ -31,6 +30,7 @@ from matryoshka.inference.request import (
     fail,
     finished_sample,
 )
+from matryoshka.inference.token_sampling import draw_tokens
 from matryoshka.lora.linear import active
 
 PREFIXES_KEPT = 4

@@ -19,7 +19,7 @@ from matryoshka.inference.http1 import HttpError, Request, Response, json_respon
 from matryoshka.inference.openai_request import Job, chat_job, completion_job, read_json
 
 if TYPE_CHECKING:
-    from matryoshka.core.tokenizer import Tokenizer
+    from matryoshka.core.text.tokenizer import Tokenizer
 
 
 class Engine(Protocol):

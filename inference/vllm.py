@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.core.records import Sample, Sampling, Usage, stable_seed
-from matryoshka.core.tokenizer import TextStream, Tokenizer
+from matryoshka.core.text.tokenizer import TextStream, Tokenizer
 from matryoshka.inference.http_client import HttpClient, Reply, TransportError
 from matryoshka.inference.limits import backoff_s, retry_after_s
-from matryoshka.inference.request import check_context, check_sampling
+from matryoshka.inference.sampler_request import check_context, check_sampling
 from matryoshka.inference.vllm_adapter import check_adapter
 from matryoshka.inference.vllm_server import VllmServer
 from matryoshka.lora.files import adapter_hash

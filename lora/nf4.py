@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from matryoshka.core.optimizer import bitsandbytes
+from matryoshka.core.training.optimizer import bitsandbytes
 
 BLOCK, SCALES = 64, 256  # numbers that share a scale, scales that share one
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16)  # what bitsandbytes makes dense
@@ -64,7 +64,9 @@ def dense(weight: Tensor, scales: NF4 | None, dtype: torch.dtype) -> Tensor:
     nested = functional.QuantState(scales.nested, code=scales.code, blocksize=SCALES, dtype=torch.float32)
     state = functional.QuantState(
         scales.absmax,
-        shape=(outputs, 2 * half),
+        # One flat row: with rows that are not a multiple of 64 numbers long, the AVX-512 path of bitsandbytes 0.50.2
+        # on CPUs makes a matrix dense wrongly (errors as large as the weights).
+        shape=(1, 2 * half * outputs),
         blocksize=BLOCK,
         quant_type="nf4",
         dtype=dtype if dtype in COMPUTED else torch.float32,

@@ -32,7 +32,7 @@ class QuantizedLinear(LoraLinear):
     def pack(self, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the bytes of `weight_OI` for the parameter and keep the scales; dtype: what the model computes in.
 
-        `core/weights.py` calls it with each whole tensor that it reads. Raises ValueError for an odd I.
+        `core/models/weights.py` calls it with each whole tensor that it reads. Raises ValueError for an odd I.
         """
         packed, scales = quantize(weight_OI)
         self._dtype = dtype

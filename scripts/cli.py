@@ -20,13 +20,13 @@ DEBUG = "MATRYOSHKA_DEBUG"
 
 
 def _doctor() -> Callable[..., None]:
-    from matryoshka.scripts.doctor import main
+    from matryoshka.pilot.doctor import main
 
     return main
 
 
 def _convert() -> Callable[..., None]:
-    from matryoshka.scripts.convert import convert_gguf, smollm2_gguf
+    from matryoshka.core.models.from_gguf import convert_gguf, smollm2_gguf
 
     def convert(out: Path, gguf: Path | None = None) -> None:
         """Convert a GGUF file to a Hugging Face folder.
@@ -41,20 +41,20 @@ def _convert() -> Callable[..., None]:
 
 
 def _serve() -> Callable[..., None]:
-    from matryoshka.scripts.serving import serve
+    from matryoshka.pilot.serving import serve
 
     return serve
 
 
 def _bench() -> Callable[..., None]:
-    from matryoshka.scripts.bench.command import bench
+    from matryoshka.benchmarks.command import bench
 
     return bench
 
 
 def _export(name: str) -> Callable[[], Callable[..., None]]:
     def load() -> Callable[..., None]:
-        from matryoshka.scripts import export
+        from matryoshka.pilot import export
 
         function: Callable[..., None] = getattr(export, name)
         return function
@@ -79,19 +79,19 @@ def _cache() -> Callable[..., None]:
 
 
 def _estimate() -> Callable[..., None]:
-    from matryoshka.scripts.estimate import estimate
+    from matryoshka.pilot.estimate import estimate
 
     return estimate
 
 
 def _curve() -> Callable[..., None]:
-    from matryoshka.scripts.curve import curve
+    from matryoshka.pilot.curve import curve
 
     return curve
 
 
 def _parity() -> Callable[..., None]:
-    from matryoshka.scripts.parity import parity
+    from matryoshka.pilot.parity import parity
 
     return parity
 
@@ -103,7 +103,7 @@ def _data() -> Callable[..., None]:
 
 
 def _plan() -> Callable[..., None]:
-    from matryoshka.scripts.plan import plan
+    from matryoshka.pilot.plan import plan
 
     return plan
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from matryoshka.core.files import write_json
-from matryoshka.scripts.progress import Progress
+from matryoshka.pilot.progress import Progress
 
 SITE = "https://ciir.cs.umass.edu/downloads/LaMP"
 FOLDERS = {"1": "LaMP_1", "2N": "LaMP_2", "2M": "LaMP_2/new", "3": "LaMP_3", "4": "LaMP_4"}

@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from matryoshka.core.config import load_toml
-from matryoshka.scripts.convert import convert_gguf, smollm2_gguf
-from matryoshka.scripts.pilot import pilot
-from matryoshka.scripts.run_config import RunConfig
+from matryoshka.core.models.from_gguf import convert_gguf, smollm2_gguf
+from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.loop import pilot
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ("examples", "no_guidance", "gold_guidance", "untrained", "warmup", "round_1", "p_trained_vs_untrained")

@@ -8,4 +8,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mkdir -p .ns
 [ -e .ns/matryoshka ] || ln -sfn .. .ns/matryoshka
 export PYTHONPATH="$PWD/.ns${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" -m matryoshka.scripts.gpu_check "$@"
+exec "${PYTHON:-python3}" -m matryoshka.benchmarks.gpu_check "$@"

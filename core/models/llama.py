@@ -1,7 +1,7 @@
 """Llama 2, 3, 3.1 and 3.2 in one file: the controller's architecture, with the checkpoint's own parameter names.
 
 Not here: how keys and values are kept or masked. `forward` hands each layer's q, k, v to an `Attend`
-(`core/attention.py`), so that training on token trees, padded batches and cached decoding share these equations.
+(`core/models/attention.py`), so that training on token trees, padded batches and cached decoding share these equations.
 Norm, RoPE, softmax and head compute in at least fp32; a float64 model stays float64 throughout.
 
 Shapes: B rows, T tokens, D hidden, N query heads, G key/value heads, H head size, V vocabulary.
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matryoshka.core.activations import recomputed, run_attention, run_block
-from matryoshka.core.attention import Attend, Causal
-from matryoshka.core.elementwise import at_least_fp32, rms_norm, rope_tables, rotate, swiglu
-from matryoshka.core.language_model import LanguageModel, together
+from matryoshka.core.models.attention import Attend, Causal
+from matryoshka.core.models.language_model import LanguageModel, together
+from matryoshka.core.models.norm_rope_swiglu import at_least_fp32, rms_norm, rope_tables, rotate, swiglu
+from matryoshka.core.training.activations import recomputed, run_attention, run_block
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

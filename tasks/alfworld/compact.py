@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from matryoshka.core.records import Message, Messages
 from matryoshka.tasks.alfworld.exemplars import EXEMPLARS
+from matryoshka.tasks.alfworld.plan_language import write_compact
 from matryoshka.tasks.alfworld.prompts import Scene, Style, act, with_plan
-from matryoshka.tasks.alfworld.steps import write_compact
 
 PLAN_SYSTEM = "Plan the household task in short steps."
 SOLVE_SYSTEM = "Write step_1(agent, memory), step_2(agent, memory), ... from the plan."

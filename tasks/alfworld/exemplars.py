@@ -5,7 +5,7 @@ The rooms are small and no game of ALFWorld; a test builds each of them and play
 
 from dataclasses import dataclass
 
-from matryoshka.tasks.alfworld.steps import Step
+from matryoshka.tasks.alfworld.plan_language import Step
 
 
 @dataclass(frozen=True)

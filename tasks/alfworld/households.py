@@ -17,7 +17,17 @@ from matryoshka.core.records import stable_seed
 from matryoshka.tasks.alfworld.engine import Engine
 from matryoshka.tasks.alfworld.game import Game, load_game
 from matryoshka.tasks.alfworld.games import SPLITS, TASK_TYPES, Row
-from matryoshka.tasks.alfworld.rooms import CLEANABLE, COOLABLE, HEATABLE, OPENABLE, PLACES, ROOMS, THINGS, TRAITS, Room
+from matryoshka.tasks.alfworld.household_contents import (
+    CLEANABLE,
+    COOLABLE,
+    HEATABLE,
+    OPENABLE,
+    PLACES,
+    ROOMS,
+    THINGS,
+    TRAITS,
+    Room,
+)
 
 SIMPLE, LOOK, CLEAN, HEAT, COOL, TWO = TASK_TYPES
 UNSEEN_SHARE = 5

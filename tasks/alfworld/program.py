@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matryoshka.tasks import sandbox
-from matryoshka.tasks.alfworld.session import Session, StepsSpentError
+from matryoshka.tasks.alfworld.playthrough import Session, StepsSpentError
 
 CHILD = Path(__file__).with_name("program_child.py")
 START_S = 60.0  # until the child is ready to run the program: a busy machine is no fault of the program

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from matryoshka.core.records import Message, Messages
-from matryoshka.tasks.alfworld import acted
+from matryoshka.tasks.alfworld import react_exemplars as acted
 from matryoshka.tasks.alfworld.agent import kind_of, receptacles_of, task_of
 from matryoshka.tasks.alfworld.exemplars import EXEMPLARS
-from matryoshka.tasks.alfworld.steps import Step, program, write_full
+from matryoshka.tasks.alfworld.plan_language import Step, program, write_full
 
 PLAN_MARK = "\n\nPlan:\n"  # stands before the plan in what the generator is shown
 

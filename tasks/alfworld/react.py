@@ -8,7 +8,7 @@ import re
 from collections.abc import Awaitable, Callable
 
 from matryoshka.core.records import Call, Message, Messages, Sample
-from matryoshka.tasks.alfworld.session import Session
+from matryoshka.tasks.alfworld.playthrough import Session
 
 _ACTION = re.compile(r"^\s*(?:act(?:ion)?\s*:|>)\s*(.+)$", re.IGNORECASE | re.MULTILINE)
 REMINDER = "End your reply with a line that begins with 'Act: ' and a command."

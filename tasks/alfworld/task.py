@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from matryoshka.core.metrics import bootstrap, wilson
+from matryoshka.core.intervals import bootstrap, wilson
 from matryoshka.core.protocols import ContextError, Controller, Generator, GeneratorError
 from matryoshka.core.records import (
     Call,
@@ -28,10 +28,10 @@ from matryoshka.core.records import (
     Turn,
 )
 from matryoshka.tasks.alfworld import prompts, react
+from matryoshka.tasks.alfworld.plan_language import Step, merged
+from matryoshka.tasks.alfworld.playthrough import Environment, Session, transcript
 from matryoshka.tasks.alfworld.program import AskRefusedError, Limits, ProgramOutcome, run_program
 from matryoshka.tasks.alfworld.prompts import Scene, Style
-from matryoshka.tasks.alfworld.session import Environment, Session, transcript
-from matryoshka.tasks.alfworld.steps import Step, merged
 from matryoshka.tasks.sandbox import extract_code
 
 PAIR_RULE = PairRule("binary", cap=4)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.core.files import write_json
-from matryoshka.tasks.lamp.kinds import Kind
+from matryoshka.tasks.lamp.task_specs import Kind
 
 Entry = Mapping[str, str]
 

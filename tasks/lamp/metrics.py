@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from matryoshka.core.metrics import bootstrap, wilson
+from matryoshka.core.intervals import bootstrap, wilson
 from matryoshka.core.records import Metric
-from matryoshka.tasks.lamp.kinds import Kind
-from matryoshka.tasks.lamp.labels import Prediction
+from matryoshka.tasks.lamp.answer_parsing import Prediction
+from matryoshka.tasks.lamp.task_specs import Kind
 
 WORST = (1.0, 5.0)  # the ends of LaMP-3's scale
 

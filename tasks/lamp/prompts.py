@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from matryoshka.core.records import Message, Messages
 from matryoshka.tasks.lamp.data import Entry
-from matryoshka.tasks.lamp.kinds import Kind
+from matryoshka.tasks.lamp.task_specs import Kind
 
 ARROW = " => "
 KNOWN = "Known of the user:"

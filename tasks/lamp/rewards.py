@@ -9,9 +9,9 @@ against the worst, at most two pairs a question; ties, and summaries of equal te
 from dataclasses import dataclass, field
 
 from matryoshka.core.records import PairRule
-from matryoshka.tasks.lamp.kinds import Kind
-from matryoshka.tasks.lamp.labels import Prediction, parse
+from matryoshka.tasks.lamp.answer_parsing import Prediction, parse
 from matryoshka.tasks.lamp.metrics import error, rouge, sentence_bleu
+from matryoshka.tasks.lamp.task_specs import Kind
 
 PAIRS_PER_QUESTION = 2
 

@@ -7,16 +7,16 @@ The gold answer is read once, at the end, so both protocols are the same here.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from matryoshka.core.metrics import wilson
+from matryoshka.core.intervals import wilson
 from matryoshka.core.protocols import Controller, Generator, GeneratorError
 from matryoshka.core.records import Call, Example, Messages, Metric, RolloutSettings, Trajectory, Turn, content_key
+from matryoshka.tasks.lamp.answer_parsing import Prediction
 from matryoshka.tasks.lamp.data import Item
-from matryoshka.tasks.lamp.kinds import Kind
-from matryoshka.tasks.lamp.labels import Prediction
 from matryoshka.tasks.lamp.metrics import meteor, metrics
 from matryoshka.tasks.lamp.prompts import Fitted, answer, joined, line, summarise
 from matryoshka.tasks.lamp.retrieval import Retriever
 from matryoshka.tasks.lamp.rewards import PAIRS_PER_QUESTION, judge, pair_rule
+from matryoshka.tasks.lamp.task_specs import Kind
 
 MAIN_METRIC = {"1": "accuracy", "2N": "accuracy", "2M": "accuracy", "3": "closeness", "4": "rouge_l"}
 RAG = (1, 4)  # entries that the retrieval baselines show the generator

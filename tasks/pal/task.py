@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from matryoshka.core.metrics import wilson
+from matryoshka.core.intervals import wilson
 from matryoshka.core.protocols import ContextError, Controller, Generator, GeneratorError
 from matryoshka.core.records import (
     Call,

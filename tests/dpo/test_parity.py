@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from matryoshka.core.load import load_model
+from matryoshka.core.models.load import load_model
 from matryoshka.core.records import Message, Sample, Sampling, Trajectory, Turn
-from matryoshka.core.tokenizer import Tokenizer
+from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.dpo.data import completion
 from matryoshka.dpo.parity import BOUNDS, check_policy, check_samples, difference, trainer_logps
 from matryoshka.inference.sampler import Sampler

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from matryoshka.core.metrics import wilson
+from matryoshka.core.intervals import wilson
 from matryoshka.core.records import Example, Metric, Trajectory, to_json
 from matryoshka.eval.markdown import p_value
 from matryoshka.eval.report import Condition, write_report

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from matryoshka.core.metrics import bootstrap
+from matryoshka.core.intervals import bootstrap
 from matryoshka.core.records import Example, Sample, Trajectory, Turn
 from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.eval.statistics import FLIPS, paired_scores

@@ -17,7 +17,7 @@ import pytest
 
 from matryoshka.core.protocols import RunStopped
 from matryoshka.core.records import Message, Sample, Sampling, Usage
-from matryoshka.core.tokenizer import Tokenizer
+from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.inference.accounts import Spending
 from matryoshka.inference.cache import ResponseCache, answer_key
 from matryoshka.inference.chat_api import most_tokens

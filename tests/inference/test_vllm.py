@@ -1,6 +1,6 @@
 """The client of vLLM and the keeper of its process, against a stand-in that speaks its protocol and misbehaves.
 
-tests/scripts/test_vllm.py has the real vLLM.
+tests/pilot/test_vllm.py has the real vLLM.
 """
 
 import asyncio
@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from matryoshka.core.load import load_model
+from matryoshka.core.models.load import load_model
 from matryoshka.core.protocols import ContextError
 from matryoshka.core.records import Sample, Sampling, stable_seed
-from matryoshka.core.tokenizer import Tokenizer
+from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.inference import vllm as client
 from matryoshka.inference.http_client import HttpClient
 from matryoshka.inference.vllm import Vllm

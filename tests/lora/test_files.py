@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matryoshka.core.load import load_model
-from matryoshka.core.weights import save_weights
+from matryoshka.core.models.load import load_model
+from matryoshka.core.models.weights import save_weights
 from matryoshka.lora import files
 from matryoshka.lora.files import adapter_hash, adapter_tensors, load_adapter, merge, read_config, save_adapter
 from matryoshka.lora.linear import LoraConfig, LoraLinear, add_adapter, layers_with, set_active

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from matryoshka.core.load import load_model
+from matryoshka.core.models.load import load_model
 from matryoshka.lora.files import merge
 from matryoshka.lora.functions import LoraFunction
 from matryoshka.lora.linear import (

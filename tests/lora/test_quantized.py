@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matryoshka.core.load import load_model
-from matryoshka.core.train import Item, TrainConfig, train
-from matryoshka.core.tree import Tokens
+from matryoshka.core.models.load import load_model
+from matryoshka.core.training.train import Item, TrainConfig, train
+from matryoshka.core.training.tree import Tokens
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import Preference
 from matryoshka.lora.files import load_adapter, merge, save_adapter

@@ -1,6 +1,6 @@
 """Our engine against TextWorld, where it is installed, and the comparison itself against planted faults.
 
-The whole comparison is `python -m matryoshka.scripts.alfworld_equality`; its committed result is checked here too.
+The whole comparison is `python -m matryoshka.benchmarks.alfworld_equality`; its committed result is checked here too.
 """
 
 import json
@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from matryoshka.scripts import alfworld_equality
-from matryoshka.scripts.alfworld_equality import Config, Difference, Pair, choose, compare, engine_hash, run
+from matryoshka.benchmarks import alfworld_equality
+from matryoshka.benchmarks.alfworld_equality import Config, Difference, Pair, choose, compare, engine_hash, run
 from matryoshka.tasks.alfworld import textworld_backend
 from matryoshka.tasks.alfworld.engine import Engine, Observation
 from matryoshka.tasks.alfworld.game import load_game
@@ -185,7 +185,7 @@ def test_too_few_games_are_an_error(tmp_path: Path) -> None:
 def test_the_committed_result_is_of_this_engine() -> None:
     """Oracle: the hash of the engine's code, without which the result would be somebody else's."""
     if not RESULT.is_file():
-        pytest.skip(f"no {RESULT.name} committed; run python -m matryoshka.scripts.alfworld_equality")
+        pytest.skip(f"no {RESULT.name} committed; run python -m matryoshka.benchmarks.alfworld_equality")
     result = json.loads(RESULT.read_text())
     assert result["mismatches"] == 0 and result["random_steps_a_game"] >= 50
     assert result["games"]["valid_seen"] == 140 and result["games"]["train"] >= 300

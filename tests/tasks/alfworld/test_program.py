@@ -11,8 +11,8 @@ from matryoshka.core.protocols import GeneratorError
 from matryoshka.tasks.alfworld import program
 from matryoshka.tasks.alfworld.engine import Engine
 from matryoshka.tasks.alfworld.game import load_game
+from matryoshka.tasks.alfworld.playthrough import Session
 from matryoshka.tasks.alfworld.program import AskRefusedError, Limits, ProgramOutcome, run_program
-from matryoshka.tasks.alfworld.session import Session
 from matryoshka.tests.tasks.alfworld import kitchen
 
 LIMITS = Limits(timeout_s=10.0, memory_bytes=128 * 2**20, asks=2)

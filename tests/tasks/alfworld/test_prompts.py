@@ -7,17 +7,18 @@ import re
 import pytest
 
 from matryoshka.core.records import Message, Messages
-from matryoshka.tasks.alfworld import acted, react
+from matryoshka.tasks.alfworld import react
+from matryoshka.tasks.alfworld import react_exemplars as acted
 from matryoshka.tasks.alfworld.agent import Agent, kind_of, receptacles_of, task_of
 from matryoshka.tasks.alfworld.compact import SHOTS, compact_style
 from matryoshka.tasks.alfworld.engine import Engine
 from matryoshka.tasks.alfworld.exemplars import EXEMPLARS
 from matryoshka.tasks.alfworld.game import load_game
 from matryoshka.tasks.alfworld.games import TASK_TYPES
+from matryoshka.tasks.alfworld.plan_language import parse_plan, program, write_compact, write_full
+from matryoshka.tasks.alfworld.playthrough import Session, screen_text
 from matryoshka.tasks.alfworld.program import AskRefusedError, Limits, run_program
 from matryoshka.tasks.alfworld.prompts import API, PLAN_MARK, Scene, Style, ask, full_style
-from matryoshka.tasks.alfworld.session import Session, screen_text
-from matryoshka.tasks.alfworld.steps import parse_plan, program, write_compact, write_full
 
 # What stands where in the exemplars' rooms: the thing of the task where a sensible search finds it late, or a lamp.
 THINGS: dict[str, dict[str, tuple[str, ...]]] = {

@@ -22,9 +22,9 @@ from matryoshka.dpo.pairs import make_pairs
 from matryoshka.eval.baselines import GeneratorGuidance, NoGuidance
 from matryoshka.tasks.alfworld.engine import Engine
 from matryoshka.tasks.alfworld.game import load_game
+from matryoshka.tasks.alfworld.playthrough import screen_text
 from matryoshka.tasks.alfworld.program import Limits
 from matryoshka.tasks.alfworld.prompts import full_style
-from matryoshka.tasks.alfworld.session import screen_text
 from matryoshka.tasks.alfworld.task import ALFWorldTask
 from matryoshka.tests.tasks.alfworld import kitchen
 

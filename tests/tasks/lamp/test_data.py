@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from matryoshka.tasks.lamp.data import Item, outputs_beside, read_array, read_golds, read_items, write_items
-from matryoshka.tasks.lamp.fixtures import fixtures
-from matryoshka.tasks.lamp.kinds import KINDS
+from matryoshka.tasks.lamp.synthetic_users import fixtures
+from matryoshka.tasks.lamp.task_specs import KINDS
 
 ROOT = Path(__file__).parents[3]
 DATA = Path(os.environ.get("MATRYOSHKA_DATA", ROOT.parent / "shared" / "data")) / "lamp"
@@ -141,7 +141,7 @@ WATCH = """
 import sys
 from pathlib import Path
 from matryoshka.tasks.lamp.data import read_items
-from matryoshka.tasks.lamp.kinds import KINDS
+from matryoshka.tasks.lamp.task_specs import KINDS
 def peak():
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 before = peak()

@@ -15,8 +15,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from matryoshka.tasks.lamp.kinds import KINDS
-from matryoshka.tasks.lamp.labels import Prediction, parse
+from matryoshka.tasks.lamp.answer_parsing import Prediction, parse
 from matryoshka.tasks.lamp.metrics import (
     _bleu_scorer,
     _rouge_scorer,
@@ -27,6 +26,7 @@ from matryoshka.tasks.lamp.metrics import (
     rouge,
     sentence_bleu,
 )
+from matryoshka.tasks.lamp.task_specs import KINDS
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rouge_score")

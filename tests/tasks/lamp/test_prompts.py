@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 
 from matryoshka.core.records import Messages
-from matryoshka.core.tokenizer import Tokenizer
-from matryoshka.tasks.lamp.kinds import KINDS
+from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.tasks.lamp.prompts import HISTORY, KNOWN, Line, answer, joined, line, summarise
+from matryoshka.tasks.lamp.task_specs import KINDS
 
 NEWS, PAPERS = KINDS["2N"], KINDS["1"]
 

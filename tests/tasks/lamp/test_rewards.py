@@ -7,8 +7,8 @@ import pytest
 
 from matryoshka.core.records import Message, PairRule, Preference, Sample, Trajectory, Turn
 from matryoshka.dpo.pairs import make_pairs
-from matryoshka.tasks.lamp.kinds import KINDS
 from matryoshka.tasks.lamp.rewards import Judgement, judge, pair_rule
+from matryoshka.tasks.lamp.task_specs import KINDS
 
 PROMPT = (Message("user", "history"),)
 

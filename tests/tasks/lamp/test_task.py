@@ -21,10 +21,10 @@ from matryoshka.core.records import (
     to_json,
 )
 from matryoshka.tasks.lamp.data import Item
-from matryoshka.tasks.lamp.kinds import KINDS
 from matryoshka.tasks.lamp.prompts import KNOWN
 from matryoshka.tasks.lamp.retrieval import bm25, recency
 from matryoshka.tasks.lamp.task import MAIN_METRIC, LampTask, Options, make_example
+from matryoshka.tasks.lamp.task_specs import KINDS
 
 NEWS = KINDS["2N"]
 PROFILE = [

@@ -1,0 +1,280 @@
+"""`matryoshka bench step`: whole optimizer steps on the same rows by the token tree, by padded batches and by TRL.
+
+A block is a training run of `steps` optimizer steps from a fresh adapter; blocks of the trainers alternate, and the
+number is the median over all their steps: reference pass, forward, backward, clipping and optimizer included, loading
+and tokenising not. All trainers see the same batches from the same adapter, so their losses must agree: the largest
+difference is a row of its own.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matryoshka.benchmarks.measure import alternate, check_peers, dtype_of, prepare, require
+from matryoshka.benchmarks.pal_rows import pal_items
+from matryoshka.benchmarks.result import BenchResult, Row, speed_up
+from matryoshka.benchmarks.shapes import SHAPES, random_model
+from matryoshka.benchmarks.step_memory import memory_row
+from matryoshka.benchmarks.step_profile import profile_chart
+from matryoshka.benchmarks.training import Block, Recipe, new_adapter, padded_block, tree_block
+from matryoshka.benchmarks.trl_training import trl_block
+from matryoshka.core.models.language_model import LanguageModel
+from matryoshka.core.models.load import load_model, read_config
+from matryoshka.core.text.tokenizer import Tokenizer
+from matryoshka.core.training.train import Item
+from matryoshka.core.training.tree import Tokens
+from matryoshka.dpo.data import fitting
+from matryoshka.lora.linear import LoraConfig
+
+PEERS = ("padded", "trl", "trl-liger")
+OURS = "token tree"
+Trainer = Callable[[Sequence[Item], Recipe], Block]
+GIB = 2**30
+TARGETS = {"cpu": 4.0, "cuda": 12.0}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Optimizer steps per second on PAL prompts: token tree against padded batches and TRL.
+
+    against: any of padded, trl, trl-liger. model: folder; shape: random weights of that shape instead (llama3-8b), the
+    tokenizer still from `model`. data: JSONL with question and answer, or prompt and response (default: the embedded
+    word problems); style: full or compact prompts. objective: dpo, or sft on rows of random ids that share nothing,
+    each sequence_length long. questions: prompts in a batch; pairs: of each; steps: in a block; repeats: blocks.
+    micro_batch_tokens, activations, compile_blocks: the token tree's, as in `matryoshka dpo`.
+    padded_pairs, trl_pairs: micro-batches (TRL: every size is measured, the best one counts). trl_checkpointing: its
+    gradient checkpointing. compare_losses: steps of a longer comparison of losses with TRL, of compare_pairs each.
+    profile: write a chart of one step. target: what the ratio must reach (default: 4 on a CPU, 12 on a GPU).
+    """
+
+    device: str = "cpu"
+    against: tuple[str, ...] = ("padded",)
+    model: Path = Path("models/smollm2-135m-instruct")
+    shape: str = ""
+    data: Path | None = None
+    style: str = "full"
+    objective: str = "dpo"
+    sequence_length: int = 4096
+    questions: int = 2
+    pairs: int = 5
+    steps: int = 2
+    repeats: int = 2
+    micro_batch_tokens: int = 8192
+    activations: str = "auto"
+    compile_blocks: bool = False
+    padded_pairs: int = 5
+    trl_pairs: tuple[int, ...] = (5,)
+    trl_checkpointing: bool = False
+    rank: int = 8
+    learning_rate: float = 1e-4
+    compare_losses: int = 0
+    compare_pairs: int = 2
+    profile: Path | None = None
+    dtype: str = ""
+    threads: int = 0
+    seed: int = 0
+    target: float | None = None
+
+    def __post_init__(self) -> None:
+        check_peers("step", self.against, PEERS)
+        if self.objective not in ("dpo", "sft"):
+            raise ValueError(f"bench step: objective {self.objective!r} is unknown; choose dpo or sft")
+        if {"trl", "trl-liger"} <= set(self.against):
+            raise ValueError("bench step: Liger's kernels change transformers for the whole process; measure trl alone")
+        if self.objective == "sft" and (self._trl or self.compare_losses):
+            raise ValueError("bench step: objective sft is measured against padded only; leave trl out")
+        if self.shape and self.shape not in SHAPES:
+            raise ValueError(f"bench step: shape {self.shape!r} is unknown; choose from {list(SHAPES)}")
+        numbers = (self.questions, self.pairs, self.steps, self.repeats, self.padded_pairs, self.compare_pairs)
+        if min(*numbers, *self.trl_pairs) < 1 or self.sequence_length < 2:
+            raise ValueError(
+                "bench step: questions, pairs, steps, repeats, padded_pairs, trl_pairs and compare_pairs must be at "
+                "least 1, sequence_length at least 2"
+            )
+
+    @property
+    def _trl(self) -> list[str]:
+        return [peer for peer in self.against if peer.startswith("trl")]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the trainers share: the model, its config.json, the items of the timed steps, the recipe."""
+
+    model: LanguageModel
+    model_config: dict[str, Any]
+    items: Sequence[Item]
+    recipe: Recipe
+
+
+def run(config: Config) -> BenchResult:
+    """Return speeds of all trainers, their losses' differences and the graphs that were compiled."""
+    packages = require(["trl", *config.against] if config._trl or config.compare_losses else config.against)
+    prepare(config.device, config.threads)
+    bench = load_bench(config)
+    trainers = _trainers(config, bench)
+    on_gpu = torch.device(config.device).type == "cuda"
+    graphs = [compiled_graphs()]
+    too_large = _warm_up(trainers, bench, on_gpu)
+    graphs.append(compiled_graphs())
+    blocks = alternate(
+        {name: partial(trainers[name], bench.items, bench.recipe) for name in trainers if name not in too_large},
+        config.repeats,
+    )
+    graphs.append(compiled_graphs())
+    per_step, unit = _unit(config, bench)
+    rows = speed_rows(blocks, per_step, unit)
+    rows += [Row(name, None, unit, {"note": "not measured: out of memory"}) for name in too_large]
+    rows += [_difference(name, blocks[OURS][0], blocks[name][0]) for name in blocks if name != OURS]
+    if on_gpu:
+        rows += [
+            Row("graphs compiled over the first epoch of ragged batches", graphs[1] - graphs[0], "graphs"),
+            Row("graphs compiled over the epochs after it", graphs[2] - graphs[1], "graphs"),
+        ]
+    if config.compare_losses:
+        rows.append(_compare(config, bench))
+    first = bench.items[: bench.recipe.batch_size]
+    rows.append(memory_row(bench.model, first, bench.recipe))
+    if config.profile is not None:
+        rows += profile_chart(partial(tree_block, bench.model, first, bench.recipe), config.profile, config.device)
+    ratio = speed_up(_speed(rows, OURS), [_speed(rows, name) for name in blocks if name != OURS], True)
+    target = config.target or (TARGETS["cuda" if on_gpu else "cpu"] if config.objective == "dpo" else None)
+    return BenchResult("step", rows, ratio, target, [*packages, *(("peft", "transformers") if config._trl else ())])
+
+
+def _warm_up(trainers: Mapping[str, Trainer], bench: Bench, on_gpu: bool) -> list[str]:
+    """Run every trainer once and return the names of those that this device has no memory for.
+
+    On a GPU ours meets all the shapes before it is timed, since it compiles for each; TRL and padded batches do not.
+    """
+    one = (bench.items[:1], replace(bench.recipe, batch_size=1))
+    step = (bench.items[: bench.recipe.batch_size], bench.recipe)
+    too_large = []
+    for name, block in trainers.items():
+        try:
+            block(*((bench.items, bench.recipe) if name == OURS else step) if on_gpu else one)
+        except torch.OutOfMemoryError:
+            if name == OURS:
+                raise
+            too_large.append(name)
+    return too_large
+
+
+def speed_rows(blocks: dict[str, list[Block]], per_step: float, unit: str) -> list[Row]:
+    """Return a row per trainer: `per_step` units over the median seconds of all its steps."""
+    rows = []
+    for name, taken in blocks.items():
+        seconds = [value for block in taken for value in block.seconds]
+        median = statistics.median(seconds)
+        details: dict[str, object] = {"seconds_per_step": median, "min_s": min(seconds), "max_s": max(seconds)}
+        details |= {"steps": len(seconds), "tokens_per_step": taken[0].tokens / len(taken[0].seconds)}
+        if taken[0].peak_bytes is not None:
+            details["peak_gib"] = round(max(block.peak_bytes or 0 for block in taken) / GIB, 2)
+        rows.append(Row(name, per_step / median, unit, details))
+    return rows
+
+
+def compiled_graphs() -> int:
+    """Return how many graphs torch.compile has made in this process."""
+    import torch._dynamo.utils
+
+    count: int = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return count
+
+
+def load_bench(config: Config) -> Bench:
+    """Return model, rows and recipe that `config` describes."""
+    dtype = dtype_of(config.dtype, config.device)
+    if config.shape:
+        model_config = SHAPES[config.shape]
+        model = random_model(model_config, dtype, config.device, config.seed)
+    else:
+        model_config = read_config(config.model)
+        model = load_model(config.model, dtype, config.device)
+    batch = config.questions * config.pairs if config.objective == "dpo" else config.questions
+    if config.objective == "dpo":
+        questions = config.questions * config.steps
+        tokenizer = Tokenizer.load(config.model)
+        items = pal_items(tokenizer, questions, config.pairs, config.style, config.data, config.seed)
+        fitting(items, model.config.max_position_embeddings, "error")
+    else:
+        draws = torch.Generator().manual_seed(config.seed)
+        shape = (config.questions * config.steps, config.sequence_length)
+        ids = torch.randint(model.config.vocab_size, shape, generator=draws).tolist()
+        mask = (0, *(1,) * (config.sequence_length - 1))
+        items = [Item((Tokens(tuple(row), mask),), str(index)) for index, row in enumerate(ids)]
+    recipe = Recipe(
+        preference=config.objective == "dpo",
+        batch_size=batch,
+        learning_rate=config.learning_rate,
+        micro_batch_tokens=config.micro_batch_tokens,
+        padded_items=config.padded_pairs,
+        lora=LoraConfig(rank=config.rank),
+        seed=config.seed,
+        device=config.device,
+        activations=config.activations,
+        compile_blocks=config.compile_blocks,
+    )
+    return Bench(model, model_config, items, recipe)
+
+
+def _trainers(config: Config, bench: Bench) -> dict[str, Trainer]:
+    trainers: dict[str, Trainer] = {OURS: partial(tree_block, bench.model)}
+    for peer in config.against:
+        if peer == "padded":
+            trainers["padded"] = partial(padded_block, bench.model)
+            continue
+        for pairs in config.trl_pairs:
+            trainers[f"{peer}, {pairs} pairs"] = _trl(config, bench, pairs, peer == "trl-liger")
+    return trainers
+
+
+def _trl(config: Config, bench: Bench, pairs: int, liger: bool) -> Trainer:
+    def block(items: Sequence[Item], recipe: Recipe) -> Block:
+        size = min(pairs, recipe.batch_size)
+        initial = _initial_adapter(bench.model, recipe)
+        folder = str(config.model)
+        checkpointing = config.trl_checkpointing
+        return trl_block(bench.model, bench.model_config, folder, items, recipe, size, checkpointing, liger, initial)
+
+    return block
+
+
+def _initial_adapter(model: LanguageModel, recipe: Recipe) -> dict[str, Tensor]:
+    with new_adapter(model, recipe) as parameters:
+        return {name: value.detach().clone() for name, value in parameters.items()}
+
+
+def _compare(config: Config, bench: Bench) -> Row:
+    """Return the largest difference between our losses and TRL's over `compare_losses` steps on the same data."""
+    pairs = config.compare_pairs
+    questions = -(-pairs * config.compare_losses // config.pairs)
+    tokenizer = Tokenizer.load(config.model)
+    items = pal_items(tokenizer, questions, config.pairs, config.style, config.data, config.seed)
+    items = items[: pairs * config.compare_losses]
+    recipe = replace(bench.recipe, batch_size=pairs)
+    ours = tree_block(bench.model, items, recipe)
+    theirs = _trl(config, bench, pairs, "trl-liger" in config.against)(items, recipe)
+    return _difference(f"trl over {len(ours.losses)} steps", ours, theirs)
+
+
+def _difference(name: str, ours: Block, theirs: Block) -> Row:
+    gaps = [abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True)]
+    details = {"mean": statistics.mean(gaps), "steps": len(gaps), "last_loss": ours.losses[-1]}
+    return Row(f"largest difference of the losses, {OURS} and {name}", max(gaps), "nats", details)
+
+
+def _unit(config: Config, bench: Bench) -> tuple[float, str]:
+    if config.objective == "dpo":
+        return float(bench.recipe.batch_size), "pairs/s"
+    return float(bench.recipe.batch_size * config.sequence_length), "tokens/s"
+
+
+def _speed(rows: Sequence[Row], name: str) -> float:
+    return next(row.value for row in rows if row.name == name and row.value is not None)

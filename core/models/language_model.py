@@ -1,0 +1,86 @@
+"""What every controller architecture provides, so that trainer, sampler and adapters work with a new one unchanged.
+
+`core/models/<model_type>.py` exports `Model`, a `LanguageModel`; `Config`, with a classmethod `from_dict`; and
+`LORA_TARGETS`. Shapes: B rows, T tokens, D hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from matryoshka.core.models.attention import Attend
+
+
+class ModelConfig(Protocol):
+    """The sizes that a cache and the memory planner need, under Llama's `config.json` names."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+
+
+def together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """Return the output of every layer for the same input; layers with a method `forward_together` may share work."""
+    shared = getattr(layers[0], "forward_together", None)
+    if shared is not None:
+        outputs: tuple[Tensor, ...] | None = shared(x, layers)
+        if outputs is not None:
+            return outputs
+    return tuple(layer(x) for layer in layers)
+
+
+class LanguageModel(nn.Module):
+    """A decoder whose `forward` gives hidden states; whoever needs logits applies the head where it needs them."""
+
+    config: ModelConfig
+    # Set where weights are kept in another dtype, or on another device, than they are computed in.
+    compute_dtype: torch.dtype | None = None
+    compute_device: torch.device | None = None
+    gathered_bytes: int = 0  # what is there for a while beside the weights that are kept
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return self.compute_dtype or self.head_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where is computed."""
+        return self.compute_device or self.head_weight.device
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The modules that `forward` hands to `run_block`, in order; what is cut up over ranks is cut at them."""
+        raise TypeError(f"{type(self).__name__} does not define blocks")
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The [V, D] output matrix."""
+        raise TypeError(f"{type(self).__name__} does not define head_weight")
+
+    def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+        """Return the [B, T, D] hidden states after the last norm, in the model's dtype.
+
+        positions_BT: int64, default 0..T-1 in every row. attend: what sees what, default causal.
+        """
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the [..., V] logits of hidden states, in at least fp32."""
+        dtype = torch.promote_types(hidden_BTD.dtype, torch.float32)
+        return hidden_BTD.to(dtype) @ self.head_weight.to(dtype).T

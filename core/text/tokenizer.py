@@ -1,0 +1,191 @@
+"""The tokenizer of a model folder: text and chats to ids, ids to text, and text as it streams out of a sampler.
+
+It reads what a Hugging Face or Meta folder holds (vocabulary, special tokens, chat template, stop ids) and keeps no
+settings of its own. `encode` never adds BOS and never reads a special token out of text; `render` is the one way to
+special tokens. Invariant: decode(encode(text)) == text, or encode raises.
+"""
+
+import codecs
+import datetime
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from matryoshka.core.records import Messages
+from matryoshka.core.text.chat import DEFAULT_DATE, LLAMA3_TEMPLATE, ChatFormat, Rendered
+from matryoshka.core.text.vocabulary import AddedToken, Vocabulary, load_vocabulary
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+REQUIRED = ("bos_token", "eos_token")
+EXTRA = "additional_special_tokens"
+
+
+class Tokenizer:
+    """Text and chats to ids, and back.
+
+    vocab_size: largest id + 1. bos_id: None where the folder names none. eos_id: the special token that closes an
+    assistant turn (for Llama 3 <|eot_id|>, not the <|end_of_text|> of its base model). stop_ids: eos_id, then those
+    that the folder's files list. special_ids: special strings and their ids. prefix: what sentencepiece puts before a
+    text ("" or one space); decoding takes it off again.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, bos_id: int | None, eos_id: int, stop_ids: Iterable[int], chat: ChatFormat | None
+    ) -> None:
+        self.vocab_size = max(vocabulary.token_bytes) + 1
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.stop_ids = tuple(dict.fromkeys((eos_id, *stop_ids)))
+        self.special_ids = vocabulary.special_ids
+        self.prefix = vocabulary.prefix
+        self._specials = vocabulary.special_set
+        self._vocabulary = vocabulary
+        self._chat = chat
+
+    @classmethod
+    def load(cls, folder: Path | str, date: datetime.date = DEFAULT_DATE) -> "Tokenizer":
+        """Return the tokenizer of `folder`.
+
+        Vocabulary: tokenizer.json, else tokenizer.model (sentencepiece, or Meta's tiktoken lines). Template:
+        chat_template.jinja, else tokenizer_config.json, else Llama 3's header format where the vocabulary has it.
+        Stop ids: eos_token_id of generation_config.json, else of config.json, else eos_token. `date` is what a template
+        that writes today's date gets; the clock is never read.
+
+        Raises:
+            FileNotFoundError: the folder or its tokenizer files are missing.
+            ValueError: a file is malformed or the files contradict each other.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; expected a model folder with a tokenizer")
+        config_path = folder / "tokenizer_config.json"
+        config = _read(folder / "special_tokens_map.json") | _read(config_path)
+        names = {name: _content(config_path, name, config[name]) for name in NAMED if config.get(name) is not None}
+        special = [names[name] for name in REQUIRED if name in names]
+        special += [_content(config_path, EXTRA, value) for value in config.get(EXTRA) or ()]
+        added = [_added_token(config_path, id, entry) for id, entry in config.get("added_tokens_decoder", {}).items()]
+        if not added and not (folder / "tokenizer.json").is_file():
+            older = _read(folder / "added_tokens.json")
+            added = [AddedToken(content, id, content in special) for content, id in older.items()]
+        vocabulary = load_vocabulary(folder, added, special, bool(config.get("legacy", False)))
+        for name, content in (("bos_token", vocabulary.default_bos), ("eos_token", vocabulary.default_eos)):
+            if name not in config and content is not None:
+                names[name] = content
+
+        ids = vocabulary.special_ids
+        stop_ids = _stop_ids(folder) or ([ids[names["eos_token"]]] if "eos_token" in names else [])
+        source = _template(folder, config)
+        if source is None and "<|start_header_id|>" in ids:
+            source = LLAMA3_TEMPLATE
+        chat = ChatFormat(source, vocabulary, names, stop_ids, date) if source is not None else None
+        if chat is None and not stop_ids:
+            raise ValueError(f"{folder}: nothing says which token ends a text; expected eos_token in "
+                             f"tokenizer_config.json or eos_token_id in generation_config.json or config.json")
+        eos_id = chat.eos_id if chat else ids[names["eos_token"]] if "eos_token" in names else stop_ids[0]
+        return cls(vocabulary, ids[names["bos_token"]] if "bos_token" in names else None, eos_id, stop_ids, chat)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`: no BOS, and special strings in it are plain text.
+
+        Raises ValueError for text that the vocabulary cannot write.
+        """
+        return self._vocabulary.encode(text, self.prefix) if text else []
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an unknown id."""
+        text = b"".join(self.bytes_of(id, skip_special) for id in ids).decode("utf-8", "replace")
+        return text.removeprefix(self.prefix)
+
+    def render(self, messages: Messages, add_generation_prompt: bool = False) -> Rendered:
+        """Return the ids and training mask of `messages`; see ChatFormat.render. Raises ValueError without template."""
+        if self._chat is None:
+            raise ValueError(f"{self._vocabulary.where.parent}: no chat template; expected chat_template.jinja, "
+                             f"chat_template in tokenizer_config.json, or Llama 3's <|start_header_id|> as a token")
+        return self._chat.render(messages, add_generation_prompt)
+
+    def bytes_of(self, id: int, skip_special: bool = True) -> bytes:
+        """Return the bytes that one id stands for, none for a special token that is skipped. Raises ValueError."""
+        if skip_special and id in self._specials:
+            return b""
+        try:
+            return self._vocabulary.token_bytes[id]
+        except KeyError:
+            raise ValueError(f"{self._vocabulary.where}: id {id} is not in the vocabulary of {self.vocab_size} ids; "
+                             f"a model's embedding may be padded, sample from the tokenizer's ids only") from None
+
+
+class TextStream:
+    """The text of ids that arrive one by one; special tokens add nothing, half a character waits for its other half.
+
+    Invariant: `text` is decode(ids so far) without an unfinished character at the end. Each push costs one token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._prefix = tokenizer.prefix
+        self._parts: list[str] = []
+
+    def push(self, id: int) -> str:
+        """Return what `id` adds to the text, "" in the middle of a character. Raises ValueError for an unknown id."""
+        new = self._decoder.decode(self._tokenizer.bytes_of(id))
+        if new:
+            new, self._prefix = new.removeprefix(self._prefix), ""
+            self._parts.append(new)
+        return new
+
+    @property
+    def text(self) -> str:
+        """The whole text so far."""
+        self._parts = ["".join(self._parts)]
+        return self._parts[0]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as err:
+        raise ValueError(f"{path}: malformed JSON ({err})") from err
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _content(path: Path, name: str, value: Any) -> str:
+    content = value.get("content") if isinstance(value, Mapping) else value
+    if not isinstance(content, str):
+        raise ValueError(f"{path}: {name} is {value!r:.80}, expected a string")
+    return content
+
+
+def _added_token(path: Path, id: str, entry: Any) -> AddedToken:
+    if not isinstance(entry, Mapping) or not id.isdecimal():
+        raise ValueError(f"{path}: added_tokens_decoder[{id!r}] is {entry!r:.80}, expected an id and its token")
+    flags = (bool(entry.get(flag, False)) for flag in ("special", "lstrip", "rstrip"))
+    return AddedToken(_content(path, f"added_tokens_decoder[{id!r}]", entry), int(id), *flags)
+
+
+def _stop_ids(folder: Path) -> list[int]:
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        value = _read(path).get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(not isinstance(id, int) or isinstance(id, bool) for id in ids):
+            raise ValueError(f"{path}: eos_token_id is {value!r}, expected an id or a list of ids")
+        if ids:
+            return ids
+    return []
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{folder}/tokenizer_config.json: chat_template is {template!r:.80}, expected a string")
+    return template

@@ -1,0 +1,278 @@
+"""The one training loop: SFT and every preference loss differ only in the objective that they hand in.
+
+In order: next batch (a pure function of seed, epoch and step), packed into micro-batches (`packing.py`) ->
+reference log-probs -> policy log-probs -> objective, divided by the global count of items or tokens -> backward -> clip
+-> non-finite check -> optimizer -> metrics -> checkpoint. `train` is a generator: it yields one metrics row a step, and
+the caller shows or drops it. A run that is killed and started again continues from its last checkpoint with the same
+bits (held by a test on CPU). Not here: the model's mode. Dropout is on where the caller says model.train().
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from matryoshka.core.files import write_text
+from matryoshka.core.models.language_model import LanguageModel
+from matryoshka.core.parallel.distributed import ALONE, TIMEOUT_S, World, forget_gathered, is_sharded, whole
+from matryoshka.core.records import stable_seed
+from matryoshka.core.training.activations import POLICIES
+from matryoshka.core.training.checkpoint import Checkpoints
+from matryoshka.core.training.memory import free_bytes, plan_memory
+from matryoshka.core.training.optimizer import OPTIMIZERS, make_optimizer
+from matryoshka.core.training.packing import Item as Item
+from matryoshka.core.training.packing import batch_at as batch_at
+from matryoshka.core.training.packing import check_budget
+from matryoshka.core.training.step import (
+    LogProbs,
+    MicroBatch,
+    Objective,
+    Reference,
+    ReferenceCache,
+    accumulate,
+    fill_cache,
+)
+from matryoshka.core.training.step import Totals as Totals
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; every default is the paper's or the field's.
+
+    batch_size counts items (conversations or preference pairs) per optimizer step; micro_batch_tokens bounds the tree
+    tokens that are in flight at once (an item that alone has more is refused). min_lr_ratio: floor of the cosine.
+    save_every: optimizer steps between checkpoints (0: only at the end and on a signal). keep_checkpoints,
+    max_checkpoint_gb: how many stay, and how many GB they may take (0: any); the newest stays. save_asynchronously:
+    write them while training goes on, from a copy in host memory. rank_timeout_s: a rank that waits longer for another
+    one, in a collective or for its part of a checkpoint, fails, and torchrun ends the rest. lora_plus_ratio: rate of
+    LoRA's B over that of A (LoRA+; its authors use 16). optimizer: "adamw", or "adamw8bit", "paged_adamw8bit" with
+    moments in 8 bits (`core/training/optimizer.py`). activations: what forward keeps for backward, "none",
+    "selective", "full", "offload" (`activations.py`) or "auto", the fastest that fits; no bit of the result
+    depends on it. compile_blocks: whole blocks by torch.compile.
+    """
+
+    learning_rate: float = 5e-6
+    epochs: int = 1
+    batch_size: int = 64
+    micro_batch_tokens: int = 8192
+    warmup_ratio: float = 0.03
+    min_lr_ratio: float = 0.1
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    lora_plus_ratio: float = 1.0
+    optimizer: str = "adamw"
+    activations: str = "auto"
+    compile_blocks: bool = False
+    save_every: int = 0
+    keep_checkpoints: int = 1
+    max_checkpoint_gb: float = 0.0
+    save_asynchronously: bool = True
+    rank_timeout_s: float = TIMEOUT_S
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "micro_batch_tokens", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train: {name} {getattr(self, name)} must be at least 1")
+        if self.max_checkpoint_gb < 0:
+            raise ValueError(f"train: max_checkpoint_gb {self.max_checkpoint_gb} must be above 0, or 0 for no limit")
+        for name in ("learning_rate", "lora_plus_ratio", "rank_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"train: {name} {getattr(self, name)} must be above 0")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"train: optimizer {self.optimizer!r} is unknown; choose from {list(OPTIMIZERS)}")
+        if self.activations not in ("auto", *POLICIES):
+            raise ValueError(f"train: activations {self.activations!r} is unknown; choose from {['auto', *POLICIES]}")
+
+
+class Interrupted(RuntimeError):
+    """SIGTERM or SIGINT came: the state is saved, starting again continues."""
+
+
+def train(
+    model: LanguageModel,
+    parameters: Mapping[str, nn.Parameter],
+    items: Sequence[Item],
+    config: TrainConfig,
+    objective: Objective,
+    token_logps: LogProbs,
+    folder: Path,
+    reference: Reference | None = None,
+    first_loss: float | None = None,
+    cache: ReferenceCache | None = None,
+    world: World = ALONE,
+    reference_first: bool = False,
+    start: str = "",
+) -> Iterator[dict[str, float]]:
+    """Train `parameters` in place and yield a metrics row per optimizer step: step, epoch, loss, grad_norm, lr, ...
+
+    reference: context in which the model computes the reference policy; cache: where its log-probs are kept.
+    reference_first: the reference is the model as it comes, so that `cache` is filled before it is trained.
+    first_loss: what the first micro-batch's mean loss must be (ln 2 for DPO, policy and reference being equal; its
+    reference is computed, cache or not); checked to 1e-5 of it, and of 1 where it is below.
+    State and metrics.jsonl go to `folder`, which all ranks see; an unfinished run found there is continued.
+    start: whatever tells the model that training starts from, frozen weights included, from others of its shape.
+    world: the ranks that share every batch, all of which call this with the same arguments and get the same rows.
+    Raises ValueError for no items, an item beyond micro_batch_tokens, another first loss, or a folder that another
+    configuration, objective, model or data wrote; FloatingPointError before the optimizer on a non-finite loss or
+    gradient, naming the example whose hidden states are not finite; Interrupted on SIGTERM or SIGINT, after the step
+    that runs is done and saved.
+    """
+    if not items:
+        raise ValueError(f"train: no items to train on ({folder}); collect more samples or check the data file")
+    check_budget(items, config.micro_batch_tokens)
+    device = model.device
+    longest, free = longest_micro_batch(items, config), world.least(free_share(device, world))
+    memory = plan_memory(
+        config.activations, model, parameters, longest, config.compile_blocks, int(free), config.optimizer
+    )
+    betas = (config.beta1, config.beta2)
+    optimizer = make_optimizer(
+        config.optimizer, parameters, config.learning_rate, betas, config.weight_decay, config.lora_plus_ratio
+    )
+    num_steps = config.epochs * math.ceil(len(items) / config.batch_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    max_bytes = int(config.max_checkpoint_gb * 1e9) or None
+    checkpoints = Checkpoints(
+        *(folder, _fingerprint(config, objective, items, start), world, config.keep_checkpoints, max_bytes),
+        *(config.save_asynchronously, config.rank_timeout_s),
+    )
+
+    def micro_batch(items: Sequence[Item]) -> MicroBatch:
+        return MicroBatch(model, token_logps, items, config.micro_batch_tokens, device, memory)
+
+    metrics_path = folder / "metrics.jsonl"
+    with _stop_signal() as stop, checkpoints:
+        if cache is not None and reference is not None and checkpoints.latest() != num_steps:
+            cache.verify(items, lambda item: micro_batch([item]).reference_logps(reference))
+            for index in range(num_steps // config.epochs if reference_first else 0):
+                _, batch = batch_at(items, index, config.batch_size, config.seed)
+                fill_cache(batch, config.micro_batch_tokens, micro_batch, reference, cache, world)
+                if world.any(stop.is_set()):
+                    raise Interrupted("train: stopped by signal before the first step; reference log-probs are kept")
+        forget_gathered(model)
+        step = checkpoints.load(parameters, optimizer)
+        if world.is_first:
+            _keep_metrics(metrics_path, step)
+        while step < num_steps:
+            started = time.perf_counter()
+            epoch, batch = batch_at(items, step, config.batch_size, config.seed)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, num_steps, config) * group["ratio"]
+            torch.manual_seed(stable_seed("dropout", config.seed, step) + world.rank)
+            optimizer.zero_grad(set_to_none=True)  # a step that failed in this process left its gradients behind
+            expected = first_loss if step == 0 else None
+            where = f"train: step {step + 1}"
+            row, stopping = accumulate(
+                *(batch, config.micro_batch_tokens, objective, micro_batch, reference, cache, expected, where),
+                *(world, [p for p in parameters.values() if not is_sharded(p)], stop.is_set()),
+            )
+            norm = whole(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
+            if not math.isfinite(row["loss"]) or not torch.isfinite(norm):
+                raise FloatingPointError(
+                    f"{where}: loss {row['loss']}, gradient norm {norm.item()}; nothing was updated. "
+                    "Lower the learning rate or look at this step's items"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            row = {
+                "step": step,
+                "epoch": epoch,
+                **row,
+                "grad_norm": norm.item(),
+                "lr": optimizer.param_groups[0]["lr"],
+                "seconds": time.perf_counter() - started,
+            }
+            if world.is_first:
+                with metrics_path.open("a") as handle:
+                    handle.write(json.dumps(row) + "\n")
+            due = config.save_every and step % config.save_every == 0
+            if due or step == num_steps or stopping:
+                checkpoints.save(step, parameters, optimizer)
+                if step == num_steps or stopping:
+                    checkpoints.wait()
+            yield {**row, "steps": num_steps}
+            if stopping:  # a signal that came later than this step's sum over the ranks waits for the next one's
+                raise Interrupted(f"train: stopped by signal after step {step} of {num_steps}; state saved in {folder}")
+
+
+def longest_micro_batch(items: Sequence[Item], config: TrainConfig) -> int:
+    """Return the most tokens in flight: no more than the largest batch without any sharing, however large the budget"""
+    largest = sum(sorted(sum(len(s.ids) for s in item.sequences) for item in items)[-config.batch_size :])
+    return min(config.micro_batch_tokens, largest)
+
+
+def free_share(device: torch.device, world: World) -> int:
+    """Return the bytes that this rank's tensors on `device` can take: ranks share the memory of their host."""
+    return free_bytes(device) // (1 if device.type == "cuda" else world.local_size)
+
+
+def _fingerprint(config: TrainConfig, objective: Objective, items: Sequence[Item], start: str) -> str:
+    """Return a hash of all that decides the result, so not of checkpoints, nor of how the batch is cut up and kept."""
+    free: dict[str, Any] = {"save_every": 0, "keep_checkpoints": 1, "max_checkpoint_gb": 0.0}
+    free |= {"save_asynchronously": True, "rank_timeout_s": TIMEOUT_S, "micro_batch_tokens": 1, "activations": "auto"}
+    decisive = dataclasses.replace(config, **free)
+    name = repr(objective) if dataclasses.is_dataclass(objective) else type(objective).__qualname__
+    digest = hashlib.sha256(f"{decisive} {name} {start}".encode())
+    for item in items:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()
+
+
+def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
+    """Return the rate of 0-based `step`: linear warm-up over ceil(ratio x steps), then cosine down to the floor."""
+    warmup = math.ceil(round(config.warmup_ratio * num_steps, 6))  # 0.07 * 100 is 7.000000000000001
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def _keep_metrics(path: Path, step: int) -> None:
+    """Drop rows after `step`: they were written after the checkpoint that training continues from."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    write_text(path, "".join(lines[:step]))
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """Set an event on SIGTERM (pre-emption) or SIGINT instead of dying within a step; a second signal acts at once.
+
+    Not under torchrun: it passes on the signals that it gets, and a scheduler sends them to every process, so that they
+    come twice; what is still there after torchrun's --shutdown-timeout is killed.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(number, before[number])
+
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

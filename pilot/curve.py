@@ -1,0 +1,115 @@
+"""A pilot over several seeds, and what its policies gain stage by stage: the learning curve with its intervals.
+
+Each seed has its own problems, adapters and episodes in a run directory of its own, so the whole can be stopped and
+continued. Pooled shares treat the held-out problems of all seeds as one sample; the seeds themselves stand beside them,
+since training differs between seeds as problems alone do not. Where a task's answers are graded, mean scores stand for
+shares and sign-flip tests for exact McNemar tests.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from matryoshka.core.config import apply_overrides, load_toml
+from matryoshka.core.files import write_json
+from matryoshka.core.intervals import bootstrap, wilson
+from matryoshka.core.records import Metric, to_json
+from matryoshka.eval.statistics import paired_difference, paired_scores
+from matryoshka.pilot import loop as pilot
+from matryoshka.pilot.config import RunConfig
+from matryoshka.scripts.stages import RUNS, stoppable
+
+Outcomes = Mapping[str, Mapping[str, float]]  # a solved problem is True, so 1
+
+
+@stoppable()
+def curve(config: Path, seeds: tuple[int, ...] = (0, 1, 2), set: tuple[str, ...] = ()) -> None:
+    """Run or continue a pilot for each seed as runs/NAME-SEED, and write runs/NAME-curve.json.
+
+    Args:
+        config: The pilot's TOML file.
+        seeds: One run each.
+        set: Changes of the configuration, as key.path=value.
+    """
+    shared = apply_overrides(load_toml(RunConfig, config), list(set))
+    runs: dict[int, Outcomes] = {}
+    by_seed: dict[str, Any] = {}
+    for seed in seeds:
+        name = f"{shared.name}-{seed}"
+        found = pilot.pilot(replace(shared, seed=seed, name=name), RUNS)
+        by_seed[str(seed)] = {key: found[key] for key in ("task", "examples", "untrained", "trained", "p", "seconds")}
+        print(json.dumps(by_seed[str(seed)]), flush=True)
+        runs[seed] = outcomes(RUNS / name)
+    result = {**summary(runs), "runs": by_seed}
+    write_json(RUNS / f"{shared.name}-curve.json", result)
+    print(table(result))
+    print(json.dumps({"name": shared.name, "seeds": list(seeds), **result}))
+
+
+def outcomes(folder: Path) -> Outcomes:
+    """Return condition -> held-out problem -> its score, or whether it was solved, as `folder` says."""
+    if (folder / "scores.json").exists():
+        scores: dict[str, dict[str, float]] = json.loads((folder / "scores.json").read_text())
+        return scores
+    verdicts = json.loads((folder / "verdicts.json").read_text())
+    return {name: {id: verdict == "right" for id, verdict in row.items()} for name, row in verdicts.items()}
+
+
+def summary(runs: Mapping[int, Outcomes]) -> dict[str, Any]:
+    """Return the conditions that every seed has, with their shares by seed and pooled, and the stages' pooled gains."""
+    names = [name for name in next(iter(runs.values())) if all(name in conditions for conditions in runs.values())]
+    pooled = {name: [score for conditions in runs.values() for score in conditions[name].values()] for name in names}
+    conditions = {
+        name: {
+            "by_seed": {str(seed): round(_share(conditions[name]), 4) for seed, conditions in runs.items()},
+            "pooled": to_json(_pooled(pooled[name])),
+        }
+        for name in names
+    }
+    ladder = [name for name in names if name in ("untrained", "warmup") or name.startswith("round_")]
+    steps = [*zip(ladder, ladder[1:], strict=False)] + [(ladder[0], ladder[-1])] * (len(ladder) > 2)
+    gains = [{"first": a, "second": b, **_gain(pooled[a], pooled[b])} for a, b in steps]
+    return {"conditions": conditions, "gains": gains}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Return the summary as Markdown."""
+    seeds = list(next(iter(result["conditions"].values()))["by_seed"])
+    lines = [f"| condition | {' | '.join(f'seed {seed}' for seed in seeds)} | pooled | 95% | n |"]
+    lines.append("|---" * (len(seeds) + 4) + "|")
+    for name, row in result["conditions"].items():
+        pooled = row["pooled"]
+        by_seed = " | ".join(f"{share:.3f}" for share in row["by_seed"].values())
+        interval = f"[{pooled['low']:.3f}, {pooled['high']:.3f}]"
+        lines.append(f"| {name} | {by_seed} | {pooled['value']:.3f} | {interval} | {pooled['n']} |")
+    lines += ["", "| gain | points | 95% | gained | lost | p |", "|---|---|---|---|---|---|"]
+    for gain in result["gains"]:
+        points = [f"{100 * gain[key]:+.1f}" for key in ("difference", "low", "high")]
+        counts = f"{gain.get('gained', '')} | {gain.get('lost', '')} | {gain['p']:.2g}"
+        lines.append(f"| {gain['first']} to {gain['second']} | {points[0]} | [{points[1]}, {points[2]}] | {counts} |")
+    return "\n".join(lines)
+
+
+def _pooled(scores: Sequence[float]) -> Metric:
+    if _solved(scores):
+        return wilson(int(sum(scores)), len(scores))
+    values = np.array(scores)
+    return bootstrap(len(values), lambda i: float(values[i].mean()))
+
+
+def _gain(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
+    if _solved(first) and _solved(second):
+        return vars(paired_difference([won == 1 for won in first], [won == 1 for won in second]))
+    return vars(paired_scores(first, second))
+
+
+def _solved(scores: Sequence[float]) -> bool:
+    return all(isinstance(score, bool) for score in scores)
+
+
+def _share(episodes: Mapping[str, float]) -> float:
+    return sum(episodes.values()) / len(episodes)

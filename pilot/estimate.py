@@ -1,0 +1,93 @@
+"""`matryoshka estimate`: what a configuration will cost, from a few training examples that are really run.
+
+The black box is really asked, with the untrained controller's guidance, and the answers are kept in the run's cache.
+How many episodes the whole run has follows from the configuration; each is taken to cost what these did on average.
+Equal requests, which a run asks once, are counted each: rather too much than too little.
+"""
+
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from matryoshka.core.records import Trajectory, Usage
+from matryoshka.pilot import loop as pilot
+from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.context import Run, open_run
+from matryoshka.scripts.stages import RUNS, stoppable
+
+EXAMPLES = 20
+
+
+@dataclass(frozen=True)
+class Average:
+    """A mean over episodes with the half-width of its 95% interval."""
+
+    value: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Average":
+        spread = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+        return cls(statistics.fmean(values), spread)
+
+
+@stoppable()
+def estimate(config: RunConfig) -> None:
+    """Run 20 training examples and print what the whole run will cost; the last line is the numbers as JSON."""
+    with tempfile.TemporaryDirectory() as root:
+        here = replace(config, executor="local")  # answers go to the run's own cache, not to one of the folder's
+        with open_run(here, Path(root), RUNS / config.name / "cache.sqlite", trains=False) as run:
+            settings = run.settings(greedy=False)
+            done = run.episodes(run.policy(""), ["train"], [settings], "estimate", EXAMPLES)
+            found = extrapolate(run, done)
+    width = max(map(len, found["episodes"]))
+    for stage, count in found["episodes"].items():
+        print(f"{stage:<{width}}  {count:>9,} episodes")
+    usd = "no price is known" if found["usd"] is None else f"{found['usd']:.2f} +- {found['usd_error']:.2f} USD"
+    print(f"{found['calls']:,.0f} calls, {found['tokens']:,.0f} tokens, {usd}, going by {len(done)} episodes")
+    print(json.dumps(found))
+
+
+def extrapolate(run: Run, done: Sequence[Trajectory]) -> dict[str, Any]:
+    """Return the episodes of each stage of the whole run, and calls, tokens and dollars at what `done` cost each."""
+    episodes = num_episodes(run)
+    total = sum(episodes.values())
+    infos = [trajectory.info for trajectory in done if trajectory.info["verdict"] != "failed"]
+    usages = [Usage(info["prompt_tokens"], info["completion_tokens"]) for info in infos]
+    if not usages:
+        raise ValueError("estimate: all episodes failed; the black box did not answer")
+    if run.purse is not None and not any(usage != Usage() for usage in usages):
+        raise ValueError("estimate: the black box says nothing of tokens (`usage`), so what it costs is not known")
+    tokens = Average.of([usage.prompt_tokens + usage.completion_tokens for usage in usages])
+    price = None if run.purse is None else run.purse.price
+    usd = None if price is None else Average.of([price.usd(usage) for usage in usages])
+    return {
+        "episodes": episodes,
+        "calls": total * statistics.fmean(info["calls"] for info in infos),
+        "tokens": total * tokens.value,
+        "tokens_error": total * tokens.error,
+        "usd": None if usd is None else total * usd.value,
+        "usd_error": None if usd is None else total * usd.error,
+        "sampled": len(usages),
+    }
+
+
+def num_episodes(run: Run) -> dict[str, int]:
+    """Return how many episodes the stages of the whole run have, most of them with at least one black-box call."""
+    config = run.config
+    sizes = {split: len(run.task.examples(split)) for split in ("train", "validation", *pilot.HELD_OUT_SPLITS)}
+    rates = len(config.dpo.learning_rates) or 1
+    # Of the conditions, those with a trained policy are not there yet.
+    trained = config.rounds + (config.warmup.source != "none") + (config.star and config.rounds > 0)
+    return {
+        "warm-up": len(run.task.examples("warmup")) * config.warmup.samples * (config.warmup.source == "generator"),
+        "collect": config.rounds * sizes["train"] * config.rollout.samples,
+        "bootstrap, at most": config.rounds * sizes["train"] * config.rollout.bootstrap,
+        "choose": (config.rounds * rates + config.rounds + 1) * sizes["validation"],
+        "evaluate": (len(pilot.schemes(run)) + trained) * sum(sizes[split] for split in pilot.HELD_OUT_SPLITS),
+    }

@@ -1,0 +1,79 @@
+"""A run's folder: whose it is, which configuration it was started with, and what a kill left behind in it."""
+
+import os
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+from matryoshka.core.config import diff, load_toml
+from matryoshka.core.files import folder_lock
+from matryoshka.inference.cache import ResponseCache
+from matryoshka.pilot.config import RunConfig
+
+CONFIG = "config.toml"
+# Settings that a run may be continued with another value of.
+_PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "total_timeout_s")
+FREE_TO_CHANGE = (
+    *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints", "controller.vllm."),
+    *("executor:", "ray_tasks:", "parallel.", "task.lamp.embeddings_cache:"),
+    *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
+)
+DECISIVE = "controller.vllm.dtype:"  # of those; what is drawn depends on it
+
+
+def claim(config: RunConfig, folder: Path, stack: ExitStack) -> tuple[bool, list[str]]:
+    """Lock the folder and tidy it; return whether it has a configuration, and how `config` differs from that."""
+    stack.enter_context(folder_lock(folder))
+    _sweep(folder)
+    saved = (folder / CONFIG).exists()
+    changed = diff(load_toml(RunConfig, folder / CONFIG), config) if saved else []
+    if changes := [line for line in changed if not line.startswith(FREE_TO_CHANGE) or line.startswith(DECISIVE)]:
+        raise ValueError(
+            f"{folder}: was started with another configuration: {'; '.join(changes)}. "
+            "Take the old values to continue, or another name to start afresh"
+        )
+    return saved, changed
+
+
+def cache_path(folder: Path, node: str = "") -> Path:
+    """Return the cache of the machine `node`, "" for the first: a WAL database is for the processes of one machine."""
+    return folder / (f"cache.node-{node}.sqlite" if node else "cache.sqlite")
+
+
+def deal_caches(folder: Path, num_nodes: int) -> None:
+    """Put all machines' caches of an earlier start into the first one's, and give the others a copy of its answers.
+
+    Nobody else may use them: it is the work of whoever holds the lock. What a kill in here counts twice, it overstates.
+    """
+    others = sorted(folder.glob("cache.node-*.sqlite"))
+    if num_nodes == 1 and not others:
+        return
+    cache = ResponseCache(cache_path(folder))
+    try:
+        for path in others:
+            cache.take_in(path)
+            for suffix in ("", "-wal", "-shm"):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+        for node in range(1, num_nodes):
+            temporary = folder / f".cache.node-{node}.tmp"
+            cache.copy_answers(temporary)
+            os.replace(temporary, cache_path(folder, str(node)))
+    finally:
+        cache.close()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a kill left half-written; nobody else writes here while we hold the lock."""
+    for path in list(folder.rglob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder so that `target` is whole or not there."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    os.rename(temporary, target)

@@ -1,0 +1,213 @@
+"""What a stage's policy is on disk, in the model and to the sampler: an adapter of the controller, or all its weights.
+
+A policy goes by its stage: "" is the model that the run was given, "warmup", "star", "round-2", "round-2/lr-1e-05" are
+folders of the run. What a stage has trained appears there whole and stays as it is, so that it is trained if it is
+there. All ranks call every method alike.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from matryoshka.core.models.language_model import LanguageModel
+from matryoshka.core.models.load import empty_model, fill_model, load_model
+from matryoshka.core.models.weights import weights_hash
+from matryoshka.core.parallel.distributed import World
+from matryoshka.core.protocols import Controller
+from matryoshka.core.records import stable_seed
+from matryoshka.core.training.activations import POLICIES
+from matryoshka.core.training.train import Item, TrainConfig
+from matryoshka.dpo.objectives import Preference
+from matryoshka.inference.local_controller import LocalController, TokenSampler
+from matryoshka.inference.vllm import Vllm
+from matryoshka.lora import files as adapters
+from matryoshka.lora.linear import active, adapter_names, add_adapter, remove_adapter
+from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.training import (
+    DTYPES,
+    POLICY,
+    QUANTIZATIONS,
+    REFERENCE,
+    load_base,
+    save_model,
+    train_policy,
+    train_weights,
+)
+
+
+class Adapters:
+    """Policies that are adapters of one base model: `<stage>/adapter` in PEFT's layout.
+
+    model: the base with the adapters in use. It lies on the ranks as [parallel] says where vLLM samples; our own
+    sampler needs all of it on each. Where vLLM samples and nothing is to be trained, it has no weights.
+    """
+
+    def __init__(self, config: RunConfig, root: Path, world: World, trains: bool) -> None:
+        """root: the run's folder. trains: whether anything is to be trained. Raises as `load_model` and `load_base`."""
+        self._config, self._root, self._world = config, root, world
+        self._base = Path(config.controller.path)
+        self.model = _load(config, world, trains)
+        # Not the model's: its weights may lie in the host's memory while it computes on a GPU.
+        self._device = torch.device("cpu") if self.model.head_weight.is_meta else world.device
+
+    def folder(self, stage: str) -> Path:
+        """Return where the policy of `stage`, which is not "", lies once it is trained."""
+        return self._root / stage / "adapter"
+
+    def name(self, stage: str) -> str:
+        """Return the name of a trained policy, which changes with its weights."""
+        return f"{self._base.name}+{adapters.adapter_hash(self.folder(stage))}" if stage else self._base.name
+
+    def controller(self, stage: str, sampler: TokenSampler) -> Controller:
+        """Return the policy of `stage` as what `sampler` draws from, from now on."""
+        if isinstance(sampler, Vllm):
+            return LocalController(sampler, sampler.use(self.folder(stage or self._neutral())), self.name(stage))
+        if stage:
+            self._load_policy(stage)
+        return LocalController(sampler, POLICY if stage else None, self.name(stage))
+
+    def computing(self, stage: str) -> AbstractContextManager[None]:
+        """Return a context in which the model computes the policy of `stage`."""
+        self._load_policy(stage)
+        return active(self.model, POLICY)
+
+    def keep(self, before: str, stage: str) -> None:
+        """Save the policy of `before` unchanged as `stage`'s."""
+        self._load_policy(before)
+        self._world.barrier()  # nobody is still to ask whether it is trained
+        if self._world.is_first:
+            adapters.save_adapter(self.model, POLICY, self.folder(stage), str(self._base))
+        self._world.barrier()
+
+    def train(
+        self, stage: str, start: str, items: Sequence[Item], config: TrainConfig, preference: Preference | None
+    ) -> None:
+        """Train from the policy of `start`, the reference, and save what comes of it as `stage`'s; None is SFT."""
+        self._load_policy(start)
+        cache = self._root / "reference.sqlite" if self._config.dpo.reference_cache else None
+        train_policy(
+            *(self.model, self._base, items, config, preference, self._root / stage, stage),
+            fresh=not start,
+            reference_cache=cache,
+            tensorboard=self._config.tensorboard,
+            world=self._world,
+        )
+
+    def _load_policy(self, stage: str) -> None:
+        """Make POLICY the adapter of `stage` (a fresh one for the base model), alone in the model."""
+        for name in {POLICY, REFERENCE} & adapter_names(self.model):
+            remove_adapter(self.model, name)
+        if stage:
+            adapters.load_adapter(self.model, POLICY, self.folder(stage), self._device)
+        else:
+            seed = stable_seed("lora", self._config.seed)
+            add_adapter(self.model, POLICY, self._config.lora, seed, self._device)
+
+    def _neutral(self) -> str:
+        """Return a stage whose adapter changes nothing: vLLM serves it as the base model (`Vllm.generate` says why)."""
+        if not self.folder("untrained").exists():
+            self.keep("", "untrained")
+        return "untrained"
+
+
+class Weights:
+    """Policies that are all weights of the model: `<stage>/model`, an ordinary Hugging Face folder.
+
+    model: holds one policy at a time, and gets the weights of another one from its folder when they are wanted.
+    """
+
+    def __init__(self, config: RunConfig, root: Path, world: World, trains: bool) -> None:
+        """root: the run's folder. trains: whether anything is to be trained. Raises as `load_model`."""
+        self._config, self._root, self._world = config, root, world
+        self._base, self._dtype = Path(config.controller.path), DTYPES[config.controller.dtype]
+        if trains or config.controller.engine == "local":
+            self.model = load_model(self._base, self._dtype, world.device)
+        else:
+            self.model = empty_model(self._base)
+        self._loaded: str | None = ""  # whose weights these are; None: being trained
+        self._names = {"": self._base.name}
+
+    def folder(self, stage: str) -> Path:
+        """Return where the policy of `stage` lies once it is trained."""
+        return self._root / stage / "model" if stage else self._base
+
+    def name(self, stage: str) -> str:
+        """Return the name of a trained policy, which changes with its weights; they are read once for it."""
+        if stage not in self._names:
+            self._names[stage] = f"{self._base.name}+{weights_hash(self.folder(stage))}"
+        return self._names[stage]
+
+    def controller(self, stage: str, sampler: TokenSampler) -> Controller:
+        """Return the policy of `stage` as what `sampler`, vLLM or one of `model`, draws from, from now on."""
+        if isinstance(sampler, Vllm):
+            sampler.use_model(self.folder(stage))
+        else:
+            self._load_policy(stage)
+        return LocalController(sampler, None, self.name(stage))
+
+    def computing(self, stage: str) -> AbstractContextManager[None]:
+        """Return a context in which the model computes the policy of `stage`."""
+        self._load_policy(stage)
+        return nullcontext()
+
+    def keep(self, before: str, stage: str) -> None:
+        """Save the policy of `before` unchanged as `stage`'s."""
+        self._load_policy(before)
+        self._world.barrier()  # nobody is still to ask whether it is trained
+        save_model(self.model, self.folder(before), self.folder(stage), self._dtype, self._world)
+
+    def train(
+        self, stage: str, start: str, items: Sequence[Item], config: TrainConfig, preference: Preference | None
+    ) -> None:
+        """Train from the policy of `start`, the reference, and save what comes of it as `stage`'s; None is SFT.
+
+        The reference's log-probs are computed before and kept in a file of the round, for all its learning rates. What
+        they are found by covers the weight files of `start`, so that no other policy's are ever taken.
+        """
+        self._load_policy(start)
+        self._loaded = None
+        train_weights(
+            *(self.model, self.folder(start), items, config, preference, self._root / stage, stage, self._dtype),
+            reference_cache=self._root / stage.partition("/")[0] / "reference.sqlite",
+            tensorboard=self._config.tensorboard,
+            world=self._world,
+        )
+
+    def _load_policy(self, stage: str) -> None:
+        if self._loaded != stage:
+            self._loaded = None
+            fill_model(self.model, self.folder(stage), self._dtype, self._world.device)
+            self._loaded = stage
+
+
+def open_policies(config: RunConfig, root: Path, world: World, trains: bool) -> Adapters | Weights:
+    """Return the policies of the run in `root` as [controller] tune says; arguments and errors are those of both."""
+    return (Weights if config.controller.tune == "full" else Adapters)(config, root, world, trains)
+
+
+def _load(config: RunConfig, world: World, trains: bool) -> LanguageModel:
+    controller, path = config.controller, Path(config.controller.path)
+    dtype = DTYPES[controller.dtype]
+    if controller.engine == "local":
+        return load_model(path, dtype, world.device, QUANTIZATIONS[controller.quantization])
+    if not trains:
+        return empty_model(path)
+    job = (config.lora, None, _heaviest(config), config.parallel, world)
+    return load_base(path, dtype, controller.quantization, False, *job)
+
+
+def _heaviest(config: RunConfig) -> TrainConfig:
+    """Return what the model's layout is planned for: the most that the run's trainings take, no item being known yet"""
+    used = [config.dpo.train]
+    if config.star or config.warmup.source != "none":
+        used.append(config.warmup.train)
+    return replace(
+        used[0],
+        micro_batch_tokens=max(train.micro_batch_tokens for train in used),
+        activations=min((train.activations for train in used), key=(*POLICIES, "auto").index),
+        optimizer=next((train.optimizer for train in used if train.optimizer == "adamw"), used[0].optimizer),
+        compile_blocks=any(train.compile_blocks for train in used),
+    )

@@ -1,0 +1,194 @@
+"""Models of ours behind an HTTP server: the `serve` command, and a server started beside a run that ends with it."""
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from matryoshka.core.text.tokenizer import Tokenizer
+from matryoshka.inference.http_client import HttpClient
+from matryoshka.inference.vllm import Vllm
+from matryoshka.inference.vllm_adapter import check_adapter, check_config
+from matryoshka.inference.vllm_server import VllmConfig, VllmServer
+from matryoshka.lora.files import read_config
+from matryoshka.pilot.config import RunConfig, ServeConfig
+from matryoshka.pilot.progress import StatusLine
+
+
+def serve(
+    model: Path,
+    engine: Literal["local", "vllm"] = "local",
+    adapter: tuple[str, ...] = (),
+    name: str = "",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    threads: int = 0,
+    max_rows: int = 64,
+    api_key_env: str = "",
+    deterministic: bool = False,
+    with_parent: bool = False,
+    lora_rank: int = 0,
+    vllm: VllmConfig = VllmConfig(),  # noqa: B008  it is frozen
+) -> None:
+    """Serve a model folder and its adapters through an OpenAI-compatible HTTP API.
+
+    Args:
+        model: Hugging Face folder of a Llama-architecture model.
+        engine: What computes: "local" is the pure-PyTorch sampler, "vllm" starts vLLM, which has no threads,
+            max_rows or deterministic.
+        adapter: Adapters as NAME=FOLDER, served under NAME.
+        name: What the base model is served as; default its folder's name.
+        port: 0 takes any free port; the first line printed says which.
+        threads: CPU threads, 0 for as many as there are cores.
+        max_rows: Rows decoded together.
+        api_key_env: Environment variable with the key that callers must send; empty asks for none.
+        deterministic: One request at a time, answers repeatable bit for bit.
+        with_parent: End when standard input closes, as it does when the parent process dies.
+        lora_rank: Engine vllm alone: of adapters to be loaded while it runs, as a pilot's are; 0 is that of the ones
+            given here.
+        vllm: How vLLM is started; its output goes to standard error.
+    """
+    if with_parent:
+        threading.Thread(target=_end_with_input, daemon=True).start()
+    if engine == "vllm":
+        if threads or max_rows != 64 or deterministic or vllm.base_url:
+            raise ValueError("serve: threads, max_rows and deterministic are of engine local, and base_url starts none")
+        vllm = replace(vllm, port=port, api_key_env=api_key_env, flags=(*vllm.flags, "--host", host))
+        asyncio.run(_serve_vllm(model, adapter, name or model.name, vllm, lora_rank))
+        return
+    if lora_rank:
+        raise ValueError("serve: lora_rank is of engine vllm; engine local serves the adapters given, of any rank")
+    import torch
+
+    from matryoshka.core.models.load import load_model
+    from matryoshka.inference import server
+    from matryoshka.inference.local_controller import LocalEngine
+    from matryoshka.inference.sampler import Sampler
+    from matryoshka.lora.files import load_adapter
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    count = threads or os.cpu_count() or 1
+    torch.set_num_threads(count)
+    key = os.environ.get(api_key_env, "") if api_key_env else None
+    if key == "":
+        raise ValueError(f"serve: environment variable {api_key_env} is empty; set the key that callers must send")
+    network = load_model(model)
+    names: dict[str, str | None] = {name or model.name: None}
+    for pair in adapter:
+        label, equals, folder = pair.partition("=")
+        if not equals or label in names:
+            raise ValueError(f"serve: adapter {pair!r}; expected NAME=FOLDER with a name that is not taken")
+        load_adapter(network, label, Path(folder))
+        names[label] = label
+
+    def ready(real: int) -> None:
+        print(f"http://{host}:{real}/v1", flush=True)
+
+    with Sampler(network, Tokenizer.load(model), max_rows, deterministic, count) as sampler:
+        asyncio.run(server.serve(LocalEngine(sampler, names), host, port, key, ready))
+
+
+async def _serve_vllm(model: Path, adapters: tuple[str, ...], name: str, config: VllmConfig, rank: int) -> None:
+    """Run vLLM until SIGTERM or SIGINT; print its URL when it answers."""
+    pairs = [pair.partition("=") for pair in adapters]
+    labels = [name, *(label for label, _, _ in pairs)]
+    if not all(equals for _, equals, _ in pairs) or len(set(labels)) < len(labels):
+        raise ValueError(f"serve: adapters {', '.join(adapters)}; expected NAME=FOLDER with names that are not taken")
+    rank = max((rank, *(read_config(Path(folder)).rank for _, _, folder in pairs)))
+    for _, _, folder in pairs:
+        check_adapter(Path(folder), rank)
+    modules = [f"{label}={Path(folder).absolute()}" for label, _, folder in pairs]
+    config = replace(config, flags=(*config.flags, *(("--lora-modules", *modules) if modules else ())))
+    server = VllmServer(config, model, name, "auto", rank, None)
+    client, stop, loop = HttpClient(), asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    with StatusLine() as line:
+        starting = asyncio.create_task(server.start(client, line.show))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                print(f"{server.url}/v1", flush=True)
+                while not stop.is_set():
+                    if not server.is_running:
+                        raise ValueError("serve: vLLM ended by itself; its last words are above")
+                    await asyncio.wait((stopping,), timeout=0.5)
+        finally:
+            for task in (starting, stopping):
+                task.cancel()
+            await client.aclose()
+            await server.stop()
+
+
+def open_vllm(config: RunConfig, tokenizer: Tokenizer, log: Path, num_ranks: int) -> Vllm:
+    """Return vLLM as the controller's sampler; its server starts with the first request that there is for it.
+
+    Raises ValueError for adapters that vLLM does not serve, where its command is missing, and for a server of our own
+    that several processes would have to share.
+    """
+    controller, rank = config.controller, 0
+    if (num_ranks > 1 or config.executor == "ray") and not controller.vllm.base_url:
+        what = "[controller] engine = 'vllm' over several processes"
+        if controller.tune == "full":
+            raise ValueError(
+                f"{what}: with tune = 'full' the server is started again for every policy, which a single process can "
+                "do; start one, or take engine = 'local'"
+            )
+        raise ValueError(
+            f"{what}: they share one server; start it with `matryoshka serve --engine vllm --lora-rank "
+            f"{config.lora.rank}` and give its address as controller.vllm.base_url"
+        )
+    if controller.tune == "adapter":
+        check_config(config.lora, "[lora] with [controller] engine = 'vllm'")
+        rank = config.lora.rank
+    server = VllmServer(controller.vllm, Path(controller.path), "controller", controller.dtype, rank, log)
+    return Vllm(server, tokenizer, rank, StatusLine().show)
+
+
+def _end_with_input() -> None:
+    # Not through sys.stdin: a thread that waits in there holds its lock, and Python aborts at exit for want of it.
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def started(config: ServeConfig, deterministic: bool, log: Path) -> Iterator[str]:
+    """Start a server for `config` in a process of its own and yield its base URL; it ends with the block or with us.
+
+    Raises ValueError with the end of its log when it does not come up.
+    """
+    command = [sys.executable, "-m", "matryoshka.scripts.cli", "serve", "--model", config.model, "--port", "0"]
+    command += ["--threads", str(config.threads), "--max-rows", str(config.max_rows), "--with-parent"]
+    command += ["--deterministic"] if deterministic else []
+    command += ["--adapter", f"{config.name}={config.adapter}"] if config.adapter else ["--name", config.name]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads or os.cpu_count() or 1)}
+    environment["OMP_WAIT_POLICY"] = "passive"  # spinning threads starve whoever shares their cores
+    log.parent.mkdir(parents=True, exist_ok=True)
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    # A session of its own: a terminal's Ctrl-C is a wish to the run, whose episodes in flight still ask the server.
+    with (
+        log.open("ab") as errors,
+        subprocess.Popen(command, stderr=errors, env=environment, start_new_session=True, **pipes) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
+            if not url:
+                process.wait()
+                tail = log.read_text(errors="replace").splitlines()[-8:]
+                what = f"serve: the generator's server ended with status {process.returncode} before it was ready"
+                raise ValueError("\n".join([f"{what}; [serve] describes it, and {log} ends:", *tail]))
+            yield url
+        finally:
+            process.terminate()

@@ -1,0 +1,125 @@
+"""core/models/load.py: oracles are transformers' Llama on the same folder, and messages written by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from matryoshka.core import models
+from matryoshka.core.models import load
+from matryoshka.core.models.load import load_model, model_architecture, read_config
+from matryoshka.core.models.weights import save_weights
+
+
+def llama_folder(folder: Path, tied: bool) -> Path:
+    """Save a tiny random Llama with transformers, the way checkpoints come."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, rope_theta=10000.0, tie_word_embeddings=tied,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="5KB")
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama_gives_the_logits_of_transformers(tmp_path: Path, tied: bool) -> None:
+    """Oracle: transformers' LlamaForCausalLM on the same sharded folder, logits of about 0.01.
+
+    1e-7: transformers computes norms and angles in fp32 even in a float64 model.
+    """
+    transformers = pytest.importorskip("transformers")
+    folder = llama_folder(tmp_path, tied)
+    assert (folder / "model.safetensors.index.json").is_file()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    ours = load_model(folder, torch.float64)
+    assert not ours.training
+    assert not any(tensor.is_meta for tensor in (*ours.parameters(), *ours.buffers()))
+    assert ours.state_dict().keys() == theirs.state_dict().keys() - ({"lm_head.weight"} if tied else set())
+    ids = torch.randint(0, 37, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_dtype(tmp_path: Path, dtype: torch.dtype | None, expected: torch.dtype) -> None:
+    """Oracle: by definition; None keeps what is stored, here float32."""
+    model = load_model(llama_folder(tmp_path, tied=True), dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+
+
+def test_architecture_is_found_by_model_type(tmp_path: Path) -> None:
+    """Oracle: by hand; a file in core/models is enough, anything else is refused with the list of what there is."""
+    module = model_architecture({"model_type": "llama"}, tmp_path)
+    assert module.__name__ == "matryoshka.core.models.llama"
+    assert {"q_proj", "down_proj"} <= set(module.LORA_TARGETS)
+    for bad in (None, 3, "mistral_nemo", "__init__", "../load", "os", ["llama"], ""):
+        with pytest.raises(ValueError, match=r"config\.json: model_type is .*expected one of \[.*'llama'"):
+            model_architecture({"model_type": bad}, tmp_path)
+    with pytest.raises(ValueError, match="model_type is None"):
+        model_architecture({}, tmp_path)
+
+
+def test_a_new_architecture_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by hand; a probe architecture whose buffer is not in the checkpoint is filled by its init_buffers."""
+    (tmp_path / "probe.py").write_text(
+        "import torch\n"
+        "LORA_TARGETS = ()\n"
+        "class Config:\n"
+        "    @classmethod\n"
+        "    def from_dict(cls, data):\n"
+        "        return data['size']\n"
+        "class Model(torch.nn.Module):\n"
+        "    def __init__(self, size):\n"
+        "        super().__init__()\n"
+        "        self.norm = torch.nn.LayerNorm(size, bias=False)\n"
+        "        self.register_buffer('table', torch.zeros(size), persistent=False)\n"
+        "    def init_buffers(self, device):\n"
+        "        self.table = torch.arange(3.0, device=device)\n"
+    )
+    monkeypatch.setattr(load, "MODELS", tmp_path)
+    monkeypatch.setattr(models, "__path__", [str(tmp_path)])
+    (tmp_path / "config.json").write_text('{"model_type": "probe", "size": 3}')
+    save_weights({"norm.weight": torch.tensor([1.0, 2.0, 3.0])}, tmp_path)
+    model = load_model(tmp_path)
+    filled: Any = model
+    assert filled.norm.weight.tolist() == [1.0, 2.0, 3.0]
+    assert filled.table.tolist() == [0.0, 1.0, 2.0]
+    with pytest.raises(ValueError, match=r"expected one of \['probe'\]"):
+        model_architecture({"model_type": "llama"}, tmp_path)
+
+
+def test_config_errors(tmp_path: Path) -> None:
+    """Oracle: by hand; each message names the file, or the folder that is not there."""
+    with pytest.raises(FileNotFoundError, match="absent: no such folder"):
+        load_model(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="no such config.json in this folder"):
+        load_model(tmp_path)
+    path = tmp_path / "config.json"
+    for broken, where in ((b'{\n"model_type": "llama",\n', "line 3"), (b'{"model_type": "\xff"}', "position 16")):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=rf"config\.json: malformed JSON \(.*{where}"):
+            load_model(tmp_path)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match=r"config\.json: expected a JSON object, got list"):
+        load_model(tmp_path)
+    path.write_text(json.dumps({"model_type": "llama", "hidden_size": 4}))
+    with pytest.raises(ValueError, match=rf"{tmp_path.name}: .*is missing"):
+        load_model(tmp_path)
+    path.write_text(json.dumps({"model_type": "llama", "name": "caf\u00e9"}, ensure_ascii=False))
+    assert read_config(tmp_path) == {"model_type": "llama", "name": "caf\u00e9"}
+
+
+def test_weights_that_do_not_fit_the_config(tmp_path: Path) -> None:
+    """Oracle: by hand; one layer too many in the config is a missing key, never a random layer."""
+    folder = llama_folder(tmp_path, tied=False)
+    config = read_config(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"missing model\.layers\.2\."):
+        load_model(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match=r"unexpected model\.layers\.1\."):
+        load_model(folder)

@@ -1,0 +1,234 @@
+"""pilot/lamp_problems.py: LaMP's splits from the seed and from files, users apart, and what the loop refuses."""
+
+import json
+import os
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar
+
+import pytest
+
+from matryoshka.core.config import load_toml, to_toml
+from matryoshka.core.records import Messages
+from matryoshka.inference.generators import GeneratorConfig
+from matryoshka.pilot.config import ControllerConfig, LampConfig, RolloutConfig, RunConfig, TaskConfig
+from matryoshka.pilot.lamp_problems import load_splits, make_task, scripted_generator, with_other
+from matryoshka.tasks.lamp.data import Item, write_items
+from matryoshka.tasks.lamp.synthetic_users import fixtures
+from matryoshka.tasks.lamp.task_specs import KINDS
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = Path(os.environ.get("MATRYOSHKA_DATA", ROOT.parent / "shared" / "data")) / "lamp"
+SIZES = {"warmup": 2, "train": 3, "validation": 1, "test": 2}
+TASK = TaskConfig("lamp", warmup=2, train=3, validation=1, test=2, lamp=LampConfig(task="2M"))
+CONFIG = RunConfig("n", ControllerConfig("m"), GeneratorConfig("http://x/v1", "m"), task=TASK)
+
+
+def letters(prompt: Messages) -> int:
+    return sum(len(message.content) for message in prompt)
+
+
+def config(**changes: Any) -> RunConfig:
+    return replace(CONFIG, task=replace(TASK, **changes))
+
+
+def written(folder: Path, items: list[Item], split: str = "train") -> str:
+    write_items(items, KINDS["2M"], folder, split)
+    return str(folder / f"{split}_questions.json")
+
+
+def user(id: str, theme: str) -> Item:
+    profile = [{"description": f"{theme} {i}", "tag": "action"} for i in range(2)]
+    return Item(id, KINDS["2M"].ask("x"), profile, "action")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_made_up_users_come_in_the_sizes_asked_for_with_gold(name: str) -> None:
+    """Oracle: the numbers of the configuration; another seed is other users."""
+    made = load_splits(config(lamp=LampConfig(task=name)))  # type: ignore[arg-type]
+    assert {split: len(rows) for split, rows in made.items()} == {**SIZES, "held_out": 0}
+    task = make_task(config(lamp=LampConfig(task=name)), made, letters)  # type: ignore[arg-type]
+    assert all(task.gold_guidance(example) for rows in made.values() for example in rows)
+    other = load_splits(replace(config(lamp=LampConfig(task=name)), seed=1))  # type: ignore[arg-type]
+    assert other["test"] != made["test"]
+
+
+def test_two_files_are_cut_in_order(tmp_path: Path) -> None:
+    """Oracle: by hand; ids that stand in both files are refused, real users have no gold guidance."""
+    train = written(tmp_path, [user(f"a{i}", f"t{i}") for i in range(8)])
+    test = written(tmp_path, [user(f"b{i}", f"u{i}") for i in range(3)], "dev")
+    splits = load_splits(config(train_file=train, test_file=test))
+    ids = {split: [example.id for example in rows] for split, rows in splits.items()}
+    expected = {"warmup": ["a0", "a1"], "train": ["a2", "a3", "a4"], "validation": ["a5"]}
+    assert ids == {**expected, "test": ["b0", "b1"], "held_out": []}
+    assert make_task(CONFIG, splits, letters).gold_guidance(splits["train"][0]) is None
+    with pytest.raises(ValueError, match="id 'a0' stands in both train_file and test_file \\(2 such ids\\)"):
+        load_splits(config(train_file=train, test_file=train))
+
+
+def test_one_file_is_cut_by_users(tmp_path: Path) -> None:
+    """Oracle: by hand: test first; who shares an entry with an earlier user goes along or nowhere."""
+    themes = ["t0", "t0", "t0", "t1", "t1", "t2", "t3", "t4", "t1", "t5", "t6"]
+    items = [user(f"a{i}", theme) for i, theme in enumerate(themes)]
+    splits = load_splits(config(train_file=written(tmp_path, items)))
+    ids = {split: [example.id for example in rows] for split, rows in splits.items()}
+    expected = {"test": ["a0", "a1"], "warmup": ["a3", "a4"], "train": ["a5", "a6", "a7"], "validation": ["a9"]}
+    assert ids == {**expected, "held_out": []}
+    with pytest.raises(ValueError, match="gives 0 problems for validation but the configuration takes 1; no two"):
+        load_splits(config(train_file=written(tmp_path, items[:9])))
+
+
+def test_users_are_joined_by_what_goes_nowhere(tmp_path: Path) -> None:
+    """Oracle: by hand: b shares an entry with a, of a full split, and c one with b: one user, and not in two splits. d
+    shares one with a and one with e, of two splits: it goes nowhere, nor does f, whom d alone joins.
+    """
+    histories = {"x": "x", "a": "ab", "b": "bc", "c": "cC", "e": "eE", "d": "aeD", "f": "Df", **{n: n for n in "ghijk"}}
+    items = [
+        Item(id, KINDS["2M"].ask("x"), [{"description": entry, "tag": "action"} for entry in entries], "action")
+        for id, entries in histories.items()
+    ]
+    splits = load_splits(config(train_file=written(tmp_path, items)))
+    ids = {split: [example.id for example in rows] for split, rows in splits.items()}
+    expected = {"test": ["x", "a"], "warmup": ["e", "g"], "train": ["h", "i", "j"], "validation": ["k"]}
+    assert ids == {**expected, "held_out": []}
+
+
+def test_the_control_of_real_users_is_another_user_s_history(tmp_path: Path) -> None:
+    """Oracle: by hand: the next user's entries, past a question of the same user; none where all are one user's."""
+    items = [user("a0", "t0"), user("a1", "t0"), user("a2", "t1"), *(user(f"b{i}", f"u{i}") for i in range(6))]
+    test = load_splits(config(test=3, train_file=written(tmp_path, items)))["test"]
+    others = {example.id: example.fields["baselines"]["other_4"] for example in test}
+    first, other = "t0 0 => action\nt0 1 => action", "t1 0 => action\nt1 1 => action"
+    assert others == {"a0": other, "a1": other, "a2": first}
+    assert all(example.fields["baselines"].keys() == {"rag_1", "rag_4", "other_4"} for example in test)
+    alone = [replace(e, fields={**e.fields, "baselines": {"rag_4": ""}}) for e in test[:2]]
+    assert with_other(alone) == alone
+
+
+def test_what_lies_behind_the_number_asked_for_is_not_read(tmp_path: Path) -> None:
+    """Oracle: a file that is broken after the last problem needed is read without complaint."""
+    path = Path(written(tmp_path, [user(f"a{i}", f"t{i}") for i in range(9)]))
+    text = path.read_text()
+    path.write_text(text[: text.index('"a8"') + 1])
+    assert len(load_splits(config(train_file=str(path)))["validation"]) == 1
+
+
+def test_a_loop_that_lamp_does_not_have_is_refused() -> None:
+    """Oracle: the message says what came."""
+    for rollout in (RolloutConfig(inner_attempts=2), RolloutConfig(outer_turns=2), RolloutConfig(protocol="oracle")):
+        with pytest.raises(ValueError, match="LaMP has one turn and one answer"):
+            make_task(replace(CONFIG, rollout=rollout), {}, letters)
+    with pytest.raises(ValueError, match="LaMP's scripted generators are"):
+        scripted_generator("literal")
+
+
+class Embeddings(BaseHTTPRequestHandler):
+    asked: ClassVar[list[str]] = []
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        """Embed each of 256 texts at most as how often it says "ghost", and 1; in reversed order, as a server may."""
+        texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
+        assert len(texts) <= 256
+        self.asked.extend(texts)
+        key = self.headers["Authorization"].removeprefix("Bearer ")
+        rows = [{"object": "embedding", "index": i, "embedding": [t.count("ghost"), 1]} for i, t in enumerate(texts)]
+        usage = {"prompt_tokens": 1, "total_tokens": 1}
+        found = {"object": "list", "data": rows[::-1], "model": "m", "usage": usage}
+        refused = {"error": {"message": f"the key {key} is wrong"}}
+        body = json.dumps(refused if key.startswith("sk-") else found).encode()
+        self.send_response(401 if key.startswith("sk-") else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def embeddings() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Embeddings)
+    thread = Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_dense_retrieval_asks_an_endpoint(embeddings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: cosines by hand, over HTTP: the question speaks of a ghost, so do two of 302 entries, the last one most.
+    """
+    texts = ("a farm", "a ghost", *(f"farm {i}" for i in range(299)), "a ghost and a ghost")
+    entries = [{"description": text, "tag": "classic"} for text in texts]
+    items = [Item("a0", KINDS["2M"].ask("ghost, ghost"), entries, "action")]
+    items += [user(f"b{i}", f"t{i}") for i in range(9)]
+    cache = tmp_path / "kept" / "embeddings.sqlite"
+    lamp = LampConfig(
+        task="2M", retrieval="dense", embeddings_url=embeddings, embeddings_model="m", embeddings_cache=str(cache)
+    )
+    task = replace(TASK, train_file=written(tmp_path, items), lamp=lamp)
+    with pytest.raises(ValueError, match="environment variable OPENAI_API_KEY holds no key for the embeddings"):
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        load_splits(replace(CONFIG, task=task))
+    keyless = replace(task, lamp=replace(lamp, embeddings_key_env=""))
+    found = load_splits(replace(CONFIG, task=keyless))["test"][0].fields["entries"]
+    assert [body for body, _ in found][:3] == ["a ghost and a ghost", "a ghost", "a farm"]
+    asked = len(Embeddings.asked)
+    assert load_splits(replace(CONFIG, task=keyless))["test"][0].fields["entries"] == found
+    assert len(Embeddings.asked) == asked == len(set(Embeddings.asked)) >= 302
+    cache.unlink()
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-planted-4f9a7c21")
+    with pytest.raises(ValueError, match="failed: .*the key \\[key\\] is wrong") as refused:
+        load_splits(replace(CONFIG, task=task))
+    assert "sk-planted" not in "".join(traceback.format_exception(refused.value))
+    with pytest.raises(ValueError, match="retrieval 'dense' needs embeddings_url and embeddings_model"):
+        load_splits(replace(CONFIG, task=replace(task, lamp=LampConfig(task="2M", retrieval="dense"))))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_shipped_configurations(name: str) -> None:
+    """Oracle: they load, round-trip, and differ in the task alone."""
+    shipped = load_toml(RunConfig, ROOT / "configs" / f"lamp_{name.lower()}_tiny.toml")
+    assert (shipped.task.name, shipped.task.lamp.task, shipped.serve.scripted) == ("lamp", name, "careful")
+    assert shipped.dpo.pairs_per_example == 2
+    make_task(shipped, load_splits(shipped), letters)
+    assert 'task = "' + name in to_toml(shipped)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("1", "LaMP_1/train236_top10profile"),
+        ("2N", "LaMP_2-news/train235_top4percat_profile"),
+        ("4", "LaMP_4-derived/loo"),
+    ],
+)
+def test_real_rows_go_through(name: str, file: str) -> None:
+    """Oracle: sizes as shipped; no entry of a test user's history stands in a training user's; all have a control."""
+    path = DATA / f"{file}_questions.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here (set MATRYOSHKA_DATA)")
+    shipped = ROOT / "configs" / f"lamp_{name.lower()}_rows.toml"
+    splits = load_splits(load_toml(RunConfig, shipped, {"task.train_file": str(path)}))
+    seen = {split: {tuple(e) for row in rows for e in row.fields["entries"]} for split, rows in splits.items()}
+    assert len(splits["train"]) == 40 and not seen["train"] & seen["test"] and not seen["validation"] & seen["test"]
+    assert all("other_4" in example.fields["baselines"] for example in splits["test"])
+
+
+def test_fixture_files_give_the_same_problems_as_the_seed(tmp_path: Path) -> None:
+    """Oracle: the same users through the files: all fields but the summary, and the control that files have for it."""
+    made = load_splits(CONFIG)["test"]
+    items = [fixture.item for fixture in fixtures(KINDS["2M"], "test", 2, 0)]
+    train = [fixture.item for fixture in fixtures(KINDS["2M"], "train", 6, 0)]
+    files = {"test_file": written(tmp_path, items, "dev"), "train_file": written(tmp_path, train)}
+    read = load_splits(config(**files))["test"]
+    bare = [{key: value for key, value in row.fields.items() if key != "summary"} for row in made]
+    for row in read:
+        assert row.fields["baselines"].pop("other_4")
+    assert [row.fields for row in read] == bare and [row.id for row in read] == [row.id for row in made]

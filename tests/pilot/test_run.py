@@ -1,0 +1,113 @@
+"""pilot/context.py and progress.py: what a stage decides, on a run whose episodes take a second."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from matryoshka.core.files import read_jsonl
+from matryoshka.lora.files import WEIGHTS
+from matryoshka.pilot.config import WarmupConfig
+from matryoshka.pilot.context import open_run
+from matryoshka.pilot.progress import Progress
+from matryoshka.tests.pilot.conftest import Generator
+from matryoshka.tests.pilot.test_pilot import small
+
+
+def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, controller_dir: Path, generator: Generator) -> None:
+    """Oracle: the validation episodes in the journal, counted here; the round's adapter is the chosen candidate's."""
+    config = small("rates", controller_dir, generator.url("rates"))
+    config = replace(
+        config,
+        warmup=WarmupConfig("none"),
+        task=replace(config.task, validation=6),
+        dpo=replace(config.dpo, learning_rates=(1e-3, 3e-2)),
+    )
+    with open_run(config, tmp_path) as run:
+        episodes = run.collect(1)
+        counts = run.train_round(1, episodes)
+        assert run.train_round(1, episodes) == counts  # done already: nothing is trained again
+        names = {rate: run.policy(f"round-1/lr-{rate:g}").name for rate in config.dpo.learning_rates}
+        validation = {example.id for example in run.task.examples("validation")}
+    folder = tmp_path / "rates" / "round-1"
+    rows = [row["trajectory"] for row in read_jsonl(tmp_path / "rates" / "trajectories.jsonl")]
+    validated = [row for row in rows if row["example_id"] in validation]
+    right = {
+        rate: sum(row["reward"] for row in validated if row["info"]["controller"] == name)
+        for rate, name in names.items()
+    }
+    assert len(validated) == 2 * len(validation)
+    best = max(right, key=lambda rate: right[rate])  # the first of equals
+    adapters = {rate: (folder / f"lr-{rate:g}" / "adapter" / WEIGHTS).read_bytes() for rate in names}
+    assert adapters[1e-3] != adapters[3e-2]
+    assert (folder / "adapter" / WEIGHTS).read_bytes() == adapters[best]
+
+
+@pytest.mark.parametrize("source", ["gold", "none"])
+def test_a_stage_without_data_keeps_the_policy(
+    source: str, tmp_path: Path, controller_dir: Path, generator: Generator
+) -> None:
+    """Oracle: the bytes of the adapter before; without warm-up, the base model's greedy episodes."""
+    config = small("nothing", controller_dir, generator.url("nothing"))
+    if source == "none":
+        config = replace(config, warmup=WarmupConfig("none"))
+    with open_run(config, tmp_path) as run:
+        run.warmup()
+        assert run.train_round(1, []).pairs == 0
+        run.star([])
+        kept = [(run.policies.folder(stage) / WEIGHTS).read_bytes() for stage in ("round-1", "star")]
+        if source == "gold":
+            before = (run.policies.folder("warmup") / WEIGHTS).read_bytes()
+        else:
+            before = kept[0]
+            turns = [[e.turns for e in run.episodes(run.policy(stage), ["test"])] for stage in ("", "round-1")]
+            assert turns[0] == turns[1]
+    assert kept == [before, before]
+
+
+def test_gold_warm_up_needs_steps(tmp_path: Path, controller_dir: Path, generator: Generator) -> None:
+    """Oracle: the message; a user's file is taken instead and errors in it have file and line."""
+    config = small("user", controller_dir, generator.url("user"))
+    data = tmp_path / "chats.jsonl"
+    data.write_text('{"prompt": "p", "completion": "c"}\n{"prompt": "p"}\n')
+    with open_run(replace(config, warmup=replace(config.warmup, source="file", data=str(data))), tmp_path) as run:
+        with pytest.raises(ValueError, match=r"chats\.jsonl:2: field 'response' is missing"):
+            run.warmup()
+        data.write_text('{"prompt": "p", "completion": "c"}\n')
+        run.warmup()
+        assert run.is_trained("warmup")
+
+
+def test_training_items_that_do_not_fit_are_counted(tmp_path: Path, controller_dir: Path, generator: Generator) -> None:
+    """Oracle: one of two conversations is longer than the context of 1024."""
+    config = small("items", controller_dir, generator.url("items"))
+    data = tmp_path / "chats.jsonl"
+    data.write_text(f'{{"prompt": "p", "completion": "c"}}\n{{"prompt": "{"p" * 1100}", "completion": "c"}}\n')
+    config = replace(config, warmup=replace(config.warmup, source="file", data=str(data)))
+    with open_run(config, tmp_path / "error") as run:
+        with pytest.raises(ValueError, match="1 of 2 items exceed the context of 1024 tokens"):
+            run.warmup()
+        assert not run.is_trained("warmup")
+    with open_run(replace(config, overlong="skip"), tmp_path / "skip") as run:
+        run.warmup()
+        assert run.left_out() == {"warmup items": 1}
+
+
+def test_progress_off_a_terminal_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: a clock of ours; first, after 15 s, and the last, each one line with the rate's remaining time."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Progress("collect", 40) as shown:
+        for done in range(1, 41):
+            now[0] += 1.0
+            shown.update(done, f"right {done}")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "collect 1/40 right 1 [1 s, 1.0/s, 39 s left]",
+        "collect 16/40 right 16 [16 s, 1.0/s, 24 s left]",
+        "collect 31/40 right 31 [31 s, 1.0/s, 9 s left]",
+        "collect 40/40 right 40 [40 s, 1.0/s, 0 s left]",
+    ]

@@ -1,0 +1,210 @@
+"""`matryoshka serve` as a process of its own: the openai client against it, its names, and how it ends."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from matryoshka.core.models.load import load_model
+from matryoshka.core.records import Message, Sample, Sampling
+from matryoshka.core.text.tokenizer import Tokenizer
+from matryoshka.inference.local_controller import LocalController, LocalEngine
+from matryoshka.inference.sampler import Sampler
+from matryoshka.lora.files import load_adapter, save_adapter
+from matryoshka.lora.linear import LoraConfig, add_adapter
+from matryoshka.scripts import cli
+from matryoshka.tests.pilot.conftest import command, environment
+
+PROMPT = (Message("user", "Name a number."),)
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that is far from the identity."""
+    folder = tmp_path_factory.mktemp("serving") / "adapter"
+    model = load_model(tiny_dir)
+    add_adapter(model, "loud", LoraConfig(rank=2, targets=("o_proj", "down_proj")), seed=1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.5
+    save_adapter(model, "loud", folder, "tiny")
+    return folder
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    process = subprocess.Popen(
+        command("serve", "--port", "0", "--threads", "1", "--with-parent", *arguments),
+        env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+def ask(url: str, model: str, key: str = "none", **more: Any) -> str | None:
+    with openai.OpenAI(base_url=url, api_key=key, max_retries=0) as client:
+        answer = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": PROMPT[0].content}], max_tokens=12, **more
+        )
+    text: str | None = answer.choices[0].message.content
+    return text
+
+
+def test_the_openai_client_gets_what_the_sampler_draws(tiny_dir: Path, adapter_dir: Path) -> None:
+    """Oracle: the sampler in this process, base and adapter by name; the server ends when its standard input closes."""
+    with serving("--model", str(tiny_dir), "--adapter", f"loud={adapter_dir}", "--deterministic") as (process, url):
+        assert url.startswith("http://127.0.0.1:") and url.endswith("/v1")
+        with openai.OpenAI(base_url=url, api_key="none") as client:
+            assert [model.id for model in client.models.list().data] == [tiny_dir.name, "loud"]
+        said = {name: ask(url, name, temperature=0.0) for name in (tiny_dir.name, "loud")}
+        drawn = [ask(url, "loud", temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+        with pytest.raises(openai.NotFoundError, match="lout"):
+            ask(url, "lout")
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(30) == 0
+    model = load_model(tiny_dir)
+    load_adapter(model, "loud", adapter_dir)
+    with Sampler(model, Tokenizer.load(tiny_dir), deterministic=True) as sampler:
+        for name, adapter in ((tiny_dir.name, None), ("loud", "loud")):
+            controller = LocalController(sampler, adapter, name)
+            (sample,) = asyncio.run(controller.propose(PROMPT, 1, Sampling(max_tokens=12)))
+            assert sample.text == said[name]
+    assert said["loud"] != said[tiny_dir.name]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_key_is_asked_for_and_sigterm_ends_it(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: 401 without the key, an answer with it, status 0 after SIGTERM."""
+    monkeypatch.setenv("MATRYOSHKA_TEST_SERVE_KEY", "secret")
+    flags = ("--model", str(tiny_dir), "--name", "tiny", "--api-key-env", "MATRYOSHKA_TEST_SERVE_KEY")
+    with serving(*flags) as (process, url):
+        with pytest.raises(openai.AuthenticationError):
+            ask(url, "tiny")
+        assert isinstance(ask(url, "tiny", "secret"), str)
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--model", "absent"], "absent: no such folder"),
+        (["--model", "MODEL", "--adapter", "loud"], "adapter 'loud'; expected NAME=FOLDER"),
+        (["--model", "MODEL", "--name", "a", "--adapter", "a=folder"], "with a name that is not taken"),
+        (["--model", "MODEL", "--adapter", "a=absent"], "absent/adapter_config.json: no such file"),
+        (["--model", "MODEL", "--api-key-env", "MATRYOSHKA_TEST_NO_SUCH_KEY"], "MATRYOSHKA_TEST_NO_SUCH_KEY is empty"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(
+    arguments: list[str], problem: str, tiny_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: status 2 and the message, before anything listens."""
+    given = [str(tiny_dir) if argument == "MODEL" else argument for argument in arguments]
+    assert cli.main(["serve", "--port", "0", "--threads", "1", *given]) == 2
+    captured = capsys.readouterr()
+    assert problem in captured.err and captured.out == ""
+
+
+def test_a_server_beside_a_run_outlives_ctrl_c_and_dies_with_it(
+    tiny_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    """Oracle: after a terminal's SIGINT, which goes to the whole group of the run, it still answers those in flight;
+    after kill -9 of the process that started it, its port refuses. Nobody told the server.
+    """
+    config = f"ServeConfig(model={str(tiny_dir)!r}, adapter={str(adapter_dir)!r}, name='loud')"
+    code = (
+        "import signal, time; from pathlib import Path; from matryoshka.pilot.config import ServeConfig\n"
+        "from matryoshka.pilot.serving import started\n"
+        "signal.signal(signal.SIGINT, lambda *_: None)\n"
+        f"with started({config}, True, Path({str(tmp_path / 'log')!r})) as url: print(url, flush=True); time.sleep(300)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert parent.stdout is not None
+    url = parent.stdout.readline().strip()
+    os.killpg(parent.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert isinstance(ask(url, "loud", temperature=0.0), str)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 30
+    with pytest.raises(openai.APIConnectionError):
+        while time.monotonic() < deadline:
+            ask(url, "loud", temperature=0.0)
+            time.sleep(0.05)
+
+
+def test_controller_and_engine_draw_the_same(tiny_dir: Path) -> None:
+    """Oracle: n answers are the draws one by one, and the engine's for the same ids; ids are the template's."""
+    tokenizer = Tokenizer.load(tiny_dir)
+    sampling = Sampling(temperature=1.0, max_tokens=6, seed=5, draw=2)
+    with Sampler(load_model(tiny_dir), tokenizer, deterministic=True) as sampler:
+        controller, engine = LocalController(sampler, None, "tiny"), LocalEngine(sampler, {"tiny": None})
+        ids = tokenizer.render(PROMPT, add_generation_prompt=True).ids
+        assert controller.prompt_ids(PROMPT) == ids and controller.count_tokens(PROMPT) == len(ids)
+        assert (engine.models(), engine.context_length, engine.tokenizer) == (["tiny"], 512, tokenizer)
+
+        async def draw() -> tuple[list[Sample], list[Sample]]:
+            together = await controller.propose(PROMPT, 3, sampling)
+            apart = [await engine.generate(ids, replace(sampling, draw=2 + i), "tiny") for i in range(3)]
+            return together, apart
+
+        together, apart = asyncio.run(draw())
+    assert together == apart and len({sample.text for sample in together}) == 3
+    assert all(sample.token_ids and sample.logprobs for sample in together)
+
+
+def test_serving_through_vllm(tiny_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    """A stand-in for vLLM is started with the adapter, its URL printed when it answers; SIGTERM ends both."""
+    fake = Path(__file__).parents[1] / "inference" / "fake_vllm.py"
+    process = subprocess.Popen(
+        command("serve", "--engine", "vllm", "--vllm.command", f"{sys.executable} {fake}", "--port", "0",
+                "--model", str(tiny_dir), "--adapter", f"loud={adapter_dir}", "--lora-rank", "9"),
+        env=environment() | {"FAKE_ARGUMENTS": str(tmp_path / "arguments")}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == [tiny_dir.name]
+    arguments = (tmp_path / "arguments").read_text().split()
+    assert arguments[-4:] == ["--host", "127.0.0.1", "--lora-modules", f"loud={adapter_dir}"]
+    assert arguments[arguments.index("--max-lora-rank") + 1] == "16"  # the smallest that vLLM has for 9
+    process.terminate()
+    assert process.wait(30) == 0
+    process.stdout.close()
+    with pytest.raises(openai.APIConnectionError), openai.OpenAI(base_url=url, api_key="x", max_retries=0) as client:
+        client.models.list()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--deterministic"], "deterministic are of engine local"),
+        (["--adapter", "nameless"], "expected NAME=FOLDER"),
+        (["--vllm.command", "no-such-vllm serve"], "no program 'no-such-vllm'"),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused(
+    tiny_dir: Path, capsys: pytest.CaptureFixture[str], flags: list[str], says: str
+) -> None:
+    assert cli.main(["serve", "--engine", "vllm", "--model", str(tiny_dir), "--port", "0", *flags]) == 2
+    assert says in capsys.readouterr().err

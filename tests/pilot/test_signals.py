@@ -1,0 +1,104 @@
+"""Ctrl-C once sets the event, twice ends the process with a line; afterwards signals act as they did before."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from matryoshka.pilot.config import WarmupConfig
+from matryoshka.pilot.signals import ORDER, SIGNALS, WISH, stop_on_signal
+from matryoshka.tests.pilot.conftest import Generator, environment
+from matryoshka.tests.pilot.test_pilot import Runs, small
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_a_wish(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the event; the coroutine goes on, and the handlers are the process's own again."""
+    before = [signal.getsignal(n) for n in SIGNALS]
+
+    async def work() -> str:
+        with stop_on_signal() as stop:
+            assert not stop.is_set()
+            os.kill(os.getpid(), number)
+            await asyncio.wait_for(stop.wait(), 5)
+            return "went on"
+
+    with asyncio.Runner() as runner:
+        assert runner.run(work()) == "went on"
+    assert "once more to stop at once" in capsys.readouterr().err
+    assert [signal.getsignal(n) for n in SIGNALS] == before
+
+
+# Tasks, an executor's thread and a loop that does not come to its turn: none of them may hold up the end, or speak.
+WORK = """
+import asyncio, os, signal, sys, time
+from matryoshka.pilot.signals import stop_on_signal
+
+async def work():
+    with stop_on_signal() as stop:
+        tasks = [asyncio.create_task(asyncio.sleep(60)), asyncio.create_task(asyncio.to_thread(time.sleep, 60))]
+        await asyncio.sleep(0.05)
+        os.kill(os.getpid(), int(sys.argv[1]))
+        await stop.wait()
+        os.kill(os.getpid(), int(sys.argv[1]))
+        time.sleep(1)
+        print("went on", flush=True)
+        os._exit(0)
+
+asyncio.run(work())
+"""
+
+
+def twice(number: signal.Signals, **variables: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", WORK, str(int(number))], env={**environment(), **variables}, capture_output=True,
+        text=True, timeout=30,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_second_one_is_an_order(number: signal.Signals) -> None:
+    """Oracle: what a shell says of a process that this signal ended, and all of stderr: two lines, no traceback."""
+    assert twice(number) == (128 + number, "", WISH + ORDER)
+
+
+def test_torchrun_says_everything_twice() -> None:
+    """Oracle: the process goes on; a rank gets a scheduler's signal from it and from its launcher."""
+    assert twice(signal.SIGTERM, TORCHELASTIC_RUN_ID="none") == (0, "went on\n", WISH)
+
+
+def wait_for(seen: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not seen():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_collection_stops_at_once(tmp_path: Path, controller_dir: Path, generator: Generator) -> None:
+    """Oracle: status 130 while requests hang, all of stderr, and what was recorded and paid for before."""
+    runs = Runs(tmp_path, generator)
+    config = small("stalling", controller_dir, generator.url("stalling"))
+    controller = replace(config.controller, deterministic=False)  # several episodes at a time
+    config = replace(config, controller=controller, warmup=WarmupConfig("none"))
+    process, errors = runs.start(config), tmp_path / "stalling.err"
+    wait_for(lambda: len(generator.asked("stalling")) > 5 and runs.num_kept(config) == 3)
+    os.killpg(process.pid, signal.SIGINT)
+    wait_for(lambda: WISH in errors.read_text())
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(10) == 130
+    assert process.stdout is not None
+    process.stdout.close()
+    assert errors.read_text().endswith(WISH + ORDER) and "Traceback" not in errors.read_text()
+    assert runs.num_kept(config) == 3
+    rows = (runs.folder(config) / "trajectories.jsonl").read_text().split("\n")
+    assert rows[-1] == "" and all(json.loads(row)["trajectory"] for row in rows[:-1])

@@ -9,6 +9,7 @@ from matryoshka.core.config import load_toml
 from matryoshka.core.protocols import Generator
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
+from matryoshka.inference.llama_cpp import file_digest
 from matryoshka.inference.spending import Budget, total
 from matryoshka.lora.files import adapter_hash
 from matryoshka.pilot.config import RunConfig, ServeConfig
@@ -35,6 +36,14 @@ def named(config: RunConfig, name: str) -> tuple[GeneratorConfig, ServeConfig]:
     return replace(config.generator, model=name), config.serve
 
 
+def _served_identity(serve: ServeConfig) -> str:
+    """Return what the answers of a server of our own are kept under, which changes with its weights."""
+    model = Path(serve.model)
+    if serve.engine == "llama.cpp":
+        return f"{model.name}+{file_digest(model)[:16]}"
+    return f"{model.name}+{adapter_hash(Path(serve.adapter)) if serve.adapter else 'base'}"
+
+
 def open_generator(run: "Run", config: GeneratorConfig, serve: ServeConfig) -> Generator:
     """Return the black box, checked; a server of our own is started where [serve] names a model. It ends with the run.
 
@@ -44,13 +53,13 @@ def open_generator(run: "Run", config: GeneratorConfig, serve: ServeConfig) -> G
         return scripted_generator(run.config.task, serve.scripted)
     ranks, world, stack = run.ranks, run.world, run.stack
     if serve.model:
-        digest, url = adapter_hash(Path(serve.adapter)) if serve.adapter else "base", ""
+        url = ""
         with ranks.together():
             if world.local_rank == 0:  # one server for all ranks of a machine
                 log = run.folder / ("generator.log" if ranks.node == 0 else f"generator.node-{ranks.node}.log")
                 url = stack.enter_context(started(serve, run.config.controller.deterministic, log))
         url = ranks.texts(url)[world.rank - world.local_rank]
-        config = replace(config, base_url=url, model=serve.name, identity=f"{Path(serve.model).name}+{digest}")
+        config = replace(config, base_url=url, model=serve.name, identity=_served_identity(serve))
     with ranks.together():
         cache = ResponseCache(run.cache)
         stack.callback(cache.close)

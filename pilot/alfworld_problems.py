@@ -15,6 +15,7 @@ from pathlib import Path
 from matryoshka.core.protocols import Generator
 from matryoshka.core.records import Example, Messages, PairRule, stable_seed
 from matryoshka.pilot.config import AlfworldConfig, RunConfig
+from matryoshka.tasks.alfworld.brief import brief_style
 from matryoshka.tasks.alfworld.compact import compact_style
 from matryoshka.tasks.alfworld.engine import Engine
 from matryoshka.tasks.alfworld.game import Game, load_game
@@ -28,7 +29,7 @@ from matryoshka.tasks.alfworld.scripted_generator import LiteralGenerator
 from matryoshka.tasks.alfworld.task import ALFWorldTask
 from matryoshka.tasks.alfworld.textworld_backend import TextWorldEngine
 
-STYLES = {"compact": compact_style, "full": full_style}
+STYLES = {"brief": brief_style, "compact": compact_style, "full": full_style}
 GAMES_IN_MEMORY = 256  # parsed; a game takes some milliseconds to parse
 
 

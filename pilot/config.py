@@ -145,7 +145,7 @@ class TaskConfig:
     """
 
     name: Literal["words", "gsm8k", "alfworld", "lamp"] = "words"
-    prompts: Literal["compact", "full"] = "compact"
+    prompts: Literal["brief", "compact", "full"] = "compact"
     warmup: int = 48
     train: int = 120
     validation: int = 60

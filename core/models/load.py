@@ -18,7 +18,7 @@ from torch import nn
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.weights import load_weights
 
-MODELS = Path(__file__).parent / "models"
+MODELS = Path(__file__).parent
 
 
 def load_model(

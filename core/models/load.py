@@ -90,7 +90,8 @@ def model_architecture(config: dict[str, Any], folder: Path) -> ModuleType:
 
     Raises ValueError, listing what there is, for a model_type that is missing or has no file.
     """
-    available = sorted(path.stem for path in MODELS.glob("*.py") if not path.stem.startswith("_"))
+    # The other files of the folder define no targets.
+    available = sorted(path.stem for path in MODELS.glob("*.py") if "\nLORA_TARGETS = " in path.read_text())
     model_type = config.get("model_type")
     if model_type not in available:
         raise ValueError(f"{folder / 'config.json'}: model_type is {model_type!r}, expected one of {available}; "

@@ -1,7 +1,7 @@
 """llama.cpp's OpenAI-compatible server over a GGUF file, from the prebuilt wheel `xllamacpp` (the extra `llama`).
 
-The server runs in threads of the process that opens it and ends with that process; `matryoshka serve --engine llama.cpp`
-is such a process. It is a black box to the rest of the package: text in, text out, usage as the server counts it.
+The server runs in threads of the process that opens it and ends with that process, which `matryoshka serve --engine
+llama.cpp` starts. It is a black box to the rest of the package: text in, text out, usage as the server counts it.
 """
 
 import hashlib
@@ -69,7 +69,7 @@ def start_llama(
         from xllamacpp import CommonParams, Server
     except ImportError as err:
         raise ValueError(
-            "serve: engine llama.cpp needs the package xllamacpp; install it with `pip install 'matryoshka-pilot[llama]'`"
+            "serve: engine llama.cpp needs the package xllamacpp; `pip install 'matryoshka-pilot[llama]'` installs it"
         ) from err
     params = CommonParams()
     params.model.path = str(model)
@@ -81,6 +81,7 @@ def start_llama(
     params.kv_unified = True
     params.cache_ram_mib = config.prompt_cache_mib
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.cpuparams.poll = params.cpuparams_batch.poll = 0  # as above: threads that wait must sleep
     params.ui = False
     if api_key is not None:
         params.api_keys = [api_key]

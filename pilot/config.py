@@ -103,6 +103,8 @@ class AlfworldConfig:
     verbs: Literal["current", "old"] = "current"
     max_steps: int = 50
     asks: int = 5
+    games_seed: int = -1
+    """The seed that draws the games; -1 is the run's own seed. Runs of several seeds over the same games set it."""
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def serve(
         threading.Thread(target=_end_with_input, daemon=True).start()
     if engine == "llama.cpp":
         if adapter or lora_rank or max_rows != 64:
-            raise ValueError("serve: engine llama.cpp has no adapter, lora_rank or max_rows; llama.slots bounds its rows")
+            raise ValueError("serve: engine llama.cpp has no adapter, lora_rank or max_rows; its limit is llama.slots")
         slots = 1 if deterministic else llama.slots
         _serve_llama(model, name or model.stem, host, port, threads, api_key_env, replace(llama, slots=slots))
         return

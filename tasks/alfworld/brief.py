@@ -18,29 +18,25 @@ from matryoshka.tasks.alfworld.prompts import Scene, Style, act, with_plan
 SOLVE_SYSTEM = """\
 You write a Python function step_1(agent, memory) that acts in a household. It does what the plan says; if there is no \
 plan, it does what you think is right. Write straight lines of code and nothing else.
-agent.find(kind, places)   visits these places until a thing of this kind is there; returns (thing, place)
-agent.take(thing, place)
-agent.holding              the thing in hand
-agent.places(kind)         the names of all places of this kind
-agent.visit(place)
+agent.fetch(kind, places)   visits these places until a thing of this kind is there, and takes it
+agent.find(kind, places)    the same without taking it; returns (thing, place)
+agent.go(place)             goes there; returns its name
+agent.holding               the thing in hand
 agent.put(thing, place), agent.clean(thing, place), agent.heat(thing, place), agent.cool(thing, place)
-agent.use(thing)           turns on a lamp"""
+agent.use(thing)            turns on a lamp"""
 
 
 def straight_program(steps: Sequence[Step]) -> str:
-    """Return a program of straight lines that does what the steps say, each at the first place that they name."""
+    """Return a program of one line a step, which does what the steps say, each at the first place that they name."""
     lines = []
-    for number, step in enumerate(steps, start=1):
-        lines += [f"# {number}. {step.verb.capitalize()}"]
+    for step in steps:
         match step.verb:
             case "find":
-                lines += [f"agent.take(*agent.find({step.thing!r}, {list(step.places)}))"]
+                lines.append(f"agent.fetch({step.thing!r}, {list(step.places)})")
             case "use":
-                lines += [f"{step.thing}, place = agent.find({step.thing!r}, {list(step.places)})"]
-                lines += [f"agent.use({step.thing})"]
+                lines.append(f"agent.use(agent.find({step.thing!r}, {list(step.places)})[0])")
             case verb:
-                lines += [f"place = agent.places({step.places[0]!r})[0]", "agent.visit(place)"]
-                lines += [f"agent.{verb}(agent.holding, place)"]
+                lines.append(f"agent.{verb}(agent.holding, agent.go({step.places[0]!r}))")
     return "\n".join(["def step_1(agent, memory):", *(f"    {line}" for line in lines)])
 
 

@@ -77,12 +77,16 @@ class Tokenizer:
         ids = vocabulary.special_ids
         if not (folder / "tokenizer.json").is_file():
             # A tokenizer.json has the rule in its post-processor, and transformers ignores these settings beside it.
-            for setting, name, field in (
-                ("add_bos_token", "bos_token", "start_ids"), ("add_eos_token", "eos_token", "end_ids"),
-            ):
-                if config.get(setting) is not None and name in names:
-                    around = (ids[names[name]],) if config[setting] else ()
-                    vocabulary = dataclasses.replace(vocabulary, **{field: around})
+            start, end = (
+                ((ids[names[name]],) if config[setting] else ())
+                if config.get(setting) is not None and name in names
+                else as_it_is
+                for setting, name, as_it_is in (
+                    ("add_bos_token", "bos_token", vocabulary.start_ids),
+                    ("add_eos_token", "eos_token", vocabulary.end_ids),
+                )
+            )
+            vocabulary = dataclasses.replace(vocabulary, start_ids=start, end_ids=end)
         stop_ids = _stop_ids(folder) or ([ids[names["eos_token"]]] if "eos_token" in names else [])
         source = _template(folder, config)
         if source is None and "<|start_header_id|>" in ids:

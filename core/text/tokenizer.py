@@ -1,8 +1,9 @@
 """The tokenizer of a model folder: text and chats to ids, ids to text, and text as it streams out of a sampler.
 
 It reads what a Hugging Face or Meta folder holds (vocabulary, special tokens, chat template, stop ids) and keeps no
-settings of its own. `encode` never adds BOS and never reads a special token out of text; `render` is the one way to
-special tokens. Invariant: decode(encode(text)) == text, or encode raises.
+settings of its own. `encode` never adds BOS and never reads a special token out of text. Special tokens come from
+`render`, for a chat, and from `encode_prompt`, which starts a text as the model's own tokenizer starts it. Invariant:
+decode(encode(text)) == text, or encode raises.
 """
 
 import codecs
@@ -27,17 +28,19 @@ class Tokenizer:
     vocab_size: largest id + 1. bos_id: None where the folder names none. eos_id: the special token that closes an
     assistant turn (for Llama 3 <|eot_id|>, not the <|end_of_text|> of its base model). stop_ids: eos_id, then those
     that the folder's files list. special_ids: special strings and their ids. prefix: what sentencepiece puts before a
-    text ("" or one space); decoding takes it off again.
+    text ("" or one space); decoding takes it off again. start_ids: what `encode_prompt` puts before a text.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, bos_id: int | None, eos_id: int, stop_ids: Iterable[int], chat: ChatFormat | None
+        self, vocabulary: Vocabulary, bos_id: int | None, eos_id: int, stop_ids: Iterable[int], chat: ChatFormat | None,
+        start_ids: Iterable[int] = (),
     ) -> None:
         self.vocab_size = max(vocabulary.token_bytes) + 1
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.stop_ids = tuple(dict.fromkeys((eos_id, *stop_ids)))
         self.special_ids = vocabulary.special_ids
+        self.start_ids = tuple(start_ids)
         self.prefix = vocabulary.prefix
         self._specials = vocabulary.special_set
         self._vocabulary = vocabulary
@@ -83,7 +86,14 @@ class Tokenizer:
             raise ValueError(f"{folder}: nothing says which token ends a text; expected eos_token in "
                              f"tokenizer_config.json or eos_token_id in generation_config.json or config.json")
         eos_id = chat.eos_id if chat else ids[names["eos_token"]] if "eos_token" in names else stop_ids[0]
-        return cls(vocabulary, ids[names["bos_token"]] if "bos_token" in names else None, eos_id, stop_ids, chat)
+        bos_id = ids[names["bos_token"]] if "bos_token" in names else None
+        start_ids: Iterable[int] = vocabulary.start_ids
+        adds_bos = config.get("add_bos_token")
+        if adds_bos is not None and not isinstance(adds_bos, bool):
+            raise ValueError(f"{config_path}: add_bos_token is {adds_bos!r:.80}, expected true or false")
+        if adds_bos is not None and not (folder / "tokenizer.json").is_file():  # as transformers 5 reads these files
+            start_ids = [bos_id] if adds_bos and bos_id is not None else []
+        return cls(vocabulary, bos_id, eos_id, stop_ids, chat, start_ids)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`: no BOS, and special strings in it are plain text.
@@ -91,6 +101,15 @@ class Tokenizer:
         Raises ValueError for text that the vocabulary cannot write.
         """
         return self._vocabulary.encode(text, self.prefix) if text else []
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of `text` as the start of a sequence: BOS where this model's tokenizer adds it, then the text.
+
+        This is the one rule for plain text in training, sampling and serving. The post-processor of tokenizer.json
+        decides; beside a tokenizer.model, add_bos_token of tokenizer_config.json decides, which is true by default.
+        Raises ValueError for text that the vocabulary cannot write.
+        """
+        return [*self.start_ids, *self.encode(text)]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an unknown id."""

@@ -8,6 +8,7 @@ file whose own normalizer rewrites text (lower case, NFC) is outside it.
 
 import base64
 import binascii
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -55,6 +56,7 @@ class Vocabulary:
     """Text to ids, and the bytes of each id (special tokens included).
 
     prefix: what the tokenizer puts before a text ("" or one space); special_prefix: the same after a special token.
+    start_ids: what the tokenizer of the file puts before every text by itself, BOS or nothing for most.
     """
 
     where: Path
@@ -65,6 +67,7 @@ class Vocabulary:
     space_ids: tuple[int, ...] = ()
     prefix: str = ""
     special_prefix: str = ""
+    start_ids: tuple[int, ...] = ()
     default_bos: str | None = None
     default_eos: str | None = None
 
@@ -179,6 +182,7 @@ def _from_json(path: Path, added: Iterable[AddedToken], special: Iterable[str]) 
         specials={content: token for content, token in tokens.items() if token.special},
         known_bytes=bytes(b for b, char in BYTE_TO_CHAR.items() if char in vocab) if byte_level else ALL_BYTES,
         space_ids=() if byte_level else _byte_ids(vocab, SPACE), prefix=prefix, special_prefix=special_prefix,
+        start_ids=_start_ids(data),
     )
 
 
@@ -202,6 +206,8 @@ def _from_sentencepiece(path: Path, data: bytes, added: list[AddedToken], legacy
     return Vocabulary(
         path, lambda text: list(model.encode("\ue000" + text)[width:]), token_bytes, tokens,
         space_ids=_byte_ids(vocab, SPACE), prefix=prefix, special_prefix=prefix if legacy else "",
+        # Llama 2's tokenizer starts every text with BOS unless its configuration says otherwise.
+        start_ids=(model.bos_id(),) if model.bos_id() >= 0 else (),
         default_bos=model.id_to_piece(model.bos_id()) if model.bos_id() >= 0 else None,
         default_eos=model.id_to_piece(model.eos_id()) if model.eos_id() >= 0 else None,
     )
@@ -243,7 +249,7 @@ def _from_tiktoken(path: Path, data: bytes, added: list[AddedToken], legacy: boo
     token_bytes |= {id: token.content.encode() for id, token in tokens.items()}
     return Vocabulary(
         path, _plain(backend), token_bytes, {token.content: token for token in tokens.values()},
-        default_bos="<|begin_of_text|>", default_eos="<|end_of_text|>",
+        start_ids=(LLAMA3_RANKS,), default_bos="<|begin_of_text|>", default_eos="<|end_of_text|>",
     )
 
 
@@ -265,6 +271,16 @@ def _take_prefix(data: dict[str, Any]) -> tuple[str, str]:
             prefix = special_prefix = " "
             part["add_prefix_space"] = False
     return prefix, special_prefix
+
+
+def _start_ids(data: dict[str, Any]) -> tuple[int, ...]:
+    """Return the ids that the post-processor of a tokenizer.json puts before a text."""
+    for part in _parts(data.get("post_processor")):
+        if part.get("type") == "TemplateProcessing":
+            before = itertools.takewhile(lambda piece: "SpecialToken" in piece, part["single"])
+            names = [piece["SpecialToken"]["id"] for piece in before]
+            return tuple(id for name in names for id in part["special_tokens"][name]["ids"])
+    return ()
 
 
 def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -1,12 +1,12 @@
 """The tokenizer of a model folder: text and chats to ids, ids to text, and text as it streams out of a sampler.
 
 It reads what a Hugging Face or Meta folder holds (vocabulary, special tokens, chat template, stop ids) and keeps no
-settings of its own. `encode` never adds BOS and never reads a special token out of text. Special tokens come from
-`render`, for a chat, and from `encode_prompt`, which starts a text as the model's own tokenizer starts it. Invariant:
-decode(encode(text)) == text, or encode raises.
+settings of its own. `encode` never adds BOS and never reads a special token out of text; `render` is the one way to
+special tokens. Invariant: decode(encode(text)) == text, or encode raises.
 """
 
 import codecs
+import dataclasses
 import datetime
 import json
 from collections.abc import Iterable, Mapping
@@ -28,19 +28,17 @@ class Tokenizer:
     vocab_size: largest id + 1. bos_id: None where the folder names none. eos_id: the special token that closes an
     assistant turn (for Llama 3 <|eot_id|>, not the <|end_of_text|> of its base model). stop_ids: eos_id, then those
     that the folder's files list. special_ids: special strings and their ids. prefix: what sentencepiece puts before a
-    text ("" or one space); decoding takes it off again. start_ids: what `encode_prompt` puts before a text.
+    text ("" or one space); decoding takes it off again.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, bos_id: int | None, eos_id: int, stop_ids: Iterable[int], chat: ChatFormat | None,
-        start_ids: Iterable[int] = (),
+        self, vocabulary: Vocabulary, bos_id: int | None, eos_id: int, stop_ids: Iterable[int], chat: ChatFormat | None
     ) -> None:
         self.vocab_size = max(vocabulary.token_bytes) + 1
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.stop_ids = tuple(dict.fromkeys((eos_id, *stop_ids)))
         self.special_ids = vocabulary.special_ids
-        self.start_ids = tuple(start_ids)
         self.prefix = vocabulary.prefix
         self._specials = vocabulary.special_set
         self._vocabulary = vocabulary
@@ -77,6 +75,18 @@ class Tokenizer:
                 names[name] = content
 
         ids = vocabulary.special_ids
+        if not (folder / "tokenizer.json").is_file():
+            # A tokenizer.json has the rule in its post-processor, and transformers ignores these settings beside it.
+            start, end = (
+                ((ids[names[name]],) if config[setting] else ())
+                if config.get(setting) is not None and name in names
+                else as_it_is
+                for setting, name, as_it_is in (
+                    ("add_bos_token", "bos_token", vocabulary.start_ids),
+                    ("add_eos_token", "eos_token", vocabulary.end_ids),
+                )
+            )
+            vocabulary = dataclasses.replace(vocabulary, start_ids=start, end_ids=end)
         stop_ids = _stop_ids(folder) or ([ids[names["eos_token"]]] if "eos_token" in names else [])
         source = _template(folder, config)
         if source is None and "<|start_header_id|>" in ids:
@@ -86,14 +96,7 @@ class Tokenizer:
             raise ValueError(f"{folder}: nothing says which token ends a text; expected eos_token in "
                              f"tokenizer_config.json or eos_token_id in generation_config.json or config.json")
         eos_id = chat.eos_id if chat else ids[names["eos_token"]] if "eos_token" in names else stop_ids[0]
-        bos_id = ids[names["bos_token"]] if "bos_token" in names else None
-        start_ids: Iterable[int] = vocabulary.start_ids
-        adds_bos = config.get("add_bos_token")
-        if adds_bos is not None and not isinstance(adds_bos, bool):
-            raise ValueError(f"{config_path}: add_bos_token is {adds_bos!r:.80}, expected true or false")
-        if adds_bos is not None and not (folder / "tokenizer.json").is_file():  # as transformers 5 reads these files
-            start_ids = [bos_id] if adds_bos and bos_id is not None else []
-        return cls(vocabulary, bos_id, eos_id, stop_ids, chat, start_ids)
+        return cls(vocabulary, ids[names["bos_token"]] if "bos_token" in names else None, eos_id, stop_ids, chat)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`: no BOS, and special strings in it are plain text.
@@ -103,13 +106,18 @@ class Tokenizer:
         return self._vocabulary.encode(text, self.prefix) if text else []
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of `text` as the start of a sequence: BOS where this model's tokenizer adds it, then the text.
+        """Return the ids of a plain text that a model continues: as `encode`, after BOS where the tokenizer adds it.
 
-        This is the one rule for plain text in training, sampling and serving. The post-processor of tokenizer.json
-        decides; beside a tokenizer.model, add_bos_token of tokenizer_config.json decides, which is true by default.
-        Raises ValueError for text that the vocabulary cannot write.
+        Whether it does is the tokenizer's own rule: the post-processor of tokenizer.json, else `add_bos_token` of
+        tokenizer_config.json; Meta's tiktoken files always do. Training and every server use this one function, and
+        transformers and vLLM follow the same rule.
+        Raises ValueError as `encode`, and for a tokenizer that ends every text, which then cannot be continued.
         """
-        return [*self.start_ids, *self.encode(text)]
+        if self._vocabulary.end_ids:
+            raise ValueError(f"{self._vocabulary.where}: this tokenizer ends every text with the tokens "
+                             f"{list(self._vocabulary.end_ids)}, so that a model cannot continue it; write the prompt "
+                             "as a chat, or set add_eos_token to false and save the tokenizer again")
+        return [*self._vocabulary.start_ids, *self.encode(text)]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an unknown id."""

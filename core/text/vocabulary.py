@@ -8,7 +8,6 @@ file whose own normalizer rewrites text (lower case, NFC) is outside it.
 
 import base64
 import binascii
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -56,7 +55,7 @@ class Vocabulary:
     """Text to ids, and the bytes of each id (special tokens included).
 
     prefix: what the tokenizer puts before a text ("" or one space); special_prefix: the same after a special token.
-    start_ids: what the tokenizer of the file puts before every text by itself, BOS or nothing for most.
+    start_ids, end_ids: the special tokens that it puts around a text that stands alone.
     """
 
     where: Path
@@ -68,6 +67,7 @@ class Vocabulary:
     prefix: str = ""
     special_prefix: str = ""
     start_ids: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = ()
     default_bos: str | None = None
     default_eos: str | None = None
 
@@ -174,6 +174,7 @@ def _from_json(path: Path, added: Iterable[AddedToken], special: Iterable[str]) 
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
         raise ValueError(f"{path}: decoder {sorted(kinds)} is not supported; expected byte-level BPE (ByteLevel) or a "
                          f"sentencepiece model (ByteFallback or Metaspace)")
+    around = _ids_around_text(backend, path)
     byte_level = "ByteLevel" in kinds
     spell = _spell_byte_level if byte_level else _spell_sentencepiece
     return Vocabulary(
@@ -182,8 +183,20 @@ def _from_json(path: Path, added: Iterable[AddedToken], special: Iterable[str]) 
         specials={content: token for content, token in tokens.items() if token.special},
         known_bytes=bytes(b for b, char in BYTE_TO_CHAR.items() if char in vocab) if byte_level else ALL_BYTES,
         space_ids=() if byte_level else _byte_ids(vocab, SPACE), prefix=prefix, special_prefix=special_prefix,
-        start_ids=_start_ids(data),
+        start_ids=around[0], end_ids=around[1],
     )
+
+
+def _ids_around_text(backend: tokenizers.Tokenizer, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the special tokens that the file's post-processor puts before and after a text."""
+    try:
+        encoding = backend.encode("a")
+    except Exception as err:  # tokenizers raises no narrower class
+        raise ValueError(f"{path}: its post-processor cannot encode the text 'a' ({err})") from err
+    added = [index for index, special in enumerate(encoding.special_tokens_mask) if special]
+    own = [index for index, special in enumerate(encoding.special_tokens_mask) if not special] or [len(added)]
+    before, after = ([index for index in added if side(index)] for side in (own[0].__gt__, own[-1].__lt__))
+    return tuple(encoding.ids[i] for i in before), tuple(encoding.ids[i] for i in after)
 
 
 def _from_sentencepiece(path: Path, data: bytes, added: list[AddedToken], legacy: bool) -> Vocabulary:
@@ -206,8 +219,6 @@ def _from_sentencepiece(path: Path, data: bytes, added: list[AddedToken], legacy
     return Vocabulary(
         path, lambda text: list(model.encode("\ue000" + text)[width:]), token_bytes, tokens,
         space_ids=_byte_ids(vocab, SPACE), prefix=prefix, special_prefix=prefix if legacy else "",
-        # Llama 2's tokenizer starts every text with BOS unless its configuration says otherwise.
-        start_ids=(model.bos_id(),) if model.bos_id() >= 0 else (),
         default_bos=model.id_to_piece(model.bos_id()) if model.bos_id() >= 0 else None,
         default_eos=model.id_to_piece(model.eos_id()) if model.eos_id() >= 0 else None,
     )
@@ -249,7 +260,8 @@ def _from_tiktoken(path: Path, data: bytes, added: list[AddedToken], legacy: boo
     token_bytes |= {id: token.content.encode() for id, token in tokens.items()}
     return Vocabulary(
         path, _plain(backend), token_bytes, {token.content: token for token in tokens.values()},
-        start_ids=(LLAMA3_RANKS,), default_bos="<|begin_of_text|>", default_eos="<|end_of_text|>",
+        start_ids=(LLAMA3_RANKS,),  # as Meta's own code does
+        default_bos="<|begin_of_text|>", default_eos="<|end_of_text|>",
     )
 
 
@@ -271,16 +283,6 @@ def _take_prefix(data: dict[str, Any]) -> tuple[str, str]:
             prefix = special_prefix = " "
             part["add_prefix_space"] = False
     return prefix, special_prefix
-
-
-def _start_ids(data: dict[str, Any]) -> tuple[int, ...]:
-    """Return the ids that the post-processor of a tokenizer.json puts before a text."""
-    for part in _parts(data.get("post_processor")):
-        if part.get("type") == "TemplateProcessing":
-            before = itertools.takewhile(lambda piece: "SpecialToken" in piece, part["single"])
-            names = [piece["SpecialToken"]["id"] for piece in before]
-            return tuple(id for name in names for id in part["special_tokens"][name]["ids"])
-    return ()
 
 
 def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,47 @@ def test_ids_are_those_of_transformers(name: str, request: pytest.FixtureRequest
     tokenizer, oracle = request.getfixturevalue(name), request.getfixturevalue(f"transformers_{name}")
     for text in (*HOSTILE, *LONG):
         assert tokenizer.encode(text) == oracle.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["llama3", "smollm2"])
+def test_a_text_prompt_starts_as_transformers_starts_it(name: str, request: pytest.FixtureRequest) -> None:
+    """Oracle: transformers' own call, whose rule vLLM follows: Llama 3 has BOS before a text, SmolLM2 has nothing."""
+    tokenizer, oracle = request.getfixturevalue(name), request.getfixturevalue(f"transformers_{name}")
+    for text in ("Q: 1?\nA:", "", " x"):
+        assert tokenizer.encode_prompt(text) == oracle(text).input_ids
+    assert tokenizer.encode_prompt("")[:1] == ([128_000] if name == "llama3" else [])
+
+
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_bos_token": None}])
+def test_a_sentencepiece_prompt_starts_as_transformers_starts_it(
+    settings: dict[str, Any], sentencepiece_dir: Path, tmp_path: Path
+) -> None:
+    """Oracle: transformers' LlamaTokenizer with the same settings."""
+    transformers = pytest.importorskip("transformers")
+    shutil.copy(sentencepiece_dir / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    oracle = transformers.LlamaTokenizer.from_pretrained(tmp_path)
+    assert Tokenizer.load(tmp_path).encode_prompt("two plus") == oracle("two plus").input_ids
+
+
+def test_metas_tiktoken_file_starts_a_text_with_bos(llama3_tiktoken: Tokenizer) -> None:
+    """Oracle: Meta's reference, which encodes the prompt of a text completion with BOS and without EOS."""
+    assert llama3_tiktoken.encode_prompt("hi") == [128_000, *llama3_tiktoken.encode("hi")]
+
+
+def test_a_tokenizer_that_ends_every_text_has_no_text_prompts(write_folder: WriteFolder, tmp_path: Path) -> None:
+    """Oracle: by hand; the ids around a text come from the post-processor, whatever add_bos_token says beside it."""
+    write_folder(add_bos_token=True)
+    assert Tokenizer.load(tmp_path).encode_prompt("a") == Tokenizer.load(tmp_path).encode("a")
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    ends = {"id": "</s>", "ids": [1], "tokens": ["</s>"]}
+    single = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    data["post_processor"] = {
+        "type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {"</s>": ends},
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"tokenizer.json: this tokenizer ends every text with the tokens \[1\]"):
+        Tokenizer.load(tmp_path).encode_prompt("a")
 
 
 def test_hostile_text_round_trips_without_special_ids(tokenizer: Tokenizer) -> None:
@@ -148,57 +190,6 @@ def test_sentencepiece_ids_are_the_library_s(sentencepiece_tokenizer: Tokenizer,
             assert sentencepiece_tokenizer.decode(ids) == model.decode(ids)
     assert sentencepiece_tokenizer.special_ids == {"<unk>": 0, "<s>": 1, "</s>": 2}
     assert (sentencepiece_tokenizer.bos_id, sentencepiece_tokenizer.stop_ids) == (1, (2,))
-
-
-@pytest.mark.parametrize("name", ["llama3", "smollm2"])
-def test_a_text_prompt_starts_as_in_transformers(name: str, request: pytest.FixtureRequest) -> None:
-    """Oracle: transformers' own call on a text: Llama 3 starts it with BOS, SmolLM2 with nothing."""
-    tokenizer, oracle = request.getfixturevalue(name), request.getfixturevalue(f"transformers_{name}")
-    assert len(tokenizer.start_ids) == (1 if name == "llama3" else 0)
-    for text in ("", "What is 2 + 2?", " x"):
-        assert tokenizer.encode_prompt(text) == oracle(text).input_ids
-
-
-@pytest.mark.parametrize("adds_bos", [True, False])
-def test_a_post_processor_decides_about_bos(write_folder: WriteFolder, adds_bos: bool) -> None:
-    """Oracle: transformers, which vLLM uses: beside a tokenizer.json it pays no heed to add_bos_token."""
-    folder = write_folder(add_bos_token=not adds_bos)
-    template: dict[str, Any] = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}, "single": []}
-    if adds_bos:
-        template["single"] = [{"SpecialToken": {"id": "<s>", "type_id": 0}}]
-        template["special_tokens"] = {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}
-    template["single"].append({"Sequence": {"id": "A", "type_id": 0}})
-    template["pair"] = [*template["single"], {"Sequence": {"id": "B", "type_id": 0}}]
-    path = folder / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": template}))
-    oracle = pytest.importorskip("transformers").PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer = Tokenizer.load(folder)
-    assert tokenizer.encode_prompt("ab") == oracle("ab").input_ids
-    assert tokenizer.start_ids == ((0,) if adds_bos else ())
-    with pytest.raises(ValueError, match="add_bos_token is 'yes', expected true or false"):
-        Tokenizer.load(write_folder(add_bos_token="yes"))
-
-
-@pytest.mark.parametrize("adds_bos", [True, False])
-def test_beside_a_sentencepiece_model_the_configuration_decides_about_bos(
-    sentencepiece_dir: Path, tmp_path: Path, adds_bos: bool
-) -> None:
-    """Oracle: transformers' LlamaTokenizer on the same folder."""
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("google.protobuf", reason="transformers converts tokenizer.model through protobuf")
-    (tmp_path / "tokenizer.model").write_bytes((sentencepiece_dir / "tokenizer.model").read_bytes())
-    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": adds_bos}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    oracle = transformers.LlamaTokenizer.from_pretrained(tmp_path)
-    assert Tokenizer.load(tmp_path).encode_prompt("the fox") == oracle("the fox").input_ids
-
-
-def test_files_without_a_post_processor_start_texts_as_their_models_do(
-    llama3_tiktoken: Tokenizer, sentencepiece_tokenizer: Tokenizer
-) -> None:
-    """Oracle: Meta's reference code and Llama 2's tokenizer: both put BOS before a text."""
-    assert llama3_tiktoken.encode_prompt("a") == [128_000, *llama3_tiktoken.encode("a")]
-    assert sentencepiece_tokenizer.encode_prompt("a") == [1, *sentencepiece_tokenizer.encode("a")]
 
 
 @pytest.mark.parametrize("style", ["metaspace", "prepend"])

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from matryoshka.core.files import Journal, SharedJournal
 from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped, Task
 from matryoshka.core.records import Example, RolloutSettings, Trajectory, content_key, from_json, to_json
+from matryoshka.core.redaction import to_redacted_json
 from matryoshka.core.training.train import Interrupted
 from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.inference.spending import Purse
@@ -175,4 +176,4 @@ def _note_failure(stage: Stage, job: Job, trajectory: Trajectory, journal: Journ
         "key": job.key,
     }
     with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+        handle.write(to_redacted_json(row, ensure_ascii=False) + "\n")

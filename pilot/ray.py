@@ -23,6 +23,7 @@ from matryoshka.core.config import to_toml
 from matryoshka.core.files import Journal
 from matryoshka.core.protocols import GeneratorError, RunStopped
 from matryoshka.core.records import Trajectory, from_json, to_json
+from matryoshka.core.redaction import redact_output
 from matryoshka.pilot.config import RunConfig, ServeConfig
 from matryoshka.pilot.episodes import Scheme
 from matryoshka.pilot.folder import cache_path
@@ -173,6 +174,7 @@ def _task(
 
     first: the driver's machine.
     """
+    redact_output()
     os.chdir(cwd)
     run = _opened(config, folder, first)
     scheme: Scheme = _Unpickler(scheme_bytes, run).load()

@@ -76,7 +76,8 @@ def parse(cls: type[C], data: Mapping[str, Any], source: str, overridden: Mappin
     """
     try:
         text = json.dumps([_filled(cls, data)], default=_refuse_dates)
-        return _adapter(cls).validate_json(text)[0]
+        adapter: TypeAdapter[tuple[C]] = _adapter(typing.cast(Any, cls))
+        return adapter.validate_json(text)[0]
     except ValidationError as err:
         first = min(err.errors(), key=lambda error: error["type"] == "missing")  # a misspelt key may seem missing
         key, problem = _key(first["loc"][1:]), _problem(cls, first)
@@ -108,9 +109,9 @@ def diff(old: C, new: C) -> list[str]:
 
 
 @functools.cache
-def _adapter(cls: type[C]) -> TypeAdapter[tuple[C]]:
+def _adapter(cls: Any) -> TypeAdapter[Any]:
     # pydantic takes a configuration for a tuple, and not for a dataclass; the dataclasses inside take it over.
-    return TypeAdapter(tuple[cls], config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))  # type: ignore[valid-type]
+    return TypeAdapter(tuple[cls], config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 
 
 def _filled(cls: Any, data: Any) -> Any:

@@ -1,9 +1,8 @@
 """JSON from files that somebody else wrote: one reader for whole files and rows, one for each number and string.
 
-Every fault ends in a ValueError that says in which file, at which line or key, what came and what was expected.
-Python's
-own reader ends deep nesting in RecursionError, keeps the last of two equal keys and takes NaN for a number; this one
-refuses all three.
+Every fault ends in a ValueError that says in which file, at which line or key, what came and what was expected. The
+standard library ends deep nesting in a RecursionError, keeps the last of two equal keys and takes NaN for a number;
+this reader refuses all three.
 """
 
 import json

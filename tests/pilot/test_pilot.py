@@ -492,7 +492,9 @@ def test_swapping_the_controller_is_one_file(
     architectures = tmp_path / "models"
     architectures.mkdir()
     (architectures / "shifted.py").write_text(
-        "from matryoshka.core.models.llama import LORA_TARGETS, Config, Model as Llama\n"
+        "from matryoshka.core.models import llama\n"
+        "from matryoshka.core.models.llama import Config, Model as Llama\n"
+        "LORA_TARGETS = llama.LORA_TARGETS\n"
         "class Model(Llama):\n"
         "    def forward(self, ids_BT, positions_BT=None, attend=None):\n"
         "        return super().forward(ids_BT, positions_BT, attend) + 1\n"

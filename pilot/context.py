@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from matryoshka.core.config import to_toml
+from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.files import Journal, SharedJournal, UnwrittenJournal, write_json, write_text
 from matryoshka.core.models.language_model import LanguageModel
-from matryoshka.core.parallel.distributed import ALONE, World
 from matryoshka.core.protocols import Controller, Generator, Task
 from matryoshka.core.records import Messages, RolloutSettings
 from matryoshka.core.text.tokenizer import Tokenizer

@@ -15,6 +15,7 @@ from functools import partial
 from matryoshka.core.files import Journal
 from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped, Task
 from matryoshka.core.records import Example, RolloutSettings, Sampling, Trajectory, content_key, from_json, to_json
+from matryoshka.core.redaction import to_redacted_json
 from matryoshka.core.training.train import Interrupted
 from matryoshka.inference.spending import Purse
 from matryoshka.pilot.config import RunConfig
@@ -233,4 +234,4 @@ def _note_failure(stage: Stage, job: Job, trajectory: Trajectory, journal: Journ
         "key": job.key,
     }
     with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+        handle.write(to_redacted_json(row, ensure_ascii=False) + "\n")

@@ -6,7 +6,7 @@ Choices (learning rate, round) are made on validation problems; the held-out pro
 from pathlib import Path
 from typing import Any
 
-from matryoshka.core.parallel.distributed import ALONE, World
+from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.records import Trajectory
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.context import open_run

@@ -19,6 +19,7 @@ from matryoshka.core.config import to_toml
 from matryoshka.core.files import Journal, UnwrittenJournal
 from matryoshka.core.protocols import Controller, GeneratorError, RunStopped
 from matryoshka.core.records import Trajectory, from_json, to_json
+from matryoshka.core.redaction import redact_output
 from matryoshka.pilot.config import RunConfig, ServeConfig
 from matryoshka.pilot.context import Run, Scheme, assemble
 from matryoshka.pilot.folder import cache_path
@@ -136,6 +137,7 @@ def _cause(err: BaseException) -> BaseException:
 
 def _task(config: RunConfig, driver: Driver, scheme: Scheme, jobs: Sequence[Job]) -> Iterator[tuple[str, Any]]:
     """Yield ("episodes", [(key, trajectory as JSON)]) as they end; last ("stopped" or "failed", why) if not all did."""
+    redact_output()
     os.chdir(driver.cwd)
     run = _worker_run(config, driver)
     ended: list[tuple[str, Any]] = []

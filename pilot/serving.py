@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from matryoshka.core.redaction import read_secret
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.inference.http_client import HttpClient
 from matryoshka.inference.vllm import Vllm
@@ -77,7 +78,7 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     count = threads or os.cpu_count() or 1
     torch.set_num_threads(count)
-    key = os.environ.get(api_key_env, "") if api_key_env else None
+    key = read_secret(api_key_env) if api_key_env else None
     if key == "":
         raise ValueError(f"serve: environment variable {api_key_env} is empty; set the key that callers must send")
     network = load_model(model)

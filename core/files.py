@@ -105,8 +105,25 @@ class Journal:
         """Return when the disk holds what was appended; it may run in another thread than `append`."""
         os.fsync(self._handle.fileno())
 
+    def refresh(self) -> None:
+        """Take in what other processes recorded; no other process writes to this journal."""
+
     def close(self) -> None:
         self._handle.close()
+
+
+class UnwrittenJournal(Journal):
+    """A journal in memory alone, for episodes that another process records."""
+
+    def __init__(self) -> None:
+        self.rows = {}
+
+    def append(self, key: str, row: dict[str, Any], sync: bool = True) -> None:
+        """Keep `row` under `key`."""
+        self.rows[key] = row
+
+    def sync(self) -> None:
+        """Do nothing: there is no file."""
 
 
 class SharedJournal(Journal):

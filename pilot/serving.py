@@ -164,7 +164,7 @@ def _end_with_input() -> None:
 
 
 @contextmanager
-def started(config: ServeConfig, deterministic: bool, log: Path) -> Iterator[str]:
+def running_server(config: ServeConfig, deterministic: bool, log: Path) -> Iterator[str]:
     """Start a server for `config` in a process of its own and yield its base URL; it ends with the block or with us.
 
     Raises ValueError with the end of its log when it does not come up.

@@ -181,7 +181,7 @@ def test_first_losses(tiny_dir: Path, tmp_path: Path) -> None:
     row = first_row(tmp_path, adapted_model(tiny_dir), objective, objective.first_loss)
     assert row["loss"] == pytest.approx(2066.115702, rel=1e-6)
     assert Preference(beta=0.5).first_loss == Preference(loss="robust", label_smoothing=0.1).first_loss == math.log(2)
-    assert Preference(loss="ipo_mean", beta=0.5).first_loss == 0.5 and Preference(loss="hinge").first_loss == 1.0
+    assert Preference(loss="ipo_mean", beta=0.5).first_loss == Preference(loss="hinge").first_loss == 1.0
     assert Preference(loss="simpo").first_loss is Preference(nll_coefficient=0.1).first_loss is None
 
 

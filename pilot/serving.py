@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from matryoshka.core.redaction import read_secret
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.inference.http_client import HttpClient
 from matryoshka.inference.llama_cpp import LlamaConfig, check_gguf, start_llama
@@ -106,7 +107,7 @@ def serve(
 
 def _callers_key(name: str) -> str | None:
     """Return the key in the environment variable `name`, None for "". Raises ValueError for an empty variable."""
-    key = os.environ.get(name, "") if name else None
+    key = read_secret(name) if name else None
     if key == "":
         raise ValueError(f"serve: environment variable {name} is empty; set the key that callers must send")
     return key
@@ -192,7 +193,7 @@ def _end_with_input() -> None:
 
 
 @contextmanager
-def started(config: ServeConfig, deterministic: bool, log: Path) -> Iterator[str]:
+def running_server(config: ServeConfig, deterministic: bool, log: Path) -> Iterator[str]:
     """Start a server for `config` in a process of its own and yield its base URL; it ends with the block or with us.
 
     Raises ValueError with the end of its log when it does not come up.

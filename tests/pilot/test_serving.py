@@ -24,7 +24,7 @@ from matryoshka.inference.sampler import Sampler
 from matryoshka.lora.files import load_adapter, save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter
 from matryoshka.pilot.config import ServeConfig
-from matryoshka.pilot.serving import serve, started
+from matryoshka.pilot.serving import running_server, serve
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import command, environment
 
@@ -136,7 +136,7 @@ def test_a_server_beside_a_run_outlives_ctrl_c_and_dies_with_it(
         "import signal, time; from pathlib import Path; from matryoshka.pilot.config import ServeConfig\n"
         "from matryoshka.pilot.serving import started\n"
         "signal.signal(signal.SIGINT, lambda *_: None)\n"
-        f"with started({config}, True, Path({str(tmp_path / 'log')!r})) as url: print(url, flush=True); time.sleep(300)"
+        f"with running_server({config}, True, Path({str(tmp_path / 'log')!r})) as url: print(url, flush=True); time.sleep(300)"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -220,7 +220,7 @@ def test_a_run_starts_and_ends_llama_cpp(tmp_path: Path) -> None:
     """
     config = ServeConfig(model=str(smollm2_gguf()), engine="llama.cpp", name="embedded", threads=1)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    with started(config, deterministic=True, log=tmp_path / "log") as url:
+    with running_server(config, deterministic=True, log=tmp_path / "log") as url:
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
             assert [model.id for model in client.models.list().data] == ["embedded"]
             answer = client.chat.completions.create(
@@ -246,6 +246,6 @@ def test_settings_of_another_engine_are_refused(tmp_path: Path, capsys: pytest.C
     with pytest.raises(ValueError, match="adapter 'folder' is given; merge it"):
         ServeConfig(model="model.gguf", engine="llama.cpp", adapter="folder")
     with pytest.raises(FileNotFoundError, match="no such file; engine llama.cpp serves a model's .gguf file"):
-        with started(ServeConfig(model=str(tmp_path / "absent.gguf"), engine="llama.cpp"), False, tmp_path / "log"):
+        with running_server(ServeConfig(model=str(tmp_path / "absent.gguf"), engine="llama.cpp"), False, tmp_path / "log"):
             pass
     assert capsys.readouterr().out == ""

@@ -134,9 +134,10 @@ def test_a_server_beside_a_run_outlives_ctrl_c_and_dies_with_it(
     config = f"ServeConfig(model={str(tiny_dir)!r}, adapter={str(adapter_dir)!r}, name='loud')"
     code = (
         "import signal, time; from pathlib import Path; from matryoshka.pilot.config import ServeConfig\n"
-        "from matryoshka.pilot.serving import started\n"
+        "from matryoshka.pilot.serving import running_server\n"
         "signal.signal(signal.SIGINT, lambda *_: None)\n"
-        f"with running_server({config}, True, Path({str(tmp_path / 'log')!r})) as url: print(url, flush=True); time.sleep(300)"
+        f"log = Path({str(tmp_path / 'log')!r})\n"
+        f"with running_server({config}, True, log) as url: print(url, flush=True); time.sleep(300)"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -246,6 +247,7 @@ def test_settings_of_another_engine_are_refused(tmp_path: Path, capsys: pytest.C
     with pytest.raises(ValueError, match="adapter 'folder' is given; merge it"):
         ServeConfig(model="model.gguf", engine="llama.cpp", adapter="folder")
     with pytest.raises(FileNotFoundError, match="no such file; engine llama.cpp serves a model's .gguf file"):
-        with running_server(ServeConfig(model=str(tmp_path / "absent.gguf"), engine="llama.cpp"), False, tmp_path / "log"):
+        absent = ServeConfig(model=str(tmp_path / "absent.gguf"), engine="llama.cpp")
+        with running_server(absent, False, tmp_path / "log"):
             pass
     assert capsys.readouterr().out == ""

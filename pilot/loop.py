@@ -23,6 +23,7 @@ from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.context import Run, open_run
 from matryoshka.pilot.doctor import environment
 from matryoshka.pilot.episodes import Scheme
+from matryoshka.tasks.sandbox_backends import SCRIPT, in_words, sandbox_of
 
 HELD_OUT_SPLITS = ("test", "held_out")
 BASELINES = {
@@ -113,6 +114,7 @@ def report(run: Run, conditions: Sequence[Condition], counts: dict[str, Any]) ->
     summary = summarise(run, conditions, last)
     if not run.world.is_first:
         return summary
+    task = run.config.task
     examples = [e for split in HELD_OUT_SPLITS for e in run.task.examples(split)]
     groups = {split: [e.id for e in run.task.examples(split)] for split in HELD_OUT_SPLITS}
     labels = {"test": "held-out problems", "held_out": "families held out whole"}
@@ -122,7 +124,8 @@ def report(run: Run, conditions: Sequence[Condition], counts: dict[str, Any]) ->
         title=f"Pilot {run.config.name}",
         command=" ".join(["matryoshka", *sys.argv[1:]]),
         config=to_json(run.config),
-        hardware={name: value for name, value in machine.items() if name not in ("versions", "commit", "python")},
+        hardware={name: value for name, value in machine.items() if name not in ("versions", "commit", "python")}
+        | {"generated programs": in_words(sandbox_of(task.isolation, task.sandbox_command).start(SCRIPT))},
         versions={"python": machine["python"], **machine["versions"], "commit": machine["commit"]},
         conditions=conditions,
         examples=examples,

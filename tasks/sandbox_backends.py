@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -395,6 +395,25 @@ def _carried(script: Path) -> str:
 def local_sandbox(isolation: Isolation = "auto") -> LocalSandbox:
     """Return this process's sandbox of a kind."""
     return LocalSandbox(isolation)
+
+
+def sandbox_of(isolation: Isolation, command: Sequence[str] = ()) -> Sandbox:
+    """Return the sandbox that a configuration names: one behind `command`, or this machine's."""
+    return CommandSandbox(command) if command else local_sandbox(isolation)
+
+
+def in_words(boundary: Mapping[str, object]) -> str:
+    """Return what `Sandbox.start` found as one line for a report."""
+    if boundary["isolation"] == "command":
+        return f"generated programs run through {boundary['command']}"
+    problems = boundary["problems"] if isinstance(boundary["problems"], list) else []
+    parts = ["no privileges"] if boundary["isolation"] != "none" else []
+    parts += [f"Landlock version {boundary['landlock']}"] if boundary["landlock"] else []
+    parts += ["seccomp"] if boundary["seccomp"] else []
+    parts += ["namespaces by bubblewrap"] if boundary.get("namespaces") else []
+    return f"isolation {boundary['isolation']!r}: {', '.join(parts) or 'limits alone'}" + "".join(
+        f"; {problem}" for problem in problems
+    )
 
 
 def _interpreter() -> str:

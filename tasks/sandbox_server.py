@@ -6,8 +6,8 @@ line to the program, and a file for its output. The server forks a child, report
 kills it when the other end of that socket closes. So a run never outlives the process that asked for it.
 
 Arguments: the control socket, "bounded" or "unbounded", and a script. The server calls the script's `prepare()` once,
-and each child calls its `main(reading, writing, memory_bytes)` with the descriptors of the line. The first message comes
-from the server and says as JSON what holds: {"landlock": version, "seccomp": bool, "problems": [text]}.
+and each child calls its `main(reading, writing, memory_bytes)` with the descriptors of the line. The first message
+comes from the server and says as JSON what holds: {"landlock": version, "seccomp": bool, "problems": [text]}.
 """
 
 import gc
@@ -17,6 +17,7 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Callable
 
 MAX_DESCRIPTOR = 2**20
 LINE = 3  # the descriptor that a child finds its line at
@@ -89,7 +90,11 @@ class Boundary:
 
 def _escape(has_landlock: bool) -> str:
     """Return what this process can do although it is confined, "" for nothing."""
-    attempts = {"make a socket": socket.socket, "make a process": os.fork, "signal its parent": _signal_parent}
+    attempts: dict[str, Callable[[], object]] = {
+        "make a socket": socket.socket,
+        "make a process": os.fork,
+        "signal its parent": lambda: os.kill(os.getppid(), 0),
+    }
     if has_landlock:
         attempts["read a file outside the library"] = lambda: os.open(OUTSIDE, os.O_RDONLY)
     for what, attempt in attempts.items():
@@ -100,10 +105,6 @@ def _escape(has_landlock: bool) -> str:
             continue
         return f"a confined process can {what}"
     return ""
-
-
-def _signal_parent() -> None:
-    os.kill(os.getppid(), 0)
 
 
 class Server:

@@ -30,13 +30,15 @@ STDOUT_BYTES = 2**11
 class Limits:
     """What one program may use. timeout_s: wall clock without the time that `ask` takes. asks: questions.
 
-    ask_tokens: of one answer; the caller's `ask` keeps to it.
+    ask_tokens: of one answer; the caller's `ask` keeps to it. sandbox: where it runs, by default this machine's sandbox
+    with isolation "auto".
     """
 
     timeout_s: float = 10.0
     memory_bytes: int = 256 * 2**20
     asks: int = 5
     ask_tokens: int = 64
+    sandbox: Sandbox | None = None
 
 
 @dataclass(frozen=True)
@@ -65,20 +67,18 @@ async def run_program(
     first: int = 1,
     memory: str = "{}",
     slots: asyncio.Semaphore | None = None,
-    sandbox: Sandbox | None = None,
 ) -> ProgramOutcome:
     """Return the outcome of running the steps of `code` from number `first` on in `session`, as it is now.
 
     memory: that of an earlier outcome. ask answers a question; an exception of it but AskRefusedError ends the program
     and is raised. slots: how many programs run at once (default: one per CPU for each event loop); a program that
-    waits for an answer gives its slot away. sandbox: where it runs, by default this machine's with isolation "auto".
-    Raises RuntimeError if the child does not start.
+    waits for an answer gives its slot away. Raises RuntimeError if the child does not start.
     """
     process_limits = limits_for(limits.timeout_s, limits.memory_bytes)
     slots = slots or default_slots()
     async with slots:
         started = time.monotonic()
-        async with (sandbox or local_sandbox()).open(CHILD, process_limits) as process:
+        async with (limits.sandbox or local_sandbox()).open(CHILD, process_limits) as process:
             play = _Play(process, session, ask, limits, slots)
             source = code.encode("utf-8", "surrogatepass")  # malformed text becomes the compiler's SyntaxError
             begun = await play.begin(source, first, memory)

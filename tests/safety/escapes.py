@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Programs that try to get out of the sandbox, by kind. Each works where nothing stops it, and says how harm is seen.
 
 `$NAME` stands for something that the harness planted: $FOLDER (a folder of the user's, with $FOLDER/flag.txt, the module

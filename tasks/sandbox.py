@@ -19,7 +19,16 @@ import textwrap
 import time
 from dataclasses import dataclass
 
-from matryoshka.tasks.sandbox_backends import LINE_BYTES, SCRIPT, Ended, Process, ProcessLimits, Sandbox, local_sandbox
+from matryoshka.tasks.sandbox_backends import (
+    LINE_BYTES,
+    SCRIPT,
+    START_S,
+    Ended,
+    Process,
+    ProcessLimits,
+    Sandbox,
+    local_sandbox,
+)
 
 READY = b"ready\n"
 # The child keeps its error to so many characters. The parent cuts it again, because a program may forge the message.
@@ -53,8 +62,8 @@ async def run_solution(
 ) -> Outcome:
     """Return the outcome of defining `code` and calling its `solution()` in a fresh process.
 
-    timeout_s: wall clock, counted from the start of the process, a few ms before the code runs. memory_bytes: address
-    space, the interpreter's own included. slots: how many programs run at once (default: one per CPU for each event
+    timeout_s: wall clock, counted from the moment when the child is ready to run the code. memory_bytes: address space,
+    the interpreter's own included. slots: how many programs run at once (default: one per CPU for each event
     loop). sandbox: where it runs, by default this machine's with isolation "auto". Integers, floats, Fraction and
     Decimal (as float) are values; bool, str, None, nan, infinities and integers beyond the range of floats are errors.
     Raises RuntimeError if the interpreter itself does not start: that is no fault of the program.
@@ -65,25 +74,29 @@ async def run_solution(
         async with (sandbox or local_sandbox()).open(SCRIPT, limits) as process:
             source = code.encode("utf-8", "surrogatepass")  # malformed text becomes the compiler's SyntaxError
             process.writer.write(frame(source))
+            try:
+                async with asyncio.timeout(START_S):
+                    is_ready = await process.reader.read(len(READY)) == READY
+            except (TimeoutError, ConnectionError):
+                is_ready = False
             message = bytearray()
             try:
-                async with asyncio.timeout(timeout_s):
+                async with asyncio.timeout(timeout_s if is_ready else 0.0):
                     await _read_all(process, message)
                     timed_out = False
             except TimeoutError:
                 timed_out = True
             ended = await process.end(0.0 if timed_out else END_S)
         seconds = time.monotonic() - started
-    if not message.startswith(READY):
-        what = f"was not ready after {timeout_s:g} s" if timed_out else ended.how
+    if not is_ready:
         raise RuntimeError(
-            f"sandbox: the interpreter {what} before it ran any code (memory_bytes {memory_bytes}): "
+            f"sandbox: the interpreter {ended.how} before it ran any code (memory_bytes {memory_bytes}): "
             f"{ended.printed[-500:]}"
         )
     if timed_out:
         error = f"TimeoutError: the program did not finish within {timeout_s:g} s"
         return Outcome(None, error, ended.printed, seconds)
-    value, error_found = _parse(bytes(message).removeprefix(READY), ended)
+    value, error_found = _parse(bytes(message), ended)
     return Outcome(value, error_found, ended.printed, seconds)
 
 

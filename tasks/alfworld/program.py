@@ -15,10 +15,9 @@ from pathlib import Path
 
 from matryoshka.tasks.alfworld.playthrough import Session, StepsSpentError
 from matryoshka.tasks.sandbox import END_S, clean, default_slots, frame, limits_for
-from matryoshka.tasks.sandbox_backends import Process, Sandbox, local_sandbox
+from matryoshka.tasks.sandbox_backends import START_S, Process, Sandbox, local_sandbox
 
 CHILD = Path(__file__).with_name("program_child.py")
-START_S = 60.0  # until the child is ready to run the program: a busy machine is no fault of the program
 MAX_MESSAGE = 2**15
 # Commands and questions go into prompts and records, so the parent holds them to these numbers of characters.
 MAX_COMMAND, MAX_QUESTION = 500, 2000

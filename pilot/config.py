@@ -7,6 +7,7 @@ from matryoshka.core.parallel.layout import ParallelConfig
 from matryoshka.core.training.train import TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.inference.generators import GeneratorConfig
+from matryoshka.inference.llama_cpp import LlamaConfig
 from matryoshka.inference.vllm_server import VllmConfig
 from matryoshka.lora.linear import LoraConfig
 from matryoshka.tasks.sandbox_backends import MIN_MEMORY_BYTES, Isolation
@@ -55,18 +56,31 @@ class ControllerConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """A generator of our own to start beside the run: a model folder, an adapter folder, and the name it is served as.
-
-    model "" starts none: the endpoint of [generator] is somebody else's. threads as in [controller]. scripted: the name
-    of one of the task's scripted generators, which then answers in this process; [generator] is not used.
-    """
+    """A generator of our own to start beside the run, which ends with the run."""
 
     scripted: str = ""
+    """The name of one of the task's scripted generators, which then answers in this process; [generator] is not used.
+    """
     model: str = ""
+    """A model folder or, for engine llama.cpp, a GGUF file; "" starts none: the endpoint of [generator] is used."""
+    engine: Literal["local", "llama.cpp"] = "local"
+    """What computes: our own sampler, or llama.cpp (the extra `llama`)."""
     adapter: str = ""
+    """An adapter folder for the model; engine local only."""
     name: str = "demo-generator"
+    """What the model is served as."""
     threads: int = 1
+    """CPU threads of the server, 0 for as many as there are cores."""
     max_rows: int = 64
+    """Rows that engine local decodes together."""
+    llama: LlamaConfig = LlamaConfig()
+    """Slots, context and prompt cache of engine llama.cpp."""
+
+    def __post_init__(self) -> None:
+        if self.engine == "llama.cpp" and self.adapter:
+            raise ValueError(
+                f"serve: engine llama.cpp serves a GGUF file as it is, but adapter {self.adapter!r} is given; merge it"
+            )
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,8 @@ class AlfworldConfig:
     verbs: Literal["current", "old"] = "current"
     max_steps: int = 50
     asks: int = 5
+    games_seed: int = -1
+    """The seed that draws the games; -1 is the run's own seed. Runs of several seeds over the same games set it."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +152,7 @@ class TaskConfig:
     """
 
     name: Literal["words", "gsm8k", "alfworld", "lamp"] = "words"
-    prompts: Literal["compact", "full"] = "compact"
+    prompts: Literal["brief", "compact", "full"] = "compact"
     warmup: int = 48
     train: int = 120
     validation: int = 60

@@ -7,9 +7,8 @@ import re
 import pytest
 
 from matryoshka.core.records import Message, Messages
-from matryoshka.tasks.alfworld import react
+from matryoshka.tasks.alfworld import brief, react
 from matryoshka.tasks.alfworld import react_exemplars as acted
-from matryoshka.tasks.alfworld import brief
 from matryoshka.tasks.alfworld.agent import Agent, kind_of, receptacles_of, task_of
 from matryoshka.tasks.alfworld.compact import SHOTS, compact_style
 from matryoshka.tasks.alfworld.engine import Engine

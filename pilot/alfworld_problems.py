@@ -23,11 +23,12 @@ from matryoshka.tasks.alfworld.games import TASK_TYPES, Row, read_split
 from matryoshka.tasks.alfworld.households import households
 from matryoshka.tasks.alfworld.plan_language import from_walkthrough
 from matryoshka.tasks.alfworld.playthrough import Environment, screen_text
-from matryoshka.tasks.alfworld.program import Limits
+from matryoshka.tasks.alfworld.program import CHILD, Limits
 from matryoshka.tasks.alfworld.prompts import full_style
 from matryoshka.tasks.alfworld.scripted_generator import LiteralGenerator
 from matryoshka.tasks.alfworld.task import ALFWorldTask
 from matryoshka.tasks.alfworld.textworld_backend import TextWorldEngine
+from matryoshka.tasks.sandbox_backends import sandbox_of
 
 STYLES = {"brief": brief_style, "compact": compact_style, "full": full_style}
 GAMES_IN_MEMORY = 256  # parsed; a game takes some milliseconds to parse
@@ -60,6 +61,9 @@ def make_task(
 ) -> ALFWorldTask:
     """Return the task over the games of `splits`."""
     task, games = config.task, config.task.alfworld
+    sandbox = sandbox_of(task.isolation, task.sandbox_command)
+    if games.mode == "program":
+        sandbox.start(CHILD)
     return ALFWorldTask(
         splits,
         STYLES[task.prompts](games.max_steps, games.verbs),
@@ -67,7 +71,7 @@ def make_task(
         games.mode,
         games.max_steps,
         games.verbs,
-        Limits(task.timeout_s, task.memory_mb * 2**20, games.asks),
+        Limits(task.timeout_s, task.memory_mb * 2**20, games.asks, sandbox=sandbox),
         PairRule("binary", cap=config.dpo.pairs_per_example),
     )
 

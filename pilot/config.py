@@ -10,6 +10,7 @@ from matryoshka.inference.generators import GeneratorConfig
 from matryoshka.inference.llama_cpp import LlamaConfig
 from matryoshka.inference.vllm_server import VllmConfig
 from matryoshka.lora.linear import LoraConfig
+from matryoshka.tasks.sandbox_backends import MIN_MEMORY_BYTES, Isolation
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,10 @@ class TaskConfig:
 
     warmup, train, validation, test, held_out: how many of each ("words": any number; "gsm8k": warm-up and validation
     are cut from the training file). Training rewards come from `train`; choices are made on `validation`.
+    timeout_s, memory_mb: limits of one generated program. isolation: the kernel's boundary around generated programs
+    (SECURITY.md). "auto" takes what this machine has and says what is missing, "required" refuses to start without
+    Landlock and seccomp, "none" keeps limits alone. sandbox_command: a command that programs run through instead, such
+    as docker run --rm -i --network=none python:3.12-slim; () for none.
     """
 
     name: Literal["words", "gsm8k", "alfworld", "lamp"] = "words"
@@ -157,6 +162,8 @@ class TaskConfig:
     test_file: str = ""
     timeout_s: float = 5.0
     memory_mb: int = 512
+    isolation: Isolation = "auto"
+    sandbox_command: tuple[str, ...] = ()
     alfworld: AlfworldConfig = AlfworldConfig()
     lamp: LampConfig = LampConfig()
 
@@ -164,6 +171,8 @@ class TaskConfig:
         for name, least in (("warmup", 0), ("train", 1), ("validation", 1), ("test", 1), ("held_out", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"task: {name} {getattr(self, name)} must be at least {least}")
+        if self.memory_mb * 2**20 < MIN_MEMORY_BYTES:
+            raise ValueError(f"task: memory_mb {self.memory_mb} must be at least {MIN_MEMORY_BYTES // 2**20}")
 
 
 @dataclass(frozen=True)

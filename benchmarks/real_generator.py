@@ -54,7 +54,7 @@ FILES = {
 
 
 def generator_file(size: str, given: str, folder: Path) -> Path:
-    """Return the GGUF file of the model `size`: `given` if it is not "", else `folder`'s, which is made if it is missing.
+    """Return the GGUF file of the model `size`: `given` if it is not "", else `folder`'s, made if it is missing.
 
     Raises FileNotFoundError for a given file that is missing, ValueError for one that is no GGUF, and for a file of
     `folder` with another hash than the pinned one.

@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COMMITTED = RESULTS / "real_households"
 QUICK_GAMES = 12
+REACT_TOKENS = 60  # a thought and a command
 # Measured on two virtual cores of an AMD EPYC with AVX-512, beside other programs (real_households.md).
 SECONDS_PER_CALL = {"0.5b": 2.6, "1.5b": 9.0}
 NEW_PLANS = 0.6  # share of the plans of a collection that were not asked before
@@ -71,9 +72,11 @@ def main() -> None:
     known = unpack(COMMITTED, root, with_answers=not options.quick)
     print(f"{known} answers of earlier runs are used again", file=sys.stderr)
     say_plan(options, size)
-    outcomes = Outcomes.load(root / (f"transfer-{size}.json" if options.transfer else OUTCOMES))
+    outcomes = Outcomes.load(saved(options, root, size))
     for seed in options.seeds:
-        run_seed(options, configuration(options, seed, size, file), root, outcomes)
+        run_seed(options, configuration(options, seed, size, file), root, outcomes, saved(options, root, size))
+    if not options.quick:
+        run_react(configuration(options, options.seeds[0], size, file), root, outcomes, saved(options, root, size))
     path = root / "results" if options.quick else RESULTS / ("real_transfer" if options.transfer else "real_households")
     result = write_results(outcomes, about(options, size, file), notes(path), path)
     if options.pack:
@@ -118,8 +121,34 @@ def configuration(options: Options, seed: int, size: str, file: Path) -> RunConf
     )
 
 
-def run_seed(options: Options, config: RunConfig, root: Path, outcomes: Outcomes) -> None:
-    """Train the seed as far as it is not trained, and evaluate every condition; all is recorded in `outcomes`."""
+def saved(options: Options, root: Path, size: str) -> Path:
+    """Return the file that keeps the outcomes."""
+    return root / (f"transfer-{size}.json" if options.transfer else OUTCOMES)
+
+
+def run_react(config: RunConfig, root: Path, outcomes: Outcomes, path: Path) -> None:
+    """Let the generator act by itself, without a controller, in the style of ReAct; recorded in `outcomes`."""
+    if len(outcomes.table.get("react", {}).get("", {})) >= config.task.test:
+        return
+    games = replace(config.task.alfworld, mode="react")
+    config = replace(
+        config,
+        name="real-households-react",
+        rounds=0,
+        task=replace(config.task, prompts="full", alfworld=games),
+        rollout=replace(config.rollout, code_tokens=REACT_TOKENS),
+    )
+    with open_run(config, root, cache=root / "answers.sqlite") as run:
+        _, scheme = schemes(run)["no_guidance"]
+        outcomes.add("react", "", *tested(run, "react", scheme))
+    outcomes.save(path)
+
+
+def run_seed(options: Options, config: RunConfig, root: Path, outcomes: Outcomes, path: Path) -> None:
+    """Train the seed as far as it is not trained, and evaluate every condition; all is recorded in `outcomes`.
+
+    path: the file that keeps them.
+    """
     seed = str(config.seed)
     folder = root / "transfer" if options.transfer else root
     if options.transfer:
@@ -131,7 +160,7 @@ def run_seed(options: Options, config: RunConfig, root: Path, outcomes: Outcomes
             if name in FIXED and len(outcomes.table.get(name, {}).get("", {})) >= config.task.test:
                 continue
             outcomes.add(name, seed, *tested(run, name, scheme))
-            outcomes.save(root / (f"transfer-{config.serve.name}.json" if options.transfer else OUTCOMES))
+            outcomes.save(path)
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -210,9 +239,9 @@ def about(options: Options, size: str, file: Path) -> dict[str, Any]:
         "title": f"Households: {what}",
         "summary": (
             f"SmolLM2-135M-Instruct plans, {file.stem} (untouched, behind llama.cpp) writes the program, ALFWorld's "
-            f"own games judge. One attempt, label-free, greedy. Warm-up on {config.task.warmup} games with plans that the "
-            f"generator made for itself and won with; each round samples {config.rollout.samples} plans for each of "
-            f"{config.task.train} games of the train split."
+            f"own games judge. One attempt, label-free, greedy. Warm-up on {config.task.warmup} games with plans that "
+            f"the generator made for itself and won with; each round samples "
+            f"{config.rollout.samples} plans for each of {config.task.train} games of the train split."
         ),
         "generator": {"file": file.name, "sha256": FILES[size].sha256, "repository": FILES[size].repository},
         "machine": machine,

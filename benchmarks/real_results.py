@@ -161,12 +161,12 @@ def condition_rows(outcomes: Outcomes) -> list[dict[str, Any]]:
 def gain_per_thousand_calls(outcomes: Outcomes) -> float | None:
     """Return points of success that the last round gained over the warm-up for each thousand calls of its training."""
     names = sorted(name for name in outcomes.table if name.startswith("round_"))
-    calls = [outcomes.training[seed].get("round_calls") for seed in outcomes.seeds if seed in outcomes.training]
-    if not names or "warmup" not in outcomes.table or not calls or None in calls:
-        return None
+    calls = [float(outcomes.training[seed]["round_calls"]) for seed in outcomes.seeds if seed in outcomes.training]
     games = outcomes.games()
-    gain = 100 * (_mean(sum(outcomes.wins(names[-1], games), [])) - _mean(sum(outcomes.wins("warmup", games), [])))
-    return round(gain / (sum(calls) / len(calls) / 1000), 1)
+    if not names or "warmup" not in outcomes.table or not calls or not games:
+        return None
+    gain = levelled_difference(outcomes.wins("warmup", games), outcomes.wins(names[-1], games)).difference
+    return round(100 * gain / (_mean(calls) / 1000), 1)
 
 
 def write_results(outcomes: Outcomes, about: Mapping[str, Any], prose: str, path: Path) -> dict[str, Any]:

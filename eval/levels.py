@@ -59,9 +59,9 @@ def levelled_difference(
             f"levelled_difference: got tables of shape {one.shape} and {two.shape} and {len(clusters)} clusters; "
             "expected one row a seed and one column a game in both, and one cluster a game or none"
         )
-    names = list(dict.fromkeys(clusters)) or list(range(one.shape[1]))
     difference = two - one
     if clusters:
+        names = list(dict.fromkeys(clusters))
         member = np.array([[name == cluster for name in names] for cluster in clusters], float)
         # A column's weight is its cluster's share of the games, so that the mean stays the mean over games.
         difference = difference @ member * (len(names) / one.shape[1])

@@ -169,10 +169,11 @@ def train(run: Run) -> dict[str, Any]:
     collected: list[Trajectory] = []
     rows: dict[str, Any] = {}
     for round in range(1, run.config.rounds + 1):
-        collected += collect(run, round)
+        sampled = collect(run, round)
+        collected += sampled
         pairs, counts = write_pairs(run, collected)
         train_round(run, round, pairs, collected)
-        rows[f"round_{round}"] = counts.as_dict()
+        rows[f"round_{round}"] = {**counts.as_dict(), **sample_figures(sampled)}
         if round == 1 and run.config.star:
             train_star(run, collected)
     return {
@@ -180,6 +181,24 @@ def train(run: Run) -> dict[str, Any]:
         "round_calls": sum(episode.info["calls"] for episode in collected),
         "wins": sum(episode.reward > 0.5 for episode in collected),
         "seconds": run.seconds.as_dict(),
+    }
+
+
+def sample_figures(sampled: Sequence[Trajectory]) -> dict[str, float]:
+    """Return what a collapse would show in: shares of plans that won and that differ, tokens, and nats a token.
+
+    nats_per_token: mean negative log-prob of the sampled tokens under the policy, which estimates its entropy (it is
+    exact for temperature 1; the same bias in every round below that).
+    """
+    actions = [turn.action for episode in sampled for turn in episode.turns]
+    tokens = sum(len(action.token_ids or ()) for action in actions)
+    logps = sum(sum(action.logprobs or ()) for action in actions)
+    plans = {(episode.example_id, turn.action.text) for episode in sampled for turn in episode.turns}
+    return {
+        "won": sum(episode.reward > 0.5 for episode in sampled) / len(sampled),
+        "distinct": len(plans) / len(actions),
+        "tokens_per_plan": tokens / len(actions),
+        "nats_per_token": -logps / max(tokens, 1),
     }
 
 

@@ -35,7 +35,7 @@ from matryoshka.core.training.packing import Item
 from matryoshka.core.training.train import TrainConfig, train
 from matryoshka.dpo.head import extra_bytes, token_logps
 from matryoshka.lora.linear import LoraConfig
-from matryoshka.pilot.training import load_base
+from matryoshka.pilot.training import Base, load_base
 
 IO = Path("/proc/self/io")
 
@@ -159,7 +159,8 @@ def measure(config: Config, case: Case, folder: Path, world: World) -> dict[str,
         epochs=9, batch_size=len(items), micro_batch_tokens=config.tokens, warmup_ratio=0.0, activations="none"
     )
     parallel, dtype = ParallelConfig(case.layout, case.group, offload=case.offload), DTYPES[config.dtype]
-    model = load_base(config.model, dtype, "none", case.full, LoraConfig(), items, settings, parallel, world)
+    base = Base(config.model, dtype, "none", case.full, LoraConfig(), parallel)
+    model = load_base(base, items, settings, world)
     stored = sum(own(parameter).nbytes for parameter in model.parameters())
     parameters, objective, reference = trained_part(model, case.full, world)
     steps = train(

@@ -11,15 +11,10 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -30,6 +25,7 @@ from matryoshka.core.files import write_text
 from matryoshka.core.models.activations import POLICIES
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.records import stable_seed
+from matryoshka.core.signals import Interrupted, stop_event
 from matryoshka.core.training.checkpoint import Checkpoints
 from matryoshka.core.training.memory import free_bytes, plan_memory
 from matryoshka.core.training.optimizer import OPTIMIZERS, make_optimizer
@@ -100,10 +96,6 @@ class TrainConfig:
             raise ValueError(f"train: activations {self.activations!r} is unknown; choose from {['auto', *POLICIES]}")
 
 
-class Interrupted(RuntimeError):
-    """SIGTERM or SIGINT came: the state is saved, starting again continues."""
-
-
 def train(
     model: LanguageModel,
     parameters: Mapping[str, nn.Parameter],
@@ -157,7 +149,7 @@ def train(
         return MicroBatch(model, token_logps, items, config.micro_batch_tokens, device, memory)
 
     metrics_path = folder / "metrics.jsonl"
-    with _stop_signal() as stop, checkpoints:
+    with stop_event() as stop, checkpoints:
         if cache is not None and reference is not None and checkpoints.latest() != num_steps:
             cache.verify(items, lambda item: micro_batch([item]).reference_logps(reference))
             for index in range(num_steps // config.epochs if reference_first else 0):
@@ -249,30 +241,3 @@ def _keep_metrics(path: Path, step: int) -> None:
     """Drop rows after `step`: they were written after the checkpoint that training continues from."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     write_text(path, "".join(lines[:step]))
-
-
-@contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """Set an event on SIGTERM (pre-emption) or SIGINT instead of dying within a step; a second signal acts at once.
-
-    Not under torchrun: it passes on the signals that it gets, and a scheduler sends them to every process, so that they
-    come twice; what is still there after torchrun's --shutdown-timeout is killed.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(number, before[number])
-
-    before = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -29,20 +29,26 @@ from matryoshka.tasks.pal import synthetic_problems as words
 
 @dataclass(frozen=True)
 class ParityConfig:
-    """model: a Hugging Face folder; adapter: an adapter folder, none for the base model alone. dtype: of all three.
-
-    samples, tokens: answers to draw, and the most tokens of each. log: where vLLM's output goes.
-    """
+    """Which log-probs are compared: of trainer, sampler and vLLM, for the same tokens."""
 
     model: Path
+    """A Hugging Face folder."""
     adapter: Path | None = None
+    """An adapter folder; by default the base model alone is compared."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of all three."""
     device: str = "cpu"
+    """Where trainer and sampler compute: "cpu" or "cuda"."""
     samples: int = 6
+    """Answers to draw."""
     tokens: int = 40
+    """Most tokens of each answer."""
     seed: int = 0
+    """Seed of prompts and sampling."""
     log: Path = Path("vllm.log")
+    """File that takes vLLM's output."""
     vllm: VllmConfig = VllmConfig()
+    """How vLLM is started."""
 
 
 Drawn = list[tuple[tuple[int, ...], Sample]]

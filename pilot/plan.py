@@ -42,43 +42,57 @@ MODELS: dict[str, tuple[int, int, int, int, int, int, int, bool]] = {
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What a training run takes on a cluster: memory of a GPU, bytes sent, time and the best layout. All predicted.
-
-    model: a known name (llama-3-8b, llama-3-70b, llama-3.1-405b, llama-3.2-1b, llama-3.2-3b, smollm2-135m) or a folder
-    with config.json. gpus_per_node: 0 is 8, or all where there are fewer. gpu_memory: of one, "80GB" or "80GiB". full:
-    full fine-tuning instead of an adapter of rank `rank`. quantization: "nf4", the frozen base in four bits. optimizer:
-    adamw or adamw8bit. sft: no pass of the reference policy. A GPU goes over micro_batches of micro_batch_tokens tokens
-    a step, in sequences of sequence_tokens. activations: auto, none, selective, full or offload. hardware: h100 or
-    a100; tflops, share, link_gbs, network_gbs: its product rate, the share of it that a step reaches, the bandwidth of
-    a GPU to its node's others and of a node to the other nodes, in GB/s and one direction, where they differ (0: not).
-    dry_run: also build and run the first rank with fake tensors and a fake process group, in `layout` (default: what
-    "auto" takes); peak: follow every allocation of it, which takes minutes. json: one JSON object as the last line.
-    """
+    """A prediction of what a training run takes on a cluster: memory of a GPU, bytes sent, time, the best layout."""
 
     model: str
+    """A known name (llama-3-8b, llama-3-70b, llama-3.1-405b, llama-3.2-1b, llama-3.2-3b, smollm2-135m) or a folder with
+    config.json."""
     gpus: int = 1
+    """GPUs in all."""
     gpus_per_node: int = 0
+    """GPUs of a node; 0 is 8, or all where there are fewer."""
     gpu_memory: str = "80GB"
+    """Memory of one GPU, as "80GB" or "80GiB"."""
     full: bool = False
+    """Train all weights instead of an adapter."""
     rank: int = 8
+    """Rank of the adapter."""
     dora: bool = False
+    """The adapter is a DoRA."""
     quantization: str = ""
+    """"nf4" holds the frozen base in four bits."""
     optimizer: str = "adamw"
+    """adamw or adamw8bit."""
     dtype: str = "bfloat16"
+    """Data type of the weights: bfloat16 or float32."""
     sft: bool = False
+    """Supervised training: no pass of the reference policy."""
     micro_batch_tokens: int = 8192
+    """Tokens in flight on a GPU."""
     micro_batches: int = 1
+    """Micro-batches of a GPU in one step."""
     sequence_tokens: int = 2048
+    """Tokens of one sequence."""
     activations: str = "auto"
+    """What the forward pass keeps: auto, none, selective, full or offload."""
     hardware: str = "h100"
+    """GPU model whose rates are assumed: h100 or a100."""
     tflops: float = 0.0
+    """Product rate of a GPU in TFLOP/s, 0 for that of `hardware`."""
     share: float = 0.0
+    """Share of the product rate that a step reaches, 0 for that of `hardware`."""
     link_gbs: float = 0.0
+    """Bandwidth of a GPU to the others of its node in GB/s and one direction, 0 for that of `hardware`."""
     network_gbs: float = 0.0
+    """Bandwidth of a node to the others in GB/s and one direction, 0 for that of `hardware`."""
     dry_run: bool = False
+    """Also build and run the first rank with fake tensors and a fake process group."""
     peak: bool = False
+    """Follow every allocation of the dry run, which takes minutes."""
     layout: str = ""
+    """Layout of the dry run; default: the one that "auto" takes."""
     json: bool = False
+    """Print one JSON object as the last line."""
 
     def __post_init__(self) -> None:
         for name in ("gpus", "rank", "micro_batch_tokens", "micro_batches", "sequence_tokens"):

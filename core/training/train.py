@@ -46,40 +46,50 @@ from matryoshka.core.training.step import Totals as Totals
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train; every default is the paper's or the field's.
-
-    batch_size counts items (conversations or preference pairs) per optimizer step; micro_batch_tokens bounds the tree
-    tokens that are in flight at once (an item that alone has more is refused). min_lr_ratio: floor of the cosine.
-    save_every: optimizer steps between checkpoints (0: only at the end and on a signal). keep_checkpoints,
-    max_checkpoint_gb: how many stay, and how many GB they may take (0: any); the newest stays. save_asynchronously:
-    write them while training goes on, from a copy in host memory. rank_timeout_s: a rank that waits longer for another
-    one, in a collective or for its part of a checkpoint, fails, and torchrun ends the rest. lora_plus_ratio: rate of
-    LoRA's B over that of A (LoRA+; its authors use 16). optimizer: "adamw", or "adamw8bit", "paged_adamw8bit" with
-    moments in 8 bits (`core/training/optimizer.py`). activations: what forward keeps for backward, "none",
-    "selective", "full", "offload" (`activations.py`) or "auto", the fastest that fits; no bit of the result
-    depends on it. compile_blocks: whole blocks by torch.compile.
-    """
+    """How to train. Defaults are those of the paper or of the field."""
 
     learning_rate: float = 5e-6
+    """Peak learning rate."""
     epochs: int = 1
+    """Passes over the items."""
     batch_size: int = 64
+    """Items (conversations or preference pairs) in one optimizer step."""
     micro_batch_tokens: int = 8192
+    """Most tree tokens in flight at once; an item that alone has more is refused."""
     warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises linearly."""
     min_lr_ratio: float = 0.1
+    """Floor of the cosine schedule, as a share of the peak."""
     max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are clipped."""
     weight_decay: float = 0.0
+    """Decoupled weight decay."""
     beta1: float = 0.9
+    """Decay of AdamW's first moment."""
     beta2: float = 0.95
+    """Decay of AdamW's second moment."""
     lora_plus_ratio: float = 1.0
+    """Learning rate of LoRA's B over that of A (LoRA+, whose authors use 16)."""
     optimizer: str = "adamw"
+    """"adamw", or "adamw8bit" or "paged_adamw8bit" with moments in 8 bits."""
     activations: str = "auto"
+    """What the forward pass keeps for the backward pass: "none", "selective", "full", "offload", or "auto", the fastest
+    that fits. The result does not depend on it."""
     compile_blocks: bool = False
+    """Compile whole blocks with torch.compile."""
     save_every: int = 0
+    """Optimizer steps between checkpoints, 0 for one at the end and on a signal."""
     keep_checkpoints: int = 1
+    """Checkpoints that are kept."""
     max_checkpoint_gb: float = 0.0
+    """GB that all checkpoints may take, 0 for no limit; the newest always stays."""
     save_asynchronously: bool = True
+    """Write checkpoints while training continues, from a copy in host memory."""
     rank_timeout_s: float = TIMEOUT_S
+    """Seconds that a rank waits for another one, in a collective or for its part of a checkpoint, before it fails and
+    torchrun ends the rest."""
     seed: int = 42
+    """Seed of the order of items and of dropout."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "micro_batch_tokens", "keep_checkpoints"):

@@ -131,9 +131,10 @@ def test_a_server_beside_a_run_outlives_ctrl_c_and_dies_with_it(
     config = f"ServeConfig(model={str(tiny_dir)!r}, adapter={str(adapter_dir)!r}, name='loud')"
     code = (
         "import signal, time; from pathlib import Path; from matryoshka.pilot.config import ServeConfig\n"
-        "from matryoshka.pilot.serving import started\n"
+        "from matryoshka.pilot.serving import running_server\n"
         "signal.signal(signal.SIGINT, lambda *_: None)\n"
-        f"with started({config}, True, Path({str(tmp_path / 'log')!r})) as url: print(url, flush=True); time.sleep(300)"
+        f"with running_server({config}, True, Path({str(tmp_path / 'log')!r})) as url:\n"
+        "    print(url, flush=True); time.sleep(300)"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True

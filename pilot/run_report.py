@@ -65,7 +65,7 @@ def _report_input(
             "left_out": left_out(run),
             "validation": validation,
             "seconds": run.seconds.as_dict(),
-            **({} if run.purse is None else {"black box": run.purse.as_dict()}),
+            **({} if run.account is None else {"black box": run.account.as_dict()}),
         },
     )
 

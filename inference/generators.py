@@ -154,10 +154,13 @@ class OpenAIGenerator:
             if (found := self._find(key)) is not None:
                 return found
         try:
-            found = self._find(key)  # it may have come between our look and our claim
-            return found if found is not None else await self._ask(key, prompt, sampling)
-        finally:
+            if (found := self._find(key)) is None:  # it may have come between our look and our claim
+                return await self._ask(key, prompt, sampling)  # an answer that is kept ends the claim
+        except BaseException:
             self._cache.release(key)
+            raise
+        self._cache.release(key)
+        return found
 
     async def _ask(self, key: str, prompt: Messages, sampling: Sampling) -> Sample:
         """Return an endpoint's answer after putting it in the cache; raises as `complete` does."""

@@ -14,9 +14,9 @@ import ssl
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matryoshka.core.redaction import add_secret, redact
 from matryoshka.inference.generator_config import EndpointConfig
@@ -29,6 +29,7 @@ KEEP_ALIVE_S = 15.0
 MAX_REPLY_BYTES = 16 * 2**20
 # A compressed reply was not asked for; gzip and deflate make at most 1,032 bytes of one.
 MAX_COMPRESSED_BYTES = 64 * 2**10
+_TELLS = "Lang Package-Version OS Arch Runtime Runtime-Version Async Retry-Count Read-Timeout".split()
 TOKEN_LIFE_S = 300.0  # a command that prints tokens is run again after this; tokens live for an hour
 TOKEN_COMMAND_S = 60.0
 
@@ -71,6 +72,8 @@ class OpenAITransport:
             event_hooks={"response": [_bound]},
         )
         headers = {"Accept-Encoding": "identity"}
+        # What the package tells of this machine is no business of the server, and takes time.
+        self._options: Any = {"headers": {f"X-Stainless-{name}": openai.omit for name in _TELLS}}
         self._client: openai.AsyncOpenAI
         if config.api == "azure":
             self._client = openai.AsyncAzureOpenAI(
@@ -111,10 +114,12 @@ class OpenAITransport:
 
         try:
             async with asyncio.timeout(timeout_s):
+                client, options = self._client, self._options
                 if body is None:
-                    response = await self._client.get("/models", cast_to=httpx2.Response)
+                    response = await client.get("/models", cast_to=httpx2.Response, options=options)
                 else:
-                    response = await self._client.post("/chat/completions", cast_to=httpx2.Response, content=body)
+                    path = "/chat/completions"
+                    response = await client.post(path, cast_to=httpx2.Response, content=body, options=options)
             return _reply(response)
         except openai.APIStatusError as err:
             return _reply(err.response)
@@ -161,26 +166,30 @@ async def _bound(response: "httpx2.Response") -> None:
         raise httpx2.DecodingError(f"the reply has the content encoding {encoding[:40]!r}, which was not asked for")
     limit = MAX_REPLY_BYTES if encoding in ("identity", "") else MAX_COMPRESSED_BYTES
     assert isinstance(response.stream, httpx2.AsyncByteStream)
-    response.stream = _bounded_stream(response.stream, limit)
+    response.stream = _stream_class()(response.stream, limit)
 
 
-def _bounded_stream(stream: "httpx2.AsyncByteStream", limit: int) -> "httpx2.AsyncByteStream":
-    """Return `stream`, which raises ReadError after `limit` bytes."""
+@functools.cache
+def _stream_class() -> "Callable[[httpx2.AsyncByteStream, int], httpx2.AsyncByteStream]":
+    """Return the class of a stream that raises ReadError after so many bytes."""
     import httpx2
 
     class Bounded(httpx2.AsyncByteStream):
+        def __init__(self, stream: httpx2.AsyncByteStream, limit: int) -> None:
+            self._stream, self._limit = stream, limit
+
         async def __aiter__(self) -> AsyncIterator[bytes]:
             size = 0
-            async for chunk in stream:
+            async for chunk in self._stream:
                 size += len(chunk)
-                if size > limit:
-                    raise httpx2.ReadError(f"the reply is longer than {limit:,} bytes")
+                if size > self._limit:
+                    raise httpx2.ReadError(f"the reply is longer than {self._limit:,} bytes")
                 yield chunk
 
         async def aclose(self) -> None:
-            await stream.aclose()
+            await self._stream.aclose()
 
-    return Bounded()
+    return Bounded
 
 
 def proxy_for(url: str) -> str | None:

@@ -20,6 +20,7 @@ _PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_ret
 FREE_TO_CHANGE = (
     *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints", "controller.vllm."),
     *("executor:", "ray_tasks:", "parallel.", "task.lamp.embeddings_cache:"),
+    *("task.isolation:", "task.sandbox_command:"),
     *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
 )
 DECISIVE = "controller.vllm.dtype:"  # of those; what is drawn depends on it

@@ -30,18 +30,18 @@ HEAD_PEERS = {"liger_kernel": "liger", "cut_cross_entropy": "cce", "trl": "trl"}
 
 @dataclass(frozen=True)
 class Config:
-    """Kernel tests and all benchmarks on this machine's GPU.
-
-    model: a Hugging Face folder, for its tokenizer and for `bench load`. data: rows for `bench step` (default: the
-    embedded word problems). out: folder of the results. only: some of tests, head, step, padded, sft, qlora, load,
-    ranks (default: all), where a session on the GPU is short. dry_run: tiny sizes on the CPU, nothing written.
-    """
+    """Kernel tests and all benchmarks on this machine's GPU."""
 
     model: Path = Path("models/smollm2-135m-instruct")
+    """A Hugging Face folder, for its tokenizer and for `bench load`."""
     data: Path | None = None
+    """Rows for `bench step`; default: the embedded word problems."""
     out: Path = Path("benchmarks/results")
+    """Folder of the results."""
     only: tuple[str, ...] = ()
+    """Parts to run, of tests, head, step, padded, sft, qlora, load and ranks; default: all."""
     dry_run: bool = False
+    """Run tiny sizes on the CPU and write nothing."""
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.only) - set(PARTS)):

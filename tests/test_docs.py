@@ -1,7 +1,7 @@
 """README and docs: every command is understood by its parser, and every block runs or says why it cannot.
 
 A comment stands before each block of commands or Python: `<!-- run: KIND -->`, KIND naming the files that it finds, or
-`<!-- not run: REASON -->`. The blocks that run do so in an empty folder with a tiny random model in the place of the real one.
+`<!-- not run: REASON -->`. Blocks run in an empty folder, with a tiny random model in the place of the real one.
 """
 
 import functools
@@ -130,7 +130,7 @@ def test_blocks_run(block: Block, tiny_dir: Path, tmp_path: Path) -> None:
     if block.language == "python":
         script = [sys.executable, "-c", block.text]
     else:
-        shell = f'matryoshka() {{ "{sys.executable}" -m matryoshka.scripts.cli "$@"; }}\nset -euo pipefail\n{block.text}'
-        script = ["bash", "-c", shell]
+        start = f'matryoshka() {{ "{sys.executable}" -m matryoshka.scripts.cli "$@"; }}\nset -euo pipefail'
+        script = ["bash", "-c", f"{start}\n{block.text}"]
     done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{block.where}: {done.stderr[-2000:]}"

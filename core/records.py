@@ -175,7 +175,7 @@ R = TypeVar("R")
 
 def to_json(record: Any) -> Any:
     """Return `record` as plain dicts, lists and scalars (tuples become lists)."""
-    if (names := _field_names(type(record))) is not None:
+    if (names := _field_names(record.__class__)) is not None:
         return {name: to_json(getattr(record, name)) for name in names}
     if isinstance(record, dict):
         return {key: to_json(value) for key, value in record.items()}

@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from matryoshka.core.protocols import GeneratorError
+from matryoshka.core.protocols import GeneratorError, RunStopped
 from matryoshka.core.records import Messages, Sample, Sampling, Usage
 from matryoshka.inference.cache import ResponseCache, answer_key
 from matryoshka.inference.chat_api import (
@@ -91,6 +91,8 @@ class OpenAIGenerator:
         self._extra = config.extra
         self._jitter = random.Random(seed)
         self._flights: dict[str, _Flight] = {}
+        self._sent: set[str] = set()  # keys whose request is at an endpoint
+        self._is_stopped = False
         self._pool = Pool(self.endpoints)
         self._client = HttpClient()
 
@@ -106,18 +108,34 @@ class OpenAIGenerator:
             return found
         flight = self._flights.get(key)
         if flight is None:
+            self._refuse_if_stopped()
             flight = self._flights[key] = _Flight(asyncio.create_task(self._answer(key, prompt, sampling)))
         else:
             self.stats.shared += 1
         flight.waiters += 1
         try:
             return await asyncio.shield(flight.task)  # one caller's cancellation is not the others'
+        except asyncio.CancelledError:
+            if flight.task.cancelled():
+                self._refuse_if_stopped()
+            raise
         finally:
             flight.waiters -= 1
             if flight.waiters == 0:
                 flight.task.cancel()  # does nothing to a finished one
                 if self._flights.get(key) is flight:
                     del self._flights[key]
+
+    def stop_sending(self) -> None:
+        """Send no further request: calls that wait for their turn raise RunStopped at once, those sent are answered."""
+        self._is_stopped = True
+        for key, flight in self._flights.items():
+            if key not in self._sent:
+                flight.task.cancel()
+
+    def _refuse_if_stopped(self) -> None:
+        if self._is_stopped:
+            raise RunStopped(f"{self.name}: no request is sent any more, since the run was asked to stop")
 
     async def check(self) -> None:
         """Return if an endpoint answers, takes the key and serves the model; those that do not are retired.
@@ -181,6 +199,7 @@ class OpenAIGenerator:
                         if err.blame == "prompt":
                             raise GeneratorError(f"{self.name}: the prompt is refused: {err.reason}") from err
                         raise ValueError(self._refused(endpoint, err)) from err
+                    self._refuse_if_stopped()
                     # A server that says when to come back is obeyed until total_timeout_s; it has not failed.
                     failures += err.retry_after_s == 0
                     wait = backoff_s(max(0, failures - 1), self.config.backoff_s, self._jitter)
@@ -206,6 +225,7 @@ class OpenAIGenerator:
             self.purse.settle(key, Usage())
             raise AttemptError("its turn came when its time was over", "passing")
         endpoint.stats.sent += 1
+        self._sent.add(key)
         try:
             reply = await self._client.request(
                 "POST", endpoint.chat_url, endpoint.headers, body, timeout_s, endpoint.proxy
@@ -222,6 +242,8 @@ class OpenAIGenerator:
         except asyncio.CancelledError:
             self.purse.settle(key, most)  # it was sent, and may be billed though nobody waits for it any more
             raise
+        finally:
+            self._sent.discard(key)
         endpoint.succeeded()
         if told(sample.usage) is None:  # a budget counts the most that it can be
             self.purse.settle(key, most)

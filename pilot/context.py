@@ -85,6 +85,11 @@ class Run:
         """Episodes in flight in one process."""
         return 1 if self.config.controller.deterministic else self.config.rollout.limit
 
+    def stop_sending(self) -> None:
+        """Let the generator send no further request; those that were sent are still answered."""
+        if isinstance(self.generator, OpenAIGenerator):
+            self.generator.stop_sending()
+
     def open_sampler(self) -> AbstractContextManager[TokenSampler]:
         """Return what samples the controller: vLLM, or our own sampler, to be closed before the model is trained."""
         if self.vllm is not None:

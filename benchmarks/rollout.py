@@ -114,7 +114,7 @@ class Additions:
 
 
 class AtOnce:
-    """A core.protocols.Controller that says the same to everybody."""
+    """A core.protocols.Controller that always writes the same guidance."""
 
     name = "at-once"
 

@@ -77,12 +77,17 @@ class ServeConfig:
     """What the model is served as."""
     threads: int = 1
     """CPU threads of the server, 0 for as many as there are cores."""
+    copies: int = 1
+    """Servers of the same model side by side, between which requests are shared out. Where other programs use the same
+    cores, several servers of one thread are faster than one of several threads, which wait for one another."""
     max_rows: int = 64
     """Rows that engine local decodes together."""
     llama: LlamaConfig = LlamaConfig()
     """Slots, context and prompt cache of engine llama.cpp."""
 
     def __post_init__(self) -> None:
+        if self.copies < 1:
+            raise ValueError(f"serve: copies {self.copies} must be at least 1")
         if self.engine == "llama.cpp" and self.adapter:
             raise ValueError(
                 f"serve: engine llama.cpp serves a GGUF file as it is, but adapter {self.adapter!r} is given; merge it"

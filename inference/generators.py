@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from matryoshka.core.json_values import as_text, read_json
-from matryoshka.core.protocols import GeneratorError
+from matryoshka.core.protocols import GeneratorError, RunStopped
 from matryoshka.core.records import Messages, Sample, Sampling, Usage, content_key
 from matryoshka.core.redaction import redact
 from matryoshka.inference.cache import ResponseCache, answer_key
@@ -96,6 +96,8 @@ class OpenAIGenerator:
         self._extra = config.extra
         self._jitter = random.Random(seed)
         self._flights: dict[str, _Flight] = {}
+        self._sent: set[str] = set()  # keys whose request is at an endpoint
+        self._is_stopped = False
         self._pool = Pool(self.endpoints)
 
     async def complete(self, prompt: Messages, sampling: Sampling) -> Sample:
@@ -110,18 +112,34 @@ class OpenAIGenerator:
             return found
         flight = self._flights.get(key)
         if flight is None:
+            self._refuse_if_stopped()
             flight = self._flights[key] = _Flight(asyncio.create_task(self._answer(key, prompt, sampling)))
         else:
             self.stats.shared += 1
         flight.waiters += 1
         try:
             return await asyncio.shield(flight.task)  # one caller's cancellation is not the others'
+        except asyncio.CancelledError:
+            if flight.task.cancelled():
+                self._refuse_if_stopped()
+            raise
         finally:
             flight.waiters -= 1
             if flight.waiters == 0:
                 flight.task.cancel()  # does nothing to a finished one
                 if self._flights.get(key) is flight:
                     del self._flights[key]
+
+    def stop_sending(self) -> None:
+        """Send no further request: calls that wait for their turn raise RunStopped at once, those sent are answered."""
+        self._is_stopped = True
+        for key, flight in self._flights.items():
+            if key not in self._sent:
+                flight.task.cancel()
+
+    def _refuse_if_stopped(self) -> None:
+        if self._is_stopped:
+            raise RunStopped(f"{self.name}: no request is sent any more, since the run was asked to stop")
 
     async def check(self) -> None:
         """Return if an endpoint answers, takes the key and serves the model; those that do not are retired.
@@ -192,6 +210,7 @@ class OpenAIGenerator:
                         if refuses_all or err.blame == "request":
                             raise ValueError(self._refused(endpoint, err)) from err
                         raise GeneratorError(f"{self.name}: the prompt is refused: {err.reason}") from err
+                    self._refuse_if_stopped()
                     # A server that says when to come back is obeyed until total_timeout_s; it has not failed.
                     failures += err.retry_after_s == 0
                     wait = backoff_s(max(0, failures - 1), self.config.backoff_s, self._jitter)
@@ -217,6 +236,7 @@ class OpenAIGenerator:
             self.account.settle(key, Usage())
             raise AttemptError("its turn came when its time was over", "passing")
         endpoint.stats.sent += 1
+        self._sent.add(key)
         try:
             reply = await endpoint.transport.chat(json.dumps(request).encode(), timeout_s)
             # No await from here to the return: what was received is kept before anything can cancel us.
@@ -231,6 +251,8 @@ class OpenAIGenerator:
         except asyncio.CancelledError:
             self.account.settle(key, most)  # it was sent, and may be billed though no caller waits for it any more
             raise
+        finally:
+            self._sent.discard(key)
         sample, cost = answer.sample, answer.billed.at_most(most)
         endpoint.succeeded()
         if not answer.billed.is_exact:  # it counts with the most that it can have cost

@@ -42,7 +42,7 @@ def _served_identity(serve: ServeConfig) -> str:
     model = Path(serve.model)
     if serve.engine == "llama.cpp":
         return f"{model.name}+{file_digest(model)[:16]}"
-    return f"{model.name}+{adapter_hash(Path(serve.adapter)) if serve.adapter else 'base'}"
+    return f"{model.name}+{adapter_hash(serve.adapter_folder) if serve.adapter_folder else 'base'}"
 
 
 @contextmanager

@@ -45,11 +45,18 @@ def job_key(
     return content_key(task.name, task.version, example, settings, controller.name, generator.name)
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What an episode takes besides its problem."""
+
+    task: Task
+    controller: Controller
+    generator: Generator
+
+
 async def run_rollouts(
-    task: Task,
+    setup: Setup,
     jobs: Sequence[Job],
-    controller: Controller,
-    generator: Generator,
     journal: Journal,
     limit: int,
     on_done: Callable[[Job, Trajectory], None] | None = None,
@@ -80,7 +87,7 @@ async def run_rollouts(
             if stopped or (stop is not None and stop.is_set()):
                 return
             try:
-                trajectory = await _episode(task, job, controller, generator)
+                trajectory = await _episode(setup, job)
             except RunStopped as err:
                 stopped.append(err)
                 return
@@ -133,8 +140,9 @@ async def _keep_synced(journal: Journal, all_ended: asyncio.Event) -> None:
             await asyncio.to_thread(journal.sync)
 
 
-async def _episode(task: Task, job: Job, controller: Controller, generator: Generator) -> Trajectory:
+async def _episode(setup: Setup, job: Job) -> Trajectory:
     """Return the episode of `job`; a GeneratorError that the task let through makes it a failed one."""
+    task, controller, generator = setup.task, setup.controller, setup.generator
     try:
         return await task.rollout(job.example, controller, generator, job.settings)
     except GeneratorError as err:

@@ -15,7 +15,7 @@ import httpx2
 import pytest
 
 from matryoshka.core.files import Journal
-from matryoshka.core.protocols import Generator, GeneratorError
+from matryoshka.core.protocols import Generator, GeneratorError, RunStopped
 from matryoshka.core.records import Sample, Sampling, Usage
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.chat_api import server_seed
@@ -468,3 +468,29 @@ def test_config_is_checked(change: dict[str, Any], message: str) -> None:
     """Oracle: each bad value alone is refused with its field."""
     with pytest.raises(ValueError, match=message):
         GeneratorConfig(**{"base_url": "http://127.0.0.1/v1", "model": "m", **change})
+
+
+def test_a_stop_waits_for_what_was_sent_alone(tmp_path: Path) -> None:
+    """Oracle: the server's own list: two of six calls were sent, both are answered and kept, the others refuse at once.
+    """
+    endpoint, cache = Endpoint((200, answer()), (500, failure("busy"))), ResponseCache(tmp_path / "c")
+
+    async def scene(generator: OpenAIGenerator) -> None:
+        endpoint.gate = asyncio.Event()
+        draws = [Sampling(temperature=1.0, draw=draw) for draw in range(6)]
+        calls = [asyncio.create_task(generator.complete(PROMPT, draw)) for draw in draws]
+        while endpoint.running < 2:
+            await asyncio.sleep(0.005)
+        generator.stop_sending()
+        _, pending = await asyncio.wait(calls, timeout=0.2)
+        assert pending == set(calls[:2])
+        endpoint.gate.set()
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+        assert ends[0] == Sample("four", usage=Usage(7, 2))
+        assert all(isinstance(end, RunStopped) for end in ends[1:])  # the second would have to be sent again
+        assert await generator.complete(PROMPT, draws[0]) == ends[0]  # from the cache
+        with pytest.raises(RunStopped, match="asked to stop"):
+            await generator.complete(PROMPT, draws[5])
+
+    run(endpoint, scene, cache, concurrency=2)
+    assert len(endpoint.seen) == 2 and cache.totals()[f"m@{endpoint.url}"].answers == 1

@@ -1,9 +1,9 @@
-"""Everything that needs a GPU, in one go: kernel tests, then every benchmark on CUDA against the peers that are here.
+"""All that needs a GPU, in one go: kernel tests, then every benchmark on CUDA against the peers that are here.
 
-Each benchmark is a process of its own, so that one that fails leaves the others' memory and results alone; ours and the
-peers are measured inside the same one. What the project promises is checked on the numbers and written with hardware,
-versions and commit to `benchmarks/results/`. A dry run takes the same path on a CPU at tiny sizes: it shows that the
-path is whole, its numbers are dropped and every row says "not measured". Run it by `scripts/gpu_check.sh`.
+Each benchmark is a process of its own, so that a failure leaves the memory and the results of the others alone. Ours
+and the peers are measured inside the same process. The project's promises are checked on the numbers and written with
+hardware, versions and commit to `benchmarks/results/`. A dry run takes the same path on a CPU at tiny sizes. It shows
+that nothing is missing; its numbers are dropped and every row says "not measured". Run it by `scripts/gpu_check.sh`.
 """
 
 import importlib.util

@@ -189,7 +189,7 @@ def _eager(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor) -> Tensor:
 
 
 def _peers_own(name: str, kind: str) -> Implementation:
-    """Return that peer's implementation in its best exact setting for this task."""
+    """Return the implementation of a peer in its fastest exact setting for this task."""
     if name == "eager":
         return _eager
     if name == "liger":

@@ -59,7 +59,7 @@ class Config:
 
     @property
     def as_step(self) -> step.Config:
-        """The same for `bench step`, against nobody."""
+        """Return the same settings for `bench step`, without a peer."""
         return step.Config(against=(), **{name: getattr(self, name) for name in self.__dataclass_fields__})
 
 

@@ -1,4 +1,4 @@
-"""`matryoshka bench scale`: the same training on more and more ranks of this machine, and what they say to each other.
+"""`matryoshka bench scale`: the same training on more and more ranks of this machine, and the bytes that they exchange.
 
 Strong scaling: the global batch stays, its parts get smaller. Every number of ranks and every layout is a run of its
 own under torchrun (gloo, one thread a rank), on the same items from the same adapter: whole optimizer steps, the

@@ -1,4 +1,4 @@
-"""One rank of `bench scale`: trains, and counts what it says to the others."""
+"""One rank of `bench scale`: it trains and counts the bytes that it sends."""
 
 import itertools
 import json

@@ -166,7 +166,7 @@ def run(config: Config) -> BenchResult:
 
 
 def _warm_up(trainers: Mapping[str, Trainer], bench: Bench, on_gpu: bool) -> list[str]:
-    """Run every trainer once and return the names of those that this device has no memory for.
+    """Run every trainer once and return the names of those that run out of memory.
 
     On a GPU ours meets all the shapes before it is timed, since it compiles for each; TRL and padded batches do not.
     """

@@ -37,6 +37,8 @@ CHILD = Path(__file__).with_name("sandbox_child.py")
 FILE_BYTES = 2**20
 STDOUT_BYTES = 2**14
 MIN_MEMORY_BYTES = 32 * 2**20
+# The child keeps its error to so many characters. The parent cuts it again, because a program may forge the message.
+ERROR_CHARACTERS = 2000
 READY = b"ready\n"
 # Some installations find libpython by it. Nothing else of the environment reaches the program.
 PASSED_ON = ("LD_LIBRARY_PATH",)
@@ -173,8 +175,17 @@ def _parse(message: bytes, returncode: int) -> tuple[float | int | None, str | N
         case {"value": int() | float() as value} if abs(value) <= sys.float_info.max:
             return value, None
         case {"error": str() as error}:
-            return None, error
+            return None, clean(error) or "RuntimeError: the program ended without a reason"
     return None, "RuntimeError: the program disturbed the pipe for its result"
+
+
+def clean(error: str) -> str:
+    """Return the last ERROR_CHARACTERS of a child's error as text that any file and any request can hold.
+
+    Lone surrogates, which UTF-8 cannot encode, and control characters but line breaks and tabs become "?".
+    """
+    text = error[-ERROR_CHARACTERS:].encode("utf-8", "replace").decode()
+    return "".join(c if c in "\n\t" or c.isprintable() else "?" for c in text)
 
 
 async def _wait(process: asyncio.subprocess.Process, timeout_s: float) -> bool:

@@ -23,6 +23,9 @@ from matryoshka.tasks.alfworld.playthrough import Session, StepsSpentError
 CHILD = Path(__file__).with_name("program_child.py")
 START_S = 60.0  # until the child is ready to run the program: a busy machine is no fault of the program
 MAX_MESSAGE = 2**15
+# Commands and questions go into prompts and records, so the parent holds them to these numbers of characters.
+MAX_COMMAND, MAX_QUESTION = 500, 2000
+END_S = 1.0  # for a child that has closed its line to end by itself, so that the reason of its end is known
 MAX_REFUSED = 20  # requests beyond a limit, after which a program is not heard any more
 STDOUT_BYTES = 2**11
 
@@ -165,9 +168,12 @@ class _Play:
         except TimeoutError:
             self.error = f"TimeoutError: the program did not finish within {self._limits.timeout_s:g} s"
         except (asyncio.IncompleteReadError, ConnectionError):
-            await process.wait()
-            code = process.returncode or 0
-            how = f"exited (code {code})" if code >= 0 else f"was killed ({signal.strsignal(-code)})"
+            try:
+                async with asyncio.timeout(END_S):
+                    code = await process.wait()
+                how = f"exited (code {code})" if code >= 0 else f"was killed ({signal.strsignal(-code)})"
+            except TimeoutError:  # it closed the line and goes on, or has stopped itself: `_run` kills it
+                how = "closed the line to its household"
             self.error = f"RuntimeError: the program {how} before its last step had ended"
 
     async def _converse(self, clock: asyncio.Timeout) -> None:
@@ -184,12 +190,14 @@ class _Play:
             elif kind == b"M":
                 self.memory = text
             elif kind == b"E":
-                self.error = text or "RuntimeError: the program ended without a reason"
+                self.error = sandbox.clean(text) or "RuntimeError: the program ended without a reason"
                 return
             elif kind == b"F":
                 return
             else:
                 try:
+                    if len(text) > (limit := MAX_QUESTION if kind == b"Q" else MAX_COMMAND):
+                        raise AskRefusedError(f"a text of {len(text)} characters is longer than {limit}")
                     if kind == b"Q":
                         asked += 1
                         answer = await self._answer(text, asked, clock)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from matryoshka.tasks.sandbox import STDOUT_BYTES, Outcome, extract_code, run_solution
+from matryoshka.tasks.sandbox import ERROR_CHARACTERS, STDOUT_BYTES, Outcome, extract_code, run_solution
 
 MEMORY = 256 * 2**20
 
@@ -191,6 +191,24 @@ def test_a_forged_message_is_never_more_than_an_error(message: bytes) -> None:
     )
     outcome = run(code)
     assert (outcome.value, outcome.error) == (None, "RuntimeError: the program disturbed the pipe for its result")
+
+
+@pytest.mark.parametrize(
+    ("written", "error"),
+    [
+        (b'{"error": "\\ud800 lone"}', "? lone"),
+        (b'{"error": "\\u001b[2Jgone"}', "?[2Jgone"),
+        (b'{"error": ""}', "RuntimeError: the program ended without a reason"),
+        (b'{"error": "' + b"x" * 60_000 + b'"}', "x" * ERROR_CHARACTERS),
+    ],
+    ids=["lone surrogate", "terminal escape", "empty", "60,000 characters"],
+)
+def test_a_forged_error_is_held_to_the_limits_of_an_error(written: bytes, error: str) -> None:
+    """The program writes its own error to every descriptor and leaves. Oracle: UTF-8 encodes it, and the length."""
+    write = f"try: os.write(n, {written!r})\n    except OSError: pass"
+    code = f"import os\nfor n in range(3, 99):\n    {write}\nos._exit(0)"
+    found = run(code).error
+    assert found == error and found.encode()
 
 
 @pytest.mark.parametrize(

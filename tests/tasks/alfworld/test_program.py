@@ -202,6 +202,21 @@ HOSTILE = {
     "surrogates": ("raise ValueError('\\ud800')", "ValueError"),
     "error that cannot be shown": ("class E(Exception):\n    __str__ = None\nraise E", "E"),
     "closing the line": ("__import__('os').closerange(3, 99)\nagent.look()", "before its last step had ended"),
+    "closing the line and sleeping": (
+        "__import__('os').closerange(0, 99)\n__import__('time').sleep(99)",
+        "closed the line to its household before its last step had ended",
+    ),
+    "closing the line and stopping": (
+        "import os, signal\nos.closerange(0, 99)\nsignal.raise_signal(signal.SIGSTOP)",
+        "closed the line to its household before its last step had ended",
+    ),
+    "stopping itself": ("import signal\nsignal.raise_signal(signal.SIGSTOP)", "did not finish within"),
+    "forged long error": (
+        "import os\nfor n in range(3, 40):\n    try: os.write(n, b'E\\0\\0\\x7f\\xff' + b'x' * 0x7fff)\n"
+        "    except OSError: pass\nos._exit(0)",
+        "x" * 2000,
+    ),
+    "a very long command": ("agent.go_to('x' * 10**4)", "a text of 10006 characters is longer than 500"),
     "noise on the line": (
         "import os\nfor n in range(3, 40):\n    try: os.write(n, b'?' * 100)\n    except OSError: pass",
         "disturbed the line",
@@ -225,6 +240,7 @@ def test_hostile_programs_end_in_an_error_of_their_own(name: str) -> None:
     outcome = run(step(body), place, limits=limits)
     assert outcome.error and reason in outcome.error
     assert not place.won
+    assert len(outcome.error) <= 2000
     assert len(outcome.stdout) <= program.STDOUT_BYTES
     assert time.monotonic() - started < 9
 

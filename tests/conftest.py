@@ -50,7 +50,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Builder
 
-    from matryoshka.core.models.llama import Config, Model
+    from matryoshka.core.models.llama import Model, read_config
     from matryoshka.core.models.weights import save_weights
 
     folder = tmp_path_factory.mktemp("tiny")
@@ -77,7 +77,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    model = Model(Config.from_dict(config))
+    model = Model(read_config(config))
     draws = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.core.files import read_jsonl
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.records import Message, Messages, Preference, Sample, content_key
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item
-from matryoshka.core.training.tree import Tokens
 
 
 def completion(prompt_ids: Sequence[int], sample: Sample) -> Tokens:
@@ -135,15 +135,17 @@ def _conversation_row(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
 
 
 def _tokens(tokenizer: Tokenizer, prompt: str | Messages, answer: str | Messages) -> Tokens:
-    """A text prompt is plain text continued (BOS, text), a chat prompt goes through the template."""
+    """Return prompt and answer. A text prompt is continued as plain text; a chat prompt goes through the template."""
     if not isinstance(answer, str):
         if len(answer) != 1 or answer[0].role != "assistant":
             raise ValueError(f"an answer must be one assistant message; got {[m.role for m in answer]}")
         answer = answer[0].content
     if not isinstance(prompt, str):
         return text_completion(tokenizer, prompt, answer)
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids, rest = [*start, *tokenizer.encode(prompt)], [*tokenizer.encode(answer), tokenizer.eos_id]
+    ids, rest = tokenizer.encode_prompt(prompt), [*tokenizer.encode(answer), tokenizer.eos_id]
+    if not ids:
+        raise ValueError("the prompt is empty and this tokenizer starts a text with no token of its own, so that "
+                         "nothing stands before the answer; write a prompt")
     return Tokens((*ids, *rest), (*(0,) * len(ids), *(1,) * len(rest)))
 
 

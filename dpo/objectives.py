@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from matryoshka.core.models.tree import TokenTree
 from matryoshka.core.training.train import Totals
-from matryoshka.core.training.tree import TokenTree
 from matryoshka.dpo.head import scored_logps
 from matryoshka.dpo.losses import dpo_loss, hinge_loss, ipo_loss, nll_term, robust_loss, simpo_loss
 
@@ -139,12 +139,18 @@ class Preference:
 
 
 def fused_preference_loss(
-    objective: Preference, hidden_TD: Tensor, head_VD: Tensor, tree: TokenTree, reference_S: Tensor | None = None
+    objective: Preference,
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    tree: TokenTree,
+    reference_S: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Pairs:
     """Return loss, rewards, margins and accuracy of the tree's pairs straight from its [T, D] hidden states.
 
     Logits exist a tile at a time and never again in the backward pass; a scored token that several sequences share is
     computed once. reference_S: the reference's log-probs of the tree's scored tokens, from `scored_logps` over its
-    hidden states (without gradients) or kept from earlier. The same numbers as head and objective one after the other.
+    hidden states (without gradients) or kept from earlier. softcap: of the model's logits. The same numbers as head and
+    objective one after the other.
     """
-    return objective.pairs(scored_logps(hidden_TD, head_VD, tree.source_S, tree.target_S), reference_S, tree)
+    return objective.pairs(scored_logps(hidden_TD, head_VD, tree.source_S, tree.target_S, softcap), reference_S, tree)

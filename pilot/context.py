@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from matryoshka.core.config import to_toml
+from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.files import SharedJournal, write_json, write_jsonl, write_text
-from matryoshka.core.parallel.distributed import ALONE, World
 from matryoshka.core.protocols import Generator
 from matryoshka.core.records import (
     Example,

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.files import read_jsonl, write_json
-from matryoshka.core.parallel.distributed import ALONE, World
 from matryoshka.core.protocols import Controller
 from matryoshka.core.records import Example, Trajectory, stable_seed, to_json
 from matryoshka.eval.baselines import GeneratorGuidance, NoGuidance, ScriptedGuidance

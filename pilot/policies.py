@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
+from matryoshka.core.distributed import World
+from matryoshka.core.models.activations import POLICIES
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.load import empty_model, fill_model, load_model
 from matryoshka.core.models.weights import weights_hash
-from matryoshka.core.parallel.distributed import World
 from matryoshka.core.protocols import Controller
 from matryoshka.core.records import stable_seed
-from matryoshka.core.training.activations import POLICIES
 from matryoshka.core.training.train import Item, TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.inference.local_controller import LocalController, TokenSampler

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from matryoshka.core.parallel.distributed import ALONE, TIMEOUT_S, World
+from matryoshka.core.distributed import ALONE, TIMEOUT_S, World
 from matryoshka.core.protocols import GeneratorError
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matryoshka.core.parallel.distributed import open_world
+from matryoshka.core.distributed import open_world
 from matryoshka.core.parallel.layout import ParallelConfig
 from matryoshka.core.protocols import RunStopped
 from matryoshka.core.records import Trajectory, to_json

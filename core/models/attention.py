@@ -1,7 +1,7 @@
-"""Which tokens attend to which: the training-side implementations of `Attend`. Cached decoding has its own in `inference`.
+"""Which tokens attend to which: the training-side forms of `Attend`. Cached decoding has its own in `inference`.
 
-`LayerAttention` says what one layer computes. `Masked` with a tree's dense mask is the specification. `Branches` (CPU)
-and `Flex` (CUDA) compute the same and leave out the scores that no token sees; `tree_attention` picks.
+`LayerAttention` says what one layer computes. `Masked`, which computes every score of a tree, is the specification.
+`Branches` (CPU) and `Flex` (CUDA) compute the same without the scores that no token sees; `tree_attention` picks.
 
 Shapes: B rows, T tokens, N query heads, G key/value heads, H head size; Q queries and K keys of one block.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from matryoshka.core.training.tree import TokenTree
+from matryoshka.core.models.tree import TokenTree
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,10 @@ class Causal:
 
 
 class Masked:
-    """Token t sees token s where mask_TT[t, s] is true and s is not further away than the layer's window.
+    """Tokens of a tree see themselves and their ancestors, as far as the layer's window; every score is computed."""
 
-    mask_TT: of a token tree laid out in one row (`core/training/tree.py`); positions_T: the tree's.
-    """
-
-    def __init__(self, mask_TT: Tensor, positions_T: Tensor) -> None:
-        self.mask_TT, self.positions_T = mask_TT, positions_T
+    def __init__(self, tree: TokenTree, device: torch.device | None = None) -> None:
+        self.mask_TT, self.positions_T = tree.attention_mask().to(device), tree.positions_T.to(device)
 
     def __call__(self, layer: LayerAttention, q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor) -> Tensor:
         return _dense(layer, q_BNTH, k_BGTH, v_BGTH, self.mask_TT, self.positions_T)
@@ -280,7 +277,7 @@ class Flex:
     def __init__(self, tree: TokenTree, device: torch.device, backend: str = "inductor") -> None:
         """backend: what compiles. Raises ValueError for a tree whose length is not a multiple of BLOCK."""
         self._tree, self._device, self._backend = tree, device, backend
-        self._masks = {None: block_mask(tree, device)}
+        self._masks: dict[int | None, BlockMask] = {None: block_mask(tree, device)}
 
     def mask(self, window: int | None) -> BlockMask:
         """Return the mask for layers of that window, made once."""

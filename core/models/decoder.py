@@ -2,9 +2,9 @@
 
 A file `core/models/<model_type>.py` reads its `config.json` into a `Config` and puts its block together from these
 parts or from its own; `docs/controllers.md` shows how. Parameter names are the checkpoint's. How keys and values are
-kept or masked is not here: each layer hands q, k, v and its `LayerAttention` to an `Attend`, so that token trees, padded
-batches and cached decoding share these equations. Norm, rotation, softmax and head compute in at least fp32; a float64
-model stays float64 throughout.
+kept or masked is not here: each layer hands q, k, v and its `LayerAttention` to an `Attend`, so that token trees,
+padded batches and cached decoding share these equations. Norm, rotation, softmax and head compute in at least fp32; a
+float64 model stays float64 throughout.
 
 Shapes: B rows, T tokens, D hidden, N query heads, G key/value heads, H head size, V vocabulary.
 """
@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from matryoshka.core.models.activations import recomputed, run_attention, run_block
 from matryoshka.core.models.attention import Attend, Causal, LayerAttention
 from matryoshka.core.models.config_fields import Fields
 from matryoshka.core.models.language_model import LanguageModel, together
 from matryoshka.core.models.norm_rope_swiglu import at_least_fp32, rms_norm, rotate, swiglu
 from matryoshka.core.models.rotary import Rotary, read_rotary
-from matryoshka.core.training.activations import recomputed, run_attention, run_block
 
 SEPARATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -299,14 +299,16 @@ class DecoderModel(LanguageModel):
 
         positions_BT: int64, default 0..T-1 in every row. attend: which tokens see which, default causal.
         """
+        length = None
         if positions_BT is None:
+            length = ids_BT.shape[1]
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         attend = attend or Causal()
         x_BTD = self.model.embed_tokens(ids_BT)
         if self.config.embedding_scale != 1.0:
-            x_BTD = x_BTD * torch.tensor(self.config.embedding_scale, dtype=x_BTD.dtype, device=x_BTD.device)
+            x_BTD = x_BTD * x_BTD.new_full((), self.config.embedding_scale)
         dtype = at_least_fp32(x_BTD.dtype)
-        tables = {one: one.tables(positions_BT, dtype) for one in set(self.config.rotary) if one is not None}
+        tables = {one: one.tables(positions_BT, dtype, length) for one in set(self.config.rotary) if one is not None}
         for layer, rotary, block in zip(self.config.attention, self.config.rotary, self.model.layers, strict=True):
             cos_BTH, sin_BTH = (None, None) if rotary is None else tables[rotary]
             x_BTD = run_block(block, x_BTD, cos_BTH, sin_BTH, attend, layer)

@@ -1,10 +1,11 @@
-"""Gemma 2: soft-capped scores and logits, windows on every other layer, scaled embeddings, GeGLU, norms on both sides."""
+"""Gemma 2: soft-capped scores and logits, windows on every other layer, scaled embeddings, GeGLU, four norms."""
 
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from matryoshka.core.models.activations import recomputed
 from matryoshka.core.models.attention import Attend, LayerAttention
 from matryoshka.core.models.config_fields import Fields
 from matryoshka.core.models.decoder import (
@@ -20,7 +21,6 @@ from matryoshka.core.models.decoder import (
     sliding_layers,
 )
 from matryoshka.core.models.norm_rope_swiglu import geglu
-from matryoshka.core.training.activations import recomputed
 
 LORA_TARGETS = SEPARATE_PROJECTIONS
 OFFSET = 1.0  # the weights of Gemma's norms are stored less 1

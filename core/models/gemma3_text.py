@@ -1,12 +1,18 @@
-"""Gemma 3, text only: Gemma 2's blocks with normed heads, five windowed layers to a full one, and a rotary base of its own
-for the windowed layers.
-"""
+"""Gemma 3, text only: Gemma 2's block with normed heads; five of six layers have a window and a rotary base of their own."""
 
 from dataclasses import replace
 from typing import Any
 
 from matryoshka.core.models.config_fields import Fields
-from matryoshka.core.models.decoder import SEPARATE_PROJECTIONS, Config, DecoderModel, Defaults, RMSNorm, read_common, sliding_layers
+from matryoshka.core.models.decoder import (
+    SEPARATE_PROJECTIONS,
+    Config,
+    DecoderModel,
+    Defaults,
+    RMSNorm,
+    read_common,
+    sliding_layers,
+)
 from matryoshka.core.models.gemma2 import OFFSET, SandwichBlock, gemma_config, softcap
 from matryoshka.core.models.rotary import read_rotary
 
@@ -17,10 +23,9 @@ def read_config(data: dict[str, Any]) -> Config:
     """Return what a `config.json` describes. Raises ValueError for a field that is missing or not computed here."""
     fields = Fields(data, "Gemma3")
     fields.fixed(use_bidirectional_attention=False, attn_logit_softcapping=None)
-    full = Fields(_rope_of(data, "full_attention", data.get("rope_theta", 1_000_000.0), data.get("rope_scaling")), "Gemma3")
-    config = read_common(
-        full, Defaults(max_position_embeddings=131_072, tie_word_embeddings=True, head_dim=256)
-    )
+    rope = _rope_of(data, "full_attention", data.get("rope_theta", 1_000_000.0), data.get("rope_scaling"))
+    defaults = Defaults(max_position_embeddings=131_072, tie_word_embeddings=True, head_dim=256)
+    config = read_common(Fields(rope, "Gemma3"), defaults)
     pattern = fields.integer("sliding_window_pattern", 6)
     sliding = sliding_layers(fields, config.num_hidden_layers, lambda index: (index + 1) % pattern != 0)
     local = Fields(_rope_of(data, "sliding_attention", data.get("rope_local_base_freq", 10_000.0), None), "Gemma3")

@@ -2,9 +2,9 @@
 
 `model_type` picks `core/models/<model_type>.py` by name, or a file of that name in a folder of the user's own that the
 environment variable MATRYOSHKA_CONTROLLERS lists, so that a new architecture is one new file. It exports `read_config`
-(config.json's fields to a configuration), `Model` (a LanguageModel that takes the configuration) and `LORA_TARGETS` (the
-last names of its linear layers). The module is built without memory and then filled strictly: a model that is returned
-is complete.
+(which makes a configuration of config.json's fields), `Model` (a LanguageModel that takes the configuration) and
+`LORA_TARGETS` (the last names of its linear layers). The module is built without memory and then filled strictly: a
+model that is returned is complete.
 """
 
 import importlib

@@ -1,5 +1,4 @@
-"""Qwen 2 and 2.5: Llama with biases on q, k and v, and with windows on the upper layers where config.json asks for them.
-"""
+"""Qwen 2 and 2.5: Llama with biases on q, k and v, and windows on the upper layers where config.json asks for them."""
 
 from typing import Any
 

@@ -35,7 +35,8 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
     "longrope": (("short_factor", "long_factor"), ("factor", "attention_factor")),
 }
-ALWAYS_KNOWN = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor"}
+KNOWN = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor"}
+KNOWN |= {name for names in KINDS.values() for part in names for name in part}
 
 
 @dataclass(frozen=True)
@@ -100,40 +101,49 @@ class Rotary:
         pairs = torch.arange(self.size // 2, dtype=torch.float64, device="cpu")
         return 1 - ((pairs - low) / (high - low or 0.001)).clamp(0.0, 1.0)
 
-    def tables(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return what `rotate` takes, cos and sin, [B, T, size] each."""
-        length = int(positions_BT.max()) + 1 if self.same_until is not None and positions_BT.numel() else 0
+    def tables(
+        self, positions_BT: Tensor, dtype: torch.dtype, length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return cos and sin for `rotate`, [B, T, size] each. length: of the longest row, where the caller knows it."""
+        if self.same_until is None:
+            length = 0
+        elif length is None:
+            length = int(positions_BT.max()) + 1
         cos, sin = rope_tables(positions_BT, self.frequencies(length).to(positions_BT.device), dtype)
         return (cos, sin) if self.attention_factor == 1 else (cos * self.attention_factor, sin * self.attention_factor)
 
 
 def read_rotary(
-    fields: Fields, head_dim: int, max_positions: int, theta: float, layer_type: str = "", partial: bool = False
+    fields: Fields, head_dim: int, max_positions: int, theta: float, partial: bool = False
 ) -> Rotary:
     """Return the rotary embedding that a `config.json` describes.
 
-    theta: the family's default base. layer_type: whose settings are taken where config.json has them by layer type.
-    partial: whether the family turns only a part of a head where `partial_rotary_factor` asks for it.
+    theta: the family's default base. partial: whether the family turns only a part of a head where
+    `partial_rotary_factor` asks for it.
     Raises ValueError for a variant or a setting that is not computed here, and for one that is missing or malformed.
     """
     # transformers 5 writes rope_parameters; earlier releases and most uploads write rope_theta and rope_scaling.
     given = fields.data.get("rope_scaling") or fields.data.get("rope_parameters") or {}
-    if layer_type and layer_type in given:
-        given = given[layer_type]
-    rope: dict[str, Any] = {"rope_theta": fields.get("rope_theta", theta), **{k: v for k, v in given.items() if v is not None}}
+    rope: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    rope.setdefault("rope_theta", fields.get("rope_theta", theta))
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in KINDS:
         raise ValueError(f"config.json: rope_type {kind!r} is not supported; choose from {sorted(KINDS)}")
     needed, known = KINDS[kind]
     if missing := [name for name in needed if name not in rope]:
         raise ValueError(f"config.json: rope_type {kind!r} needs {missing[0]!r}")
+    if unknown := sorted(set(rope) - KNOWN):
+        raise ValueError(f"config.json: the rope setting {unknown[0]!r} is not supported; choose another model")
     share = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
     if not partial and share != 1.0:
-        raise ValueError(f"config.json: partial_rotary_factor {share!r} is not supported; {fields.family} turns all of a head")
+        raise ValueError(
+            f"config.json: partial_rotary_factor {share!r} is not supported; {fields.family} rotates whole heads"
+        )
     size = int(head_dim * positive("partial_rotary_factor", share))
     if size % 2:
         raise ValueError(f"config.json: {size} numbers of a head are to be rotated, expected an even number of them")
-    original = fields.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", max_positions))
+    original = rope.get("original_max_position_embeddings", max_positions)
+    original = fields.get("original_max_position_embeddings", original)
     if kind == "dynamic":  # transformers grows theta beyond the model's own context
         original = max_positions
     base = Rotary(size, positive("rope_theta", rope["rope_theta"]), kind, original)
@@ -155,7 +165,7 @@ def _with_settings(base: Rotary, rope: Mapping[str, Any], names: tuple[str, ...]
             values[name] = bool(rope.get(name, True))
         elif name in rope and name not in ("mscale", "mscale_all_dim"):
             values[name] = positive(name, rope[name])
-    factor = values.get("factor") or max_positions / original
+    factor: float = values.get("factor") or max_positions / original
     if kind == "yarn" and "attention_factor" not in values:
         scales = [rope.get(name) for name in ("mscale", "mscale_all_dim")]
         above, below = scales if all(scales) else (1.0, 0.0)

@@ -4,7 +4,14 @@ from dataclasses import replace
 from typing import Any
 
 from matryoshka.core.models.config_fields import Fields
-from matryoshka.core.models.decoder import SEPARATE_PROJECTIONS, Config, DecoderModel, Defaults, read_common, sliding_layers
+from matryoshka.core.models.decoder import (
+    SEPARATE_PROJECTIONS,
+    Config,
+    DecoderModel,
+    Defaults,
+    read_common,
+    sliding_layers,
+)
 from matryoshka.core.models.llama import llama_block
 
 LORA_TARGETS = SEPARATE_PROJECTIONS

@@ -6,6 +6,7 @@ special tokens. Invariant: decode(encode(text)) == text, or encode raises.
 """
 
 import codecs
+import dataclasses
 import datetime
 import json
 from collections.abc import Iterable, Mapping
@@ -74,6 +75,18 @@ class Tokenizer:
                 names[name] = content
 
         ids = vocabulary.special_ids
+        if not (folder / "tokenizer.json").is_file():
+            # A tokenizer.json has the rule in its post-processor, and transformers ignores these settings beside it.
+            start, end = (
+                ((ids[names[name]],) if config[setting] else ())
+                if config.get(setting) is not None and name in names
+                else as_it_is
+                for setting, name, as_it_is in (
+                    ("add_bos_token", "bos_token", vocabulary.start_ids),
+                    ("add_eos_token", "eos_token", vocabulary.end_ids),
+                )
+            )
+            vocabulary = dataclasses.replace(vocabulary, start_ids=start, end_ids=end)
         stop_ids = _stop_ids(folder) or ([ids[names["eos_token"]]] if "eos_token" in names else [])
         source = _template(folder, config)
         if source is None and "<|start_header_id|>" in ids:
@@ -91,6 +104,20 @@ class Tokenizer:
         Raises ValueError for text that the vocabulary cannot write.
         """
         return self._vocabulary.encode(text, self.prefix) if text else []
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a plain text that a model continues: as `encode`, after BOS where the tokenizer adds it.
+
+        Whether it does is the tokenizer's own rule: the post-processor of tokenizer.json, else `add_bos_token` of
+        tokenizer_config.json; Meta's tiktoken files always do. Training and every server use this one function, and
+        transformers and vLLM follow the same rule.
+        Raises ValueError as `encode`, and for a tokenizer that ends every text, which then cannot be continued.
+        """
+        if self._vocabulary.end_ids:
+            raise ValueError(f"{self._vocabulary.where}: this tokenizer ends every text with the tokens "
+                             f"{list(self._vocabulary.end_ids)}, so that a model cannot continue it; write the prompt "
+                             "as a chat, or set add_eos_token to false and save the tokenizer again")
+        return [*self._vocabulary.start_ids, *self.encode(text)]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an unknown id."""

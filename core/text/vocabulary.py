@@ -55,6 +55,7 @@ class Vocabulary:
     """Text to ids, and the bytes of each id (special tokens included).
 
     prefix: what the tokenizer puts before a text ("" or one space); special_prefix: the same after a special token.
+    start_ids, end_ids: the special tokens that it puts around a text that stands alone.
     """
 
     where: Path
@@ -65,6 +66,8 @@ class Vocabulary:
     space_ids: tuple[int, ...] = ()
     prefix: str = ""
     special_prefix: str = ""
+    start_ids: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = ()
     default_bos: str | None = None
     default_eos: str | None = None
 
@@ -171,6 +174,7 @@ def _from_json(path: Path, added: Iterable[AddedToken], special: Iterable[str]) 
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
         raise ValueError(f"{path}: decoder {sorted(kinds)} is not supported; expected byte-level BPE (ByteLevel) or a "
                          f"sentencepiece model (ByteFallback or Metaspace)")
+    around = _ids_around_text(backend, path)
     byte_level = "ByteLevel" in kinds
     spell = _spell_byte_level if byte_level else _spell_sentencepiece
     return Vocabulary(
@@ -179,7 +183,20 @@ def _from_json(path: Path, added: Iterable[AddedToken], special: Iterable[str]) 
         specials={content: token for content, token in tokens.items() if token.special},
         known_bytes=bytes(b for b, char in BYTE_TO_CHAR.items() if char in vocab) if byte_level else ALL_BYTES,
         space_ids=() if byte_level else _byte_ids(vocab, SPACE), prefix=prefix, special_prefix=special_prefix,
+        start_ids=around[0], end_ids=around[1],
     )
+
+
+def _ids_around_text(backend: tokenizers.Tokenizer, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the special tokens that the file's post-processor puts before and after a text."""
+    try:
+        encoding = backend.encode("a")
+    except Exception as err:  # tokenizers raises no narrower class
+        raise ValueError(f"{path}: its post-processor cannot encode the text 'a' ({err})") from err
+    added = [index for index, special in enumerate(encoding.special_tokens_mask) if special]
+    own = [index for index, special in enumerate(encoding.special_tokens_mask) if not special] or [len(added)]
+    before, after = ([index for index in added if side(index)] for side in (own[0].__gt__, own[-1].__lt__))
+    return tuple(encoding.ids[i] for i in before), tuple(encoding.ids[i] for i in after)
 
 
 def _from_sentencepiece(path: Path, data: bytes, added: list[AddedToken], legacy: bool) -> Vocabulary:
@@ -243,6 +260,7 @@ def _from_tiktoken(path: Path, data: bytes, added: list[AddedToken], legacy: boo
     token_bytes |= {id: token.content.encode() for id, token in tokens.items()}
     return Vocabulary(
         path, _plain(backend), token_bytes, {token.content: token for token in tokens.values()},
+        start_ids=(LLAMA3_RANKS,),  # as Meta's own code does
         default_bos="<|begin_of_text|>", default_eos="<|end_of_text|>",
     )
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.records import Message, Preference, Sample
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item
-from matryoshka.core.training.tree import Tokens
 from matryoshka.dpo.data import (
     completion,
     distinct,
@@ -81,7 +81,7 @@ def said(text: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("row", "prompt"),
     [
-        ({"prompt": "Q: 1?\nA:", "chosen": " a", "rejected": " b"}, "<s>Q: 1?\nA:"),
+        ({"prompt": "Q: 1?\nA:", "chosen": " a", "rejected": " b"}, "Q: 1?\nA:"),
         ({"prompt": AS_USER, "chosen": " a", "rejected": " b"}, CHAT),
         ({"prompt": AS_USER, "chosen": said(" a"), "rejected": said(" b")}, CHAT),
         ({"chosen": AS_USER + said(" a"), "rejected": AS_USER + said(" b")}, CHAT),
@@ -127,7 +127,7 @@ def test_conversations_train_every_answer(tokenizer: Tokenizer, tmp_path: Path) 
     scored = [id for id, is_scored in zip(sequence.ids, sequence.mask, strict=True) if is_scored]
     assert tuple(scored) == chatml(tokenizer, "Yo<e>So<e>")
     assert chat.sequences == response.sequences == item(tokenizer, (CHAT, "Yo<e>"))
-    assert plain.sequences == item(tokenizer, ("<s>Hi", "Yo<e>"))
+    assert plain.sequences == item(tokenizer, ("Hi", "Yo<e>"))
 
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -162,6 +162,7 @@ def test_a_malformed_preference_names_file_and_line(
     [
         ({"prompt": "p"}, "field 'response' is missing; expected prompt and completion, or messages"),
         ({"completion": "c"}, "field 'prompt' is missing"),
+        ({"prompt": "", "completion": "c"}, "the prompt is empty and this tokenizer starts a text with no token"),
         ({"messages": "text"}, "field 'messages' is a text"),
         ({"messages": AS_USER}, "a sequence of .* has no scored token"),
         ({"messages": []}, "has no scored token"),

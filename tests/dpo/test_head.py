@@ -55,15 +55,22 @@ def test_eager_by_hand() -> None:
 @pytest.mark.parametrize(("rows", "size", "vocabulary"), [(1, 1, 1), (1, 5, 7), (13, 7, 31), (64, 16, 53)])
 @pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.5])
 def test_equals_eager_in_float64(
-    rows: int, size: int, vocabulary: int, tiles: tuple[int, int], trainable: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int,
+    size: int,
+    vocabulary: int,
+    tiles: tuple[int, int],
+    trainable: bool,
+    softcap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Oracle: `eager_logps` and its autograd, 1e-12, for the hidden states and for a head that is trained."""
     set_tiles(monkeypatch, *tiles)
     hidden, weights, target = case(rows, size, vocabulary)
     inputs = [hidden.requires_grad_(), weights.requires_grad_()][: 1 + trainable]
     weights.requires_grad_(trainable)
-    expected, got = eager_logps(hidden, weights, target), token_logps(hidden, weights, target)
+    expected, got = (function(hidden, weights, target, softcap) for function in (eager_logps, token_logps))
     assert got.dtype == torch.float64
     assert got.grad_fn is not None and "FlashHead" in type(got.grad_fn).__name__
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
@@ -83,12 +90,13 @@ def test_the_heads_gradient_by_hand() -> None:
     torch.testing.assert_close(got, by_hand, rtol=0, atol=1e-12)
 
 
-def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_gradcheck(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: torch's finite differences in float64, over tile boundaries, for both inputs."""
     set_tiles(monkeypatch, 4, 5)
     hidden, weights, target = case(6, 3, 11)
     inputs = hidden.requires_grad_(), weights.requires_grad_()
-    assert torch.autograd.gradcheck(lambda h, w: token_logps(h, w, target), inputs)
+    assert torch.autograd.gradcheck(lambda h, w: token_logps(h, w, target, softcap), inputs)
 
 
 def test_no_second_derivative() -> None:
@@ -227,7 +235,7 @@ def test_a_pass_without_gradients_forms_no_direction(monkeypatch: pytest.MonkeyP
         assert not token_logps(hidden, weights, target).requires_grad
     token_logps(hidden, weights, target)
     token_logps_and_entropy(hidden, weights, target)
-    assert asked == [(False, False), (False, False), (True, False), (True, True)]
+    assert asked == [(None, False, False), (None, False, False), (None, True, False), (None, True, True)]
 
 
 @pytest.mark.parametrize("tiles", TILES)

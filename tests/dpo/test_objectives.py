@@ -13,8 +13,8 @@ from torch import Tensor
 
 from matryoshka.core.models.attention import Masked
 from matryoshka.core.models.load import load_model
+from matryoshka.core.models.tree import Tokens, build_tree
 from matryoshka.core.training.train import Item, Totals, TrainConfig, train
-from matryoshka.core.training.tree import Tokens, build_tree
 from matryoshka.dpo import head
 from matryoshka.dpo.head import eager_logps, scored_logps, token_logps
 from matryoshka.dpo.losses import dpo_loss, hinge_loss, ipo_loss, robust_loss, simpo_loss
@@ -309,7 +309,7 @@ def test_equals_trl(tiny_dir: Path, tmp_path: Path) -> None:
     tree = build_tree([side for item in items for side in item.sequences])
 
     def logps() -> Tensor:
-        hidden_TD = model(tree.ids_T[None], tree.positions_T[None], Masked(tree.attention_mask(), tree.positions_T))[0]
+        hidden_TD = model(tree.ids_T[None], tree.positions_T[None], Masked(tree))[0]
         return token_logps(hidden_TD[tree.source_S], model.head_weight, tree.target_S)
 
     with torch.no_grad(), active(model, None):

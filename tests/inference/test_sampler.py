@@ -20,10 +20,10 @@ from torch import Tensor
 from matryoshka.core.models.attention import Masked
 from matryoshka.core.models.llama import Model, read_config
 from matryoshka.core.models.load import load_model
+from matryoshka.core.models.tree import Tokens, build_tree
 from matryoshka.core.models.weights import save_weights
 from matryoshka.core.records import Sample, Sampling, Usage
 from matryoshka.core.text.tokenizer import Tokenizer
-from matryoshka.core.training.tree import Tokens, build_tree
 from matryoshka.dpo.head import token_logps
 from matryoshka.inference.sampler import Sampler
 from matryoshka.lora.linear import LoraConfig, active, add_adapter, layers_with, remove_adapter
@@ -81,7 +81,7 @@ def trainer_logps(model: Any, prompt: Sequence[int], sample: Sample, adapter: st
     assert sample.token_ids is not None
     tree = build_tree([Tokens((*prompt, *sample.token_ids), (0,) * len(prompt) + (1,) * len(sample.token_ids))])
     with torch.no_grad(), active(model, adapter):
-        hidden_TD = model(tree.ids_T[None], tree.positions_T[None], Masked(tree.attention_mask(), tree.positions_T))[0]
+        hidden_TD = model(tree.ids_T[None], tree.positions_T[None], Masked(tree))[0]
         return token_logps(hidden_TD[tree.source_S], model.head_weight, tree.target_S)
 
 

@@ -23,11 +23,11 @@ import torch
 from matryoshka.core.files import read_jsonl
 from matryoshka.core.models.llama import Model, read_config
 from matryoshka.core.models.load import load_model
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.models.weights import save_weights
 from matryoshka.core.protocols import ContextError
 from matryoshka.core.records import Message, Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
-from matryoshka.core.training.tree import Tokens
 from matryoshka.dpo.parity import BOUNDS, difference, trainer_logps
 from matryoshka.inference.http_client import HttpClient
 from matryoshka.inference.sampler import Sampler

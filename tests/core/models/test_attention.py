@@ -27,10 +27,9 @@ from matryoshka.core.models.attention import (
     tree_attention,
 )
 from matryoshka.core.models.llama import Model, read_config
-from matryoshka.core.training.tree import Tokens, TokenTree, build_tree
+from matryoshka.core.models.tree import Tokens, TokenTree, build_tree
 from matryoshka.dpo.head import token_logps
 from matryoshka.lora.linear import LoraConfig, add_adapter, set_active, trainable_parameters
-
 
 LAYER = LayerAttention(0, 0.5)
 
@@ -119,7 +118,7 @@ def test_branches_are_the_dense_mask(costs: tuple[int, int], rows: int) -> None:
     for seed in range(4):
         tree = random_tree(seed, header=7, questions=3, answers=3, most=6)
         leaves = [x.requires_grad_() for x in inputs(len(tree.ids_T), rows=rows, seed=seed)]
-        outs = [attend(LAYER, *leaves) for attend in (Branches(tree), Masked(tree.attention_mask(), tree.positions_T))]
+        outs = [attend(LAYER, *leaves) for attend in (Branches(tree), Masked(tree))]
         grad = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
         ours, theirs = ((out, *torch.autograd.grad(out, leaves, grad)) for out in outs)
         for one, two in zip(ours, theirs, strict=True):
@@ -277,7 +276,7 @@ def test_flex_attention_is_the_dense_mask(seed: int, monkeypatch: pytest.MonkeyP
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", UserWarning)  # that it is slow uncompiled
         out = Flex(tree, torch.device("cpu"))(LAYER, q, k, v)
-    torch.testing.assert_close(out, Masked(tree.attention_mask(), tree.positions_T)(LAYER, q, k, v), rtol=0, atol=1e-12)
+    torch.testing.assert_close(out, Masked(tree)(LAYER, q, k, v), rtol=0, atol=1e-12)
 
 
 def test_one_compilation_a_length() -> None:
@@ -292,7 +291,7 @@ def test_one_compilation_a_length() -> None:
             tree = random_tree(seed, header=0, questions=1, answers=3, most=30).padded(length * BLOCK)
             q, k, v = inputs(len(tree.ids_T), torch.float32)
             out = outside(Flex(tree, torch.device("cpu"), backend="eager"), q, k, v)
-            torch.testing.assert_close(out, Masked(tree.attention_mask(), tree.positions_T)(LAYER, q, k, v), rtol=0, atol=1e-5)
+            torch.testing.assert_close(out, Masked(tree)(LAYER, q, k, v), rtol=0, atol=1e-5)
     assert GRAPHS == {(length * BLOCK, False): 1 for length in range(1, 10)}
 
 
@@ -328,7 +327,7 @@ def test_flex_attention_on_a_gpu(dtype: torch.dtype) -> None:
         values = [torch.randn(shape, generator=draws).to(dtype) for shape in shapes]
         grad = torch.randn(1, 8, 1024, 64, generator=draws).to(device)
 
-        dense, flex = Masked(tree.attention_mask().to(device), tree.positions_T.to(device)), Flex(tree, device)
+        dense, flex = Masked(tree, device), Flex(tree, device)
         found = []
         for attend, of in ((dense, torch.float64), (dense, dtype), (flex, dtype)):
             leaves = [x.to(device, of).requires_grad_() for x in values]

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,47 @@ def test_ids_are_those_of_transformers(name: str, request: pytest.FixtureRequest
     tokenizer, oracle = request.getfixturevalue(name), request.getfixturevalue(f"transformers_{name}")
     for text in (*HOSTILE, *LONG):
         assert tokenizer.encode(text) == oracle.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["llama3", "smollm2"])
+def test_a_text_prompt_starts_as_transformers_starts_it(name: str, request: pytest.FixtureRequest) -> None:
+    """Oracle: transformers' own call, whose rule vLLM follows: Llama 3 has BOS before a text, SmolLM2 has nothing."""
+    tokenizer, oracle = request.getfixturevalue(name), request.getfixturevalue(f"transformers_{name}")
+    for text in ("Q: 1?\nA:", "", " x"):
+        assert tokenizer.encode_prompt(text) == oracle(text).input_ids
+    assert tokenizer.encode_prompt("")[:1] == ([128_000] if name == "llama3" else [])
+
+
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_bos_token": None}])
+def test_a_sentencepiece_prompt_starts_as_transformers_starts_it(
+    settings: dict[str, Any], sentencepiece_dir: Path, tmp_path: Path
+) -> None:
+    """Oracle: transformers' LlamaTokenizer with the same settings."""
+    transformers = pytest.importorskip("transformers")
+    shutil.copy(sentencepiece_dir / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    oracle = transformers.LlamaTokenizer.from_pretrained(tmp_path)
+    assert Tokenizer.load(tmp_path).encode_prompt("two plus") == oracle("two plus").input_ids
+
+
+def test_metas_tiktoken_file_starts_a_text_with_bos(llama3_tiktoken: Tokenizer) -> None:
+    """Oracle: Meta's reference, which encodes the prompt of a text completion with BOS and without EOS."""
+    assert llama3_tiktoken.encode_prompt("hi") == [128_000, *llama3_tiktoken.encode("hi")]
+
+
+def test_a_tokenizer_that_ends_every_text_has_no_text_prompts(write_folder: WriteFolder, tmp_path: Path) -> None:
+    """Oracle: by hand; the ids around a text come from the post-processor, whatever add_bos_token says beside it."""
+    write_folder(add_bos_token=True)
+    assert Tokenizer.load(tmp_path).encode_prompt("a") == Tokenizer.load(tmp_path).encode("a")
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    ends = {"id": "</s>", "ids": [1], "tokens": ["</s>"]}
+    single = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    data["post_processor"] = {
+        "type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {"</s>": ends},
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"tokenizer.json: this tokenizer ends every text with the tokens \[1\]"):
+        Tokenizer.load(tmp_path).encode_prompt("a")
 
 
 def test_hostile_text_round_trips_without_special_ids(tokenizer: Tokenizer) -> None:

@@ -4,8 +4,8 @@ The gradient of logp(y) with respect to the hidden state is (1 - p_y) (W[y] - E[
 the forward pass does not have at hand. So the forward pass forms it tile by tile (two vocabulary products in training,
 one without gradients) and the backward pass is a row scale. The target stands apart from the other tokens throughout:
 log-prob and gradient keep their relative accuracy where p is near 1. A trainable head gets its own gradient from tiles
-that are computed again (two more products). A soft-cap c makes a logit z into c tanh(z / c); the gradient of each row of
-W is then scaled by its slope 1 - tanh(z / c)^2. `eager_logps` is the specification.
+that are computed again (two more products). A soft-cap c makes a logit z into c tanh(z / c); each row of W then counts
+times its slope 1 - tanh(z / c)^2. `eager_logps` is the specification.
 
 Every pass over the same hidden states takes the same tiles in the same order: policy and reference get the same bits.
 A NaN in a hidden state makes the log-prob of its own row NaN, and that of no other row.
@@ -43,7 +43,7 @@ class Scored(NamedTuple):
 
 
 def eager_logps(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, softcap: float | None = None) -> Tensor:
-    """Return log softmax(cap(h W^T))[y], [S], in at least fp32: the plain computation, which autograd differentiates."""
+    """Return log softmax(cap(h W^T))[y], [S], in at least fp32: the plain computation, for autograd."""
     dtype = _wide(hidden_SD, head_VD)
     logits_SV = hidden_SD.to(dtype) @ head_VD.to(dtype).T
     if softcap is not None:
@@ -185,7 +185,7 @@ def score_tiles(
     with_direction: bool,
     with_entropy: bool,
 ) -> Scored:
-    """Return log-probs and log-sum-exps, directions and entropies where asked for, by torch, on any device and dtype."""
+    """Return log-probs, log-sum-exps and, where asked for, directions and entropies, on any device and dtype."""
     dtype = _wide(hidden_SD, head_VD)
     (num_tokens, size), vocabulary = hidden_SD.shape, len(head_VD)
     rows, columns = _balanced(num_tokens, ROWS), min(COLUMNS, vocabulary)

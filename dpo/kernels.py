@@ -57,7 +57,8 @@ def score_tiles(
             tile = product(hidden, weight.T, out=logits[: num_rows * num_columns].view(num_rows, num_columns))
             fold_kernel()[(num_rows,)](
                 tile, mass, target_S, state_4S, start, num_tokens, first, num_columns, vocabulary,
-                int(with_direction), softcap or 0.0, SAFE=SAFE, LOWEST=torch.finfo(torch.float32).min, BLOCK=BLOCK, num_warps=8,
+                int(with_direction), softcap or 0.0, SAFE=SAFE, LOWEST=torch.finfo(torch.float32).min, BLOCK=BLOCK,
+                num_warps=8,
             )  # fmt: skip
         if direction_SD is not None:
             here = slice(start, start + rows)

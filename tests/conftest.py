@@ -19,6 +19,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--controller",
+        metavar="FOLDER",
+        help="hold the architectures of this folder, <model_type>.py and <model_type>.json, to the contract",
+    )
+
+
 def package_folder(package: str, distribution: str) -> Path:
     """Return the folder of an installed package without importing it; skip the test where it is absent."""
     spec = importlib.util.find_spec(package)

@@ -1,5 +1,6 @@
-"""Gemma 3, text only: Gemma 2's block with normed heads; five of six layers have a window and a rotary base of their own."""
+"""Gemma 3, text only: Gemma 2's block with normed heads; five of six layers have a window and another rotary base."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,42 @@ from matryoshka.core.models.decoder import (
     sliding_layers,
 )
 from matryoshka.core.models.gemma2 import OFFSET, SandwichBlock, gemma_config, softcap
+from matryoshka.core.models.gguf_layout import HEAD_NORMS, LLAMA_LAYER, GgufLayout
 from matryoshka.core.models.rotary import read_rotary
 
 LORA_TARGETS = SEPARATE_PROJECTIONS
+
+
+def _gguf_settings(metadata: Callable[[str], Any]) -> dict[str, Any]:
+    """Return the fields of config.json that are Gemma's own. llama.cpp scales scores by the head size, but for the 27B
+    model (62 layers), where it does so by the hidden size over the number of heads."""
+    scalar = metadata("attention.key_length") or metadata("embedding_length") // metadata("attention.head_count")
+    if metadata("block_count") == 62:
+        scalar = metadata("embedding_length") // metadata("attention.head_count")
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": metadata("attention.sliding_window"),
+        "sliding_window_pattern": 6,
+        "query_pre_attn_scalar": scalar,
+        "rope_local_base_freq": metadata("rope.freq_base_swa") or 10000.0,
+        "rope_theta": metadata("rope.freq_base") or 1_000_000.0,
+        "final_logit_softcapping": metadata("final_logit_softcapping"),
+    }
+
+
+GGUF = GgufLayout(
+    "gemma3",
+    "Gemma3ForCausalLM",
+    LLAMA_LAYER
+    | HEAD_NORMS
+    | {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+    norm_offset=OFFSET,
+    settings=_gguf_settings,
+)
 
 
 def read_config(data: dict[str, Any]) -> Config:

@@ -14,8 +14,16 @@ from matryoshka.core.models.decoder import (
     Defaults,
     read_common,
 )
+from matryoshka.core.models.gguf_layout import LLAMA_LAYER, GgufLayout
 
 LORA_TARGETS = SEPARATE_PROJECTIONS
+GGUF = GgufLayout(
+    "llama",
+    "LlamaForCausalLM",
+    LLAMA_LAYER,
+    permuted=True,
+    settings=lambda metadata: {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+)
 
 
 def read_config(data: dict[str, Any]) -> Config:

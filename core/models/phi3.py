@@ -17,18 +17,12 @@ LORA_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 def read_config(data: dict[str, Any]) -> Config:
     """Return what a `config.json` describes. Raises ValueError for a field that is missing or not computed here."""
-    data = dict(data)
-    scaling = data.get("rope_scaling") or data.get("rope_parameters") or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind in ("su", "yarn"):  # names that early uploads have for it
-        kind = "longrope"
-    if kind not in ("default", "longrope"):
-        raise ValueError(f"config.json: rope_type {kind!r} is not supported; Phi3 has 'default' and 'longrope'")
-    data["rope_parameters"], data["rope_scaling"] = {**scaling, "rope_type": kind}, None
-    data.setdefault("original_max_position_embeddings", 4096)
-    fields = Fields(data, "Phi3")
+    fields = Fields({"original_max_position_embeddings": 4096, **data}, "Phi3")
     fields.fixed(hidden_act="silu", resid_pdrop=0.0, embd_pdrop=0.0)
     config = read_common(fields, Defaults(rms_norm_eps=1e-5, max_position_embeddings=4096, partial_rotary=True))
+    rotary = config.rotary[0]
+    if rotary is not None and rotary.rope_type not in ("default", "longrope"):
+        raise ValueError(f"config.json: rope_type {rotary.rope_type!r} is not supported; Phi3 has default and longrope")
     window = fields.get("sliding_window", None)
     config = config.with_attention([window] * config.num_hidden_layers)
     # Values are kept as a part of the fused projection, and so all of it is.

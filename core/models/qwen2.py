@@ -14,8 +14,16 @@ from matryoshka.core.models.decoder import (
     read_common,
     sliding_layers,
 )
+from matryoshka.core.models.gguf_layout import LLAMA_LAYER, GgufLayout
 
 LORA_TARGETS = SEPARATE_PROJECTIONS
+GGUF = GgufLayout(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    LLAMA_LAYER,
+    biases=("attn_q", "attn_k", "attn_v"),
+    settings=lambda metadata: {"hidden_act": "silu", "use_sliding_window": False},
+)
 
 
 def read_config(data: dict[str, Any]) -> Config:

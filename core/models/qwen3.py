@@ -15,9 +15,16 @@ from matryoshka.core.models.decoder import (
     RMSNorm,
     read_common,
 )
+from matryoshka.core.models.gguf_layout import HEAD_NORMS, LLAMA_LAYER, GgufLayout
 from matryoshka.core.models.qwen2 import qwen_windows
 
 LORA_TARGETS = SEPARATE_PROJECTIONS
+GGUF = GgufLayout(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    LLAMA_LAYER | HEAD_NORMS,
+    settings=lambda metadata: {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
+)
 
 
 def read_config(data: dict[str, Any]) -> Config:

@@ -165,10 +165,11 @@ def _with_settings(base: Rotary, rope: Mapping[str, Any], names: tuple[str, ...]
             values[name] = bool(rope.get(name, True))
         elif name in rope and name not in ("mscale", "mscale_all_dim"):
             values[name] = positive(name, rope[name])
-    factor: float = values.get("factor") or max_positions / original
+    factor = float(values.get("factor", max_positions / original))
     if kind == "yarn" and "attention_factor" not in values:
-        scales = [rope.get(name) for name in ("mscale", "mscale_all_dim")]
-        above, below = scales if all(scales) else (1.0, 0.0)
+        above, below = float(rope.get("mscale") or 0.0), float(rope.get("mscale_all_dim") or 0.0)
+        if not (above and below):
+            above, below = 1.0, 0.0
         values["attention_factor"] = _magnitude(factor, above) / _magnitude(factor, below)
     if kind == "longrope" and "attention_factor" not in values:
         values["attention_factor"] = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(original))

@@ -220,7 +220,7 @@ def test_every_pass_has_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.Mo
 def test_a_pass_without_gradients_forms_no_direction(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: what the tiles are asked for: nothing but log-probs where autograd is off, though a leaf wants a gradient
     elsewhere; a frozen hidden state asks for none either."""
-    asked: list[tuple[bool, ...]] = []
+    asked: list[tuple[bool | None, ...]] = []
     tiles = head.score_tiles
 
     def note(*arguments: Any) -> head.Scored:

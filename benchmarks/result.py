@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from matryoshka.pilot.doctor import environment
+from matryoshka.pilot.environment import environment
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number: its name, value (None: not measured), unit, and what else belongs to it."""
+    """One number: its name, value (None: not measured), unit and details."""
 
     name: str
     value: float | None

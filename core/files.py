@@ -1,12 +1,19 @@
-"""Files that survive a kill at any moment: atomic writes, append-only JSONL journals, one lock per folder."""
+"""Files that survive a kill at any moment: atomic writes, append-only JSONL journals, one lock per folder.
+
+Texts go through `redact`, so no file that is written here holds a known secret.
+"""
 
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from matryoshka.core.json_input import parse_json
+from matryoshka.core.redaction import redact, to_redacted_json
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -25,19 +32,43 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def write_folder(target: Path, replace: bool = True) -> Iterator[Path]:
+    """Yield the path of a folder to make, which becomes `target`, fsynced, when the block ends without an error.
+
+    `target` is complete or as it was; the block makes the folder itself. A folder that is there at the end is replaced
+    or, where `replace` is False, an OSError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    for left_by_a_kill in (temporary, old):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            fsync(path)
+        if replace and target.exists():
+            os.rename(target, old)
+        os.rename(temporary, target)
+        fsync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` atomically."""
-    write_atomic(path, lambda temporary: _write_all(temporary, text))
+    write_atomic(path, lambda temporary: _write_all(temporary, redact(text)))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` atomically as indented JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+    write_text(path, to_redacted_json(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> None:
     """Write one JSON object a line, atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(to_redacted_json(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -51,13 +82,9 @@ def read_jsonl(path: Path) -> list[Any]:
     rows = []
     with path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
-            try:
-                row = json.loads(line.decode())
-            except UnicodeDecodeError as err:
-                raise ValueError(f"{path}:{number}: not UTF-8 (byte {err.start + 1} of the line); save it so") from err
-            except json.JSONDecodeError as err:
-                what = "the row is empty" if not line.strip() else f"malformed JSON ({err.msg}, column {err.colno})"
-                raise ValueError(f"{path}:{number}: {what}; expected one JSON object a line") from err
+            if not line.strip():
+                raise ValueError(f"{path}:{number}: the row is empty; expected one JSON object a line")
+            row = parse_json(line, f"{path}:{number}")
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
             rows.append(row)
@@ -93,7 +120,7 @@ class Journal:
         if key in self.rows:
             raise ValueError(f"{self.path}: key {key} is recorded already")
         row = {"key": key, **row}
-        self._handle.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._handle.write(to_redacted_json(row, ensure_ascii=False).encode() + b"\n")
         self._handle.flush()
         self.rows[key] = row
         if sync:
@@ -103,8 +130,25 @@ class Journal:
         """Return when the disk holds what was appended; it may run in another thread than `append`."""
         os.fsync(self._handle.fileno())
 
+    def refresh(self) -> None:
+        """Take in what other processes recorded; no other process writes to this journal."""
+
     def close(self) -> None:
         self._handle.close()
+
+
+class UnwrittenJournal(Journal):
+    """A journal in memory alone, for episodes that another process records."""
+
+    def __init__(self) -> None:
+        self.rows = {}
+
+    def append(self, key: str, row: dict[str, Any], sync: bool = True) -> None:
+        """Keep `row` under `key`."""
+        self.rows[key] = row
+
+    def sync(self) -> None:
+        """Do nothing: there is no file."""
 
 
 class SharedJournal(Journal):
@@ -170,9 +214,9 @@ def _write_all(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def fsync_folder(folder: Path) -> None:
-    """Return when the disk holds the names in `folder`."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Return when the disk holds the contents of a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

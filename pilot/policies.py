@@ -31,6 +31,8 @@ from matryoshka.pilot.training import (
     POLICY,
     QUANTIZATIONS,
     REFERENCE,
+    Base,
+    Training,
     load_base,
     save_model,
     train_policy,
@@ -47,7 +49,7 @@ class Adapters:
 
     def __init__(self, config: RunConfig, root: Path, world: World, trains: bool) -> None:
         """root: the run's folder. trains: whether anything is to be trained. Raises as `load_model` and `load_base`."""
-        self._config, self._root, self._world = config, root, world
+        self._config, self._root, self.world = config, root, world
         self._base = Path(config.controller.path)
         self.model = _load(config, world, trains)
         # Not the model's: its weights may lie in the host's memory while it computes on a GPU.
@@ -77,10 +79,10 @@ class Adapters:
     def keep(self, before: str, stage: str) -> None:
         """Save the policy of `before` unchanged as `stage`'s."""
         self._load_policy(before)
-        self._world.barrier()  # nobody is still to ask whether it is trained
-        if self._world.is_first:
+        self.world.barrier()  # nobody is still to ask whether it is trained
+        if self.world.is_first:
             adapters.save_adapter(self.model, POLICY, self.folder(stage), str(self._base))
-        self._world.barrier()
+        self.world.barrier()
 
     def train(
         self, stage: str, start: str, items: Sequence[Item], config: TrainConfig, preference: Preference | None
@@ -88,13 +90,11 @@ class Adapters:
         """Train from the policy of `start`, the reference, and save what comes of it as `stage`'s; None is SFT."""
         self._load_policy(start)
         cache = self._root / "reference.sqlite" if self._config.dpo.reference_cache else None
-        train_policy(
-            *(self.model, self._base, items, config, preference, self._root / stage, stage),
-            fresh=not start,
-            reference_cache=cache,
-            tensorboard=self._config.tensorboard,
-            world=self._world,
-        )
+        training = Training(
+            self.model, self._base, items, config, preference, self._root / stage, stage, cache,
+            self._config.tensorboard, self.world,
+        )  # fmt: skip
+        train_policy(training, fresh=not start)
 
     def _load_policy(self, stage: str) -> None:
         """Make POLICY the adapter of `stage` (a fresh one for the base model), alone in the model."""
@@ -121,7 +121,7 @@ class Weights:
 
     def __init__(self, config: RunConfig, root: Path, world: World, trains: bool) -> None:
         """root: the run's folder. trains: whether anything is to be trained. Raises as `load_model`."""
-        self._config, self._root, self._world = config, root, world
+        self._config, self._root, self.world = config, root, world
         self._base, self._dtype = Path(config.controller.path), DTYPES[config.controller.dtype]
         if trains or config.controller.engine == "local":
             self.model = load_model(self._base, self._dtype, world.device)
@@ -156,8 +156,8 @@ class Weights:
     def keep(self, before: str, stage: str) -> None:
         """Save the policy of `before` unchanged as `stage`'s."""
         self._load_policy(before)
-        self._world.barrier()  # nobody is still to ask whether it is trained
-        save_model(self.model, self.folder(before), self.folder(stage), self._dtype, self._world)
+        self.world.barrier()  # nobody is still to ask whether it is trained
+        save_model(self.model, self.folder(before), self.folder(stage), self._dtype, self.world)
 
     def train(
         self, stage: str, start: str, items: Sequence[Item], config: TrainConfig, preference: Preference | None
@@ -169,21 +169,24 @@ class Weights:
         """
         self._load_policy(start)
         self._loaded = None
-        train_weights(
-            *(self.model, self.folder(start), items, config, preference, self._root / stage, stage, self._dtype),
-            reference_cache=self._root / stage.partition("/")[0] / "reference.sqlite",
-            tensorboard=self._config.tensorboard,
-            world=self._world,
-        )
+        reference = self._root / stage.partition("/")[0] / "reference.sqlite"
+        training = Training(
+            self.model, self.folder(start), items, config, preference, self._root / stage, stage, reference,
+            self._config.tensorboard, self.world,
+        )  # fmt: skip
+        train_weights(training, self._dtype)
 
     def _load_policy(self, stage: str) -> None:
         if self._loaded != stage:
             self._loaded = None
-            fill_model(self.model, self.folder(stage), self._dtype, self._world.device)
+            fill_model(self.model, self.folder(stage), self._dtype, self.world.device)
             self._loaded = stage
 
 
-def open_policies(config: RunConfig, root: Path, world: World, trains: bool) -> Adapters | Weights:
+Policies = Adapters | Weights
+
+
+def open_policies(config: RunConfig, root: Path, world: World, trains: bool) -> Policies:
     """Return the policies of the run in `root` as [controller] tune says; arguments and errors are those of both."""
     return (Weights if config.controller.tune == "full" else Adapters)(config, root, world, trains)
 
@@ -195,8 +198,8 @@ def _load(config: RunConfig, world: World, trains: bool) -> LanguageModel:
         return load_model(path, dtype, world.device, QUANTIZATIONS[controller.quantization])
     if not trains:
         return empty_model(path)
-    job = (config.lora, None, _heaviest(config), config.parallel, world)
-    return load_base(path, dtype, controller.quantization, False, *job)
+    base = Base(path, dtype, controller.quantization, False, config.lora, config.parallel)
+    return load_base(base, None, _heaviest(config), world)
 
 
 def _heaviest(config: RunConfig) -> TrainConfig:

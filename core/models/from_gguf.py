@@ -7,9 +7,7 @@ an error. The folder appears whole or not at all.
 
 import argparse
 import importlib.util
-import os
 import re
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matryoshka.core.files import write_json
+from matryoshka.core.files import write_folder, write_json
 from matryoshka.core.models.gguf_layout import GgufLayout
 from matryoshka.core.models.load import architecture_files, model_architecture
 from matryoshka.core.models.weights import save_weights
@@ -72,25 +70,21 @@ def convert_gguf(gguf_path: Path, out: Path) -> Path:
     facts = {name: field.contents() for name, field in reader.fields.items()}
     layout, model_type = _layout(gguf_path, facts)
     check_tokenizer(gguf_path, facts)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        weights = _weights(gguf_path, reader.tensors, facts, layout)
-        save_weights(weights, temporary, max_shard_bytes=sys.maxsize)
-        embedding = weights["model.embed_tokens.weight"]
-        config = {"model_type": model_type, "vocab_size": len(embedding), **_config(facts, layout)}
-        write_json(temporary / "config.json", config | {"tie_word_embeddings": "lm_head.weight" not in weights})
-        write_json(temporary / "generation_config.json", special_ids(facts))
-        context = facts[f"{layout.architecture}.context_length"]
-        write_json(temporary / "tokenizer_config.json", tokenizer_config(facts, context))
-        write_tokenizer(temporary / "tokenizer.json", facts)
-        try:
-            os.rename(temporary, out)
-        except OSError:
-            # Another process finished the same conversion first, and its folder holds the same.
-            if not _is_complete(out):
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with write_folder(out, replace=False) as temporary:
+            weights = _weights(gguf_path, reader.tensors, facts, layout)
+            save_weights(weights, temporary, max_shard_bytes=sys.maxsize)
+            embedding = weights["model.embed_tokens.weight"]
+            config = {"model_type": model_type, "vocab_size": len(embedding), **_config(facts, layout)}
+            write_json(temporary / "config.json", config | {"tie_word_embeddings": "lm_head.weight" not in weights})
+            write_json(temporary / "generation_config.json", special_ids(facts))
+            context = facts[f"{layout.architecture}.context_length"]
+            write_json(temporary / "tokenizer_config.json", tokenizer_config(facts, context))
+            write_tokenizer(temporary / "tokenizer.json", facts)
+    except OSError:
+        # Another process may have finished the same conversion first: its folder holds the same.
+        if not _is_complete(out):
+            raise
     return out
 
 

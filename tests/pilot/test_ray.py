@@ -10,6 +10,7 @@ import pytest
 from matryoshka.core.files import read_jsonl
 from matryoshka.pilot import ray as ray_episodes
 from matryoshka.pilot.config import RunConfig, WarmupConfig
+from matryoshka.pilot.ray_cluster import joined_cluster
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import Generator, environment
 from matryoshka.tests.pilot.test_pilot import Runs, small
@@ -43,11 +44,8 @@ def test_ray_runs_the_same_episodes_and_either_executor_goes_on(
         client = replace(config.generator, prices="prices.toml")  # a path that a task has to find from our folder
         return replace(config, generator=client, warmup=WarmupConfig("none"))
 
-    def run(stage: str, config: RunConfig) -> int | str | None:
-        try:
-            return cli.main([stage, "--config", str(runs.write(config))])
-        except SystemExit as end:
-            return end.code
+    def run(stage: str, config: RunConfig) -> int:
+        return cli.main([stage, "--config", str(runs.write(config))])
 
     local = config("here")
     remote = replace(config("there"), executor="ray", ray_tasks=2)
@@ -89,5 +87,5 @@ def test_ray_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     """Oracle: the extra's name, from pyproject.toml."""
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ValueError, match=r"needs the extra `cluster`: pip install 'matryoshka-pilot\[cluster\]'"):
-        with ray_episodes.connected():
+        with joined_cluster():
             pass

@@ -72,8 +72,8 @@ class Case:
                 settings.get("reference", self.architecture.model_type),
                 **{"pad_token_id": None, "bos_token_id": None, "eos_token_id": None, **copy.deepcopy(self.fields)},
             )
-            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-            model = model.double().eval()
+            build: Any = transformers.AutoModelForCausalLM.from_config
+            model: Any = build(config, attn_implementation="eager").double().eval()
         randomise(model)
         return model
 
@@ -208,7 +208,9 @@ def another(value: Any) -> Any:
         return 2 * value or 1
     if isinstance(value, float):
         return value + 0.5
-    return {str: "other", list: ["other"], dict: {"rope_type": "other"}}.get(type(value), 7)
+    if isinstance(value, str):
+        return "other"
+    return ["other"] if isinstance(value, list) else {"rope_type": "other"} if isinstance(value, dict) else 7
 
 
 def table(folder: Path | None = None) -> str:

@@ -5,6 +5,7 @@ clause, the architecture and the configuration.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_clause_3_settings_are_computed_or_refused(architecture: Architecture) -
     for name, value in architecture.settings.get("refused", {}).items():
         with pytest.raises(ValueError, match=r"config\.json: ") as caught:
             architecture.module.read_config({**architecture.settings["base"], name: value})
-        parts = [name, *(f"{key} {inner!r}" for key, inner in value.items()), *value] if isinstance(value, dict) else [name]
+        parts = [name, *(value if isinstance(value, dict) else ())]
         assert any(part in str(caught.value) for part in parts), f"clause 3: the error does not name {name}"
     with pytest.raises(ValueError, match="hidden_size"):
         fields = {key: value for key, value in architecture.settings["base"].items() if key != "hidden_size"}
@@ -93,7 +94,8 @@ def test_clause_4_checkpoints_load_both_ways(architecture: Architecture, tmp_pat
         assert relative(model.logits(model(ids)), case.ours().logits(case.ours()(ids))) == 0, "clause 4: other weights"
     save_weights(model, tmp_path / "ours")
     (tmp_path / "ours" / "config.json").write_text((tmp_path / "theirs" / "config.json").read_text())
-    _, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    _, report = load(tmp_path / "ours", output_loading_info=True)
     problems = {kind: keys for kind, keys in report.items() if keys}
     assert not problems, f"clause 4: transformers reports {problems}"
 

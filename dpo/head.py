@@ -72,19 +72,6 @@ def token_logps_and_entropy(
     return logps_S, entropy_S
 
 
-def scored_logps(
-    hidden_TD: Tensor, head_VD: Tensor, source_S: Tensor, target_S: Tensor, softcap: float | None = None
-) -> Tensor:
-    """Return the log-prob of target_S[s] given hidden_TD[source_S[s]], [S]; equal (source, target) are computed once.
-
-    The index tensors may lie on the CPU, where sorting them delays no GPU. In a token tree, answers that begin alike
-    share these tokens: about half of them in a batch of sampled pairs.
-    """
-    pairs_2U, index_S = torch.unique(torch.stack((source_S, target_S)), dim=1, return_inverse=True)
-    source_U, target_U = pairs_2U.to(hidden_TD.device)
-    return token_logps(hidden_TD[source_U], head_VD, target_U, softcap)[index_S.to(hidden_TD.device)]
-
-
 def extra_bytes(
     num_tokens: int,
     hidden_size: int,

@@ -14,7 +14,6 @@ from matryoshka.dpo import head
 from matryoshka.dpo.head import (
     eager_logps,
     extra_bytes,
-    scored_logps,
     token_logps,
     token_logps_and_entropy,
 )
@@ -281,18 +280,6 @@ def test_an_infinite_logit_of_the_target_is_no_certainty() -> None:
     for function in (eager_logps, token_logps):
         logps = function(hidden, weights, torch.tensor([2]))
         assert logps.isnan().all() and torch.autograd.grad(logps.sum(), hidden)[0].isnan().any()
-
-
-def test_scored_logps() -> None:
-    """Oracle: the gathered rows through eager, float64, with the gradient; equal pairs have equal bits."""
-    hidden, weights, _ = case(6, 4, 9)
-    source, target = torch.tensor([5, 0, 3, 3, 0, 3, 5]), torch.tensor([1, 2, 8, 8, 7, 2, 1])
-    hidden.requires_grad_()
-    got, expected = scored_logps(hidden, weights, source, target), eager_logps(hidden[source], weights, target)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    assert got[2] == got[3] and got[0] == got[6]
-    ours, theirs = (torch.autograd.grad(weighted(logps), hidden)[0] for logps in (got, expected))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_autograd_keeps_nothing_of_the_vocabularys_size(monkeypatch: pytest.MonkeyPatch) -> None:

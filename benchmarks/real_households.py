@@ -73,14 +73,16 @@ def main() -> None:
     print(f"{known} answers of earlier runs are used again", file=sys.stderr)
     say_plan(options, size)
     outcomes = Outcomes.load(saved(options, root, size))
-    for seed in options.seeds:
-        run_seed(options, configuration(options, seed, size, file), root, outcomes, saved(options, root, size))
-    if not options.quick:
-        run_react(configuration(options, options.seeds[0], size, file), root, outcomes, saved(options, root, size))
     path = root / "results" if options.quick else RESULTS / ("real_transfer" if options.transfer else "real_households")
-    result = write_results(outcomes, about(options, size, file), notes(path), path)
-    if options.pack:
-        pack(root, COMMITTED)
+    try:
+        for seed in options.seeds:
+            run_seed(options, configuration(options, seed, size, file), root, outcomes, saved(options, root, size))
+        if not options.quick:
+            run_react(configuration(options, options.seeds[0], size, file), root, outcomes, saved(options, root, size))
+    finally:  # a run that is stopped writes what there is
+        result = write_results(outcomes, about(options, size, file), notes(path), path)
+        if options.pack:
+            pack(root, COMMITTED)
     print(path.with_suffix(".md").read_text())
     last = {row["condition"]: row["success"] for row in result["conditions"]}
     print(json.dumps({"games": result["games"], **last, "seconds": round(time.time() - started, 1)}), flush=True)

@@ -104,7 +104,7 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--pack", action="store_true", help=f"write what was learnt to {COMMITTED.relative_to(ROOT)}")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "real_households.toml")
     parser.add_argument("--test-only", action="store_true", help="train nothing; test the stages that are trained")
-    parser.add_argument("--conditions", nargs="+", choices=list(TITLES), default=list(TITLES), help="those to be tested")
+    parser.add_argument("--conditions", nargs="+", choices=list(TITLES), default=list(TITLES), help="of the test")
     args = parser.parse_args(arguments)
     seeds = tuple(args.seeds[:1] if args.quick else args.seeds)
     config = args.config.resolve()

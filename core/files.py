@@ -18,23 +18,24 @@ from matryoshka.core.json_input import parse_json
 from matryoshka.core.redaction import redact, to_redacted_json
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+BROKEN = (errno.EIO, errno.EROFS)
 _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def says_what_is_full(path: Path) -> Iterator[None]:
-    """Let an error of a full disk or quota say where, how much is free, and how to go on."""
+def explains_disk_errors(path: Path) -> Iterator[None]:
+    """Let an error of a disk say where it was met and how to go on; of a full one, how much is free."""
     try:
         yield
     except OSError as err:
-        if err.errno not in FULL:
+        if err.errno not in FULL + BROKEN:
             raise
-        free = shutil.disk_usage(path.parent).free
-        raise OSError(
-            err.errno,
-            f"{path}: {os.strerror(err.errno)}, {free / 2**20:.1f} MiB are free there; free some space, or raise the "
-            "quota, and give the same command again: what is recorded is kept",
-        ) from err
+        remedy = "mend the disk, or move the folder to another one,"
+        if err.errno in FULL:
+            free = shutil.disk_usage(path.parent).free
+            remedy = f"{free / 2**20:.1f} MiB are free there; free some space, or raise the quota,"
+        what = f"{path}: {os.strerror(err.errno)}; {remedy} and give the same command again: what is recorded is kept"
+        raise OSError(err.errno, what) from err
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -43,7 +44,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     folder = os.open(path.parent, os.O_RDONLY)  # later it may have another name: who waits for the file may rename it
     try:
-        with says_what_is_full(path):
+        with explains_disk_errors(path):
             write(temporary)
             with temporary.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -66,7 +67,7 @@ def write_folder(target: Path, replace: bool = True) -> Iterator[Path]:
     for left_by_a_kill in (temporary, old):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
     try:
-        with says_what_is_full(target):
+        with explains_disk_errors(target):
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
                 fsync(path)
@@ -150,7 +151,7 @@ class Journal:
         line = to_redacted_json(row, ensure_ascii=False).encode() + b"\n"
         whole = os.fstat(self._handle.fileno()).st_size
         try:
-            with says_what_is_full(self.path):
+            with explains_disk_errors(self.path):
                 while line:
                     line = line[self._handle.write(line) :]  # a disk that is nearly full takes a part
         except OSError:
@@ -163,7 +164,7 @@ class Journal:
 
     def sync(self) -> None:
         """Return when the disk holds what was appended; it may run in another thread than `append`."""
-        with says_what_is_full(self.path):
+        with explains_disk_errors(self.path):
             os.fsync(self._handle.fileno())
 
     def refresh(self) -> None:

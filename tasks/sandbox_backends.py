@@ -191,7 +191,7 @@ class LocalSandbox:
             )
         if server.problems and not self._has_warned:
             self._has_warned = True
-            _log.warning("sandbox: generated programs run with less than the whole boundary: %s", server.problems)
+            _log.warning("sandbox: programs run behind less than the whole boundary: %s", "; ".join(server.problems))
         return server
 
 

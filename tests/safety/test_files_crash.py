@@ -68,6 +68,8 @@ def test_a_file_is_old_or_new_whatever_happens(name: str, kind: str, tmp_path: P
         assert read(path) in ((OLD, NEW) if is_met else (NEW,))
         if kind == "ENOSPC" and is_met:
             assert "No space left" in told and "MiB are free" in told and str(path) in told
+        if kind == "EIO" and is_met:
+            assert "Input/output error; mend the disk" in told and str(path) in told
         if not is_met:
             break
     assert 3 <= at < 19  # file, rename and folder were each hit
@@ -135,7 +137,7 @@ def test_a_disk_that_fills_up_within_a_row_leaves_whole_rows(tmp_path: Path) -> 
     handle = NearlyFull(path, "a+")
     handle.room = 20
     journal._handle = handle
-    with pytest.raises(OSError, match="journal.jsonl: No space left on device, .* MiB are free there; free some space"):
+    with pytest.raises(OSError, match="journal.jsonl: No space left on device; .* MiB are free there; free some space"):
         journal.append("b", {"text": "x" * 50})
     assert path.read_bytes() == b'{"key": "a"}\n' and list(journal.rows) == ["a"]
     handle.room = 1000

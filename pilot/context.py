@@ -25,7 +25,7 @@ from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.inference.generators import OpenAIGenerator
 from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.inference.sampler import Sampler
-from matryoshka.inference.spending import Purse
+from matryoshka.inference.spending import GeneratorAccount
 from matryoshka.inference.vllm import Vllm
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.environment import environment
@@ -77,9 +77,9 @@ class Run:
         return self.policies.model
 
     @property
-    def purse(self) -> Purse | None:
+    def account(self) -> GeneratorAccount | None:
         """The account of the generator's calls, if it has one."""
-        return self.generator.purse if isinstance(self.generator, OpenAIGenerator) else None
+        return self.generator.account if isinstance(self.generator, OpenAIGenerator) else None
 
     @property
     def limit(self) -> int:

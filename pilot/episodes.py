@@ -146,7 +146,7 @@ async def _run_share(
 
     def show() -> None:
         if count := ended + of_others[0]:
-            cost = f" {run.purse.shown()}" if run.purse is not None else ""
+            cost = f" {run.account.shown()}" if run.account is not None else ""
             progress.update(count, f"right {(right + of_others[1]) / count:.2f}{cost}")
 
     def on_done(job: Job, trajectory: Trajectory) -> None:

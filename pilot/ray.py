@@ -2,8 +2,8 @@
 
 A task runs one share of a stage's jobs. It opens the run in its own process (problems, client, model, sampler), keeps
 it open for the next stage's task, and streams trajectories back. The driver alone writes the journal, so each executor
-continues the work of the other. Every machine of the cluster must see the run's folder and the model under the same path and
-have the keys in its environment.
+continues the work of the other. Every machine of the cluster must see the run's folder and the model under the same
+path and have the keys in its environment.
 """
 
 import asyncio

@@ -69,7 +69,7 @@ def _report_input(
             "left_out": left_out(run),
             "validation": validation,
             "seconds": run.seconds.as_dict(),
-            **({} if run.purse is None else {"generator": run.purse.as_dict()}),
+            **({} if run.account is None else {"generator": run.account.as_dict()}),
         },
     )
 

@@ -129,7 +129,7 @@ def _download(url: str, path: Path) -> None:
 def _length(answer: HTTPResponse, url: str) -> int:
     length = answer.headers.get("Content-Length")
     if length is None:
-        raise ValueError(f"{url}: the server does not send Content-Length, without which a broken download goes unnoticed")
+        raise ValueError(f"{url}: the server sends no Content-Length, without which a broken download goes unnoticed")
     return int(length)
 
 

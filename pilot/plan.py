@@ -1,4 +1,4 @@
-"""`matryoshka plan`: whether a model trains on a cluster that nobody has tried yet, in which layout, and how fast.
+"""What is predicted of training on a cluster that has not been tried yet: the settings and the model's shapes.
 
 Predictions from shapes (`cluster.py`, `core/parallel/forecast.py`); nothing is loaded, no GPU is needed. `--dry-run`
 besides builds the model with fake tensors and runs the first rank's step with a fake process group
@@ -148,7 +148,7 @@ def architecture_of(name: str) -> tuple[ModuleType, Any]:
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(MODELS)}"
         raise ValueError(f"plan: model {name!r} is neither known nor a folder; {hint}")
     architecture = model_architecture(data, Path(name))
-    return architecture, architecture.Config.from_dict(data)
+    return architecture, architecture.read_config(data)
 
 
 def predicted_peak(job: Job, one: Forecast) -> int:

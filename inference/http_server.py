@@ -97,16 +97,16 @@ async def serve_http(
 
     app = web.Application(middlewares=[answer], client_max_size=MAX_BODY_BYTES)
     app.add_routes(routes)
-    runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, auto_decompress=False, keepalive_timeout=IDLE_S,
-        lingering_time=LINGER_S, shutdown_timeout=1.0,
-    )  # fmt: skip
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     service = runner.server
     assert service is not None
 
     def accept() -> asyncio.Protocol:
-        return service() if len(service.connections) < MAX_CONNECTIONS else _Refusal()
+        if len(service.connections) >= MAX_CONNECTIONS:
+            return _Refusal()
+        limits = {"keepalive_timeout": IDLE_S, "lingering_time": LINGER_S, "auto_decompress": False}
+        return _Connection(service, loop=loop, access_log=None, **limits)
 
     watched = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
     listener: asyncio.Server | None = None
@@ -159,7 +159,7 @@ async def _respond(
     except web.HTTPRequestEntityTooLarge:
         response = HttpError(413, f"the body is too large; at most {MAX_BODY_BYTES} bytes are taken").response
     except web.HTTPMethodNotAllowed as err:
-        message = f"{request.path[:200]} takes {', '.join(err.allowed_methods)}, not {request.method[:20]}"
+        message = f"{request.path[:200]} takes {', '.join(sorted(err.allowed_methods))}, not {request.method[:20]}"
         response = HttpError(405, message, code="method_not_allowed", headers={"Allow": err.headers["Allow"]}).response
     except web.HTTPNotFound:
         message = f"no such path {request.path[:200]!r}; served: {served}"
@@ -178,6 +178,25 @@ async def _respond(
         response = HttpError(500, f"internal error: {type(err).__name__}: {err}").response
     logger.info("%s %d %.3fs", line, response.status, time.monotonic() - start)
     return response
+
+
+class _Connection(web.RequestHandler):
+    """Answers a request that is no HTTP in JSON too, with one line in the log instead of a traceback."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer was begun already; no other can follow it")
+        words = " ".join((message or str(exc)).split())[:300]
+        logger.warning("a request from %s failed with %d: %s", request.remote, status, words)
+        response = HttpError(status, f"malformed request: {words}" if status < 500 else words).response
+        response.force_close()
+        return response
 
 
 class _Refusal(asyncio.Protocol):

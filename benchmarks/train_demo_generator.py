@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from matryoshka.core.models.load import load_model
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item, TrainConfig, train
-from matryoshka.core.training.tree import Tokens
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT
 from matryoshka.lora.files import save_adapter

@@ -1,4 +1,7 @@
-"""Files that survive a kill at any moment: atomic writes, append-only JSONL journals, one lock per folder."""
+"""Files that survive a kill at any moment: atomic writes, append-only JSONL journals, one lock per folder.
+
+Texts go through `redact`, so no file that is written here holds a known secret.
+"""
 
 import fcntl
 import json
@@ -7,6 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from matryoshka.core.json_input import parse_json
+from matryoshka.core.redaction import redact, to_redacted_json
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -27,17 +33,17 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` atomically."""
-    write_atomic(path, lambda temporary: _write_all(temporary, text))
+    write_atomic(path, lambda temporary: _write_all(temporary, redact(text)))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` atomically as indented JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+    write_text(path, to_redacted_json(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> None:
     """Write one JSON object a line, atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(to_redacted_json(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -51,13 +57,9 @@ def read_jsonl(path: Path) -> list[Any]:
     rows = []
     with path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
-            try:
-                row = json.loads(line.decode())
-            except UnicodeDecodeError as err:
-                raise ValueError(f"{path}:{number}: not UTF-8 (byte {err.start + 1} of the line); save it so") from err
-            except json.JSONDecodeError as err:
-                what = "the row is empty" if not line.strip() else f"malformed JSON ({err.msg}, column {err.colno})"
-                raise ValueError(f"{path}:{number}: {what}; expected one JSON object a line") from err
+            if not line.strip():
+                raise ValueError(f"{path}:{number}: the row is empty; expected one JSON object a line")
+            row = parse_json(line, f"{path}:{number}")
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
             rows.append(row)
@@ -93,7 +95,7 @@ class Journal:
         if key in self.rows:
             raise ValueError(f"{self.path}: key {key} is recorded already")
         row = {"key": key, **row}
-        self._handle.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._handle.write(to_redacted_json(row, ensure_ascii=False).encode() + b"\n")
         self._handle.flush()
         self.rows[key] = row
         if sync:
@@ -103,8 +105,25 @@ class Journal:
         """Return when the disk holds what was appended; it may run in another thread than `append`."""
         os.fsync(self._handle.fileno())
 
+    def refresh(self) -> None:
+        """Take in what other processes recorded; no other process writes to this journal."""
+
     def close(self) -> None:
         self._handle.close()
+
+
+class UnwrittenJournal(Journal):
+    """A journal in memory alone, for episodes that another process records."""
+
+    def __init__(self) -> None:
+        self.rows = {}
+
+    def append(self, key: str, row: dict[str, Any], sync: bool = True) -> None:
+        """Keep `row` under `key`."""
+        self.rows[key] = row
+
+    def sync(self) -> None:
+        """Do nothing: there is no file."""
 
 
 class SharedJournal(Journal):

@@ -7,8 +7,10 @@ from matryoshka.core.parallel.layout import ParallelConfig
 from matryoshka.core.training.train import TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.inference.generators import GeneratorConfig
+from matryoshka.inference.llama_cpp import LlamaConfig
 from matryoshka.inference.vllm_server import VllmConfig
 from matryoshka.lora.linear import LoraConfig
+from matryoshka.tasks.sandbox_backends import MIN_MEMORY_BYTES, Isolation
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,31 @@ class ControllerConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """A generator of our own to start beside the run: a model folder, an adapter folder, and the name it is served as.
-
-    model "" starts none: the endpoint of [generator] is somebody else's. threads as in [controller]. scripted: the name
-    of one of the task's scripted generators, which then answers in this process; [generator] is not used.
-    """
+    """A generator of our own to start beside the run, which ends with the run."""
 
     scripted: str = ""
+    """The name of one of the task's scripted generators, which then answers in this process; [generator] is not used.
+    """
     model: str = ""
+    """A model folder or, for engine llama.cpp, a GGUF file; "" starts none: the endpoint of [generator] is used."""
+    engine: Literal["local", "llama.cpp"] = "local"
+    """What computes: our own sampler, or llama.cpp (the extra `llama`)."""
     adapter: str = ""
+    """An adapter folder for the model; engine local only."""
     name: str = "demo-generator"
+    """What the model is served as."""
     threads: int = 1
+    """CPU threads of the server, 0 for as many as there are cores."""
     max_rows: int = 64
+    """Rows that engine local decodes together."""
+    llama: LlamaConfig = LlamaConfig()
+    """Slots, context and prompt cache of engine llama.cpp."""
+
+    def __post_init__(self) -> None:
+        if self.engine == "llama.cpp" and self.adapter:
+            raise ValueError(
+                f"serve: engine llama.cpp serves a GGUF file as it is, but adapter {self.adapter!r} is given; merge it"
+            )
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,8 @@ class AlfworldConfig:
     verbs: Literal["current", "old"] = "current"
     max_steps: int = 50
     asks: int = 5
+    games_seed: int = -1
+    """The seed that draws the games; -1 is the run's own seed. Runs of several seeds over the same games set it."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +145,14 @@ class TaskConfig:
 
     warmup, train, validation, test, held_out: how many of each ("words": any number; "gsm8k": warm-up and validation
     are cut from the training file). Training rewards come from `train`; choices are made on `validation`.
+    timeout_s, memory_mb: limits of one generated program. isolation: the kernel's boundary around generated programs
+    (SECURITY.md). "auto" takes what this machine has and says what is missing, "required" refuses to start without
+    Landlock and seccomp, "none" keeps limits alone. sandbox_command: a command that programs run through instead, such
+    as docker run --rm -i --network=none python:3.12-slim; () for none.
     """
 
     name: Literal["words", "gsm8k", "alfworld", "lamp"] = "words"
-    prompts: Literal["compact", "full"] = "compact"
+    prompts: Literal["brief", "compact", "full"] = "compact"
     warmup: int = 48
     train: int = 120
     validation: int = 60
@@ -141,6 +162,8 @@ class TaskConfig:
     test_file: str = ""
     timeout_s: float = 5.0
     memory_mb: int = 512
+    isolation: Isolation = "auto"
+    sandbox_command: tuple[str, ...] = ()
     alfworld: AlfworldConfig = AlfworldConfig()
     lamp: LampConfig = LampConfig()
 
@@ -148,6 +171,8 @@ class TaskConfig:
         for name, least in (("warmup", 0), ("train", 1), ("validation", 1), ("test", 1), ("held_out", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"task: {name} {getattr(self, name)} must be at least {least}")
+        if self.memory_mb * 2**20 < MIN_MEMORY_BYTES:
+            raise ValueError(f"task: memory_mb {self.memory_mb} must be at least {MIN_MEMORY_BYTES // 2**20}")
 
 
 @dataclass(frozen=True)

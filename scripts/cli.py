@@ -15,6 +15,7 @@ import tyro
 
 from matryoshka.core.config import load_toml
 from matryoshka.core.protocols import GeneratorError
+from matryoshka.core.redaction import redact, redact_output
 
 DEBUG = "MATRYOSHKA_DEBUG"
 
@@ -137,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130 is Ctrl-C. Of several ranks (torchrun), an error names the one that it happened on, and torchrun's own report
     has the traceback. With MATRYOSHKA_DEBUG=1 errors keep their traceback.
     """
+    redact_output()
     # Before torch is imported: OpenMP threads that spin while they wait starve the other processes of this machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
@@ -173,6 +175,8 @@ def _tell_torchrun(err: Exception) -> None:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(err)
+        file = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+        file.write_text(redact(file.read_text()))
 
 
 def read_config(cls: Any, arguments: Sequence[str], program: str) -> Any:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from matryoshka.core.models.tree import Tokens, padded_size, read_ids, shared_prefixes, tree_size
 from matryoshka.core.records import stable_seed
-from matryoshka.core.training.tree import Tokens, padded_size, read_ids, shared_prefixes, tree_size
 
 MICRO_BATCH = 256  # what one more micro-batch costs, in tokens: without sharing, fewer are better
 
@@ -74,6 +74,19 @@ def check_budget(items: Sequence[Item], max_tokens: int) -> None:
                     f"item {number} (example {item.group!r}): its {len(item.sequences)} sequences take {size} tree "
                     f"tokens, micro_batch_tokens is {max_tokens}; raise micro_batch_tokens, shorten the example or "
                     "leave it out"
+                )
+
+
+def check_ids(items: Sequence[Item], vocabulary: int) -> None:
+    """Raise ValueError for the first item with a token id that the model has no embedding of, naming its example."""
+    for number, item in enumerate(items, start=1):
+        for ids in (sequence.ids for sequence in item.sequences):
+            if not 0 <= min(ids) <= max(ids) < vocabulary:
+                wrong = next(id for id in ids if not 0 <= id < vocabulary)
+                raise ValueError(
+                    f"item {number} (example {item.group!r}): token id {wrong} is outside the model's embedding of "
+                    f"{vocabulary} tokens; the data were tokenised for another model, or the tokenizer's files have "
+                    "tokens that were added after the model was trained"
                 )
 
 

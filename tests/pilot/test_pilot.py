@@ -39,8 +39,10 @@ from matryoshka.pilot.config import (
     TaskConfig,
     WarmupConfig,
 )
-from matryoshka.pilot.context import open_run
-from matryoshka.pilot.episodes import Scheme
+from matryoshka.pilot.context import Scheme, open_run
+from matryoshka.pilot.episodes import policy_scheme, rollout_settings, run_episodes
+from matryoshka.pilot.run_report import left_out
+from matryoshka.pilot.stages import warm_up
 from matryoshka.scripts import cli
 from matryoshka.scripts.demo import KEYS
 from matryoshka.tests.pilot.conftest import Generator, command, environment, with_context
@@ -381,7 +383,7 @@ def test_a_server_of_ours_answers(tmp_path: Path, tiny_dir: Path, controller_dir
         with open_run(config, tmp_path) as run:
             assert isinstance(run.generator, OpenAIGenerator)
             url = run.generator.config.base_url
-            rows = run.episodes(run.policy(""), ["test"])
+            rows = run_episodes(run, policy_scheme(run, ""), ["test"])
     assert {row.info["generator"] for row in rows} == {"tiny-generator@tiny+base"}
     assert all(row.info["calls"] == 1 and row.info["completion_tokens"] > 0 for row in rows)
     assert generator.asked("x") == []
@@ -420,7 +422,7 @@ def test_tensorboard_events_hold_the_metrics(tmp_path: Path, controller_dir: Pat
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = replace(small("tracked", controller_dir, generator.url("tracked")), tensorboard=True)
     with open_run(config, tmp_path) as run:
-        run.warmup()
+        warm_up(run)
     rows = read_jsonl(tmp_path / "tracked" / "warmup" / "metrics.jsonl")
     events = accumulator.EventAccumulator(str(tmp_path / "tracked" / "warmup"))
     events.Reload()
@@ -454,8 +456,8 @@ def test_problems_that_do_not_fit_are_refused_or_left_out_of_everything(
             kept = [e.id for e in run.task.examples(split)]
             assert kept == [id for id, size in counted.items() if size + config.rollout.guidance_tokens <= context]
         assert 0 < len(run.task.examples("test")) < len(sizes["test"])
-        assert run.left_out()["test problems"] == 4 - len(run.task.examples("test"))
-        rows = run.episodes(run.policy(""), ["test"])  # the sampler takes everything that was kept
+        assert left_out(run)["test problems"] == 4 - len(run.task.examples("test"))
+        rows = run_episodes(run, policy_scheme(run, ""), ["test"])  # the sampler takes everything that was kept
         assert [row.example_id for row in rows] == [e.id for e in run.task.examples("test")]
         with Sampler(run.model, run.tokenizer) as sampler:
             prompt, limit = [1] * longest, config.rollout.guidance_tokens
@@ -490,7 +492,9 @@ def test_swapping_the_controller_is_one_file(
     architectures = tmp_path / "models"
     architectures.mkdir()
     (architectures / "shifted.py").write_text(
-        "from matryoshka.core.models.llama import LORA_TARGETS, Config, Model as Llama\n"
+        "from matryoshka.core.models import llama\n"
+        "from matryoshka.core.models.llama import Config, Model as Llama\n"
+        "LORA_TARGETS = llama.LORA_TARGETS\n"
         "class Model(Llama):\n"
         "    def forward(self, ids_BT, positions_BT=None, attend=None):\n"
         "        return super().forward(ids_BT, positions_BT, attend) + 1\n"
@@ -501,10 +505,11 @@ def test_swapping_the_controller_is_one_file(
     config = small("swapped", folder, generator.url("swapped"))
     with open_run(config, tmp_path / "runs") as run:
         assert type(run.model).__module__ == "matryoshka.core.models.shifted"
-        plain = run.episodes(run.policy(""), ["test"])
-        own = run.episodes(Scheme("twice", Twice, run.settings(greedy=True)), ["test"])
-        run.warmup()
-        trained = run.episodes(run.policy("warmup"), ["test"])
+        plain = run_episodes(run, policy_scheme(run, ""), ["test"])
+        scheme = Scheme("twice", lambda _, sampler: Twice(sampler), rollout_settings(config, greedy=True))
+        own = run_episodes(run, scheme, ["test"])
+        warm_up(run)
+        trained = run_episodes(run, policy_scheme(run, "warmup"), ["test"])
     questions = [example.fields["question"] for example in run.task.examples("test")]
     for question, before, after in zip(questions, plain, own, strict=True):
         assert after.turns[0].action.text == f"{question[:5]} {before.turns[0].action.text}"

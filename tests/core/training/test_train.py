@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from matryoshka.core.models.load import load_model
+from matryoshka.core.models.tree import Tokens, TokenTree, build_tree, tree_size
 from matryoshka.core.records import Message
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.checkpoint import latest_checkpoint
 from matryoshka.core.training.packing import batch_at, plan
 from matryoshka.core.training.train import Interrupted, Item, Totals, TrainConfig, learning_rate, train
-from matryoshka.core.training.tree import Tokens, TokenTree, build_tree, tree_size
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.lora.linear import (
@@ -454,7 +454,7 @@ import torch
 torch.set_num_threads(1)
 from matryoshka.core.models.load import load_model
 from matryoshka.core.training.train import Interrupted, Item, TrainConfig, train
-from matryoshka.core.training.tree import Tokens
+from matryoshka.core.models.tree import Tokens
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT
 from matryoshka.lora.linear import LoraConfig, add_adapter, set_active, trainable_parameters
@@ -502,6 +502,18 @@ def test_training_works_outside_of_the_main_thread(tiny_dir: Path, tmp_path: Pat
     thread.start()
     thread.join()
     assert same(values(here), values(there))
+
+
+@pytest.mark.parametrize("wrong", [259, 10**6, -1, 2**63 - 1], ids=["one beyond", "far beyond", "negative", "64 bits"])
+def test_ids_beyond_the_embedding_are_refused_before_training(tiny_dir: Path, tmp_path: Path, wrong: int) -> None:
+    """Oracle: the message, which names item, example and id; nothing is written and no weight moves."""
+    model = make_model(tiny_dir)
+    before = values(model)
+    items = [*conversations(2), Item((Tokens((1, wrong, 2), (0, 0, 1)),), "row 3")]
+    with pytest.raises(ValueError, match=rf"item 3 \(example 'row 3'\): token id {wrong} is outside .* 259 tokens"):
+        next(sft(model, tmp_path / "run", items=items))
+    assert not (tmp_path / "run").exists()
+    assert all(torch.equal(before[name], weight) for name, weight in values(model).items())
 
 
 def test_errors(tiny_dir: Path, tmp_path: Path) -> None:

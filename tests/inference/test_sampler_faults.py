@@ -11,7 +11,10 @@ import torch
 
 from matryoshka.core.records import Sample, Sampling
 from matryoshka.inference import sampler as module
+from matryoshka.inference.kv_cache import CachedAttention
 from matryoshka.inference.sampler import NonFiniteLogits, Sampler
+from matryoshka.inference.sampler_request import finished_sample
+from matryoshka.inference.token_sampling import draw_tokens
 from matryoshka.lora.linear import active, layers_with
 from matryoshka.tests.inference.test_sampler import GREEDY, WARM, Wanted, check_logps, make_model, run, sampler_of
 
@@ -91,8 +94,8 @@ def test_no_memory_to_split_a_cohort(tiny_dir: Path, one_wave: None, monkeypatch
         select(self, rows)
 
     model.register_forward_pre_hook(small)
-    select = module.CachedAttention.select
-    monkeypatch.setattr(module.CachedAttention, "select", no_copies)
+    select = CachedAttention.select
+    monkeypatch.setattr(CachedAttention, "select", no_copies)
     wanted: list[Wanted] = [([1, 2, i], GREEDY, None) for i in range(4)]
     with sampler_of(tiny_dir, model) as sampler:
         found = outcomes(sampler, wanted)
@@ -148,19 +151,18 @@ def test_a_row_that_turns_to_nan_leaves_no_trace_in_its_cohort(tiny_dir: Path, o
 
 def test_drawing_that_raises_for_one_row(tiny_dir: Path, one_wave: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: `check_others`: `draw_tokens` raises for every batch that holds the culprit's seed."""
-    draw = module.draw_tokens
 
     def raising(logits_BV: Any, samplings: Sequence[Sampling], uniforms: Any, unknown_V: Any) -> Any:
         if any(sampling.seed == CULPRIT for sampling in samplings):
             raise IndexError("index out of range")
-        return draw(logits_BV, samplings, uniforms, unknown_V)
+        return draw_tokens(logits_BV, samplings, uniforms, unknown_V)
 
     wanted: list[Wanted] = [(prompt, Sampling(1.0, max_tokens=9, seed=i), None) for i, prompt in enumerate(PROMPTS)]
     wanted.append(([1, 2], Sampling(1.0, max_tokens=9, seed=CULPRIT), None))
     with sampler_of(tiny_dir) as sampler:
         monkeypatch.setattr(module, "draw_tokens", raising)
         found = outcomes(sampler, wanted)
-        monkeypatch.setattr(module, "draw_tokens", draw)
+        monkeypatch.undo()
         check_others(sampler, wanted, found, {5}, IndexError)
 
 
@@ -168,18 +170,16 @@ def test_a_token_without_text_fails_its_request(
     tiny_dir: Path, one_wave: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: `check_others`: the text of one request's tokens cannot be had."""
-    finished = module.finished_sample
-
     def raising(request: Any, stop_ids: Any) -> Any:
         if CULPRIT in request.prompt:
             raise ValueError("id is not in the vocabulary")
-        return finished(request, stop_ids)
+        return finished_sample(request, stop_ids)
 
     wanted: list[Wanted] = [(prompt, WARM, None) for prompt in PROMPTS]
     monkeypatch.setattr(module, "finished_sample", raising)
     with sampler_of(tiny_dir) as sampler:
         found = outcomes(sampler, wanted)
-        monkeypatch.setattr(module, "finished_sample", finished)
+        monkeypatch.undo()
         check_others(sampler, wanted, found, {1}, ValueError)
 
 
@@ -257,7 +257,7 @@ def test_callers_do_not_wait_for_a_worker_that_is_gone(
     model.register_forward_pre_hook(breaks or lost)
     with sampler_of(tiny_dir, model, max_rows=2) as sampler:
         if breaks is None:  # every operation on the device fails from then on
-            monkeypatch.setattr(module.torch, "zeros", lost)
+            monkeypatch.setattr(torch, "zeros", lost)
         found = outcomes(sampler, [([1, 2, i], GREEDY, None) for i in range(5)])
         monkeypatch.undo()
         for outcome in found:

@@ -93,6 +93,17 @@ def test_the_openai_client_gets_what_the_sampler_draws(tiny_dir: Path, adapter_d
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_one_adapter_folder_under_two_names(tiny_dir: Path, adapter_dir: Path) -> None:
+    """Oracle: both names answer alike, and unlike the base model; a flag for each, and a name with a dot, are taken."""
+    flags = ("--adapter", f"loud-v1.0={adapter_dir}", "--adapter", f"training={adapter_dir}", f"keys={adapter_dir}")
+    with serving("--model", str(tiny_dir), "--name", "base", *flags) as (_, url):
+        names = ("base", "loud-v1.0", "training", "keys")
+        with openai.OpenAI(base_url=url, api_key="none") as client:
+            assert tuple(model.id for model in client.models.list().data) == names
+        said = {name: ask(url, name, temperature=0.0) for name in names}
+    assert said["loud-v1.0"] == said["training"] == said["keys"] != said["base"]
+
+
 def test_a_key_is_asked_for_and_sigterm_ends_it(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: 401 without the key, an answer with it, status 0 after SIGTERM."""
     monkeypatch.setenv("MATRYOSHKA_TEST_SERVE_KEY", "secret")
@@ -112,6 +123,8 @@ def test_a_key_is_asked_for_and_sigterm_ends_it(tiny_dir: Path, monkeypatch: pyt
         (["--model", "MODEL", "--adapter", "loud"], "adapter 'loud'; expected NAME=FOLDER"),
         (["--model", "MODEL", "--name", "a", "--adapter", "a=folder"], "with a name that is not taken"),
         (["--model", "MODEL", "--adapter", "a=absent"], "absent/adapter_config.json: no such file"),
+        (["--model", "MODEL", "--host", "0.0.0.0"], "can be reached from other machines, and no API key is set"),
+        (["--model", "MODEL", "--engine", "vllm", "--host", "0.0.0.0"], "and no API key is set"),
         (["--model", "MODEL", "--api-key-env", "MATRYOSHKA_TEST_NO_SUCH_KEY"], "MATRYOSHKA_TEST_NO_SUCH_KEY is empty"),
     ],
 )

@@ -105,8 +105,10 @@ async def serve_http(
     def accept() -> asyncio.Protocol:
         if len(service.connections) >= MAX_CONNECTIONS:
             return _Refusal()
-        limits = {"keepalive_timeout": IDLE_S, "lingering_time": LINGER_S, "auto_decompress": False}
-        return _Connection(service, loop=loop, access_log=None, **limits)
+        return _Connection(
+            service, loop=loop, keepalive_timeout=IDLE_S, lingering_time=LINGER_S, auto_decompress=False,
+            access_log=None,  # type: ignore[arg-type]  # aiohttp takes None for no log
+        )  # fmt: skip
 
     watched = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
     listener: asyncio.Server | None = None

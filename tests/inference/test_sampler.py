@@ -107,11 +107,11 @@ def test_greedy_is_a_loop_without_a_cache(tiny_dir: Path, convert: Any) -> None:
         assert sampler.prompt_tokens_read == length and sampler.tokens_drawn == len(sample.token_ids)
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.7])
-def test_log_probs_are_the_trainers(tiny_dir: Path, top_p: float) -> None:
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.5, 1.0), (1.5, 0.7), (0.7, 0.9)])
+def test_log_probs_are_the_trainers(tiny_dir: Path, temperature: float, top_p: float) -> None:
     """Oracle: `trainer_logps`: neither temperature nor top-p shows in them."""
     model = make_model(tiny_dir)
-    sampling = Sampling(temperature=1.5, top_p=top_p, max_tokens=40)
+    sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=40)
     wanted = [(prompt, replace(sampling, seed=i), None) for i, prompt in enumerate(prompts(4))]
     with sampler_of(tiny_dir, model) as sampler:
         samples = run(sampler, wanted)

@@ -21,27 +21,13 @@ from matryoshka.core.records import Message, Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.inference.local_controller import LocalController, LocalEngine
 from matryoshka.inference.sampler import Sampler
-from matryoshka.lora.files import load_adapter, save_adapter
-from matryoshka.lora.linear import LoraConfig, add_adapter
+from matryoshka.lora.files import load_adapter
 from matryoshka.pilot.config import ServeConfig
 from matryoshka.pilot.serving import running_server, serve
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import command, environment
 
 PROMPT = (Message("user", "Name a number."),)
-
-
-@pytest.fixture(scope="module")
-def adapter_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that is far from the identity."""
-    folder = tmp_path_factory.mktemp("serving") / "adapter"
-    model = load_model(tiny_dir)
-    add_adapter(model, "loud", LoraConfig(rank=2, targets=("o_proj", "down_proj")), seed=1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data += 0.5
-    save_adapter(model, "loud", folder, "tiny")
-    return folder
 
 
 @contextmanager

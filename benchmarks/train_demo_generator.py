@@ -2,7 +2,7 @@
 
     python -m matryoshka.benchmarks.train_demo_generator --model models/smollm2-135m-instruct
 
-It is a product of this file, `tasks/pal/step_language.py` and a seed; its figures are in
+It is a product of this file, `benchmarks/generator_lessons.py` and a seed; its figures are in
 `inference/demo_generator/README.md`.
 """
 
@@ -20,7 +20,7 @@ from matryoshka.dpo.objectives import SFT
 from matryoshka.lora.files import save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter, set_active, trainable_parameters
 from matryoshka.tasks.pal import compact
-from matryoshka.tasks.pal.step_language import Lesson, lessons
+from matryoshka.benchmarks.generator_lessons import Lesson, lessons
 
 OUT = Path(__file__).resolve().parent.parent / "inference" / "demo_generator"
 

@@ -2,7 +2,8 @@
 
 A field is bool, int, float, str, Path, a Literal of strings, a tuple[x, ...] of scalars, an Optional of those (None is
 a key that is absent from the TOML, so the default of such a field is None), a nested dataclass (a table), or a
-tuple[x, ...] of dataclasses (an array of tables, [[name]]).
+tuple[x, ...] of dataclasses (an array of tables, [[name]]). A field of type `object` holds a dataclass that another
+field chooses: its class has a static method `type_of(field, values)`, which returns the type from the fields before it.
 A key that a table leaves out takes the default that the enclosing dataclass gives it. No value is coerced but an
 integer where a float is expected; `load_toml` of what `to_toml` wrote is the same configuration.
 """
@@ -90,6 +91,7 @@ class _Reader:
 
     def __init__(self, root: Any, source: str, overridden: set[str]) -> None:
         self.root, self.source, self.overridden = root, source, overridden
+        self.data: Mapping[str, Any] = {}
 
     def error(self, key: str, problem: str) -> ValueError:
         ours = any(key == k or key.startswith((k + ".", k + "[")) for k in self.overridden)
@@ -100,15 +102,24 @@ class _Reader:
         """Return a `cls`; keys absent from `data` come from `base`, or from the class where there is no base."""
         if not isinstance(data, Mapping):
             raise self.error(key, f"expected a table, got {_describe(data)}")
+        if not key:
+            self.data = data
         hints = _hints(cls)
         for name in data:
             if name not in hints:
                 raise self.error(_join(key, name), f"unknown key; {self.suggest(hints, key, name)}")
-        values = {}
+        values: dict[str, Any] = {}
         for f in dataclasses.fields(cls):
             path = _join(key, f.name)
             default = _default(f) if base is None else getattr(base, f.name)
-            if f.name in data:
+            if hints[f.name] is object:
+                try:
+                    kind = cls.type_of(f.name, values)
+                except ValueError as err:
+                    raise self.error(key, str(err)) from err
+                default = default if type(default) is kind else dataclasses.MISSING
+                values[f.name] = self.value(kind, data.get(f.name, {}), path, default)
+            elif f.name in data:
                 values[f.name] = self.value(hints[f.name], data[f.name], path, default)
             elif default is dataclasses.MISSING and not _has_all_defaults(hints[f.name]):
                 raise self.error(path, f"the key is missing; expected {_expected(hints[f.name])}")
@@ -170,7 +181,7 @@ class _Reader:
         """Return a hint: the nearest key of this table, else the same name in another one, else all known keys."""
         if near := difflib.get_close_matches(name, names, n=1):
             return f"did you mean '{_join(key, near[0])}'?"
-        leaves = list(_paths(self.root, ""))
+        leaves = list(_paths(self.root, "", self.data))
         if near := difflib.get_close_matches(name, [path.rpartition(".")[2] for path in leaves], n=1, cutoff=0.8):
             found = [path for path in leaves if path.rpartition(".")[2] == near[0]]
             return "did you mean " + " or ".join(f"'{path}'" for path in found) + "?"
@@ -199,7 +210,7 @@ def _hints(cls: Any) -> dict[str, Any]:
         is_tuple = typing.get_origin(inner) is tuple and len(args) == 2 and args[1] is Ellipsis
         is_tuple = is_tuple and (args[0] in SCALARS or dataclasses.is_dataclass(args[0]))
         is_literal = typing.get_origin(inner) is typing.Literal and all(isinstance(arg, str) for arg in args)
-        if not (inner in SCALARS or is_tuple or is_literal or dataclasses.is_dataclass(inner)):
+        if not (inner in (*SCALARS, object) or is_tuple or is_literal or dataclasses.is_dataclass(inner)):
             raise TypeError(f"{cls.__name__}.{f.name}: a configuration cannot hold {hints[f.name]}")
         if optional and _default(f) is not None:
             raise TypeError(f"{cls.__name__}.{f.name}: the default of an Optional must be None")
@@ -229,11 +240,15 @@ def _has_all_defaults(kind: Any) -> bool:
     )
 
 
-def _paths(cls: Any, key: str) -> Iterator[str]:
+def _paths(cls: Any, key: str, data: Mapping[str, Any]) -> Iterator[str]:
     for name, kind in _hints(cls).items():
         inner, _ = _unwrap(kind)
+        if inner is object:
+            given = {f.name: data.get(f.name, _default(f)) for f in dataclasses.fields(cls)}
+            inner = cls.type_of(name, {key: getattr(value, "text", value) for key, value in given.items()})
         if dataclasses.is_dataclass(inner):
-            yield from _paths(inner, _join(key, name))
+            below = data.get(name)
+            yield from _paths(inner, _join(key, name), below if isinstance(below, Mapping) else {})
         else:
             yield _join(key, name)
 

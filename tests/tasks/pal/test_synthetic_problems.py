@@ -11,7 +11,7 @@ from matryoshka.eval.baselines import NoGuidance
 from matryoshka.tasks.pal import synthetic_problems as words
 from matryoshka.tasks.pal.compact import CODE_SYSTEM, COMPACT, EXEMPLARS
 from matryoshka.tasks.pal.problem_templates import FAMILIES, HELD_OUT, ITEMS, NAMES, Family
-from matryoshka.tasks.pal.step_language import lessons
+from matryoshka.benchmarks.generator_lessons import lessons
 from matryoshka.tasks.pal.task import PALTask
 from matryoshka.tasks.sandbox import extract_code, run_solution
 

@@ -1,0 +1,42 @@
+"""The options of the task "alfworld"."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class AlfworldOptions:
+    """Where the games come from, how the generator acts in them, and what it may use."""
+
+    prompts: Literal["compact", "full"] = "compact"
+    """Prompt style: "compact" for models of about a hundred million parameters, "full" for larger ones."""
+    data: str = ""
+    """Folder of games, in ALFWorld's own layout or as <split>.jsonl.xz; "" makes households from the seed."""
+    train_split: str = "train"
+    """ALFWorld's split that warm-up, training and validation are taken from."""
+    test_split: str = "valid_seen"
+    """ALFWorld's split of the test games."""
+    held_out_split: str = "valid_unseen"
+    """ALFWorld's split of the held-out games."""
+    size: Literal["small", "medium", "large"] = "medium"
+    """Size of the households that are made from the seed."""
+    types: tuple[str, ...] = ()
+    """Types of household tasks; none stands for all six."""
+    mode: Literal["program", "react"] = "program"
+    """How the generator acts: it writes programs, or it gives one command after the other ("react")."""
+    backend: Literal["engine", "textworld"] = "engine"
+    """What plays the games: our engine or the package textworld."""
+    verbs: Literal["current", "old"] = "current"
+    """Words of the commands; "old" is ALFWorld before 0.4.0."""
+    max_steps: int = 50
+    """Commands that one household takes."""
+    asks: int = 5
+    """Questions that one program may ask."""
+    timeout_s: float = 5.0
+    """Seconds that one program may run, without the time that its questions take."""
+    memory_mb: int = 512
+    """Memory that one program may take."""
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps {self.max_steps} must be at least 1")

@@ -92,6 +92,7 @@ class Task(Protocol):
     """
 
     options: object
+    setting: TaskSetting
     name: str = ""
     version: int = 1
     label: str = ""
@@ -137,6 +138,7 @@ class Task(Protocol):
 
     def check(self, settings: RolloutSettings) -> None:
         """Raise ValueError for settings that the loop does not have; it is called before anything is run."""
+        return None
 
     def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]:
         """Return the metrics of episodes: by default "accuracy" and "failed", the share that failed for good.

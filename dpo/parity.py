@@ -97,7 +97,7 @@ def check_policy(
     drawn = [
         (trajectory.example_id, turn.prompt_ids, turn.action)
         for trajectory in trajectories
-        if trajectory.info.get("controller") == controller
+        if trajectory.info.controller == controller
         for turn in trajectory.turns
         if turn.prompt_ids is not None and turn.action.logprobs is not None
     ]

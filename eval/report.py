@@ -29,7 +29,7 @@ def write_report(data: ReportInput, folder: Path) -> None:
 
 
 def _json(data: ReportInput, tables: tuple[Table, ...]) -> Any:
-    verdicts = {c.name: {t.example_id: t.info["verdict"] for t in c.trajectories} for c in data.conditions}
+    verdicts = {c.name: {t.example_id: t.info.verdict for t in c.trajectories} for c in data.conditions}
     return _finite(
         {
             "title": data.title,

@@ -52,6 +52,7 @@ class ALFWorldTask(Task):
     """
 
     options: AlfworldOptions
+    version = 2
     label = "alfworld"
     main_metric = "success"
 
@@ -211,7 +212,7 @@ class ALFWorldTask(Task):
         scores["executable"] = wilson(counts["right"] + counts["wrong"], n)
         scores["failed"] = wilson(counts["failed"], n)
         if ended := [trajectory.info for trajectory in trajectories if trajectory.info.verdict != "failed"]:
-            costs = {
+            costs: dict[str, Sequence[float]] = {
                 "attempts": [info.attempts for info in ended],
                 "steps": [info.measures["steps"] for info in ended],
                 "calls": [info.calls for info in ended],

@@ -40,7 +40,7 @@ class Embeddings:
             self._db = sqlite3.connect(path, timeout=BUSY_S)
             self._db.execute("CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, vector BLOB NOT NULL)")
         except sqlite3.Error as err:
-            raise ValueError(f"[task.options] embeddings_cache {path}: cannot be used ({err}); name another file") from err
+            raise ValueError(f"[task.options] embeddings_cache {path} cannot be used ({err}); name another") from err
 
     def __call__(self, texts: Sequence[str]) -> list[list[float]]:
         """Return the vector of each text. Raises ValueError when the endpoint fails; what came before that is kept."""

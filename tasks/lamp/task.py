@@ -34,6 +34,7 @@ class LampTask(Task):
     """
 
     options: LampOptions
+    version = 2
     compares_own_guidance = True
     free_options = ("embeddings_cache",)
 

@@ -160,7 +160,8 @@ def _compact_code(question: str, guidance: str) -> Messages:
 
 
 def _compact_retry(question: str, guidance: str, previous: str, error: str) -> Messages:
-    return (*_compact_code(question, guidance), Message("assistant", previous), Message("user", f"It failed: {error}\nFix it."))
+    complaint = Message("user", f"It failed: {error}\nFix it.")
+    return (*_compact_code(question, guidance), Message("assistant", previous), complaint)
 
 
 def _compact_replan(question: str, previous: str, feedback: str) -> Messages:

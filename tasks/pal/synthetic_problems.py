@@ -1,8 +1,9 @@
 """Templated multi-step word problems with gold steps and gold programs: the embedded task, made anew from a seed.
 
-Families are in `problem_templates.py`. What keeps training and test apart: every wording (opening, event and question together)
-and every (family, numbers) tuple belongs to one split, by its hash; two families are held out whole. So no test wording
-and no (family, numbers) tuple occurs in training. The single clauses do: what is asked for is a new combination.
+Families are in `problem_templates.py`. Training and test are kept apart: every wording (opening, event and question
+together) and every (family, numbers) tuple belongs to one split, by its hash, and two families are held out whole. So
+no wording and no (family, numbers) tuple of the test occurs in training. Single clauses do, so a test problem is a new
+combination.
 """
 
 import random

@@ -45,6 +45,7 @@ class PALTask(Task):
     """
 
     options: PalOptions
+    version = 2
 
     def __init__(self, options: PalOptions, setting: TaskSetting) -> None:
         self.style = STYLES[options.prompts]

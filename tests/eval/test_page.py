@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import pytest
 
-from matryoshka.core.records import Call, Example, Message, Sample, Trajectory, Turn
+from matryoshka.core.records import Call, EpisodeInfo, Example, Message, Sample, Trajectory, Turn
 from matryoshka.eval import plots
 from matryoshka.eval.report import Condition, write_report
 
@@ -51,7 +51,7 @@ def unpacked(page: str) -> Any:
 
 def hostile(make_input: Any) -> Any:
     """Return an input with HOSTILE in every text that a model or a user can write."""
-    info = {"protocol": "label_free", "verdict": "wrong", "prediction": HOSTILE, "error": HOSTILE}
+    info = EpisodeInfo("wrong", "label_free", HOSTILE, HOSTILE, prediction=HOSTILE, error=HOSTILE)
     call = Call((Message("user", HOSTILE),), Sample(HOSTILE), HOSTILE)
     turn = Turn((Message("user", HOSTILE),), None, Sample(HOSTILE), (call,), HOSTILE)
     return make_input(
@@ -100,9 +100,9 @@ def test_the_page_carries_every_episode_whole(make_input: Any, tmp_path: Path) -
         assert groups == ([0] if example.id in ("e2", "e3") else [])
         for known, (verdict, prediction, error, turns) in zip(episodes_of, records, strict=True):
             episode = known[example.id]
-            assert packed["verdicts"][verdict] == episode.info["verdict"]
-            assert texts[prediction] == ("" if episode.info["prediction"] is None else str(episode.info["prediction"]))
-            assert texts[error] == (episode.info["error"] or "")
+            assert packed["verdicts"][verdict] == episode.info.verdict
+            assert texts[prediction] == ("" if episode.info.prediction is None else str(episode.info.prediction))
+            assert texts[error] == (episode.info.error or "")
             for turn, (guidance, cut, feedback, calls) in zip(episode.turns, turns, strict=True):
                 assert (texts[guidance], cut) == (turn.action.text, int(turn.action.finish_reason == "length"))
                 assert texts[feedback] == turn.feedback
@@ -202,7 +202,7 @@ def test_a_thousand_examples_under_eight_conditions_stay_small(make_input: Any, 
         return " ".join(rng.choices(words, k=n))
 
     examples = [Example(f"e{i}", {"question": speak(40), "answer": i}) for i in range(1000)]
-    info = {"protocol": "label_free", "verdict": "right", "prediction": 1}
+    info = EpisodeInfo("right", "label_free", "c", "g", prediction=1)
 
     def episode(example: Example) -> Trajectory:
         call = Call((), Sample(speak(70)), "value 1.0")

@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from matryoshka.core.files import write_json
-from matryoshka.pilot.doctor import ROOT, environment
+from matryoshka.pilot.environment import ROOT, environment
 
 NOT_MEASURED = "not measured"
 PARTS = ("tests", "head", "step", "padded", "sft", "qlora", "load", "ranks")

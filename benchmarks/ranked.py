@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from matryoshka.core.distributed import World
 from matryoshka.core.models.language_model import LanguageModel
-from matryoshka.core.parallel.distributed import World
 from matryoshka.core.training.step import Objective, Reference
 from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.lora.linear import LoraConfig, active, add_adapter, set_active, trainable_parameters

@@ -21,18 +21,18 @@ import torch
 from matryoshka.benchmarks.measure import DTYPES, MIB, dtype_of, events_of, highest, prepare
 from matryoshka.benchmarks.ranked import launch, trained_part
 from matryoshka.benchmarks.result import BenchResult, Row
+from matryoshka.core.distributed import World, open_world, own
 from matryoshka.core.models.attention import PIECE
 from matryoshka.core.models.load import empty_model
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.parallel.cluster import Job, job_of, memory_of
 from matryoshka.core.parallel.collective_log import listen
-from matryoshka.core.parallel.distributed import World, open_world, own
+from matryoshka.core.parallel.forecast import forecast
 from matryoshka.core.parallel.hardware import Cluster
 from matryoshka.core.parallel.layout import ParallelConfig
-from matryoshka.core.training.forecast import forecast
 from matryoshka.core.training.memory import GIB, Footprint
 from matryoshka.core.training.packing import Item
 from matryoshka.core.training.train import TrainConfig, train
-from matryoshka.core.training.tree import Tokens
 from matryoshka.dpo.head import extra_bytes, token_logps
 from matryoshka.lora.linear import LoraConfig
 from matryoshka.pilot.training import load_base

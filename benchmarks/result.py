@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from matryoshka.pilot.doctor import environment
+from matryoshka.pilot.environment import environment
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from matryoshka.benchmarks.pal_rows import pal_items
 from matryoshka.benchmarks.ranked import trained_part
-from matryoshka.core.parallel.distributed import World, open_world
+from matryoshka.core.distributed import World, open_world
 from matryoshka.core.parallel.layout import ParallelConfig
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item, TrainConfig, train

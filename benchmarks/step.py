@@ -26,9 +26,9 @@ from matryoshka.benchmarks.training import Block, Recipe, new_adapter, padded_bl
 from matryoshka.benchmarks.trl_training import trl_block
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.load import load_model, read_config
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item
-from matryoshka.core.training.tree import Tokens
 from matryoshka.dpo.data import fitting
 from matryoshka.lora.linear import LoraConfig
 

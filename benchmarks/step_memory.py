@@ -10,9 +10,9 @@ from matryoshka.benchmarks.result import Row
 from matryoshka.benchmarks.training import Recipe, new_adapter, tree_block
 from matryoshka.core.models.attention import bucket
 from matryoshka.core.models.language_model import LanguageModel
+from matryoshka.core.models.tree import tree_size
 from matryoshka.core.training.memory import plan_memory, state_bytes
 from matryoshka.core.training.packing import Item, plan
-from matryoshka.core.training.tree import tree_size
 from matryoshka.dpo.head import extra_bytes
 
 

@@ -13,9 +13,9 @@ import torch
 
 from matryoshka.benchmarks.generator_lessons import Lesson, lessons
 from matryoshka.core.models.load import load_model
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item, TrainConfig, train
-from matryoshka.core.training.tree import Tokens
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT
 from matryoshka.lora.files import save_adapter

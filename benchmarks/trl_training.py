@@ -17,8 +17,8 @@ from torch import Tensor
 from matryoshka.benchmarks.measure import peer, synchronize
 from matryoshka.benchmarks.training import BETA, POLICY, Block, Recipe, in_parts, start_peak, stop_peak
 from matryoshka.core.models.language_model import LanguageModel
+from matryoshka.core.models.tree import padded_size
 from matryoshka.core.training.train import Item
-from matryoshka.core.training.tree import padded_size
 
 
 def transformers_model(model: LanguageModel, config: dict[str, Any], device: str) -> Any:

@@ -25,7 +25,7 @@ from matryoshka.core.config import load_toml, to_toml
 from matryoshka.core.files import write_json, write_text
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.pilot.config import RunConfig
-from matryoshka.pilot.doctor import environment
+from matryoshka.pilot.environment import environment
 
 TIMEOUT_S = 1800.0
 

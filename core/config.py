@@ -272,7 +272,7 @@ def _lines(config: Any, key: str, base: Any) -> Iterator[str]:
         value = getattr(config, f.name)
         default = _default(f) if base is None else getattr(base, f.name)
         if dataclasses.is_dataclass(value):
-            below = None if default is dataclasses.MISSING else default
+            below = default if type(default) is type(value) else None
             tables.append((f"[{_join(key, f.name)}]", f.name, value, below))
         elif _is_array(value):
             tables += [(f"[[{_join(key, f.name)}]]", f.name, row, None) for row in value]

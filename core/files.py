@@ -1,4 +1,7 @@
-"""Files that survive a kill at any moment: atomic writes, append-only JSONL journals, one lock per folder."""
+"""Files that survive a kill at any moment: atomic writes, append-only JSONL journals, one lock per folder.
+
+Texts go through `redact`, so no file that is written here holds a known secret.
+"""
 
 import fcntl
 import json
@@ -7,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from matryoshka.core.redaction import redact, to_redacted_json
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -27,17 +32,17 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` atomically."""
-    write_atomic(path, lambda temporary: _write_all(temporary, text))
+    write_atomic(path, lambda temporary: _write_all(temporary, redact(text)))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` atomically as indented JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+    write_text(path, to_redacted_json(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> None:
     """Write one JSON object a line, atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(to_redacted_json(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -93,7 +98,7 @@ class Journal:
         if key in self.rows:
             raise ValueError(f"{self.path}: key {key} is recorded already")
         row = {"key": key, **row}
-        self._handle.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._handle.write(to_redacted_json(row, ensure_ascii=False).encode() + b"\n")
         self._handle.flush()
         self.rows[key] = row
         if sync:
@@ -103,8 +108,25 @@ class Journal:
         """Return when the disk holds what was appended; it may run in another thread than `append`."""
         os.fsync(self._handle.fileno())
 
+    def refresh(self) -> None:
+        """Take in what other processes recorded; no other process writes to this journal."""
+
     def close(self) -> None:
         self._handle.close()
+
+
+class UnwrittenJournal(Journal):
+    """A journal in memory alone, for episodes that another process records."""
+
+    def __init__(self) -> None:
+        self.rows = {}
+
+    def append(self, key: str, row: dict[str, Any], sync: bool = True) -> None:
+        """Keep `row` under `key`."""
+        self.rows[key] = row
+
+    def sync(self) -> None:
+        """Do nothing: there is no file."""
 
 
 class SharedJournal(Journal):

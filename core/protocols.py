@@ -149,6 +149,7 @@ class Task(Protocol):
         n = len(trajectories)
         return {"accuracy": wilson(counts["right"], n), "failed": wilson(counts["failed"], n)}
 
-    def scripted_generator(self, name: str) -> Generator:
+    @classmethod
+    def scripted_generator(cls, name: str) -> Generator:
         """Return the generator of this task that is a script, not a model. Raises ValueError for an unknown `name`."""
-        raise ValueError(f"[serve] scripted {name!r}: the task {self.label!r} has no scripted generator")
+        raise ValueError(f"[serve] scripted {name!r}: {cls.__name__} has no scripted generator")

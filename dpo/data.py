@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.core.files import read_jsonl
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.records import Message, Messages, Preference, Sample, content_key
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item
-from matryoshka.core.training.tree import Tokens
 
 
 def completion(prompt_ids: Sequence[int], sample: Sample) -> Tokens:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from matryoshka.core.models.tree import TokenTree
 from matryoshka.core.training.train import Totals
-from matryoshka.core.training.tree import TokenTree
 from matryoshka.dpo.head import scored_logps
 from matryoshka.dpo.losses import dpo_loss, hinge_loss, ipo_loss, nll_term, robust_loss, simpo_loss
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from matryoshka.core.models.language_model import LanguageModel
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.records import Sample, Trajectory, stable_seed
 from matryoshka.core.training.memory import plan_memory
 from matryoshka.core.training.packing import Item
 from matryoshka.core.training.step import MicroBatch
-from matryoshka.core.training.tree import Tokens
 from matryoshka.dpo.data import completion
 from matryoshka.dpo.head import token_logps
 

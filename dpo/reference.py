@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.models.language_model import LanguageModel
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.models.weights import files_digest
-from matryoshka.core.parallel.distributed import ALONE, World
 from matryoshka.core.records import stable_seed
 from matryoshka.core.training.packing import Item
-from matryoshka.core.training.tree import Tokens
 from matryoshka.lora.files import adapter_digest
 from matryoshka.lora.linear import LoraLinear
 

@@ -167,7 +167,7 @@ def _content(content: Any, where: str) -> str:
 
 
 def _prompts(engine: "Engine", data: dict[str, Any]) -> list[tuple[int, ...]]:
-    """Return the prompts' ids. Text is taken as it stands, without BOS or special tokens; ids can hold any token."""
+    """Return the prompts' ids. Text starts as the tokenizer starts it and holds no special token; ids can be any."""
     prompt = data.get("prompt")
     single = isinstance(prompt, str) or (isinstance(prompt, list) and all(_is_id(item) for item in prompt))
     rows = [prompt] if single else prompt
@@ -178,7 +178,7 @@ def _prompts(engine: "Engine", data: dict[str, Any]) -> list[tuple[int, ...]]:
         if not isinstance(row, str) and not (isinstance(row, list) and all(_is_id(item) for item in row)):
             raise _invalid("prompt", f"expected a string or token ids, got {_show(row)}")
         try:  # text that is not Unicode (half a surrogate pair) and ids outside the vocabulary end here
-            ids = engine.tokenizer.encode(row) if isinstance(row, str) else row
+            ids = engine.tokenizer.encode_prompt(row) if isinstance(row, str) else row
             engine.tokenizer.decode(ids)
         except ValueError as err:
             raise _invalid("prompt", str(err)) from err

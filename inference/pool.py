@@ -9,7 +9,6 @@ in its headers and in nothing that is ever shown.
 import asyncio
 import logging
 import math
-import os
 import re
 import time
 import urllib.parse
@@ -18,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from matryoshka.core.redaction import read_secret
 from matryoshka.inference.http_client import proxy_for
 from matryoshka.inference.limits import MAX_BACKOFF_S, TokenBucket
 
@@ -78,7 +78,7 @@ def check_address(base_url: str, api_key_env: str) -> None:
 
 def _read_key(config: EndpointConfig) -> str:
     """Return the key, "" for an endpoint that wants none."""
-    key = os.environ.get(config.api_key_env, "").strip() if config.api_key_env else ""
+    key = read_secret(config.api_key_env) if config.api_key_env else ""
     if config.api_key_env and not key:
         raise ValueError(
             f"generator: environment variable {config.api_key_env} holds no key for {config.base_url}; set it, "

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from matryoshka.core.redaction import read_secret
 from matryoshka.inference import vllm_guard
 from matryoshka.inference.http_client import HttpClient, TransportError
 
@@ -123,7 +124,7 @@ class VllmServer:
         self.log = log
         self.headers = {"Content-Type": "application/json"}
         if config.api_key_env:
-            if not (key := os.environ.get(config.api_key_env, "")):
+            if not (key := read_secret(config.api_key_env)):
                 raise ValueError(f"vllm: environment variable {config.api_key_env} is empty; set the server's key")
             self.headers["Authorization"] = f"Bearer {key}"
         self._arguments = self._launched = (model.absolute(), name, dtype, rank)

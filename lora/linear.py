@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from matryoshka.core.parallel.distributed import whole
+from matryoshka.core.distributed import whole
 from matryoshka.lora.functions import BaseFunction, LoraFunction, weight_norm
 from matryoshka.lora.nf4 import NF4, dense
 

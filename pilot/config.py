@@ -1,14 +1,19 @@
 """The configuration of a pilot run: one TOML file, every value with its default, unknown keys refused."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal
 
 from matryoshka.core.parallel.layout import ParallelConfig
+from matryoshka.core.records import from_json, to_json
 from matryoshka.core.training.train import TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.inference.generators import GeneratorConfig
 from matryoshka.inference.vllm_server import VllmConfig
 from matryoshka.lora.linear import LoraConfig
+from matryoshka.tasks.find import options_class, task_class
+
+SPLITS = ("warmup", "train", "validation", "test", "held_out")
 
 
 @dataclass(frozen=True)
@@ -69,85 +74,54 @@ class ServeConfig:
 
 
 @dataclass(frozen=True)
-class AlfworldConfig:
-    """Households. data: a folder of games, ALFWorld's own layout or <split>.jsonl.xz; "" makes our own from the seed.
-
-    train_split (warm-up and validation too), test_split, held_out_split: where the games of [task] come from. size:
-    of our own. types: of tasks, () for all six. mode: the generator writes programs, or acts itself ("react").
-    backend: our engine or the package textworld. verbs: "old" is ALFWorld before 0.4.0. max_steps: commands in one
-    household. asks: questions that one program may ask.
-    """
-
-    data: str = ""
-    train_split: str = "train"
-    test_split: str = "valid_seen"
-    held_out_split: str = "valid_unseen"
-    size: Literal["small", "medium", "large"] = "medium"
-    types: tuple[str, ...] = ()
-    mode: Literal["program", "react"] = "program"
-    backend: Literal["engine", "textworld"] = "engine"
-    verbs: Literal["current", "old"] = "current"
-    max_steps: int = 50
-    asks: int = 5
-
-
-@dataclass(frozen=True)
-class LampConfig:
-    """Which LaMP task, and what of a user's history is shown.
-
-    entries: profile entries retrieved, 0 for the published number. prompt_tokens: the controller's whole prompt in its
-    own tokens. entry_characters: of one entry. show_question: put the question into the controller's prompt, which the
-    published one leaves out. retrieved: entries that the generator sees besides the summary. retrieval "recency" needs
-    dated entries, "dense" an OpenAI-compatible embeddings endpoint (embeddings_cache: a file that keeps what it
-    answered, "" for none). meteor: score headlines by METEOR too (WordNet).
-    """
-
-    task: Literal["1", "2N", "2M", "3", "4"] = "2N"
-    retrieval: Literal["bm25", "recency", "dense"] = "bm25"
-    entries: int = 0
-    prompt_tokens: int = 4000
-    entry_characters: int = 2000
-    show_question: bool = False
-    retrieved: int = 0
-    meteor: bool = False
-    embeddings_url: str = ""
-    embeddings_model: str = ""
-    embeddings_key_env: str = "OPENAI_API_KEY"
-    embeddings_cache: str = "data/embeddings.sqlite"
-
-    def __post_init__(self) -> None:
-        for name, least in (("entries", 0), ("prompt_tokens", 1), ("entry_characters", 1), ("retrieved", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
-
-
-@dataclass(frozen=True)
 class TaskConfig:
-    """The problems. name "words": made from the seed; "gsm8k": read from JSONL files; "alfworld": see [task.alfworld];
-    "lamp": made from the seed, or read from the questions files train_file and test_file, see [task.lamp].
+    """The task, how many of its problems the run takes, and the task's own options."""
 
-    warmup, train, validation, test, held_out: how many of each ("words": any number; "gsm8k": warm-up and validation
-    are cut from the training file). Training rewards come from `train`; choices are made on `validation`.
-    """
-
-    name: Literal["words", "gsm8k", "alfworld", "lamp"] = "words"
-    prompts: Literal["compact", "full"] = "compact"
+    name: str = "pal"
+    """A task of `matryoshka.tasks`, or your own as FILE.py:CLASS or PACKAGE.MODULE:CLASS."""
     warmup: int = 48
+    """Problems of the warm-up."""
     train: int = 120
+    """Training problems, whose episodes make the preference pairs."""
     validation: int = 60
+    """Validation problems, by which the learning rate and the round are chosen."""
     test: int = 160
+    """Test problems, which are used for the report alone."""
     held_out: int = 0
-    train_file: str = ""
-    test_file: str = ""
-    timeout_s: float = 5.0
-    memory_mb: int = 512
-    alfworld: AlfworldConfig = AlfworldConfig()
-    lamp: LampConfig = LampConfig()
+    """Further test problems of kinds that no other split has, on tasks that have some."""
+    options: object = None
+    """Options of the chosen task."""
 
     def __post_init__(self) -> None:
         for name, least in (("warmup", 0), ("train", 1), ("validation", 1), ("test", 1), ("held_out", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"task: {name} {getattr(self, name)} must be at least {least}")
+        kind = self.type_of("options", vars(self))
+        if self.options is None:
+            required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+            if required:
+                raise ValueError(f"task: the task {self.name!r} needs values for its options {', '.join(required)}")
+            object.__setattr__(self, "options", kind())
+        elif type(self.options) is not kind:
+            raise ValueError(f"task: the options of {self.name!r} are {kind.__name__}; got {type(self.options)}")
+
+    @staticmethod
+    def type_of(field: str, values: Mapping[str, Any]) -> type[Any]:
+        """Return the dataclass of the field `options` (see core/config.py)."""
+        return options_class(task_class(values["name"]))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Problems by split."""
+        return {split: getattr(self, split) for split in SPLITS}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class of a user's own options cannot be imported by its name in another process, the task's can be found.
+        return _task_config, (self.name, self.sizes, to_json(self.options))
+
+
+def _task_config(name: str, sizes: dict[str, int], options: dict[str, Any]) -> TaskConfig:
+    return TaskConfig(name, **sizes, options=from_json(options_class(task_class(name)), options))
 
 
 @dataclass(frozen=True)

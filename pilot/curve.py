@@ -19,8 +19,8 @@ from matryoshka.core.files import write_json
 from matryoshka.core.intervals import bootstrap, wilson
 from matryoshka.core.records import Metric, to_json
 from matryoshka.eval.statistics import paired_difference, paired_scores
-from matryoshka.pilot import loop as pilot
 from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.loop import run_pilot
 from matryoshka.scripts.stages import RUNS, stoppable
 
 Outcomes = Mapping[str, Mapping[str, float]]  # a solved problem is True, so 1
@@ -40,7 +40,7 @@ def curve(config: Path, seeds: tuple[int, ...] = (0, 1, 2), set: tuple[str, ...]
     by_seed: dict[str, Any] = {}
     for seed in seeds:
         name = f"{shared.name}-{seed}"
-        found = pilot.pilot(replace(shared, seed=seed, name=name), RUNS)
+        found = run_pilot(replace(shared, seed=seed, name=name), RUNS)
         by_seed[str(seed)] = {key: found[key] for key in ("task", "examples", "untrained", "trained", "p", "seconds")}
         print(json.dumps(by_seed[str(seed)]), flush=True)
         runs[seed] = outcomes(RUNS / name)

@@ -1,16 +1,13 @@
 """What this machine has: hardware, versions, kernels, servers, data, keys. It looks and changes nothing.
 
-`environment()` is the part that goes into run directories and reports. Of a key only its presence is told; optional
-packages are found without importing them.
+Of a key only its presence is reported; optional packages are found without importing them.
 """
 
 import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import shutil
-import subprocess
 import time
 import urllib.request
 from collections.abc import Mapping
@@ -24,9 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from matryoshka.core.models.from_gguf import smollm2_gguf
+from matryoshka.pilot.environment import GIB, ROOT, environment, version
 
-ROOT = Path(__file__).resolve().parents[1]
-RUNTIME = ("torch", "safetensors", "tokenizers", "numpy", "aiohttp", "tyro", "rich", "jinja2")
 # Import name -> the extra that brings it.
 OPTIONAL = {
     "triton": "cuda",
@@ -54,23 +50,6 @@ KEYS = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "AZURE_OPENAI_API_KEY", "AZURE_OPEN
 PORTS = (8000, 8001, 8080)
 DATA_FOLDERS = ("gsm8k", "alfworld", "lamp")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-GIB = 1024**3
-
-
-def environment() -> dict[str, Any]:
-    """Return hardware, versions and commit as JSON-ready values: what a reader needs to place a measured number."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
-        "torch_threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda,
-        "gpus": _gpus(),
-        "versions": {name: _version(name) for name in RUNTIME},
-        "commit": _commit(ROOT),
-    }
 
 
 def doctor() -> dict[str, Any]:
@@ -166,29 +145,6 @@ def _table(console: Console, title: str, rows: Mapping[str, str]) -> None:
     console.print()
 
 
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _gpus() -> list[dict[str, Any]]:
-    found = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        found.append(
-            {
-                "name": properties.name,
-                "memory_gib": round(properties.total_memory / GIB, 1),
-                "capability": f"{properties.major}{properties.minor}",
-            }
-        )
-    return found
-
-
 def _matmul_speeds() -> dict[str, dict[str, float]]:
     """Return GFLOP/s of a square product per device and dtype: which dtypes are worth using, not a benchmark."""
     speeds: dict[str, dict[str, float]] = {}
@@ -206,19 +162,12 @@ def _matmul_speeds() -> dict[str, dict[str, float]]:
     return speeds
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _optional_version(module: str) -> str | None:
     """Return the version of the distribution that carries `module`, or None where it cannot be found."""
     if importlib.util.find_spec(module) is None:
         return None
     distributions = importlib.metadata.packages_distributions().get(module, [])
-    return _version(distributions[0]) if distributions else "unknown version"
+    return version(distributions[0]) if distributions else "unknown version"
 
 
 def _served_models(port: int) -> list[str] | None:
@@ -236,24 +185,6 @@ def _embedded_weights() -> str | None:
         return str(smollm2_gguf())
     except FileNotFoundError:
         return None
-
-
-def _commit(root: Path) -> str | None:
-    """Return the commit of the checkout at `root`, "+changes" appended where files differ; None outside a checkout."""
-    top = _git(root, "rev-parse", "--show-toplevel")
-    # An installed copy may lie inside somebody else's repository.
-    if top is None or Path(top) != root:
-        return None
-    commit = _git(root, "rev-parse", "HEAD")
-    return commit and commit + ("+changes" if _git(root, "status", "--porcelain") else "")
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -18,15 +18,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from matryoshka.core.distributed import World, own
+from matryoshka.core.models.activations import activations
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.norm_rope_swiglu import at_least_fp32
 from matryoshka.core.parallel.cluster import Job, shards_of
 from matryoshka.core.parallel.collective_log import Collective, listen
-from matryoshka.core.parallel.distributed import World, own
 from matryoshka.core.parallel.hardware import Cluster
 from matryoshka.core.parallel.layout import Layout, ParallelConfig
 from matryoshka.core.parallel.sharding import make_mesh, shard
-from matryoshka.core.training.activations import activations
 from matryoshka.dpo.head import FlashHead
 from matryoshka.lora.linear import (
     LoraConfig,

@@ -1,24 +1,28 @@
 """The episodes of one stage of a run: its jobs by content key, shared among the ranks, shown, and ended by a signal.
 
-A rank records what it ran in a journal of its own and reads those of the others when all are done. What is recorded
-anywhere is never run again, whatever the number of ranks then and now.
+Each rank records the episodes that it ran in a journal of its own and reads those of the others when all ranks are
+done. A recorded episode is never run again, whatever the number of ranks was then and is now.
 """
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 
-from matryoshka.core.files import Journal, SharedJournal
+from matryoshka.core.files import Journal
 from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped, Task
-from matryoshka.core.records import Example, RolloutSettings, Trajectory, content_key, from_json, to_json
+from matryoshka.core.records import Example, RolloutSettings, Sampling, Trajectory, content_key, from_json, to_json
+from matryoshka.core.redaction import to_redacted_json
 from matryoshka.core.training.train import Interrupted
-from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.inference.spending import Purse
+from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.context import Run, Scheme
 from matryoshka.pilot.progress import Progress
 from matryoshka.pilot.ranks import Ranks, deal
+from matryoshka.pilot.ray import run_on_ray
 from matryoshka.pilot.signals import stop_on_signal
 from matryoshka.tasks.rollout import Job, failures, job_key, recorded, run_rollouts
 
@@ -30,13 +34,68 @@ Elsewhere = Callable[
 ]
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """One way to guide the generator: made from the open sampler, with the settings that its episodes run under."""
+def rollout_settings(config: RunConfig, greedy: bool) -> RolloutSettings:
+    """Return the settings of an episode: the controller greedy or at the collection temperature, the generator greedy.
+    """
+    rollout = config.rollout
+    return RolloutSettings(
+        controller=Sampling(
+            temperature=0.0 if greedy else rollout.temperature,
+            top_p=1.0 if greedy else rollout.top_p,
+            max_tokens=rollout.guidance_tokens,
+        ),
+        generator=Sampling(max_tokens=rollout.code_tokens),
+        protocol=rollout.protocol,
+        inner_attempts=rollout.inner_attempts,
+        outer_turns=rollout.outer_turns,
+        overlong=config.overlong,
+    )
 
-    name: str
-    make: Callable[[TokenSampler], Controller]
-    settings: RolloutSettings
+
+def sampled_settings(config: RunConfig, seed: int, samples: int) -> list[RolloutSettings]:
+    """Return the settings of `samples` draws at the collection temperature."""
+    settings = rollout_settings(config, greedy=False)
+    draws = range(samples)
+    return [replace(settings, controller=replace(settings.controller, seed=seed, draw=draw)) for draw in draws]
+
+
+def policy_scheme(run: Run, stage: str) -> Scheme:
+    """Return the scheme of the trained policy of `stage` ("": the base model), with greedy decoding."""
+    name = run.policies.name(stage)
+    settings = rollout_settings(run.config, greedy=True)
+    return Scheme(name, lambda run, sampler: run.policies.controller(stage, sampler), settings)
+
+
+def run_episodes(
+    run: Run,
+    scheme: Scheme,
+    splits: Sequence[str],
+    settings: Sequence[RolloutSettings] = (),
+    label: str = "",
+    first: int | None = None,
+    only: Collection[str] | None = None,
+) -> list[Trajectory]:
+    """Return the episodes of `scheme` over `splits` (once each, or once per settings); recorded ones are read back.
+
+    label: of the progress line, and of the time that is counted. first: only so many examples. only: only examples with
+    these ids. Raises RunStopped when the budget is spent, Interrupted on SIGINT or SIGTERM; the other errors are those
+    of `_run_stage`.
+    """
+    examples = [example for split in splits for example in run.problems[split]][:first]
+    examples = [example for example in examples if only is None or example.id in only]
+    with run.seconds.timed(label or f"{scheme.name} {'+'.join(splits)}"), run.open_sampler() as sampler:
+        stage = Stage(
+            label=label or scheme.name,
+            task=run.task,
+            controller=scheme.make(run, sampler),
+            generator=run.generator,
+            purse=run.purse,
+            limit=run.limit,
+            max_failed_share=run.config.rollout.max_failed_share,
+            elsewhere=partial(run_on_ray, run, scheme) if run.config.executor == "ray" else None,
+        )
+        jobs = stage.jobs(examples, settings or [scheme.settings])
+        return run.runner.run(_run_stage(stage, jobs, run.journal, run.ranks))
 
 
 @dataclass(frozen=True)
@@ -64,7 +123,7 @@ class Stage:
         ]
 
 
-async def run_stage(stage: Stage, jobs: Sequence[Job], journal: SharedJournal, ranks: Ranks) -> list[Trajectory]:
+async def _run_stage(stage: Stage, jobs: Sequence[Job], journal: Journal, ranks: Ranks) -> list[Trajectory]:
     """Return the trajectories of `jobs`, recorded ones read back; the ranks share the others by their examples.
 
     Every rank returns all of them. Raises RunStopped when the budget is spent, Interrupted on SIGINT or SIGTERM, both
@@ -89,7 +148,7 @@ async def run_stage(stage: Stage, jobs: Sequence[Job], journal: SharedJournal, r
     for text in ranks.texts(json.dumps(failed)):
         known |= {key: from_json(Trajectory, row) for key, row in json.loads(text).items()}
     found = [known[job.key] if job.key in known else recorded(journal, job.key) for job in jobs]
-    lost = [trajectory for trajectory in found if trajectory.info.get("verdict") == "failed"]
+    lost = [trajectory for trajectory in found if trajectory.info.verdict == "failed"]
     if len(lost) > stage.max_failed_share * len(found):
         raise GeneratorError(failures(lost, len(found), stage.max_failed_share))
     return found
@@ -113,7 +172,7 @@ async def _run_share(
     def on_done(job: Job, trajectory: Trajectory) -> None:
         nonlocal ended, right
         ended, right = ended + 1, right + (trajectory.reward > 0.5)
-        if trajectory.info.get("verdict") == "failed":
+        if trajectory.info.verdict == "failed":
             _note_failure(stage, job, trajectory, journal)
         show()
 
@@ -171,8 +230,8 @@ def _note_failure(stage: Stage, job: Job, trajectory: Trajectory, journal: Journ
         "stage": stage.label,
         "example": job.example.id,
         "draw": job.settings.controller.draw,
-        "error": trajectory.info.get("error"),
+        "error": trajectory.info.error,
         "key": job.key,
     }
     with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+        handle.write(to_redacted_json(row, ensure_ascii=False) + "\n")

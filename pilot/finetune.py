@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 
+from matryoshka.core.distributed import World, open_world
 from matryoshka.core.models.load import empty_model
-from matryoshka.core.parallel.distributed import World, open_world
 from matryoshka.core.parallel.layout import ParallelConfig
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import TrainConfig

@@ -1,21 +1,26 @@
 """A run's folder: whose it is, which configuration it was started with, and what a kill left behind in it."""
 
+import json
 import os
 import shutil
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from matryoshka.core.config import diff, load_toml
-from matryoshka.core.files import folder_lock
+from matryoshka.core.files import folder_lock, write_json
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.pilot.config import RunConfig
+from matryoshka.tasks.find import task_class
 
 CONFIG = "config.toml"
+
 # Settings that a run may be continued with another value of.
 _PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "total_timeout_s")
 FREE_TO_CHANGE = (
     *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints", "controller.vllm."),
-    *("executor:", "ray_tasks:", "parallel.", "task.lamp.embeddings_cache:"),
+    *("executor:", "ray_tasks:", "parallel."),
     *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
 )
 DECISIVE = "controller.vllm.dtype:"  # of those; what is drawn depends on it
@@ -27,7 +32,8 @@ def claim(config: RunConfig, folder: Path, stack: ExitStack) -> tuple[bool, list
     _sweep(folder)
     saved = (folder / CONFIG).exists()
     changed = diff(load_toml(RunConfig, folder / CONFIG), config) if saved else []
-    if changes := [line for line in changed if not line.startswith(FREE_TO_CHANGE) or line.startswith(DECISIVE)]:
+    free = (*FREE_TO_CHANGE, *(f"task.options.{name}:" for name in task_class(config.task.name).free_options))
+    if changes := [line for line in changed if not line.startswith(free) or line.startswith(DECISIVE)]:
         raise ValueError(
             f"{folder}: was started with another configuration: {'; '.join(changes)}. "
             "Take the old values to continue, or another name to start afresh"
@@ -60,6 +66,27 @@ def deal_caches(folder: Path, num_nodes: int) -> None:
             os.replace(temporary, cache_path(folder, str(node)))
     finally:
         cache.close()
+
+
+class StageSeconds:
+    """Wall-clock seconds by stage, added up over restarts; the last part of a stage that was killed is not in them."""
+
+    def __init__(self, path: Path, writes: bool) -> None:
+        """path: the file that keeps them. writes: whether this process is the one that writes it."""
+        self._path, self._writes = path, writes
+        self._seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time that the block takes to `stage`, unless it raises."""
+        started = time.monotonic()
+        yield
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + time.monotonic() - started
+        if self._writes:
+            write_json(self._path, self._seconds)
+
+    def as_dict(self) -> dict[str, float]:
+        return dict(self._seconds)
 
 
 def _sweep(folder: Path) -> None:

@@ -1,9 +1,12 @@
-"""The black box of a run: which one a name means, and how it is opened, by all ranks together, each with its part."""
+"""The generator of a run: which one a name means, and how all ranks open it together, each with its part of the limits.
+"""
 
+import asyncio
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matryoshka.core.config import load_toml
 from matryoshka.core.protocols import Generator
@@ -12,55 +15,59 @@ from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
 from matryoshka.inference.spending import Budget, total
 from matryoshka.lora.files import adapter_hash
 from matryoshka.pilot.config import RunConfig, ServeConfig
-from matryoshka.pilot.problems import scripted_generator
-from matryoshka.pilot.serving import started
-
-if TYPE_CHECKING:
-    from matryoshka.pilot.context import Run
+from matryoshka.pilot.ranks import Ranks
+from matryoshka.pilot.serving import running_server
+from matryoshka.tasks.find import task_class
 
 
-def named(config: RunConfig, name: str) -> tuple[GeneratorConfig, ServeConfig]:
-    """Return the [generator] and [serve] of another black box: a TOML file with [generator]'s keys, else one beside the
-    present one.
+def with_generator(config: RunConfig, name: str) -> RunConfig:
+    """Return `config` with another generator: a TOML file with the keys of [generator], or a name.
 
-    That is another scripted generator of the task, where [serve] names one, or another model at [generator]. Raises
-    ValueError where [serve] starts a model.
+    A name is another scripted generator of the task, where [serve] names one, or another model at [generator].
+    Raises ValueError where [serve] starts a model.
     """
     if name.endswith(".toml"):
-        return load_toml(GeneratorConfig, name), ServeConfig()
+        return replace(config, generator=load_toml(GeneratorConfig, name), serve=ServeConfig())
     if config.serve.scripted:
-        return config.generator, replace(config.serve, scripted=name)
+        return replace(config, serve=replace(config.serve, scripted=name))
     if config.serve.model:
-        raise ValueError(f"generator {name!r}: [serve] starts one model alone; name others by TOML files")
-    return replace(config.generator, model=name), config.serve
+        raise ValueError(f"generator {name!r}: [serve] starts one model alone; name other generators by TOML files")
+    return replace(config, generator=replace(config.generator, model=name))
 
 
-def open_generator(run: "Run", config: GeneratorConfig, serve: ServeConfig) -> Generator:
-    """Return the black box, checked; a server of our own is started where [serve] names a model. It ends with the run.
+@contextmanager
+def open_generator(
+    config: RunConfig, folder: Path, ranks: Ranks, runner: asyncio.Runner, cache: Path
+) -> Iterator[Generator]:
+    """Open the generator that `config` describes, check that it answers, and close it at the end of the block.
 
-    Raises ValueError, GeneratorError for one that cannot work.
+    A server of our own is started where [serve] names a model; it ends with the block. folder: the run's, for the
+    server's log. cache: the file of answers. Raises ValueError, GeneratorError for a generator that cannot work.
     """
-    if serve.scripted:
-        return scripted_generator(run.config.task, serve.scripted)
-    ranks, world, stack = run.ranks, run.world, run.stack
-    if serve.model:
-        digest, url = adapter_hash(Path(serve.adapter)) if serve.adapter else "base", ""
-        with ranks.together():
-            if world.local_rank == 0:  # one server for all ranks of a machine
-                log = run.folder / ("generator.log" if ranks.node == 0 else f"generator.node-{ranks.node}.log")
-                url = stack.enter_context(started(serve, run.config.controller.deterministic, log))
-        url = ranks.texts(url)[world.rank - world.local_rank]
-        config = replace(config, base_url=url, model=serve.name, identity=f"{Path(serve.model).name}+{digest}")
-    with ranks.together():
-        cache = ResponseCache(run.cache)
-        stack.callback(cache.close)
-    budget = Budget(run.config.budget_usd, run.config.budget_tokens)
-    if ranks.num_nodes > 1 and budget != Budget():
-        spent = [json.loads(text) for text in ranks.texts(json.dumps(total(cache)))]
-        budget = budget.part(ranks.node, spent[:: world.local_size])
-    with ranks.together():
-        part = config.part(world.rank, world.size)
-        generator = OpenAIGenerator(part, cache, run.config.seed, budget)
-        stack.callback(lambda: run.runner.run(generator.aclose()))
-        run.runner.run(generator.check())
-    return generator
+    if config.serve.scripted:
+        yield task_class(config.task.name).scripted_generator(config.serve.scripted)
+        return
+    world, client = ranks.world, config.generator
+    with ExitStack() as stack:
+        if config.serve.model:
+            digest, url = adapter_hash(Path(config.serve.adapter)) if config.serve.adapter else "base", ""
+            with ranks.all_or_none():
+                if world.local_rank == 0:  # one server for all ranks of a machine
+                    log = folder / ("generator.log" if ranks.node == 0 else f"generator.node-{ranks.node}.log")
+                    server = running_server(config.serve, config.controller.deterministic, log)
+                    url = stack.enter_context(server)
+            url = ranks.texts(url)[world.rank - world.local_rank]
+            identity = f"{Path(config.serve.model).name}+{digest}"
+            client = replace(client, base_url=url, model=config.serve.name, identity=identity)
+        with ranks.all_or_none():
+            answers = ResponseCache(cache)
+            stack.callback(answers.close)
+        budget = Budget(config.budget_usd, config.budget_tokens)
+        if ranks.num_nodes > 1 and budget != Budget():
+            spent = [json.loads(text) for text in ranks.texts(json.dumps(total(answers)))]
+            budget = budget.part(ranks.node, spent[:: world.local_size])
+        with ranks.all_or_none():
+            generator = OpenAIGenerator(client.part(world.rank, world.size), answers, config.seed, budget)
+            stack.callback(lambda: runner.run(generator.aclose()))
+            runner.run(generator.check())
+        yield generator

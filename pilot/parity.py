@@ -25,7 +25,7 @@ from matryoshka.inference.vllm import Vllm
 from matryoshka.inference.vllm_server import VllmConfig, VllmServer
 from matryoshka.lora.files import load_adapter, read_config
 from matryoshka.lora.linear import active
-from matryoshka.pilot.doctor import environment
+from matryoshka.pilot.environment import environment
 from matryoshka.pilot.progress import StatusLine
 from matryoshka.pilot.training import DTYPES
 from matryoshka.tasks.pal import synthetic_problems as words

@@ -1,6 +1,6 @@
 """`matryoshka plan`: whether a model trains on a cluster that nobody has tried yet, in which layout, and how fast.
 
-Predictions from shapes (`cluster.py`, `core/training/forecast.py`); nothing is loaded, no GPU is needed. `--dry-run`
+Predictions from shapes (`cluster.py`, `core/parallel/forecast.py`); nothing is loaded, no GPU is needed. `--dry-run`
 besides builds the model with fake tensors and runs the first rank's step with a fake process group
 (`pilot/dry_run.py`).
 """
@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
+from matryoshka.core.distributed import World
 from matryoshka.core.models.load import model_architecture, read_config
 from matryoshka.core.parallel.cluster import Job, job_of, layouts, shards_of
-from matryoshka.core.parallel.distributed import World
+from matryoshka.core.parallel.forecast import Forecast, forecast, table
 from matryoshka.core.parallel.hardware import Cluster, known_hardware
 from matryoshka.core.parallel.layout import LAYOUTS, ParallelConfig, choose_layout
-from matryoshka.core.training.forecast import Forecast, forecast, table
 from matryoshka.core.training.memory import GIB, Footprint, MemoryPlan
 from matryoshka.dpo.head import extra_bytes
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
+from matryoshka.core.distributed import World
+from matryoshka.core.models.activations import POLICIES
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.load import empty_model, fill_model, load_model
 from matryoshka.core.models.weights import weights_hash
-from matryoshka.core.parallel.distributed import World
 from matryoshka.core.protocols import Controller
 from matryoshka.core.records import stable_seed
-from matryoshka.core.training.activations import POLICIES
 from matryoshka.core.training.train import Item, TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.inference.local_controller import LocalController, TokenSampler
@@ -47,7 +47,7 @@ class Adapters:
 
     def __init__(self, config: RunConfig, root: Path, world: World, trains: bool) -> None:
         """root: the run's folder. trains: whether anything is to be trained. Raises as `load_model` and `load_base`."""
-        self._config, self._root, self._world = config, root, world
+        self._config, self._root, self.world = config, root, world
         self._base = Path(config.controller.path)
         self.model = _load(config, world, trains)
         # Not the model's: its weights may lie in the host's memory while it computes on a GPU.
@@ -77,10 +77,10 @@ class Adapters:
     def keep(self, before: str, stage: str) -> None:
         """Save the policy of `before` unchanged as `stage`'s."""
         self._load_policy(before)
-        self._world.barrier()  # nobody is still to ask whether it is trained
-        if self._world.is_first:
+        self.world.barrier()  # nobody is still to ask whether it is trained
+        if self.world.is_first:
             adapters.save_adapter(self.model, POLICY, self.folder(stage), str(self._base))
-        self._world.barrier()
+        self.world.barrier()
 
     def train(
         self, stage: str, start: str, items: Sequence[Item], config: TrainConfig, preference: Preference | None
@@ -93,7 +93,7 @@ class Adapters:
             fresh=not start,
             reference_cache=cache,
             tensorboard=self._config.tensorboard,
-            world=self._world,
+            world=self.world,
         )
 
     def _load_policy(self, stage: str) -> None:
@@ -121,7 +121,7 @@ class Weights:
 
     def __init__(self, config: RunConfig, root: Path, world: World, trains: bool) -> None:
         """root: the run's folder. trains: whether anything is to be trained. Raises as `load_model`."""
-        self._config, self._root, self._world = config, root, world
+        self._config, self._root, self.world = config, root, world
         self._base, self._dtype = Path(config.controller.path), DTYPES[config.controller.dtype]
         if trains or config.controller.engine == "local":
             self.model = load_model(self._base, self._dtype, world.device)
@@ -156,8 +156,8 @@ class Weights:
     def keep(self, before: str, stage: str) -> None:
         """Save the policy of `before` unchanged as `stage`'s."""
         self._load_policy(before)
-        self._world.barrier()  # nobody is still to ask whether it is trained
-        save_model(self.model, self.folder(before), self.folder(stage), self._dtype, self._world)
+        self.world.barrier()  # nobody is still to ask whether it is trained
+        save_model(self.model, self.folder(before), self.folder(stage), self._dtype, self.world)
 
     def train(
         self, stage: str, start: str, items: Sequence[Item], config: TrainConfig, preference: Preference | None
@@ -173,17 +173,20 @@ class Weights:
             *(self.model, self.folder(start), items, config, preference, self._root / stage, stage, self._dtype),
             reference_cache=self._root / stage.partition("/")[0] / "reference.sqlite",
             tensorboard=self._config.tensorboard,
-            world=self._world,
+            world=self.world,
         )
 
     def _load_policy(self, stage: str) -> None:
         if self._loaded != stage:
             self._loaded = None
-            fill_model(self.model, self.folder(stage), self._dtype, self._world.device)
+            fill_model(self.model, self.folder(stage), self._dtype, self.world.device)
             self._loaded = stage
 
 
-def open_policies(config: RunConfig, root: Path, world: World, trains: bool) -> Adapters | Weights:
+Policies = Adapters | Weights
+
+
+def open_policies(config: RunConfig, root: Path, world: World, trains: bool) -> Policies:
     """Return the policies of the run in `root` as [controller] tune says; arguments and errors are those of both."""
     return (Weights if config.controller.tune == "full" else Adapters)(config, root, world, trains)
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from matryoshka.core.parallel.distributed import ALONE, TIMEOUT_S, World
+from matryoshka.core.distributed import ALONE, TIMEOUT_S, World
 from matryoshka.core.protocols import GeneratorError
 
 T = TypeVar("T")
@@ -64,10 +64,10 @@ class Ranks:
         self.sums([0])
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Go on only if every rank comes through the block: the first that does not raises its error, the others exit.
+    def all_or_none(self) -> Iterator[None]:
+        """Continue only if the block succeeds on every rank: the first rank that fails raises, the others exit.
 
-        For what a user has to mend, which nobody wants to read once a rank.
+        For errors that a user has to mend: they are then reported once, not once a rank.
         """
         problem = ""
         try:

@@ -7,60 +7,43 @@ path and has the keys in its environment.
 """
 
 import asyncio
-import importlib
-import io
-import logging
 import os
-import pickle
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matryoshka.core.config import to_toml
-from matryoshka.core.files import Journal
-from matryoshka.core.protocols import GeneratorError, RunStopped
+from matryoshka.core.files import Journal, UnwrittenJournal
+from matryoshka.core.protocols import Controller, GeneratorError, RunStopped
 from matryoshka.core.records import Trajectory, from_json, to_json
+from matryoshka.core.redaction import redact_output
 from matryoshka.pilot.config import RunConfig, ServeConfig
-from matryoshka.pilot.episodes import Scheme
+from matryoshka.pilot.context import Run, Scheme, assemble
 from matryoshka.pilot.folder import cache_path
-from matryoshka.pilot.ranks import deal
+from matryoshka.pilot.ranks import Ranks, deal
+from matryoshka.pilot.ray_cluster import machines, num_places
 from matryoshka.tasks.rollout import Job, run_rollouts
-
-if TYPE_CHECKING:
-    from matryoshka.pilot.context import Run
 
 STOP = ".stop"  # a file in the run's folder that asks the tasks to end in order
 POLL_S = 0.1
 _END = {"stopped": RunStopped, "failed": GeneratorError}
 
 
-@contextmanager
-def connected() -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS names, else one that starts and ends on this machine with the block.
+@dataclass(frozen=True)
+class Driver:
+    """The process that starts the tasks and records their episodes."""
 
-    Raises ValueError naming the extra where Ray is not installed. Does nothing where it is connected already.
-    """
-    try:
-        import ray
-    except ImportError as err:
-        raise ValueError("executor = 'ray' needs the extra `cluster`: pip install 'matryoshka-pilot[cluster]'") from err
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
-    ray.init(logging_level=logging.WARNING, **options)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    machine: str
+    cwd: str
+    folder: Path
+    """The run's folder."""
 
 
 async def run_on_ray(
-    run: "Run",
+    run: Run,
     scheme: Scheme,
     jobs: Sequence[Job],
     journal: Journal,
@@ -86,7 +69,7 @@ async def run_on_ray(
             if kind == "episodes":
                 for key, row in body:
                     trajectory = done[key] = from_json(Trajectory, row)
-                    if trajectory.info.get("verdict") != "failed":
+                    if trajectory.info.verdict != "failed":
                         journal.append(key, {"trajectory": row}, sync=False)
                     on_done(by_key[key], trajectory)
                 await asyncio.to_thread(journal.sync)
@@ -98,14 +81,13 @@ async def run_on_ray(
         await stop.wait()
         file.touch()
 
-    count = run.config.ray_tasks or _places(run)
+    count = run.config.ray_tasks or num_places(run.config.controller.device)
     shares = [share for share in deal(jobs, [job.example.id for job in jobs], count) if share]
     on_gpu = run.config.controller.device.startswith("cuda")
     task = ray.remote(num_returns="streaming", max_retries=0, num_gpus=int(on_gpu))(_task)
-    scheme_bytes = _dumps(scheme, run)
+    driver = Driver(socket.gethostname(), os.getcwd(), run.folder)
     streams = [
-        task.remote(_config_of(run, i, len(shares)), socket.gethostname(), os.getcwd(), run.folder, scheme_bytes, share)
-        for i, share in enumerate(shares)
+        task.remote(_config_of_task(run, i, len(shares)), driver, scheme, share) for i, share in enumerate(shares)
     ]
     watch = asyncio.create_task(pass_on())
     try:
@@ -124,28 +106,15 @@ async def run_on_ray(
     return [done[job.key] for job in jobs]
 
 
-def _places(run: "Run") -> int:
-    """Return how many tasks the cluster takes at once: one for each GPU or, on CPUs, for each machine."""
-    alive = _machines()
-    if run.config.controller.device.startswith("cuda"):
-        return max(1, int(sum(machine["Resources"].get("GPU", 0) for machine in alive)))
-    return len(alive)
-
-
-def _machines() -> list[dict[str, Any]]:
-    ray: Any = importlib.import_module("ray")
-    return [node for node in ray.nodes() if node["Alive"]]
-
-
-def _config_of(run: "Run", index: int, count: int) -> RunConfig:
-    """Return the configuration that task `index` of `count` opens: the driver's black box, its part of the limits."""
-    machines = len(_machines())
-    threads = max(1, (os.cpu_count() or 1) // -(-count // machines))  # tasks on one machine share its cores
+def _config_of_task(run: Run, index: int, count: int) -> RunConfig:
+    """Return the configuration of task `index` of `count`: the driver's generator with a part of the limits."""
+    num_machines = len(machines())
+    threads = max(1, (os.cpu_count() or 1) // -(-count // num_machines))  # tasks on one machine share its cores
     controller = replace(run.config.controller, threads=run.config.controller.threads or threads)
     config, generator = replace(run.config, controller=controller), getattr(run.generator, "config", None)
     if generator is None:
         return config
-    if machines > 1:
+    if num_machines > 1:
         budget = config.budget_usd or config.budget_tokens
         if budget or config.serve.model:
             raise ValueError(
@@ -156,7 +125,7 @@ def _config_of(run: "Run", index: int, count: int) -> RunConfig:
 
 
 def _cause(err: BaseException) -> BaseException:
-    """Return what a task raised, if that is for the user to mend."""
+    """Return the error that the task raised if a user can mend it, else Ray's own."""
     cause = getattr(err, "cause", None)
     if isinstance(cause, ValueError | OSError | GeneratorError):
         return cause
@@ -166,36 +135,33 @@ def _cause(err: BaseException) -> BaseException:
 # In a task's process.
 
 
-def _task(
-    config: RunConfig, first: str, cwd: str, folder: Path, scheme_bytes: bytes, jobs: Sequence[Job]
-) -> Iterator[tuple[str, Any]]:
-    """Yield ("episodes", [(key, trajectory as JSON)]) as they end; last ("stopped" or "failed", why) if not all did.
-
-    first: the driver's machine.
-    """
-    os.chdir(cwd)
-    run = _opened(config, folder, first)
-    scheme: Scheme = _Unpickler(scheme_bytes, run).load()
+def _task(config: RunConfig, driver: Driver, scheme: Scheme, jobs: Sequence[Job]) -> Iterator[tuple[str, Any]]:
+    """Yield ("episodes", [(key, trajectory as JSON)]) as they end; last ("stopped" or "failed", why) if not all did."""
+    redact_output()
+    os.chdir(driver.cwd)
+    run = _worker_run(config, driver)
     ended: list[tuple[str, Any]] = []
     stop = asyncio.Event()
 
-    async def begin(controller: Any) -> "asyncio.Task[list[Trajectory]]":
-        limit, share = run.limit, config.rollout.max_failed_share
+    def on_done(job: Job, trajectory: Trajectory) -> None:
+        ended.append((job.key, to_json(trajectory)))
+
+    async def begin(controller: Controller) -> "asyncio.Task[list[Trajectory]]":
         episodes = run_rollouts(
-            *(run.task, jobs, controller, run.generator, _Unwritten(), limit),
-            *(lambda job, trajectory: ended.append((job.key, to_json(trajectory))), share, stop),
-        )
+            run.task, jobs, controller, run.generator, UnwrittenJournal(), run.limit, on_done,
+            config.rollout.max_failed_share, stop,
+        )  # fmt: skip
         return asyncio.create_task(episodes)
 
     async def go_on(task: "asyncio.Task[list[Trajectory]]") -> None:
         while not ended and not task.done():
             await asyncio.wait({task}, timeout=POLL_S)
-            if (folder / STOP).exists():
+            if (driver.folder / STOP).exists():
                 stop.set()
 
     with run.open_sampler() as sampler:
         # The loop stands still while Ray takes what is yielded.
-        task = run.runner.run(begin(scheme.make(sampler)))
+        task = run.runner.run(begin(scheme.make(run, sampler)))
         while ended or not task.done():
             run.runner.run(go_on(task))
             if ended:
@@ -209,54 +175,18 @@ def _task(
             yield "failed", str(err)
 
 
-_open_runs: dict[str, tuple[ExitStack, "Run"]] = {}
+_open_runs: dict[str, tuple[ExitStack, Run]] = {}
 
 
-def _opened(config: RunConfig, folder: Path, first: str) -> "Run":
+def _worker_run(config: RunConfig, driver: Driver) -> Run:
     """Return this process's run, opened once: Ray gives the next stage's task to the same process."""
-    from matryoshka.pilot.context import Run
-
-    key = f"{folder}\n{to_toml(config)}"
+    key = f"{driver.folder}\n{to_toml(config)}"
     if key not in _open_runs:
         while _open_runs:
             _open_runs.popitem()[1][0].close()
         with ExitStack() as stack:
-            here = socket.gethostname()
-            run = Run(config, folder, stack, cache_path(folder, "" if here == first else here), trains=False)
+            machine = socket.gethostname()
+            cache = cache_path(driver.folder, "" if machine == driver.machine else machine)
+            run = assemble(config, driver.folder, cache, Ranks(), stack, trains=False)
             _open_runs[key] = (stack.pop_all(), run)
     return _open_runs[key][1]
-
-
-def _dumps(scheme: Scheme, run: "Run") -> bytes:
-    """Return `scheme` as bytes; where it refers to `run`, it will refer to the run of the process that reads it."""
-    cloudpickle: Any = importlib.import_module("ray.cloudpickle")
-
-    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-        def persistent_id(self, thing: object) -> str | None:
-            return "run" if thing is run else None
-
-    buffer = io.BytesIO()
-    Pickler(buffer).dump(scheme)
-    return buffer.getvalue()
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, run: "Run") -> None:
-        super().__init__(io.BytesIO(data))
-        self._run = run
-
-    def persistent_load(self, name: str) -> "Run":
-        return self._run
-
-
-class _Unwritten(Journal):
-    """The journal of a task, whose episodes the driver records."""
-
-    def __init__(self) -> None:
-        self.rows = {}
-
-    def append(self, key: str, row: dict[str, Any], sync: bool = True) -> None:
-        self.rows[key] = row
-
-    def sync(self) -> None:
-        pass

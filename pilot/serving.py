@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from matryoshka.core.redaction import read_secret
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.inference.http_client import HttpClient
 from matryoshka.inference.vllm import Vllm
@@ -77,7 +78,7 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     count = threads or os.cpu_count() or 1
     torch.set_num_threads(count)
-    key = os.environ.get(api_key_env, "") if api_key_env else None
+    key = read_secret(api_key_env) if api_key_env else None
     if key == "":
         raise ValueError(f"serve: environment variable {api_key_env} is empty; set the key that callers must send")
     network = load_model(model)
@@ -163,7 +164,7 @@ def _end_with_input() -> None:
 
 
 @contextmanager
-def started(config: ServeConfig, deterministic: bool, log: Path) -> Iterator[str]:
+def running_server(config: ServeConfig, deterministic: bool, log: Path) -> Iterator[str]:
     """Start a server for `config` in a process of its own and yield its base URL; it ends with the block or with us.
 
     Raises ValueError with the end of its log when it does not come up.

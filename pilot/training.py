@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.files import write_json
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.load import empty_model, fill_model, load_model, read_config
 from matryoshka.core.models.norm_rope_swiglu import at_least_fp32
 from matryoshka.core.models.weights import sampled_digest, save_weights
 from matryoshka.core.parallel.cluster import job_of, memory_of
-from matryoshka.core.parallel.distributed import ALONE, World
 from matryoshka.core.parallel.layout import ParallelConfig, choose_layout
 from matryoshka.core.training.step import Reference
 from matryoshka.core.training.train import Item, TrainConfig, free_share, longest_micro_batch, train

@@ -7,6 +7,7 @@ import difflib
 import inspect
 import os
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import tyro
 
 from matryoshka.core.config import load_toml
 from matryoshka.core.protocols import GeneratorError
+from matryoshka.core.redaction import redact, redact_output
 
 DEBUG = "MATRYOSHKA_DEBUG"
 
@@ -137,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130 is Ctrl-C. Of several ranks (torchrun), an error names the one that it happened on, and torchrun's own report
     has the traceback. With MATRYOSHKA_DEBUG=1 errors keep their traceback.
     """
+    redact_output()
     # Before torch is imported: OpenMP threads that spin while they wait starve the other processes of this machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
@@ -173,22 +176,43 @@ def _tell_torchrun(err: Exception) -> None:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(err)
+        file = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+        file.write_text(redact(file.read_text()))
 
 
 def read_config(cls: Any, arguments: Sequence[str], program: str) -> Any:
-    """Return the `cls` that `--config FILE`, where given, and then the flags describe."""
+    """Return the `cls` that `--config FILE`, where given, and then the flags describe.
+
+    The task's name is read first, since it decides which flags `--task.options.*` there are.
+    """
     rest = list(arguments)
     from_file: dict[str, Any] = {}
+    task = _task_flag(arguments) if any(f.name == "task" for f in dataclasses.fields(cls)) else {}
     for index, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if option == "--config":
             if not equals and index + 1 == len(arguments):
                 raise ValueError("--config: expected a TOML file after it")
-            from_file["default"] = load_toml(cls, value if equals else arguments[index + 1])
+            from_file["default"] = load_toml(cls, value if equals else arguments[index + 1], task)
             del rest[index : index + (1 if equals else 2)]
             break
     description = f"{inspect.getdoc(cls)}\n\n--config FILE reads it from TOML first."
-    return tyro.cli(cls, prog=program, args=rest, description=description, **from_file)
+    if from_file or not task:
+        return tyro.cli(cls, prog=program, args=rest, description=description, **from_file)
+    kind: Any = typing.get_type_hints(cls)["task"]
+    chosen = ("task", kind, dataclasses.field(default=kind(task["task.name"])))
+    parser: Any = dataclasses.make_dataclass(cls.__name__, [chosen], bases=(cls,), frozen=True)
+    found = tyro.cli(parser, prog=program, args=rest, description=description)
+    return cls(**{f.name: getattr(found, f.name) for f in dataclasses.fields(cls)})
+
+
+def _task_flag(arguments: Sequence[str]) -> dict[str, str]:
+    """Return {"task.name": NAME} for the flag `--task.name NAME`, {} without it."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = argument.partition("=")
+        if option == "--task.name":
+            return {"task.name": value if equals else following}
+    return {}
 
 
 def _run(name: str, arguments: Sequence[str]) -> None:

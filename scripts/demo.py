@@ -16,7 +16,7 @@ from pathlib import Path
 from matryoshka.core.config import load_toml
 from matryoshka.core.models.from_gguf import convert_gguf, smollm2_gguf
 from matryoshka.pilot.config import RunConfig
-from matryoshka.pilot.loop import pilot
+from matryoshka.pilot.loop import run_pilot
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ("examples", "no_guidance", "gold_guidance", "untrained", "warmup", "round_1", "p_trained_vs_untrained")
@@ -33,7 +33,7 @@ def main() -> None:
     config = load_toml(RunConfig, args.config, {"seed": args.seed})
     config = replace(config, name=f"{config.name}-{args.seed}")
     convert_gguf(smollm2_gguf(), Path(config.controller.path))
-    summary = pilot(config)
+    summary = run_pilot(config)
     last_line = {key: summary[key] for key in KEYS}
     last_line |= {"seconds": round(time.time() - started, 1), "report": summary["report"]}
     print((ROOT / summary["report"]).with_suffix(".md").read_text())

@@ -9,17 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matryoshka.core.parallel.distributed import open_world
+from matryoshka.core.distributed import open_world
 from matryoshka.core.parallel.layout import ParallelConfig
 from matryoshka.core.protocols import RunStopped
-from matryoshka.core.records import Trajectory, to_json
+from matryoshka.core.records import to_json
 from matryoshka.core.training.train import Interrupted, TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.lora.linear import LoraConfig
 from matryoshka.pilot import finetune
-from matryoshka.pilot import loop as job
 from matryoshka.pilot.config import RunConfig
-from matryoshka.pilot.context import Run, open_run
+from matryoshka.pilot.context import open_run
+from matryoshka.pilot.evaluate import evaluate as evaluate_run
+from matryoshka.pilot.loop import run_pilot
+from matryoshka.pilot.run_report import write_run_report, write_transfer
+from matryoshka.pilot.stages import collected, warm_up, write_pairs
 
 RUNS = Path("runs")
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended
@@ -94,13 +97,11 @@ def stoppable() -> Iterator[None]:
 
 @stoppable()
 def pilot(config: RunConfig) -> None:
-    """Run or continue the whole job; the last line printed is its summary as JSON (on LaMP a short one after it)."""
+    """Run or continue the whole job; the last line printed is its summary as JSON."""
     with open_world(config.controller.device) as world:
-        summary = job.pilot(config, RUNS, world)
+        summary = run_pilot(config, RUNS, world)
     if world.is_first:
         _say(summary)
-    if world.is_first and config.task.name == "lamp":
-        _say({name: summary[name] for name in ("task", "examples", "untrained", "trained", "p", "seconds")})
 
 
 @stoppable()
@@ -119,8 +120,8 @@ def dpo(config: DpoCommand) -> None:
 def collect(config: RunConfig) -> None:
     """Warm up and collect the episodes of every round that can be collected: those whose policy is trained."""
     with open_world(config.controller.device) as world, open_run(config, RUNS, world=world) as run:
-        run.warmup()
-        episodes = len(_collected(run))
+        warm_up(run)
+        episodes = len(collected(run))
         if world.is_first:
             _say({"episodes": episodes})
 
@@ -128,7 +129,7 @@ def collect(config: RunConfig) -> None:
 def pairs(config: RunConfig) -> None:
     """Make preferences.jsonl from the episodes collected so far."""
     with open_run(config, RUNS, trains=False) as run:
-        _, counts = run.pairs(_collected(run))
+        _, counts = write_pairs(run, collected(run))
         _say(counts.as_dict())
 
 
@@ -154,24 +155,14 @@ def evaluate(config: EvaluateConfig) -> None:
             names = [name.strip() for name in config.generators.split(",")]
             if not all(names):
                 raise ValueError(f"generators {config.generators!r}: expected names or TOML files, separated by commas")
-            found = job.transfer(run, names)
+            found = write_transfer(run, names)
             rows = [{"generator": name, **row} for name, row in found.items()]
         else:
-            conditions = job.evaluate(run)
+            conditions = evaluate_run(run)
             rows = [{condition.name: to_json(run.task.score(condition.trajectories))} for condition in conditions]
-            rows.append(job.report(run, conditions, {}))
+            rows.append(write_run_report(run, conditions, {}))
         for row in rows if world.is_first else ():
             _say(row)
-
-
-def _collected(run: Run) -> list[Trajectory]:
-    rows: list[Trajectory] = []
-    for round in range(1, run.config.rounds + 1):
-        before = run.policy_before(round)
-        if before and not run.is_trained(before):
-            break
-        rows += run.collect(round)
-    return rows
 
 
 def _say(value: dict[str, Any]) -> None:

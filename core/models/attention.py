@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from matryoshka.core.training.tree import TokenTree
+from matryoshka.core.models.tree import TokenTree
 
 
 class Attend(Protocol):
@@ -39,7 +39,7 @@ class Causal:
 
 
 class Masked:
-    """Token t sees token s where mask_TT[t, s] is true: a token tree laid out in one row (`core/training/tree.py`)."""
+    """Token t sees token s where mask_TT[t, s] is true: a token tree laid out in one row (`core/models/tree.py`)."""
 
     def __init__(self, mask_TT: Tensor) -> None:
         self.mask_TT = mask_TT

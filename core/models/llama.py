@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from matryoshka.core.models.activations import recomputed, run_attention, run_block
 from matryoshka.core.models.attention import Attend, Causal
 from matryoshka.core.models.language_model import LanguageModel, together
 from matryoshka.core.models.norm_rope_swiglu import at_least_fp32, rms_norm, rope_tables, rotate, swiglu
-from matryoshka.core.training.activations import recomputed, run_attention, run_block
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from matryoshka.core.distributed import as_part, is_sharded, own_rows, whole
 from matryoshka.core.files import write_atomic, write_json
-from matryoshka.core.parallel.distributed import as_part, is_sharded, own_rows, whole
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

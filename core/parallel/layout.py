@@ -8,7 +8,7 @@ hybrid     the ranks of a node share one copy as under `shard`, the nodes hold a
 from dataclasses import dataclass
 from typing import Protocol
 
-from matryoshka.core.parallel.distributed import World
+from matryoshka.core.distributed import World
 from matryoshka.core.training.memory import GIB, MARGIN
 
 LAYOUTS = ("replicate", "hybrid", "shard")  # from the least communication to the least memory

@@ -10,9 +10,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from matryoshka.core.distributed import World
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.norm_rope_swiglu import at_least_fp32
-from matryoshka.core.parallel.distributed import World
 from matryoshka.core.parallel.layout import Layout, ParallelConfig
 
 

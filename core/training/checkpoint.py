@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from matryoshka.core.distributed import ALONE, TIMEOUT_S, World, is_sharded
 from matryoshka.core.files import fsync_folder, write_atomic, write_json
-from matryoshka.core.parallel.distributed import ALONE, TIMEOUT_S, World, is_sharded
 from matryoshka.core.training.checkpoint_files import STATE, WHOLE, read_state, remove, rotate, sizes, step_of
 from matryoshka.core.training.checkpoint_files import latest_checkpoint as latest_checkpoint
 from matryoshka.core.training.checkpoint_shards import own_slices, read_slices, write_slices

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from matryoshka.core.parallel.distributed import is_sharded, own
+from matryoshka.core.distributed import is_sharded, own
 
 
 def own_slices(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

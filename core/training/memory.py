@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from matryoshka.core.distributed import own
+from matryoshka.core.models.activations import POLICIES, CompiledBlocks, activations
 from matryoshka.core.models.attention import PIECE
 from matryoshka.core.models.language_model import LanguageModel, ModelConfig
 from matryoshka.core.models.norm_rope_swiglu import at_least_fp32
-from matryoshka.core.parallel.distributed import own
-from matryoshka.core.training.activations import POLICIES, CompiledBlocks, activations
 from matryoshka.core.training.optimizer import moment_bytes
 
 logger = logging.getLogger(__name__)

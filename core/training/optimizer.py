@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matryoshka.core.parallel.distributed import is_sharded
+from matryoshka.core.distributed import is_sharded
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 SMALL, BLOCK = 4096, 256

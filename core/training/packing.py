@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from matryoshka.core.models.tree import Tokens, padded_size, read_ids, shared_prefixes, tree_size
 from matryoshka.core.records import stable_seed
-from matryoshka.core.training.tree import Tokens, padded_size, read_ids, shared_prefixes, tree_size
 
 MICRO_BATCH = 256  # what one more micro-batch costs, in tokens: without sharing, fewer are better
 

@@ -16,12 +16,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from matryoshka.core.distributed import World
 from matryoshka.core.models.attention import bucket, tree_attention
 from matryoshka.core.models.language_model import LanguageModel
-from matryoshka.core.parallel.distributed import World
+from matryoshka.core.models.tree import Tokens, TokenTree, build_tree
 from matryoshka.core.training.memory import MemoryPlan
 from matryoshka.core.training.packing import Item, Plan, split
-from matryoshka.core.training.tree import Tokens, TokenTree, build_tree
 
 
 @dataclass(frozen=True)

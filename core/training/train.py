@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from matryoshka.core.distributed import ALONE, TIMEOUT_S, World, forget_gathered, is_sharded, whole
 from matryoshka.core.files import write_text
+from matryoshka.core.models.activations import POLICIES
 from matryoshka.core.models.language_model import LanguageModel
-from matryoshka.core.parallel.distributed import ALONE, TIMEOUT_S, World, forget_gathered, is_sharded, whole
 from matryoshka.core.records import stable_seed
-from matryoshka.core.training.activations import POLICIES
 from matryoshka.core.training.checkpoint import Checkpoints
 from matryoshka.core.training.memory import free_bytes, plan_memory
 from matryoshka.core.training.optimizer import OPTIMIZERS, make_optimizer

@@ -224,7 +224,8 @@ class ALFWorldTask(Task):
     def _types(self) -> Mapping[str, str]:
         return {example.id: self.group(example) for rows in self._splits.values() for example in rows}
 
-    def scripted_generator(self, name: str) -> Generator:
+    @classmethod
+    def scripted_generator(cls, name: str) -> Generator:
         """Return the generator that takes plans at their word. Raises ValueError for another name than "literal"."""
         if name != "literal":
             raise ValueError(f"[serve] scripted {name!r}: ALFWorld has one scripted generator, 'literal'")

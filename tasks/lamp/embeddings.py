@@ -1,7 +1,6 @@
 """Embeddings of texts by an OpenAI-compatible endpoint, each asked for once: what came is kept in a file."""
 
 import hashlib
-import os
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from matryoshka.core.redaction import read_secret, redact
 from matryoshka.tasks.lamp.options import LampOptions
 
 AT_ONCE = 256  # texts in a request; OpenAI takes 2,048, and histories are longer
@@ -28,7 +28,7 @@ class Embeddings:
         import openai
 
         variable = lamp.embeddings_key_env
-        self._key = os.environ.get(variable, "") if variable else "none"
+        self._key = read_secret(variable) if variable else "none"
         if not self._key:
             raise ValueError(f"[task.options] environment variable {variable} holds no key for the embeddings")
         self._lamp = lamp
@@ -63,7 +63,7 @@ class Embeddings:
             filled = [text or " " for text in texts]  # OpenAI refuses a text without any character
             answer = self._client.embeddings.create(model=lamp.embeddings_model, input=filled, encoding_format="float")
         except openai.OpenAIError as err:  # from None: servers repeat keys, and a traceback would show this one
-            what = str(err).replace(self._key, "[key]" if lamp.embeddings_key_env else self._key)
+            what = redact(str(err))
             raise ValueError(f"[task.options] the embeddings of {lamp.embeddings_url} failed: {what}") from None
         if len(answer.data) != len(texts):
             what = f"{len(answer.data)} vectors for {len(texts)} texts"

@@ -124,7 +124,8 @@ class LampTask(Task):
         failed = sum(trajectory.info.verdict == "failed" for trajectory in trajectories)
         return {**found, "failed": wilson(failed, len(golds))}
 
-    def scripted_generator(self, name: str) -> Generator:
+    @classmethod
+    def scripted_generator(cls, name: str) -> Generator:
         """Return the scripted reader `name`."""
         return ScriptedReader(name)
 

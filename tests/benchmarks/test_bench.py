@@ -25,8 +25,8 @@ from matryoshka.benchmarks.step_profile import profile_chart
 from matryoshka.benchmarks.training import Block, Recipe
 from matryoshka.benchmarks.trl_training import transformers_model
 from matryoshka.core.models.load import load_model
+from matryoshka.core.models.tree import tree_size
 from matryoshka.core.text.tokenizer import Tokenizer
-from matryoshka.core.training.tree import tree_size
 from matryoshka.lora.linear import LoraConfig
 from matryoshka.scripts import cli
 from matryoshka.tests.lora.test_nf4 import nf4_bytes

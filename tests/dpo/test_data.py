@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.records import Message, Preference, Sample
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item
-from matryoshka.core.training.tree import Tokens
 from matryoshka.dpo.data import (
     completion,
     distinct,

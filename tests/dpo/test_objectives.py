@@ -13,8 +13,8 @@ from torch import Tensor
 
 from matryoshka.core.models.attention import Masked
 from matryoshka.core.models.load import load_model
+from matryoshka.core.models.tree import Tokens, build_tree
 from matryoshka.core.training.train import Item, Totals, TrainConfig, train
-from matryoshka.core.training.tree import Tokens, build_tree
 from matryoshka.dpo import head
 from matryoshka.dpo.head import eager_logps, scored_logps, token_logps
 from matryoshka.dpo.losses import dpo_loss, hinge_loss, ipo_loss, robust_loss, simpo_loss

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from matryoshka.core.models.load import load_model
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.training.train import Item, TrainConfig, train
-from matryoshka.core.training.tree import Tokens
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import Preference
 from matryoshka.dpo.reference import ReferenceLogps, open_reference, reference_digest

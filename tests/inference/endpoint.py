@@ -120,7 +120,7 @@ class Endpoint:
 
 def run(
     endpoint: Endpoint,
-    scene: Callable[[OpenAIGenerator], Awaitable[None]],
+    scene: Callable[[OpenAIGenerator], Awaitable[object]],
     cache: ResponseCache | None = None,
     budget: Budget | None = None,
     **settings: Any,

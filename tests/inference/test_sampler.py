@@ -20,10 +20,10 @@ from torch import Tensor
 from matryoshka.core.models.attention import Masked
 from matryoshka.core.models.llama import Config, Model
 from matryoshka.core.models.load import load_model
+from matryoshka.core.models.tree import Tokens, build_tree
 from matryoshka.core.models.weights import save_weights
 from matryoshka.core.records import Sample, Sampling, Usage
 from matryoshka.core.text.tokenizer import Tokenizer
-from matryoshka.core.training.tree import Tokens, build_tree
 from matryoshka.dpo.head import token_logps
 from matryoshka.inference.sampler import Sampler
 from matryoshka.lora.linear import LoraConfig, active, add_adapter, layers_with, remove_adapter

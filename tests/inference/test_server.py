@@ -40,6 +40,8 @@ class ByteTokenizer:
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
 
+    encode_prompt = encode
+
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode(errors="replace")  # ValueError above 255
 
@@ -467,7 +469,7 @@ from matryoshka.core.records import Sample
 from matryoshka.inference.server import serve
 
 class Tokenizer:
-    def encode(self, text): return list(text.encode())
+    def encode_prompt(self, text): return list(text.encode())
     def decode(self, ids): return bytes(ids).decode()
 
 class Engine:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from matryoshka.core.models.llama import Config, Model
 from matryoshka.core.models.load import load_model
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.models.weights import save_weights
 from matryoshka.core.training.train import Item, TrainConfig, train
-from matryoshka.core.training.tree import Tokens
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import Preference
 from matryoshka.lora.files import load_adapter, merge, save_adapter

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from matryoshka.pilot import doctor
+from matryoshka.pilot.environment import _commit
 
 
 @contextmanager
@@ -85,13 +86,13 @@ def test_the_commit_is_that_of_the_checkout(tmp_path: Path) -> None:
         done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    assert doctor._commit(tmp_path) is None
+    assert _commit(tmp_path) is None
     git("init", "--quiet")
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("commit", "--quiet", "-m", "one")
-    assert doctor._commit(tmp_path) == git("rev-parse", "HEAD")
+    assert _commit(tmp_path) == git("rev-parse", "HEAD")
     (tmp_path / "file").write_text("2")
-    assert doctor._commit(tmp_path) == git("rev-parse", "HEAD") + "+changes"
+    assert _commit(tmp_path) == git("rev-parse", "HEAD") + "+changes"
     (tmp_path / "inside").mkdir()
-    assert doctor._commit(tmp_path / "inside") is None
+    assert _commit(tmp_path / "inside") is None

@@ -24,8 +24,10 @@ from matryoshka.inference.vllm_server import VllmConfig
 from matryoshka.lora.files import adapter_hash
 from matryoshka.pilot.config import ControllerConfig, RunConfig
 from matryoshka.pilot.context import open_run
+from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.policies import _heaviest
 from matryoshka.pilot.serving import open_vllm
+from matryoshka.pilot.stages import check_parity, collect, train_round, train_star, warm_up, write_pairs
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import Generator, environment
 from matryoshka.tests.pilot.test_pilot import Runs, assert_equal_runs, lines, small
@@ -67,25 +69,25 @@ def test_rounds_of_all_weights(
     config = replace(config, dpo=replace(config.dpo, learning_rates=(1e-3, 1e-2)))
     folder = tmp_path / "full"
     with open_run(config, tmp_path) as run:
-        run.warmup()
-        episodes = run.collect(1)
+        warm_up(run)
+        episodes = collect(run, 1)
         assert_drawn_by(folder / "warmup" / "model", episodes)
-        run.train_round(1, episodes)
+        train_round(run, 1, write_pairs(run, episodes)[0], episodes)
         chosen = json.loads((folder / "round-1" / "selection.json").read_text())["chosen"]["stage"]
         for stage in ("round-1", chosen, "warmup", ""):  # "" is read again, after others were loaded
             place = folder / stage / "model" if stage else controller_dir
-            assert_drawn_by(place, run.episodes(run.policy(stage), ["test"]))
-        items, _ = distinct(preference_items(run.pairs(episodes)[0]))
+            assert_drawn_by(place, run_episodes(run, policy_scheme(run, stage), ["test"]))
+        items, _ = distinct(preference_items(write_pairs(run, episodes)[0]))
         reference = folder / "round-1" / "reference.sqlite"
         assert num_rows(reference) == len({sequence for item in items for sequence in item.sequences})
         (folder / "round-2").mkdir()
         shutil.copy(reference, folder / "round-2")
-        both = episodes + run.collect(2)
-        run.train_round(2, both)
-        items, _ = distinct(preference_items(run.pairs(both)[0]))
+        both = episodes + collect(run, 2)
+        train_round(run, 2, write_pairs(run, both)[0], both)
+        items, _ = distinct(preference_items(write_pairs(run, both)[0]))
         others = num_rows(folder / "round-2" / "reference.sqlite") - num_rows(reference)
         assert others == len({sequence for item in items for sequence in item.sequences})
-        run.star([])  # nothing to imitate: the warm-up's, unchanged
+        train_star(run, [])  # nothing to imitate: the warm-up's, unchanged
     weights = {"base": load_file(controller_dir / SINGLE)}
     weights |= {stage: load_file(folder / stage / "model" / SINGLE) for stage in (*STAGES, "round-2")}
     for first, second in (("base", "warmup"), ("warmup", "round-1"), ("round-1", "round-2")):
@@ -99,7 +101,7 @@ def test_rounds_of_all_weights(
     assert cli.main(["export", "--run", str(folder), "--out", str(tmp_path / "out"), "--stage", "round-1"]) == 0
     digest = weights_hash(folder / "round-1" / "model")
     assert capsys.readouterr().out.split() == [str(tmp_path / "out"), digest]
-    assert run.policy("round-1").name == f"tiny+{digest}"
+    assert policy_scheme(run, "round-1").name == f"tiny+{digest}"
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
@@ -190,21 +192,21 @@ def test_vllm_is_started_again_with_the_weights_of_each_stage(
     folder = tmp_path / "full-vllm"
     with open_run(replace(config, controller=controller), tmp_path) as run:
         assert run.vllm is not None
-        run.warmup()
-        episodes = run.collect(1)
+        warm_up(run)
+        episodes = collect(run, 1)
         assert_drawn_by(folder / "warmup" / "model", episodes)
-        run.train_round(1, episodes)
+        train_round(run, 1, write_pairs(run, episodes)[0], episodes)
         for stage in ("round-1", ""):
             place = folder / stage / "model" if stage else controller_dir
-            assert_drawn_by(place, run.episodes(run.policy(stage), ["test"]))
+            assert_drawn_by(place, run_episodes(run, policy_scheme(run, stage), ["test"]))
         assert run.vllm.num_restarts == 0  # none was for a server that died
         use = run.vllm.use_model
         monkeypatch.setattr(run.vllm, "use_model", lambda _: use(controller_dir))
-        wrong = run.episodes(run.policy("warmup"), ["test"])
+        wrong = run_episodes(run, policy_scheme(run, "warmup"), ["test"])
         with pytest.raises(ValueError, match="parity: .* example .* the trainer computes"):
-            run._check_parity(wrong, "warmup")
+            check_parity(run, wrong, "warmup")
     with open_run(replace(config, controller=controller), tmp_path, trains=False) as run:
-        assert run.model.head_weight.is_meta and run.episodes(run.policy("warmup"), ["test"]) == wrong
+        assert run.model.head_weight.is_meta and run_episodes(run, policy_scheme(run, "warmup"), ["test"]) == wrong
 
 
 @pytest.mark.parametrize("layout", ["shard", "hybrid"])

@@ -135,7 +135,7 @@ def test_alone_every_collective_is_the_identity() -> None:
     ranks = Ranks()
     assert ranks.sums([1, 2]) == [1, 2] and ranks.texts("\u00e9") == ["\u00e9"] and ranks.texts("") == [""]
     ranks.agree("x", "words")
-    with pytest.raises(ValueError, match="mine"), ranks.together():
+    with pytest.raises(ValueError, match="mine"), ranks.all_or_none():
         raise ValueError("mine")
 
 

@@ -10,6 +10,7 @@ import pytest
 from matryoshka.core.files import read_jsonl
 from matryoshka.pilot import ray as ray_episodes
 from matryoshka.pilot.config import RunConfig, WarmupConfig
+from matryoshka.pilot.ray_cluster import joined_cluster
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import Generator, environment
 from matryoshka.tests.pilot.test_pilot import Runs, small
@@ -89,5 +90,5 @@ def test_ray_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     """Oracle: the extra's name, from pyproject.toml."""
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ValueError, match=r"needs the extra `cluster`: pip install 'matryoshka-pilot\[cluster\]'"):
-        with ray_episodes.connected():
+        with joined_cluster():
             pass

@@ -1,4 +1,4 @@
-"""pilot/context.py and progress.py: what a stage decides, on a run whose episodes take a second."""
+"""pilot/stages.py and progress.py: what a stage decides, on a run whose episodes take a second."""
 
 import time
 from dataclasses import replace
@@ -10,7 +10,10 @@ from matryoshka.core.files import read_jsonl
 from matryoshka.lora.files import WEIGHTS
 from matryoshka.pilot.config import WarmupConfig
 from matryoshka.pilot.context import open_run
+from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.progress import Progress
+from matryoshka.pilot.run_report import left_out
+from matryoshka.pilot.stages import collect, is_trained, train_round, train_star, warm_up, write_pairs
 from matryoshka.tests.pilot.conftest import Generator
 from matryoshka.tests.pilot.test_pilot import small
 
@@ -25,11 +28,14 @@ def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, controller_di
         dpo=replace(config.dpo, learning_rates=(1e-3, 3e-2)),
     )
     with open_run(config, tmp_path) as run:
-        episodes = run.collect(1)
-        counts = run.train_round(1, episodes)
-        assert run.train_round(1, episodes) == counts  # done already: nothing is trained again
-        names = {rate: run.policy(f"round-1/lr-{rate:g}").name for rate in config.dpo.learning_rates}
-        validation = {example.id for example in run.task.examples("validation")}
+        episodes = collect(run, 1)
+        pairs, _ = write_pairs(run, episodes)
+        assert train_round(run, 1, pairs, episodes) == "round-1"
+        written = (tmp_path / "rates" / "round-1" / "adapter" / WEIGHTS).stat().st_mtime_ns
+        assert train_round(run, 1, pairs, episodes) == "round-1"  # done already: nothing is trained again
+        assert (tmp_path / "rates" / "round-1" / "adapter" / WEIGHTS).stat().st_mtime_ns == written
+        names = {rate: policy_scheme(run, f"round-1/lr-{rate:g}").name for rate in config.dpo.learning_rates}
+        validation = {example.id for example in run.problems["validation"]}
     folder = tmp_path / "rates" / "round-1"
     rows = [row["trajectory"] for row in read_jsonl(tmp_path / "rates" / "trajectories.jsonl")]
     validated = [row for row in rows if row["example_id"] in validation]
@@ -53,15 +59,16 @@ def test_a_stage_without_data_keeps_the_policy(
     if source == "none":
         config = replace(config, warmup=WarmupConfig("none"))
     with open_run(config, tmp_path) as run:
-        run.warmup()
-        assert run.train_round(1, []).pairs == 0
-        run.star([])
+        warm_up(run)
+        assert train_round(run, 1, [], []) == "round-1"
+        train_star(run, [])
         kept = [(run.policies.folder(stage) / WEIGHTS).read_bytes() for stage in ("round-1", "star")]
         if source == "gold":
             before = (run.policies.folder("warmup") / WEIGHTS).read_bytes()
         else:
             before = kept[0]
-            turns = [[e.turns for e in run.episodes(run.policy(stage), ["test"])] for stage in ("", "round-1")]
+            schemes = [policy_scheme(run, stage) for stage in ("", "round-1")]
+            turns = [[e.turns for e in run_episodes(run, scheme, ["test"])] for scheme in schemes]
             assert turns[0] == turns[1]
     assert kept == [before, before]
 
@@ -73,10 +80,10 @@ def test_gold_warm_up_needs_steps(tmp_path: Path, controller_dir: Path, generato
     data.write_text('{"prompt": "p", "completion": "c"}\n{"prompt": "p"}\n')
     with open_run(replace(config, warmup=replace(config.warmup, source="file", data=str(data))), tmp_path) as run:
         with pytest.raises(ValueError, match=r"chats\.jsonl:2: field 'response' is missing"):
-            run.warmup()
+            warm_up(run)
         data.write_text('{"prompt": "p", "completion": "c"}\n')
-        run.warmup()
-        assert run.is_trained("warmup")
+        warm_up(run)
+        assert is_trained(run, "warmup")
 
 
 def test_training_items_that_do_not_fit_are_counted(tmp_path: Path, controller_dir: Path, generator: Generator) -> None:
@@ -87,11 +94,11 @@ def test_training_items_that_do_not_fit_are_counted(tmp_path: Path, controller_d
     config = replace(config, warmup=replace(config.warmup, source="file", data=str(data)))
     with open_run(config, tmp_path / "error") as run:
         with pytest.raises(ValueError, match="1 of 2 items exceed the context of 1024 tokens"):
-            run.warmup()
-        assert not run.is_trained("warmup")
+            warm_up(run)
+        assert not is_trained(run, "warmup")
     with open_run(replace(config, overlong="skip"), tmp_path / "skip") as run:
-        run.warmup()
-        assert run.left_out() == {"warmup items": 1}
+        warm_up(run)
+        assert left_out(run) == {"warmup items": 1}
 
 
 def test_progress_off_a_terminal_is_a_line_now_and_then(

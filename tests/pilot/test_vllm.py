@@ -23,11 +23,11 @@ import torch
 from matryoshka.core.files import read_jsonl
 from matryoshka.core.models.llama import Config, Model
 from matryoshka.core.models.load import load_model
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.models.weights import save_weights
 from matryoshka.core.protocols import ContextError
 from matryoshka.core.records import Message, Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
-from matryoshka.core.training.tree import Tokens
 from matryoshka.dpo.parity import BOUNDS, difference, trainer_logps
 from matryoshka.inference.http_client import HttpClient
 from matryoshka.inference.sampler import Sampler
@@ -37,6 +37,8 @@ from matryoshka.lora.files import load_adapter, save_adapter
 from matryoshka.lora.linear import LoraConfig, active, add_adapter, layers_with
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.context import open_run
+from matryoshka.pilot.episodes import policy_scheme, run_episodes
+from matryoshka.pilot.stages import check_parity, collect, is_trained, policy_before, train_round, warm_up, write_pairs
 from matryoshka.tests.pilot.conftest import Generator
 from matryoshka.tests.pilot.test_pilot import small
 
@@ -256,29 +258,30 @@ def test_a_pilot_of_two_rounds(
     stages = []
     before = asyncio.run(listed(server))
     with open_run(config, tmp_path) as run:
-        run.warmup()
+        warm_up(run)
         trajectories = []
         for round in (1, 2):
-            done = run.collect(round)
+            done = collect(run, round)
             trajectories += done
-            stage = run.policy_before(round)
+            stage = policy_before(run.config, round)
             stages.append(run.policies.folder(stage))
             for turn in (turn for trajectory in done for turn in trajectory.turns):
                 assert turn.prompt_ids is not None and turn.action.logprobs is not None
                 expected = trained(model_dir, turn.prompt_ids, turn.action, stages[-1])
                 assert difference(expected, turn.action.logprobs).largest < 5e-4
-            run.train_round(round, trajectories)
-        for trajectory in run.episodes(run.policy(""), ["validation"]):  # the base model, beside loaded adapters
+            train_round(run, round, write_pairs(run, trajectories)[0], trajectories)
+        # The base model, beside loaded adapters.
+        for trajectory in run_episodes(run, policy_scheme(run, ""), ["validation"]):
             (turn,) = trajectory.turns
             assert turn.prompt_ids is not None and turn.action.logprobs is not None
             expected = trained(model_dir, turn.prompt_ids, turn.action, None)
             assert difference(expected, turn.action.logprobs).largest < 5e-4
-        assert run.is_trained("round-2") and run.vllm is not None and run.vllm.num_restarts == 0
+        assert is_trained(run, "round-2") and run.vllm is not None and run.vllm.num_restarts == 0
         other, use = stages[0], run.vllm.use
         monkeypatch.setattr(run.vllm, "use", lambda folder: use(other))
-        wrong = run.episodes(run.policy("round-2"), ["test"])  # not recorded yet
+        wrong = run_episodes(run, policy_scheme(run, "round-2"), ["test"])  # not recorded yet
         with pytest.raises(ValueError, match=r"parity: .* example .* the trainer computes .*another adapter"):
-            run._check_parity(wrong, "round-2")
+            check_parity(run, wrong, "round-2")
     assert asyncio.run(listed(server)) == before  # what a run has loaded on a server of others goes with it
 
 
@@ -291,8 +294,9 @@ def test_kill_9_in_mid_collection(
     # Few at a time, so that there are requests in flight, and others to come, when the server dies.
     config = replace(config, rollout=replace(config.rollout, samples=8, guidance_tokens=100, limit=4))
     with open_run(config, tmp_path) as run:
-        run.warmup()
-        run.vllm = Vllm(server, run.tokenizer, LORA.rank)  # the server is ours here, to be started again
+        warm_up(run)
+        own = Vllm(server, run.tokenizer, LORA.rank)  # the server is ours here, to be started again
+        run = replace(run, vllm=own)
         killed = []
 
         def kill() -> None:
@@ -303,11 +307,11 @@ def test_kill_9_in_mid_collection(
 
         killer = threading.Thread(target=kill)
         killer.start()
-        done = run.collect(1)
+        done = collect(run, 1)
         killer.join()
-        run.runner.run(run.vllm.aclose())
+        run.runner.run(own.aclose())
         ((pid, recorded),) = killed
-        assert recorded < len(done) == 4 * 8 and run.vllm.num_restarts == 1 and server.pid != pid
+        assert recorded < len(done) == 4 * 8 and own.num_restarts == 1 and server.pid != pid
         for turn in (turn for trajectory in done for turn in trajectory.turns):
             assert turn.prompt_ids is not None and turn.action.logprobs is not None
             expected = trained(model_dir, turn.prompt_ids, turn.action, run.policies.folder("warmup"))

@@ -26,7 +26,7 @@ from matryoshka.core.models.attention import (
     tree_attention,
 )
 from matryoshka.core.models.llama import Config, Model
-from matryoshka.core.training.tree import Tokens, TokenTree, build_tree
+from matryoshka.core.models.tree import Tokens, TokenTree, build_tree
 from matryoshka.dpo.head import token_logps
 from matryoshka.lora.linear import LoraConfig, add_adapter, set_active, trainable_parameters
 

@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from matryoshka.core.distributed import ALONE, World, open_world, whole
 from matryoshka.core.models import weights
 from matryoshka.core.models.load import empty_model, fill_model
-from matryoshka.core.parallel.distributed import ALONE, World, open_world, whole
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.parallel.layout import Layout, ParallelConfig
 from matryoshka.core.training.train import Item, TrainConfig, train
-from matryoshka.core.training.tree import Tokens
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.dpo.reference import open_reference

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from matryoshka.core.distributed import ALONE, is_sharded, own, whole
 from matryoshka.core.models.load import load_model
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.models.weights import save_weights
-from matryoshka.core.parallel.distributed import ALONE, is_sharded, own, whole
 from matryoshka.core.training.packing import Item, batch_at, split
-from matryoshka.core.training.tree import Tokens
 from matryoshka.lora.linear import active
 from matryoshka.tests.core.parallel.ranks import Case, Result, build, items_of, launch, run
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from matryoshka.core.parallel.distributed import World
+from matryoshka.core.distributed import World
 from matryoshka.core.parallel.layout import LAYOUTS, Layout, ParallelConfig, choose_layout
 
 NODE = World(size=4, local_size=4)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matryoshka.core.parallel.distributed import ALONE, World, open_world, whole
+from matryoshka.core.distributed import ALONE, World, open_world, whole
 from matryoshka.core.training.checkpoint import Checkpoints
 from matryoshka.tests.core.parallel import ranks
 from matryoshka.tests.core.parallel.ranks import Case

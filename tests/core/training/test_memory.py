@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka.benchmarks.measure import peak_bytes
+from matryoshka.core.models.activations import POLICIES, CompiledBlocks, activations, run_block
 from matryoshka.core.models.attention import blocks, tree_attention
 from matryoshka.core.models.llama import Config, Model, rope_frequencies
 from matryoshka.core.models.norm_rope_swiglu import rope_tables
+from matryoshka.core.models.tree import Tokens, TokenTree, build_tree
 from matryoshka.core.training import memory
 from matryoshka.core.training import train as training
-from matryoshka.core.training.activations import POLICIES, CompiledBlocks, activations, run_block
 from matryoshka.core.training.memory import GIB, Footprint, free_bytes, plan_memory, state_bytes
 from matryoshka.core.training.packing import Item, batch_at
 from matryoshka.core.training.train import TrainConfig, train
-from matryoshka.core.training.tree import Tokens, TokenTree, build_tree
 from matryoshka.dpo.head import extra_bytes, token_logps
 from matryoshka.dpo.objectives import SFT
 from matryoshka.lora.linear import LoraConfig, add_adapter, set_active, trainable_parameters

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from matryoshka.core.models.load import load_model
+from matryoshka.core.models.tree import Tokens
 from matryoshka.core.training.optimizer import OPTIMIZERS, make_optimizer, moment_bytes, parameter_groups
 from matryoshka.core.training.packing import Item
 from matryoshka.core.training.train import TrainConfig, train
-from matryoshka.core.training.tree import Tokens
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT
 from matryoshka.lora.linear import LoraConfig, add_adapter, set_active, trainable_parameters

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from matryoshka.core.models.tree import Tokens, build_tree, padded_size
 from matryoshka.core.training.packing import MICRO_BATCH, Item, Plan, batch_at, check_budget, plan, split
-from matryoshka.core.training.tree import Tokens, build_tree, padded_size
 
 
 def tokens(ids: tuple[int, ...]) -> Tokens:

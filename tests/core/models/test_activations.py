@@ -1,4 +1,4 @@
-"""core/training/activations.py: the oracle is the policy "none"; every other must give its gradients to the bit."""
+"""core/models/activations.py: the oracle is the policy "none"; every other must give its gradients to the bit."""
 
 import threading
 from collections.abc import Callable
@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from matryoshka.core.models import activations as module
+from matryoshka.core.models.activations import POLICIES, CompiledBlocks, activations, recomputed, run_block
 from matryoshka.core.models.attention import Attend, Causal, tree_attention
 from matryoshka.core.models.load import load_model
-from matryoshka.core.training import activations as module
-from matryoshka.core.training.activations import POLICIES, CompiledBlocks, activations, recomputed, run_block
-from matryoshka.core.training.tree import Tokens, build_tree
+from matryoshka.core.models.tree import Tokens, build_tree
 from matryoshka.lora.linear import LoraConfig, add_adapter, layers_with, set_active, trainable_parameters
 
 CPU = torch.device("cpu")

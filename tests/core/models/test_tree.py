@@ -11,8 +11,8 @@ from torch import Tensor
 from matryoshka.core.models import attention
 from matryoshka.core.models.attention import Attend, Branches, Masked
 from matryoshka.core.models.llama import Config, Model
+from matryoshka.core.models.tree import Tokens, TokenTree, build_tree, padded_size, tree_size
 from matryoshka.core.training.train import Totals
-from matryoshka.core.training.tree import Tokens, TokenTree, build_tree, padded_size, tree_size
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.lora.linear import LoraConfig, add_adapter, set_active, trainable_parameters

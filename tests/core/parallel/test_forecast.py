@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from matryoshka.core.parallel.cluster import Job, job_of
+from matryoshka.core.parallel.forecast import forecast, head_seconds, pass_seconds, table
 from matryoshka.core.parallel.hardware import (
     HARDWARE,
     Cluster,
@@ -17,7 +18,6 @@ from matryoshka.core.parallel.hardware import (
     reduce,
     reduce_across,
 )
-from matryoshka.core.training.forecast import forecast, head_seconds, pass_seconds, table
 from matryoshka.pilot.plan import architecture_of
 
 PLAIN = Hardware(1e12, 0.5, 1e12, 1e9, 100e9, 10e9, 1e-6, 1e-5)

@@ -1,0 +1,186 @@
+"""What a run writes about itself: report.json, .md and .html, summary.json, verdicts, scores, and transfer.json."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from matryoshka.core.files import read_jsonl, write_json
+from matryoshka.core.protocols import Task
+from matryoshka.core.records import Example, to_json
+from matryoshka.eval.report import Condition, ReportInput, write_report
+from matryoshka.eval.statistics import Paired, PairedScores, paired_difference, paired_scores
+from matryoshka.eval.summary import graded_scores
+from matryoshka.pilot.context import Run
+from matryoshka.pilot.environment import environment, typed_command
+from matryoshka.pilot.episodes import policy_scheme, run_episodes
+from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, evaluate_with, trained_rounds
+from matryoshka.pilot.stages import is_trained
+
+SPLIT_TITLES = {"test": "held-out problems", "held_out": "families held out whole"}
+
+
+def write_run_report(run: Run, conditions: Sequence[Condition], counts: dict[str, Any]) -> dict[str, Any]:
+    """Write the report into the run's folder and return the summary. All ranks call this; the first one writes.
+
+    counts: what became of the samples of each round, for the report.
+    """
+    last = controller_steps([condition.name for condition in conditions])[-1]
+    validation = select_round(run)
+    summary = summarise(run, conditions, last)
+    if not run.world.is_first:
+        return summary
+    write_report(_report_input(run, conditions, counts, validation), run.folder)
+    verdicts = {c.name: {t.example_id: t.info.verdict for t in c.trajectories} for c in conditions}
+    write_json(run.folder / "verdicts.json", verdicts)
+    graded = {c.name: graded_scores(c.trajectories) for c in conditions}
+    if all(graded.values()):
+        write_json(run.folder / "scores.json", graded)
+    write_json(run.folder / "summary.json", summary)
+    return summary
+
+
+def _report_input(
+    run: Run, conditions: Sequence[Condition], counts: dict[str, Any], validation: dict[str, Any]
+) -> ReportInput:
+    examples = [e for split in HELD_OUT_SPLITS for e in run.problems[split]]
+    groups = {split: [e.id for e in run.problems[split]] for split in HELD_OUT_SPLITS}
+    machine = environment()
+    stages = [path.parent for path in sorted(run.folder.glob("**/metrics.jsonl"))]
+    by_split = {SPLIT_TITLES[split]: ids for split, ids in groups.items() if ids and groups["held_out"]}
+    return ReportInput(
+        title=f"Pilot {run.config.name}",
+        command=typed_command(),
+        config=to_json(run.config),
+        hardware={name: value for name, value in machine.items() if name not in ("versions", "commit", "python")},
+        versions={"python": machine["python"], **machine["versions"], "commit": machine["commit"]},
+        conditions=conditions,
+        examples=examples,
+        groups=by_split | by_group(run.task, examples),
+        comparisons=_comparisons([condition.name for condition in conditions]),
+        training={str(stage.relative_to(run.folder)): read_jsonl(stage / "metrics.jsonl") for stage in stages},
+        notes=notes(run, validation),
+        metrics={condition.name: run.task.score(condition.trajectories) for condition in conditions},
+        counts={
+            **counts,
+            "metrics": scores(run, conditions),
+            "left_out": left_out(run),
+            "validation": validation,
+            "seconds": run.seconds.as_dict(),
+            **({} if run.purse is None else {"black box": run.purse.as_dict()}),
+        },
+    )
+
+
+def _comparisons(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the pairs of conditions that are tested: each step of the controller against the next, and the last one.
+    """
+    steps = controller_steps(names)
+    last = steps[-1]
+    comparisons = [*zip(steps, steps[1:], strict=False)]
+    more = [(first, last) for first in ("untrained", "star") if first in names and first != last]
+    return comparisons + [pair for pair in more if pair not in comparisons]
+
+
+def scores(run: Run, conditions: Sequence[Condition]) -> dict[str, dict[str, float]]:
+    """Return the value of every metric of the task for each condition, over all held-out examples."""
+    found = {condition.name: run.task.score(condition.trajectories) for condition in conditions}
+    return {name: {key: round(metric.value, 4) for key, metric in row.items()} for name, row in found.items()}
+
+
+def controller_steps(names: Sequence[str]) -> list[str]:
+    """Return those of the conditions that are the controller's own steps, from untrained to the last round."""
+    return [n for n in names if n in ("untrained", "warmup") or n.startswith("round_")]
+
+
+def write_transfer(run: Run, generators: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the summary of every policy of `run` with each of other generators, and write them to transfer.json."""
+    found = {}
+    for name in generators:
+        conditions = evaluate_with(run, name)
+        found[name] = summarise(run, conditions, controller_steps([condition.name for condition in conditions])[-1])
+        found[name] |= {"metrics": scores(run, conditions)}
+        if run.world.is_first:
+            write_json(run.folder / "transfer.json", found)
+    return found
+
+
+def by_group(task: Task, examples: Sequence[Example]) -> dict[str, list[str]]:
+    """Return the ids of examples by their kind of problem; {} on a task that has no kinds."""
+    groups: dict[str, list[str]] = {}
+    for example in examples:
+        if group := task.group(example):
+            groups.setdefault(group, []).append(example.id)
+    return groups
+
+
+def left_out(run: Run) -> dict[str, int]:
+    """Return how much did not fit the context, by split of problems and by stage of training; {} if everything fits."""
+    files = sorted(run.folder.glob("**/left_out.json"))
+    items = {f"{path.parent.relative_to(run.folder)} items": json.loads(path.read_text()) for path in files}
+    return {**{f"{split} problems": n for split, n in run.skipped_problems.items()}, **items}
+
+
+def select_round(run: Run) -> dict[str, Any]:
+    """Return validation accuracies of warm-up and rounds, and the policy that they choose (the earlier on a tie)."""
+    accuracies = {}
+    first = "warmup" if is_trained(run, "warmup") else ""
+    for stage in [first, *(f"round-{round}" for round in trained_rounds(run))]:
+        name = stage or "untrained"
+        scored = run.task.score(run_episodes(run, policy_scheme(run, stage), ["validation"], label=f"validate {name}"))
+        accuracies[name] = to_json(scored[run.task.main_metric])
+    return {"accuracy": accuracies, "chosen": max(accuracies, key=lambda stage: accuracies[stage]["value"])}
+
+
+def summarise(run: Run, conditions: Sequence[Condition], last: str) -> dict[str, Any]:
+    """Return the one-line summary over the `test` split: a mean for each condition, and paired tests of the last one.
+
+    The means are accuracies with exact McNemar tests or, where every episode has a graded "score", scores with
+    sign-flip tests. trained: the last condition; p: of it against the untrained one.
+    """
+    ids = [example.id for example in run.problems["test"]]
+    rows = {condition.name: {t.example_id: t for t in condition.trajectories} for condition in conditions}
+    scored = {condition.name: graded_scores(condition.trajectories) for condition in conditions}
+    graded = all(scored.values())
+    right = {name: [row[id].info.verdict == "right" for id in ids] for name, row in rows.items()}
+    values = {name: [row[id] for id in ids] for name, row in scored.items()} if graded else right
+
+    def compared(first: str) -> Paired | PairedScores:
+        return paired_scores(values[first], values[last]) if graded else paired_difference(right[first], right[last])
+
+    summary: dict[str, Any] = {"task": run.task.label, "examples": len(ids)}
+    summary |= {name: round(sum(row) / len(row), 4) for name, row in values.items()}
+    for first, key in (("untrained", "p_trained_vs_untrained"), ("warmup", "p_trained_vs_warmup")):
+        if first in values:
+            difference = compared(first)
+            summary[key] = difference.p
+            if first == "warmup":
+                gain = (difference.difference, difference.low, difference.high)
+                summary["gain_over_warmup"] = [round(x, 4) for x in gain]
+    summary |= {"trained": summary[last], "p": summary["p_trained_vs_untrained"]}
+    summary["seconds"] = round(sum(run.seconds.as_dict().values()), 1)
+    summary["report"] = str(run.folder / "report.html")
+    return summary
+
+
+def notes(run: Run, validation: dict[str, Any]) -> list[str]:
+    """Return what a reader must know to judge the numbers."""
+    lines = [
+        f"Chosen on {len(run.task.examples('validation'))} validation problems: {validation['chosen']}. The held-out "
+        "problems were used for nothing but this report.",
+        "Guidance and code are decoded greedily in evaluation.",
+    ]
+    if missing := left_out(run):
+        counted = ", ".join(f"{n} {what}" for what, n in missing.items())
+        lines.append(f"Left out of every condition alike, since they do not fit the controller's context: {counted}.")
+    if run.config.serve.adapter:
+        lines.append(
+            "The generator is SmolLM2-135M-Instruct with an adapter that was trained to translate steps into code, "
+            "line by line. It is good with good steps and poor without them by construction: these numbers show that "
+            "the loop trains a controller, not that the generator is a capable model."
+        )
+    if run.config.serve.scripted:
+        lines.append(
+            f"The generator is a script ({run.generator.name}) that takes guidance at its word, not a model: these "
+            "numbers show that the loop trains a controller to write what such a reader can use, nothing more."
+        )
+    return lines

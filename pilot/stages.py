@@ -1,0 +1,228 @@
+"""The stages of a pilot that make policies: warm-up, collection, pairs, a round of training, the STaR control.
+
+Each is a function of an open run. It reads back what is recorded and trained already, and does the rest.
+"""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from matryoshka.core.files import write_json, write_jsonl
+from matryoshka.core.records import Example, Preference, Trajectory, Turn, stable_seed, to_json
+from matryoshka.core.training.train import Item, TrainConfig
+from matryoshka.dpo import objectives
+from matryoshka.dpo.data import completion, distinct, fitting, preference_items, read_conversations, text_completion
+from matryoshka.dpo.pairs import PairCounts, make_pairs, winners
+from matryoshka.dpo.parity import BOUNDS, check_policy
+from matryoshka.eval.baselines import GeneratorGuidance
+from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.context import Run, Scheme
+from matryoshka.pilot.episodes import policy_scheme, rollout_settings, run_episodes, sampled_settings
+from matryoshka.pilot.folder import copy_folder
+
+logger = logging.getLogger(__name__)
+
+
+def is_trained(run: Run, stage: str) -> bool:
+    """Return whether the policy of `stage` exists; folders appear atomically, so it is then complete."""
+    return run.policies.folder(stage).exists()
+
+
+def policy_before(config: RunConfig, round: int) -> str:
+    """Return the stage whose policy `round` samples from and starts from; it is the round's reference, too."""
+    if round > 1:
+        return f"round-{round - 1}"
+    return "" if config.warmup.source == "none" else "warmup"
+
+
+# Warm-up.
+
+
+def warm_up(run: Run) -> str:
+    """Train the warm-up policy by SFT on the data that [warmup] names, and return its stage ("" for no warm-up)."""
+    config, stage = run.config.warmup, policy_before(run.config, 1)
+    if not stage or is_trained(run, stage):
+        return stage
+    if config.source == "file":
+        items = read_conversations(Path(config.data), run.tokenizer)
+    elif config.source == "generator":
+        items = _generator_wins(run)
+    else:
+        items = [_gold_item(run, example) for example in run.problems["warmup"]]
+    _train(run, stage, "", items, config.train, None)
+    return stage
+
+
+def _gold_item(run: Run, example: Example) -> Item:
+    guidance = run.task.gold_guidance(example)
+    if guidance is None:
+        what = f"example {example.id} has no gold guidance"
+        raise ValueError(f"[warmup] source = 'gold', but {what}; use source = 'file'")
+    return Item((text_completion(run.tokenizer, run.task.first_prompt(example), guidance),), example.id)
+
+
+def _generator_wins(run: Run) -> list[Item]:
+    """Return SFT items of the plans that the generator made for itself and succeeded with."""
+    config, examples = run.config.warmup, run.problems["warmup"]
+    settings = sampled_settings(run.config, stable_seed("warmup", run.config.seed), config.samples)
+    episodes = run_episodes(run, generator_scheme(run.config), ["warmup"], settings, "warmup runs")
+    kept: dict[str, list[Item]] = {example.id: [] for example in examples}
+    prompts = {example.id: run.task.first_prompt(example) for example in examples}
+    for _, _, sample, id in winners(episodes):
+        if len(kept[id]) < config.wins_per_example:
+            kept[id].append(Item((text_completion(run.tokenizer, prompts[id], sample.text),), id))
+    items = [item for items in kept.values() for item in items]
+    if not items:
+        runs = f"{len(kept)} examples x {config.samples} episodes"
+        raise ValueError(f"[warmup] source = 'generator', but none of {runs} succeeded; use another source")
+    return items
+
+
+def generator_scheme(config: RunConfig) -> Scheme:
+    """Return the scheme in which the generator guides itself, sampled at the collection temperature."""
+    return Scheme("generator", lambda run, _: GeneratorGuidance(run.generator), rollout_settings(config, greedy=False))
+
+
+# Collection.
+
+
+def collect(run: Run, round: int) -> list[Trajectory]:
+    """Return K sampled episodes for each training problem under the policy that `round` starts from."""
+    scheme = policy_scheme(run, policy_before(run.config, round))
+    seed = stable_seed("collect", run.config.seed, round)
+    settings = sampled_settings(run.config, seed, run.config.rollout.samples)
+    done = run_episodes(run, scheme, ["train"], settings, f"collect {round}")
+    return done + _bootstrapped(run, round, done)
+
+
+def collected(run: Run) -> list[Trajectory]:
+    """Return the episodes of every round that can be collected, which are those whose starting policy is trained."""
+    rows: list[Trajectory] = []
+    for round in range(1, run.config.rounds + 1):
+        before = policy_before(run.config, round)
+        if before and not is_trained(run, before):
+            break
+        rows += collect(run, round)
+    return rows
+
+
+def _bootstrapped(run: Run, round: int, done: Sequence[Trajectory]) -> list[Trajectory]:
+    """Return episodes that the generator guides, for each training problem that no episode of `done` solved."""
+    samples = run.config.rollout.bootstrap
+    solved = {trajectory.example_id for trajectory in done if trajectory.reward > 0.5}
+    hard = {trajectory.example_id for trajectory in done} - solved
+    if not samples or not hard:
+        return []
+    settings = sampled_settings(run.config, stable_seed("bootstrap", run.config.seed, round), samples)
+    episodes = run_episodes(run, generator_scheme(run.config), ["train"], settings, f"bootstrap {round}", only=hard)
+    return [_in_controller_tokens(run, episode) for episode in episodes]
+
+
+def _in_controller_tokens(run: Run, episode: Trajectory) -> Trajectory:
+    """Return `episode` with its guidance in the controller's tokens, as if it had drawn it, to be trained on."""
+
+    def tokenized(turn: Turn) -> Turn:
+        ids = run.tokenizer.render(turn.prompt, add_generation_prompt=True).ids
+        text_ids = (*run.tokenizer.encode(turn.action.text), run.tokenizer.eos_id)
+        return replace(turn, prompt_ids=ids, action=replace(turn.action, token_ids=text_ids))
+
+    return replace(episode, turns=tuple(map(tokenized, episode.turns)))
+
+
+# Training.
+
+
+def write_pairs(run: Run, trajectories: Sequence[Trajectory]) -> tuple[list[Preference], PairCounts]:
+    """Return the preference pairs of all trajectories so far, having written them to preferences.jsonl."""
+    rule = replace(run.task.pair_rule, cap=run.config.dpo.pairs_per_example)
+    pairs, counts = make_pairs(trajectories, rule, run.config.seed)
+    if counts.left_out:
+        what = f"{counts.left_out} episodes, since other draws of their groups failed"
+        logger.warning("pairs: left out %s; a run that is started again completes the groups", what)
+    if run.world.is_first:
+        write_jsonl(run.folder / "preferences.jsonl", [to_json(pair) for pair in pairs])
+    return pairs, counts
+
+
+def train_round(run: Run, round: int, pairs: Sequence[Preference], trajectories: Sequence[Trajectory]) -> str:
+    """Train the policy of `round` on `pairs` and return its stage; the learning rate is chosen on validation problems.
+
+    trajectories: where the pairs come from; their log-probs are compared with the trainer's first. Without pairs the
+    policy stays what it was.
+    """
+    stage, before, config = f"round-{round}", policy_before(run.config, round), run.config.dpo
+    if is_trained(run, stage):
+        return stage
+    items, repeated = distinct(preference_items(pairs))
+    if repeated:
+        logger.warning("%s: %d pairs repeat those of an equal prompt and are left out", stage, repeated)
+    if not items:
+        logger.warning("round %d: no problem was both solved and failed: no pairs, so nothing changes", round)
+        run.policies.keep(before, stage)
+        return stage
+    check_parity(run, trajectories, before)
+    rates = config.learning_rates or (config.train.learning_rate,)
+    results = []
+    for rate in rates:
+        candidate = f"{stage}/lr-{rate:g}" if len(rates) > 1 else f"{stage}/train"
+        _train(run, candidate, before, items, replace(config.train, learning_rate=rate), config.objective)
+        episodes = run_episodes(run, policy_scheme(run, candidate), ["validation"])
+        scored = run.task.score(episodes)[run.task.main_metric]
+        results.append({"learning_rate": rate, "stage": candidate, "validation": to_json(scored)})
+    best = max(results, key=lambda row: row["validation"]["value"])
+    if run.world.is_first:
+        write_json(run.folder / stage / "selection.json", {"chosen": best, "candidates": results})
+        copy_folder(run.policies.folder(best["stage"]), run.policies.folder(stage))
+    run.ranks.barrier()
+    return stage
+
+
+def train_star(run: Run, trajectories: Sequence[Trajectory]) -> None:
+    """Train the STaR control: SFT on round 1's distinct winning guidances, starting where round 1 started."""
+    before = policy_before(run.config, 1)
+    if is_trained(run, "star"):
+        return
+    won = winners(trajectories)
+    if not won:
+        logger.warning("star: no sample won, so there is nothing to imitate; the policy stays as it was")
+        run.policies.keep(before, "star")
+        return
+    check_parity(run, trajectories, before)
+    items = [Item((completion(ids or (), sample),), example) for ids, _, sample, example in won]
+    config = replace(run.config.warmup.train, epochs=run.config.dpo.train.epochs)
+    _train(run, "star", before, items, config, None)
+
+
+def check_parity(run: Run, trajectories: Sequence[Trajectory], stage: str) -> None:
+    """Raise ValueError if the log-probs of the samples of `stage`'s policy are not those that training computes."""
+    config = run.config.controller
+    bound = max(BOUNDS[dtype] for dtype in {config.dtype, config.vllm.dtype or config.dtype})
+    with run.policies.computing(stage):
+        found = check_policy(run.model, trajectories, run.policies.name(stage), bound, run.config.seed)
+    if found is not None:
+        logger.info("parity of %s: %.2g nats a token (bound %g)", stage or "the base model", found.rms, bound)
+
+
+def _train(
+    run: Run,
+    stage: str,
+    start: str,
+    items: Sequence[Item],
+    config: TrainConfig,
+    objective: objectives.Preference | None,
+) -> None:
+    """Train from the policy of `start` and save the result as the policy of `stage`; objective None is SFT."""
+    if is_trained(run, stage):
+        return
+    context = run.model.config.max_position_embeddings
+    items, skipped = fitting(items, context, run.config.overlong)
+    if skipped:
+        logger.warning("%s: %d items exceed the context of %d tokens and are left out", stage, skipped, context)
+        if run.world.is_first:
+            write_json(run.folder / stage / "left_out.json", skipped)
+    with run.seconds.timed(f"train {stage}"):
+        run.policies.train(stage, start, items, config, objective)
+    for checkpoint in (run.folder / stage).glob("step-*") if run.world.is_first else ():
+        shutil.rmtree(checkpoint)  # the policy is complete; the optimizer's state is not needed again

@@ -95,6 +95,10 @@ class Table:
     rows: tuple[Row, ...]
     differences: tuple[Difference, ...]
 
+    def label(self, name: str) -> str:
+        """Return the label of the condition `name`."""
+        return next(row.label for row in self.rows if row.name == name)
+
 
 def summarise(data: ReportInput) -> tuple[Table, ...]:
     """Return the table over all examples and then one for each group.

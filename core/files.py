@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from matryoshka.core.json_input import parse_json
 from matryoshka.core.redaction import redact, to_redacted_json
 
 
@@ -56,13 +57,9 @@ def read_jsonl(path: Path) -> list[Any]:
     rows = []
     with path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
-            try:
-                row = json.loads(line.decode())
-            except UnicodeDecodeError as err:
-                raise ValueError(f"{path}:{number}: not UTF-8 (byte {err.start + 1} of the line); save it so") from err
-            except json.JSONDecodeError as err:
-                what = "the row is empty" if not line.strip() else f"malformed JSON ({err.msg}, column {err.colno})"
-                raise ValueError(f"{path}:{number}: {what}; expected one JSON object a line") from err
+            if not line.strip():
+                raise ValueError(f"{path}:{number}: the row is empty; expected one JSON object a line")
+            row = parse_json(line, f"{path}:{number}")
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
             rows.append(row)

@@ -10,10 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.core.files import read_jsonl
+from matryoshka.core.json_input import Fields, shown
 from matryoshka.core.models.tree import Tokens
-from matryoshka.core.records import Message, Messages, Preference, Sample, content_key
+from matryoshka.core.records import Message, Messages, Preference, Sample, content_key, from_json
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item
+
+# Keys that describe a row and change nothing of its training.
+DESCRIPTIVE = (
+    "id", "prompt_id", "example_id", "source", "dataset", "category", "language", "split", "url", "metadata", "score",
+    "score_chosen", "score_rejected", "chosen_score", "rejected_score", "chosen_reward", "rejected_reward",
+    "chosen_rating", "rejected_rating", "chosen_model", "rejected_model",
+)  # fmt: skip
 
 
 def completion(prompt_ids: Sequence[int], sample: Sample) -> Tokens:
@@ -43,10 +51,13 @@ def preference_items(preferences: Sequence[Preference]) -> list[Item]:
 
 
 def read_preferences(path: Path, tokenizer: Tokenizer) -> list[Item]:
-    """Return one item for each row of a TRL-format JSONL file: {prompt, chosen, rejected}.
+    """Return one item for each row of a preference file: TRL's {prompt, chosen, rejected}, or a record of a pilot.
 
-    Each is a text or a list of {role, content}; as lists, `prompt` may be left out (what both sides begin with).
-    Raises FileNotFoundError, ValueError naming file and line.
+    prompt, chosen and rejected are texts or lists of {role, content}; as lists, `prompt` may be left out (what both
+    sides begin with). `system` is put before a chat prompt. A pilot's preferences.jsonl has the ids that its sampler
+    drew, which are trained on as they are. Every other key that has a meaning is refused by name, so that nothing is
+    dropped without a word; those in DESCRIPTIVE are read over.
+    Raises FileNotFoundError, ValueError naming file, line and key.
     """
     return _read(path, lambda row: _preference_row(row, tokenizer))
 
@@ -54,7 +65,8 @@ def read_preferences(path: Path, tokenizer: Tokenizer) -> list[Item]:
 def read_conversations(path: Path, tokenizer: Tokenizer) -> list[Item]:
     """Return one item for each row of an SFT file: {prompt, completion} (or {prompt, response}), or {messages}.
 
-    `messages`: a chat in which every assistant turn is trained on. Raises as `read_preferences`.
+    `messages`: a chat in which every assistant turn is trained on, but for those with "weight": 0. Other keys and
+    errors as in `read_preferences`.
     """
     return _read(path, lambda row: _conversation_row(row, tokenizer))
 
@@ -100,8 +112,11 @@ def _read(path: Path, convert: Callable[[dict[str, Any]], Item]) -> list[Item]:
 
 
 def _preference_row(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
+    if isinstance(row.get("chosen"), dict):  # the record of a pilot
+        return preference_items([from_json(Preference, row)])[0]
     if missing := sorted({"chosen", "rejected"} - row.keys()):
         raise ValueError(f"field {missing[0]!r} is missing; expected prompt, chosen and rejected; got {sorted(row)}")
+    _check_keys(row, ("prompt", "chosen", "rejected", "system"))
     chosen, rejected = _text_or_chat(row, "chosen"), _text_or_chat(row, "rejected")
     if "prompt" in row:
         prompt = _text_or_chat(row, "prompt")
@@ -114,24 +129,70 @@ def _preference_row(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
     if chosen == rejected:
         raise ValueError("chosen and rejected are equal; a pair needs two different answers")
+    prompt = _with_system(row, prompt)
     sides = tuple(_tokens(tokenizer, prompt, side) for side in (chosen, rejected))
     return Item(sides, content_key(prompt))
 
 
 def _conversation_row(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
     if "messages" in row:
-        chat = _text_or_chat(row, "messages")
-        if isinstance(chat, str):
-            raise ValueError("field 'messages' is a text; expected a list of {role, content}")
-        rendered = tokenizer.render(chat)
-        opening = itertools.takewhile(lambda message: message.role != "assistant", chat)
-        return Item((Tokens(rendered.ids, rendered.mask),), content_key(*opening))
+        return _messages_row(row, tokenizer)
     name = "completion" if "completion" in row else "response"
     if missing := sorted({"prompt", name} - row.keys()):
         expected = "expected prompt and completion, or messages"
         raise ValueError(f"field {missing[0]!r} is missing; {expected}; got {sorted(row)}")
-    prompt = _text_or_chat(row, "prompt")
+    _check_keys(row, ("prompt", name, "system"))
+    prompt = _with_system(row, _text_or_chat(row, "prompt"))
     return Item((_tokens(tokenizer, prompt, _text_or_chat(row, name)),), content_key(prompt))
+
+
+def _messages_row(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
+    _check_keys(row, ("messages", "system", "prompt"))
+    if not isinstance(row["messages"], list):
+        raise ValueError(f"field 'messages' is {shown(row['messages'])}; expected a list of {{role, content}}")
+    weighted = [_message(message, f"messages[{i}]", True) for i, message in enumerate(row["messages"])]
+    users = [message.content for message, _ in weighted if message.role == "user"]
+    if row.get("prompt") not in (None, *users[:1]):  # some files repeat the first question there
+        raise ValueError("fields 'prompt' and 'messages' both have a prompt, and they differ; leave one of them out")
+    chat = tuple(message for message, _ in weighted)
+    rendered = tokenizer.render(_with_system(row, chat))
+    trained = [weight for message, weight in weighted if message.role == "assistant"]
+    mask = rendered.mask if all(trained) else _without_turns(rendered.mask, trained)
+    opening = itertools.takewhile(lambda message: message.role != "assistant", _with_system(row, chat))
+    return Item((Tokens(rendered.ids, mask),), content_key(*opening))
+
+
+def _without_turns(mask: Sequence[int], trained: Sequence[bool]) -> tuple[int, ...]:
+    """Return the mask of a chat without the assistant turns whose entry in `trained` is false."""
+    turn_of = list(itertools.accumulate(int(here and not before) for before, here in itertools.pairwise((0, *mask))))
+    if turn_of[-1:] != [len(trained)]:
+        raise ValueError(f"the chat template joins the {len(trained)} assistant turns into {turn_of[-1]} stretches of "
+                         "trained tokens, so that 'weight' cannot leave one of them out; give each a row of its own")
+    return tuple(int(here and trained[turn - 1]) for here, turn in zip(mask, turn_of, strict=True))
+
+
+def _check_keys(row: dict[str, Any], known: Sequence[str]) -> None:
+    for key, value in row.items():
+        if key not in known and key not in DESCRIPTIVE and value not in (None, "", [], {}):
+            raise ValueError(
+                f"key {key!r} is {shown(value)} and would be dropped: it is not supported beside {', '.join(known)}. "
+                "Remove it, or move it under 'metadata' if it only describes the row"
+            )
+
+
+def _with_system(row: dict[str, Any], prompt: str | Messages) -> Any:
+    """Return the prompt behind the row's system message, if it has one."""
+    system = row.get("system")
+    if system in (None, ""):
+        return prompt
+    if not isinstance(system, str):
+        raise ValueError(f"key 'system' is {shown(system)}; expected a text")
+    if isinstance(prompt, str):
+        raise ValueError("key 'system' stands beside a prompt that is plain text, which has no system message; write "
+                         "prompt as a list of {role, content}")
+    if prompt and prompt[0].role == "system":
+        raise ValueError("key 'system' stands beside messages that begin with a system message; leave one of them out")
+    return (Message("system", system), *prompt)
 
 
 def _tokens(tokenizer: Tokenizer, prompt: str | Messages, answer: str | Messages) -> Tokens:
@@ -153,8 +214,29 @@ def _text_or_chat(row: dict[str, Any], name: str) -> str | Messages:
     value = row[name]
     if isinstance(value, str):
         return value
-    if not isinstance(value, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    ):
-        raise ValueError(f"field {name!r} must be a text or a list of {{role, content}}; got {value!r:.60}")
-    return tuple(Message(m["role"], m["content"]) for m in value)
+    if not isinstance(value, list):
+        raise ValueError(f"field {name!r} is {shown(value)}; expected a text or a list of {{role, content}}")
+    return tuple(_message(message, f"{name}[{i}]", False)[0] for i, message in enumerate(value))
+
+
+def _message(data: Any, where: str, weighted: bool) -> tuple[Message, bool]:
+    """Return a message, and whether it is trained on if it is the assistant's. weighted: it may have a weight."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} is {shown(data)}; expected {{role, content}}")
+    for key, value in data.items():
+        if key not in ("role", "content", "weight") and value not in (None, "", [], {}):
+            raise ValueError(f"{where}: key {key!r} is {shown(value)} and would be dropped: it is not supported; write "
+                             "its text into the content, or remove it")
+    fields = Fields(data, where)
+    content = data.get("content")
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        content = "".join(Fields(part, f"{where}.content[{i}]").text("text") for i, part in enumerate(content))
+    if not isinstance(content, str):
+        raise fields.error("content", "a text, or a list of {type: 'text', text}")
+    message, weight = Message(fields.text("role"), content), data.get("weight")
+    if weight is not None:
+        if type(weight) not in (int, float) or weight not in (0, 1):
+            raise fields.error("weight", "0 or 1")
+        if not weighted or (weight and message.role != "assistant"):
+            raise fields.error("weight", "no weight here: only assistant turns of 'messages' can have one")
+    return message, weight != 0

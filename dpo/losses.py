@@ -37,7 +37,12 @@ def hinge_loss(margin_P: Tensor, beta: float) -> Tensor:
 
 
 def ipo_loss(margin_P: Tensor, beta: float) -> Tensor:
-    """Return (h - 1 / (2 beta))^2, [P], on summed log-probs. Source: Azar et al. 2023 (arXiv 2310.12036) eq. 17."""
+    """Return (h - 1 / (2 beta))^2, [P].
+
+    Loss "ipo" takes h from summed log-probs, as eq. 17 of the paper does (Azar et al. 2023, arXiv 2310.12036). Loss
+    "ipo_mean" averages each side's log-ratio over its tokens first: the form that the field's trainers (TRL's
+    loss_type "ipo") compute since they asked the authors. Under a sum, long answers reach 1 / (2 beta) by their length.
+    """
     return (margin_P - 1 / (2 * beta)).square()
 
 

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from matryoshka.core.models.tree import TokenTree
 from matryoshka.core.training.train import Totals
-from matryoshka.dpo.head import scored_logps
 from matryoshka.dpo.losses import dpo_loss, hinge_loss, ipo_loss, nll_term, robust_loss, simpo_loss
 
 SMOOTHED = ("dpo", "robust", "simpo")
-LOSSES = (*SMOOTHED, "ipo", "hinge")
+LOSSES = (*SMOOTHED, "ipo", "ipo_mean", "hinge")
 
 
 class SFT:
@@ -41,31 +40,26 @@ class Pairs(NamedTuple):
     def margin_P(self) -> Tensor:
         return self.chosen_reward_P - self.rejected_reward_P
 
-    @property
-    def loss(self) -> Tensor:
-        """The mean over the pairs."""
-        return self.losses_P.mean()
-
-    @property
-    def accuracy(self) -> Tensor:
-        """The share of pairs whose chosen side has the higher reward."""
-        return (self.margin_P > 0).to(self.margin_P.dtype).mean()
-
 
 @dataclass(frozen=True)
 class Preference:
     """A preference loss over items (chosen, rejected), divided by the global number of pairs.
 
-    loss: "dpo" (label_smoothing > 0: conservative DPO), "robust", "simpo" (no reference; length-normalised), "ipo" or
-    "hinge"; `dpo/losses.py` has their equations. nll_coefficient adds that times the chosen response's mean token
-    cross-entropy. Raises ValueError for an unknown loss, a number out of range, or smoothing where the loss has none.
+    `dpo/losses.py` has the equations. Raises ValueError for an unknown loss, a number out of range, or smoothing where
+    the loss has none.
     """
 
     loss: str = "dpo"
+    """The loss: "dpo"; "robust" (unbiased under flipped labels); "simpo" (no reference, length-normalised); "ipo" (the
+    paper's sum over tokens); "ipo_mean" (the mean over tokens, as TRL computes it); "hinge"."""
     beta: float = 0.1
+    """Strength of the pull towards the reference; the paper's .1."""
     label_smoothing: float = 0.0
+    """Assumed share of pairs whose label is wrong, below .5; above 0, "dpo" is conservative DPO."""
     gamma_beta_ratio: float = 0.55
+    """Target margin of "simpo" over beta; other losses have none."""
     nll_coefficient: float = 0.0
+    """Weight of the chosen response's mean token cross-entropy, which is added to the loss (0: nothing is added)."""
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -91,13 +85,15 @@ class Preference:
         """The mean loss where policy and reference are equal, if all pairs have the same: ln 2 for any smoothing."""
         if self.nll_coefficient or self.loss == "simpo":
             return None
-        return {"ipo": 1 / (4 * self.beta**2), "hinge": 1.0}.get(self.loss, math.log(2))
+        if self.loss in ("ipo", "ipo_mean"):
+            return 1 / (4 * self.beta**2)
+        return 1.0 if self.loss == "hinge" else math.log(2)
 
     def pairs(self, logps_S: Tensor, reference_S: Tensor | None, tree: TokenTree) -> Pairs:
         """Return the losses and rewards of the tree's pairs from the log-probs of its scored tokens.
 
-        Rewards are beta times the log-ratio to the reference (simpo: the mean log-prob). Raises ValueError where the
-        loss needs a reference and there is none.
+        Rewards are beta times the log-ratio to the reference (ipo_mean: its mean over the tokens; simpo: the mean
+        log-prob). Raises ValueError where the loss needs a reference and there is none.
         """
         if not self.needs_reference:
             reference_S = None
@@ -110,12 +106,13 @@ class Preference:
 
         chosen_length_P, rejected_length_P = sides(torch.ones_like(logps_S))
         chosen_P, rejected_P = sides(logps_S if reference_S is None else logps_S - reference_S)
-        if self.loss == "simpo":
+        if self.loss in ("simpo", "ipo_mean"):
             chosen_P, rejected_P = chosen_P / chosen_length_P, rejected_P / rejected_length_P
+        if self.loss == "simpo":
             losses_P = simpo_loss(chosen_P, rejected_P, self.beta, self.gamma_beta_ratio, self.label_smoothing)
         elif self.loss == "robust":
             losses_P = robust_loss(chosen_P - rejected_P, self.beta, self.label_smoothing)
-        elif self.loss == "ipo":
+        elif self.loss in ("ipo", "ipo_mean"):
             losses_P = ipo_loss(chosen_P - rejected_P, self.beta)
         elif self.loss == "hinge":
             losses_P = hinge_loss(chosen_P - rejected_P, self.beta)
@@ -136,15 +133,3 @@ class Preference:
             "rejected_reward": pairs.rejected_reward_P.sum(),
         }
         return pairs.losses_P.sum() / totals.items, metrics
-
-
-def fused_preference_loss(
-    objective: Preference, hidden_TD: Tensor, head_VD: Tensor, tree: TokenTree, reference_S: Tensor | None = None
-) -> Pairs:
-    """Return loss, rewards, margins and accuracy of the tree's pairs straight from its [T, D] hidden states.
-
-    Logits exist a tile at a time and never again in the backward pass; a scored token that several sequences share is
-    computed once. reference_S: the reference's log-probs of the tree's scored tokens, from `scored_logps` over its
-    hidden states (without gradients) or kept from earlier. The same numbers as head and objective one after the other.
-    """
-    return objective.pairs(scored_logps(hidden_TD, head_VD, tree.source_S, tree.target_S), reference_S, tree)

@@ -6,7 +6,6 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors` with keys
 """
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -17,16 +16,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from matryoshka.core.files import write_atomic, write_json
+from matryoshka.core.json_input import Fields, read_json, shown
 from matryoshka.lora.linear import LoraConfig, LoraLinear, add_adapter, layers_with, remove_adapter, target_names
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Settings of PEFT that change the computation or which layers it touches, and that we do not compute.
-REFUSED = (
-    "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "exclude_modules",
-    "layers_to_transform", "layer_replication", "trainable_token_indices", "target_parameters", "lora_bias",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora",
-)  # fmt: skip
+# What other keys of PEFT's LoraConfig say where they change nothing here: they are off, or matter to training alone.
+# A key that is in none of these lists is refused unless it is off (null, false or empty).
+COMPUTED = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
+DESCRIPTIVE = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
+NO_EFFECT_ALONE = {  # a setting of another one -> the key that would make it count, which is refused itself
+    "corda_config": "init_lora_weights", "eva_config": "init_lora_weights", "loftq_config": "init_lora_weights",
+    "lora_ga_config": "init_lora_weights", "layers_pattern": "layers_to_transform", "megatron_core": "megatron_config",
+    "qalora_group_size": "use_qalora", "runtime_config": "use_dora",
+}  # fmt: skip
+# Initial values of the adapter that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga, ...)
+# move a part of the base's weights into the adapter, which is wrong beside the original base.
+PLAIN_INIT = (True, False, "gaussian", "orthogonal", "eva")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -94,25 +101,40 @@ def save_adapter(model: nn.Module, name: str, folder: Path, base_model: str, dty
 
 
 def read_config(folder: Path) -> LoraConfig:
-    """Return the LoraConfig of an adapter folder. Raises FileNotFoundError, ValueError for what we do not compute."""
+    """Return the LoraConfig of an adapter folder.
+
+    Every key that changes what is computed is either read or refused by name, unknown keys as well.
+    Raises FileNotFoundError, ValueError naming file and key.
+    """
     path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; an adapter folder holds it beside {WEIGHTS}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha, targets = data["r"], float(data["lora_alpha"]), data["target_modules"]
-    except (ValueError, KeyError, TypeError) as err:
-        raise ValueError(f"{path}: not an adapter's configuration ({err!r}); expected PEFT's, with r, lora_alpha and "
-                         "target_modules") from err
-    for key in REFUSED:
-        if data.get(key):
-            raise ValueError(f"{path}: {key} = {data[key]!r} is not supported; expected plain LoRA, rsLoRA or DoRA")
+    data = read_json(path, f"an adapter's configuration beside {WEIGHTS}")
+    fields = Fields(data, str(path))
+    if fields.text("peft_type") != "LORA":
+        raise fields.error("peft_type", "'LORA'; other kinds of adapters are not computed")
+    if data.get("task_type") not in (None, "CAUSAL_LM"):
+        raise fields.error("task_type", "'CAUSAL_LM'")
     if data.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias = {data['bias']!r} is not supported; expected 'none'")
-    if not isinstance(targets, list):
-        raise ValueError(f"{path}: target_modules = {targets!r}; expected a list of module names")
-    rslora, dora = bool(data.get("use_rslora")), bool(data.get("use_dora"))
-    return LoraConfig(rank, alpha, float(data.get("lora_dropout", 0.0)), tuple(sorted(targets)), rslora, dora)
+        raise fields.error("bias", "'none'; biases that were trained are not supported")
+    initial = data.get("init_lora_weights", True)
+    if not any(initial is known or (isinstance(known, str) and initial == known) for known in PLAIN_INIT):
+        raise fields.error("init_lora_weights", f"one of {PLAIN_INIT}. Such an adapter changes the base's weights too: "
+                           "save it with PEFT's path_initial_model_for_weight_conversion, which makes it plain LoRA")
+    handled = {*COMPUTED, *DESCRIPTIVE, *NO_EFFECT_ALONE, "bias", "init_lora_weights"}
+    for key in sorted(data.keys() - handled):
+        if data[key] not in (None, False, [], {}, ""):
+            raise ValueError(f"{path}: {key} = {shown(data[key])} is not supported; expected plain LoRA, rsLoRA or "
+                             "DoRA, where this key is null or false")
+    targets = fields.texts("target_modules")
+    if not targets:
+        raise fields.error("target_modules", "a list with at least one name")
+    return LoraConfig(
+        rank=fields.integer("r", low=1),
+        alpha=fields.number("lora_alpha"),
+        dropout=fields.number("lora_dropout", 0.0),
+        targets=tuple(sorted(targets)),
+        rslora=fields.boolean("use_rslora", False),
+        dora=fields.boolean("use_dora", False),
+    )
 
 
 def load_adapter(model: nn.Module, name: str, folder: Path, device: torch.device | None = None) -> None:
@@ -120,7 +142,7 @@ def load_adapter(model: nn.Module, name: str, folder: Path, device: torch.device
 
     device: default that of the layers.
 
-    Raises FileNotFoundError, ValueError naming the key whose presence or shape is wrong.
+    Raises FileNotFoundError, ValueError naming the key whose presence, shape or numbers are wrong.
     """
     config = read_config(folder)
     path = folder / WEIGHTS
@@ -130,6 +152,7 @@ def load_adapter(model: nn.Module, name: str, folder: Path, device: torch.device
         tensors = load_file(path)
     except SafetensorError as err:
         raise ValueError(f"{path}: not a readable safetensors file ({err}); copy it again") from err
+    _check_tensors(path, tensors, config)
     add_adapter(model, name, config, 0, device)
     expected = adapter_tensors(model, name)
     saved, here = ({key: tuple(t.shape) for key, t in group.items()} for group in (tensors, expected))
@@ -142,6 +165,20 @@ def load_adapter(model: nn.Module, name: str, folder: Path, device: torch.device
     with torch.no_grad():
         for key, tensor in tensors.items():
             expected[key].copy_(tensor)  # detached views share memory with the parameters
+
+
+def _check_tensors(path: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
+    """Raise ValueError for tensors that are no adapter's, before the model is given anything of their size."""
+    for key, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{path}: {key} is stored as {tensor.dtype}; expected floating-point numbers of 16 to 64 "
+                             "bits. Export the adapter again in one of these")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {key} has numbers that are not finite; its training diverged or the file is "
+                             "damaged. Choose an earlier checkpoint")
+        if key.endswith(".lora_A.weight") and tensor.shape[:1] != (config.rank,):
+            raise ValueError(f"{path}: {key} has shape {tuple(tensor.shape)}, but r is {config.rank} in {CONFIG}; the "
+                             "two files belong to different adapters")
 
 
 def adapter_hash(folder: Path) -> str:

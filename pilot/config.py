@@ -1,14 +1,16 @@
 """The configuration of a pilot run: one TOML file, every value with its default, unknown keys refused."""
 
+import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from matryoshka.core.config import parse, to_toml
 from matryoshka.core.parallel.layout import ParallelConfig
-from matryoshka.core.records import from_json, to_json
 from matryoshka.core.training.train import TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.inference.generators import GeneratorConfig
+from matryoshka.inference.llama_cpp import LlamaConfig
 from matryoshka.inference.vllm_server import VllmConfig
 from matryoshka.lora.linear import LoraConfig
 from matryoshka.tasks.find import options_class, task_class
@@ -59,18 +61,31 @@ class ControllerConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """A generator of our own to start beside the run: a model folder, an adapter folder, and the name it is served as.
-
-    model "" starts none: the endpoint of [generator] is somebody else's. threads as in [controller]. scripted: the name
-    of one of the task's scripted generators, which then answers in this process; [generator] is not used.
-    """
+    """A generator of our own to start beside the run, which ends with the run."""
 
     scripted: str = ""
+    """The name of one of the task's scripted generators, which then answers in this process; [generator] is not used.
+    """
     model: str = ""
+    """A model folder or, for engine llama.cpp, a GGUF file; "" starts none: the endpoint of [generator] is used."""
+    engine: Literal["local", "llama.cpp"] = "local"
+    """What computes: our own sampler, or llama.cpp (the extra `llama`)."""
     adapter: str = ""
+    """An adapter folder for the model; engine local only."""
     name: str = "demo-generator"
+    """What the model is served as."""
     threads: int = 1
+    """CPU threads of the server, 0 for as many as there are cores."""
     max_rows: int = 64
+    """Rows that engine local decodes together."""
+    llama: LlamaConfig = LlamaConfig()
+    """Slots, context and prompt cache of engine llama.cpp."""
+
+    def __post_init__(self) -> None:
+        if self.engine == "llama.cpp" and self.adapter:
+            raise ValueError(
+                f"serve: engine llama.cpp serves a GGUF file as it is, but adapter {self.adapter!r} is given; merge it"
+            )
 
 
 @dataclass(frozen=True)
@@ -96,19 +111,12 @@ class TaskConfig:
         for name, least in (("warmup", 0), ("train", 1), ("validation", 1), ("test", 1), ("held_out", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"task: {name} {getattr(self, name)} must be at least {least}")
-        kind = self.type_of("options", vars(self))
-        if self.options is None:
-            required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-            if required:
-                raise ValueError(f"task: the task {self.name!r} needs values for its options {', '.join(required)}")
-            object.__setattr__(self, "options", kind())
-        elif type(self.options) is not kind:
-            raise ValueError(f"task: the options of {self.name!r} are {kind.__name__}; got {type(self.options)}")
-
-    @staticmethod
-    def type_of(field: str, values: Mapping[str, Any]) -> type[Any]:
-        """Return the dataclass of the field `options` (see core/config.py)."""
-        return options_class(task_class(values["name"]))
+        kind = options_class(task_class(self.name))
+        given = {} if self.options is None else self.options
+        if isinstance(given, Mapping):
+            object.__setattr__(self, "options", parse(kind, given, f"the task {self.name!r}", prefix="options"))
+        elif type(given) is not kind:
+            raise ValueError(f"task: the options of {self.name!r} are {kind.__name__}; got {type(given).__name__}")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -117,11 +125,11 @@ class TaskConfig:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class of a user's own options cannot be imported by its name in another process, the task's can be found.
-        return _task_config, (self.name, self.sizes, to_json(self.options))
+        return _task_config, (self.name, self.sizes, to_toml(self.options))
 
 
-def _task_config(name: str, sizes: dict[str, int], options: dict[str, Any]) -> TaskConfig:
-    return TaskConfig(name, **sizes, options=from_json(options_class(task_class(name)), options))
+def _task_config(name: str, sizes: dict[str, int], options: str) -> TaskConfig:
+    return TaskConfig(name, **sizes, options=tomllib.loads(options))
 
 
 @dataclass(frozen=True)

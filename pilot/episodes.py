@@ -131,7 +131,9 @@ async def _run_stage(stage: Stage, jobs: Sequence[Job], journal: Journal, ranks:
     `max_failed_share` of all failed, however few they are: what follows would take them for the controller's; otherwise
     as `run_rollouts` does.
     """
+    # Prompts of one type of example begin alike: asked one after another, they keep a server's prefix cache warm.
     pending = [job for job in jobs if job.key not in journal.rows]
+    pending.sort(key=lambda job: str(job.example.fields.get("task_type", "")))
     ranks.agree(content_key(*(job.key for job in pending)), f"{stage.label}: the episodes to run")
     mine = deal(pending, [job.example.id for job in pending], ranks.world.size)[ranks.world.rank]
     with Progress(stage.label, len(pending), ranks.world.is_first) as progress, stop_on_signal() as stop:

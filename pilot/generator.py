@@ -12,6 +12,7 @@ from matryoshka.core.config import load_toml
 from matryoshka.core.protocols import Generator
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
+from matryoshka.inference.llama_cpp import file_digest
 from matryoshka.inference.spending import Budget, total
 from matryoshka.lora.files import adapter_hash
 from matryoshka.pilot.config import RunConfig, ServeConfig
@@ -35,6 +36,14 @@ def with_generator(config: RunConfig, name: str) -> RunConfig:
     return replace(config, generator=replace(config.generator, model=name))
 
 
+def _served_identity(serve: ServeConfig) -> str:
+    """Return what the answers of a server of our own are kept under, which changes with its weights."""
+    model = Path(serve.model)
+    if serve.engine == "llama.cpp":
+        return f"{model.name}+{file_digest(model)[:16]}"
+    return f"{model.name}+{adapter_hash(Path(serve.adapter)) if serve.adapter else 'base'}"
+
+
 @contextmanager
 def open_generator(
     config: RunConfig, folder: Path, ranks: Ranks, runner: asyncio.Runner, cache: Path
@@ -50,15 +59,14 @@ def open_generator(
     world, client = ranks.world, config.generator
     with ExitStack() as stack:
         if config.serve.model:
-            digest, url = adapter_hash(Path(config.serve.adapter)) if config.serve.adapter else "base", ""
+            url = ""
             with ranks.all_or_none():
                 if world.local_rank == 0:  # one server for all ranks of a machine
                     log = folder / ("generator.log" if ranks.node == 0 else f"generator.node-{ranks.node}.log")
                     server = running_server(config.serve, config.controller.deterministic, log)
                     url = stack.enter_context(server)
             url = ranks.texts(url)[world.rank - world.local_rank]
-            identity = f"{Path(config.serve.model).name}+{digest}"
-            client = replace(client, base_url=url, model=config.serve.name, identity=identity)
+            client = replace(client, base_url=url, model=config.serve.name, identity=_served_identity(config.serve))
         with ranks.all_or_none():
             answers = ResponseCache(cache)
             stack.callback(answers.close)

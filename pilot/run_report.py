@@ -165,7 +165,7 @@ def summarise(run: Run, conditions: Sequence[Condition], last: str) -> dict[str,
 def notes(run: Run, validation: dict[str, Any]) -> list[str]:
     """Return what a reader must know to judge the numbers."""
     lines = [
-        f"Chosen on {len(run.task.examples('validation'))} validation problems: {validation['chosen']}. The held-out "
+        f"Chosen on {len(run.problems['validation'])} validation problems: {validation['chosen']}. The held-out "
         "problems were used for nothing but this report.",
         "Guidance and code are decoded greedily in evaluation.",
     ]

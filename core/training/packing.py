@@ -77,6 +77,19 @@ def check_budget(items: Sequence[Item], max_tokens: int) -> None:
                 )
 
 
+def check_ids(items: Sequence[Item], vocabulary: int) -> None:
+    """Raise ValueError for the first item with a token id that the model has no embedding of, naming its example."""
+    for number, item in enumerate(items, start=1):
+        for ids in (sequence.ids for sequence in item.sequences):
+            if not 0 <= min(ids) <= max(ids) < vocabulary:
+                wrong = next(id for id in ids if not 0 <= id < vocabulary)
+                raise ValueError(
+                    f"item {number} (example {item.group!r}): token id {wrong} is outside the model's embedding of "
+                    f"{vocabulary} tokens; the data were tokenised for another model, or the tokenizer's files have "
+                    "tokens that were added after the model was trained"
+                )
+
+
 def plan(batch: Sequence[Item], max_tokens: int) -> Plan:
     """Return micro-batches of at most max_tokens tree tokens each, at the least total cost among cuts of the order.
 

@@ -35,7 +35,7 @@ from matryoshka.core.training.memory import free_bytes, plan_memory
 from matryoshka.core.training.optimizer import OPTIMIZERS, make_optimizer
 from matryoshka.core.training.packing import Item as Item
 from matryoshka.core.training.packing import batch_at as batch_at
-from matryoshka.core.training.packing import check_budget
+from matryoshka.core.training.packing import check_budget, check_ids
 from matryoshka.core.training.step import (
     LogProbs,
     MicroBatch,
@@ -128,13 +128,14 @@ def train(
     State and metrics.jsonl go to `folder`, which all ranks see; an unfinished run found there is continued.
     start: whatever tells the model that training starts from, frozen weights included, from others of its shape.
     world: the ranks that share every batch, all of which call this with the same arguments and get the same rows.
-    Raises ValueError for no items, an item beyond micro_batch_tokens, another first loss, or a folder that another
-    configuration, objective, model or data wrote; FloatingPointError before the optimizer on a non-finite loss or
-    gradient, naming the example whose hidden states are not finite; Interrupted on SIGTERM or SIGINT, after the step
-    that runs is done and saved.
+    Raises ValueError for no items, an item beyond micro_batch_tokens, a token id beyond the model's embedding, another
+    first loss, or a folder that another configuration, objective, model or data wrote; FloatingPointError before the
+    optimizer on a non-finite loss or gradient, naming the example whose hidden states are not finite; Interrupted on
+    SIGTERM or SIGINT, after the step that runs is done and saved.
     """
     if not items:
         raise ValueError(f"train: no items to train on ({folder}); collect more samples or check the data file")
+    check_ids(items, model.config.vocab_size)
     check_budget(items, config.micro_batch_tokens)
     device = model.device
     longest, free = longest_micro_batch(items, config), world.least(free_share(device, world))

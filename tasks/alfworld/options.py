@@ -8,8 +8,9 @@ from typing import Literal
 class AlfworldOptions:
     """Where the games come from, how the generator acts in them, and what it may use."""
 
-    prompts: Literal["compact", "full"] = "compact"
-    """Prompt style: "compact" for models of about a hundred million parameters, "full" for larger ones."""
+    prompts: Literal["brief", "compact", "full"] = "compact"
+    """Prompt style: "compact" for models of about a hundred million parameters, "full" for larger ones; "brief" asks
+    a generator on slow hardware for short programs."""
     data: str = ""
     """Folder of games, in ALFWorld's own layout or as <split>.jsonl.xz; "" makes households from the seed."""
     train_split: str = "train"
@@ -22,6 +23,8 @@ class AlfworldOptions:
     """Size of the households that are made from the seed."""
     types: tuple[str, ...] = ()
     """Types of household tasks; none stands for all six."""
+    games_seed: int = -1
+    """Seed that draws the games; -1 is the run's own. Runs of several seeds over the same games set it."""
     mode: Literal["program", "react"] = "program"
     """How the generator acts: it writes programs, or it gives one command after the other ("react")."""
     backend: Literal["engine", "textworld"] = "engine"

@@ -31,6 +31,7 @@ def load_splits(options: AlfworldOptions, sizes: Mapping[str, int], seed: int) -
     Raises ValueError, FileNotFoundError for games that are missing, malformed or too few.
     """
     warmup, train = sizes["warmup"], sizes["train"]
+    seed = seed if options.games_seed < 0 else options.games_seed
     games = _games(options, options.train_split, warmup + train + sizes["validation"], seed)
     held_out = sizes["held_out"]
     splits: dict[str, Sequence[Example]] = {

@@ -18,6 +18,7 @@ from matryoshka.core.intervals import bootstrap, wilson
 from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
 from matryoshka.core.records import Example, Messages, Metric, RolloutSettings, Trajectory, Verdict
 from matryoshka.tasks.alfworld import prompts, react
+from matryoshka.tasks.alfworld.brief import brief_style
 from matryoshka.tasks.alfworld.compact import compact_style
 from matryoshka.tasks.alfworld.options import AlfworldOptions
 from matryoshka.tasks.alfworld.plan_language import Step, merged
@@ -29,7 +30,7 @@ from matryoshka.tasks.alfworld.splits import environments, load_splits
 from matryoshka.tasks.episode import Episode, Guidance, Reply
 from matryoshka.tasks.sandbox import extract_code
 
-STYLES = {"compact": compact_style, "full": prompts.full_style}
+STYLES = {"brief": brief_style, "compact": compact_style, "full": prompts.full_style}
 # A corrected program goes on in the same household only if it has this share of the actions left to do so.
 RESUME_SHARE = 0.2
 

@@ -63,7 +63,7 @@ def test_values_come_from_file_then_overrides_then_defaults(tmp_path: Path) -> N
 def test_an_override_supplies_a_required_key(tmp_path: Path) -> None:
     """Oracle: the same file is refused without the override."""
     path = write(tmp_path, "seed = 1\n")
-    with pytest.raises(ValueError, match=r"run\.toml: controller: the key is missing; expected str"):
+    with pytest.raises(ValueError, match=r"run\.toml: controller: the key is missing"):
         load_toml(Config, path)
     assert load_toml(Config, path, {"controller": "c"}).controller == "c"
 
@@ -75,21 +75,25 @@ def test_an_override_supplies_a_required_key(tmp_path: Path) -> None:
         ('controller = "c"\n[dpo]\nlearnign_rate = 1.0', r"dpo\.learnign_rate: .* 'dpo\.learning_rate'\?"),
         ('controller = "c"\nepochs = 1', r"epochs: unknown key; did you mean 'sft\.epochs' or 'dpo\.epochs'\?"),
         ('controller = "c"\nxyz = 1', r"xyz: unknown key; known here: controller, seed, "),
-        ('controller = "c"\nseed = "1"', r"seed: expected int, got str \('1'\)"),
-        ('controller = "c"\nseed = true', r"seed: expected int, got bool"),
-        ('controller = "c"\nseed = 1.0', r"seed: expected int, got float"),
-        ('controller = "c"\nresume = 1', r"resume: expected bool, got int"),
-        ('controller = "c"\nfolder = 3', r"folder: expected Path, got int"),
-        ("controller = 3", r"controller: expected str, got int"),
-        ('controller = "c"\n[dpo]\nlearning_rate = true', r"dpo\.learning_rate: expected float, got bool"),
-        ('controller = "c"\n[dpo]\nlearning_rate = nan', r"dpo\.learning_rate: nan"),
-        ('controller = "c"\n[dpo]\nbetas = [0.1, "x"]', r"dpo\.betas\[1\]: expected float, got str"),
-        ('controller = "c"\ntargets = "q_proj"', r"targets: expected a list of str, got str"),
+        ('controller = "c"\nseed = "1"', r"seed: expected an integer, got str \('1'\)"),
+        ('controller = "c"\nseed = true', r"seed: expected an integer, got bool"),
+        ('controller = "c"\nseed = 1.0', r"seed: expected an integer, got float"),
+        ('controller = "c"\nresume = 1', r"resume: expected true or false, got int"),
+        ('controller = "c"\nfolder = 3', r"folder: expected a string, got int"),
+        ("controller = 3", r"controller: expected a string, got int"),
+        ('controller = "c"\n[dpo]\nlearning_rate = true', r"dpo\.learning_rate: expected a number, got bool"),
+        ('controller = "c"\n[dpo]\nlearning_rate = nan', r"dpo\.learning_rate: expected a finite number"),
+        ('controller = "c"\n[dpo]\nbetas = [0.1, "x"]', r"dpo\.betas\[1\]: expected a number, got str"),
+        ('controller = "c"\ntargets = "q_proj"', r"targets: expected a list, got str"),
         ('controller = "c"\ndpo = 3', r"dpo: expected a table, got int"),
-        ('controller = "c"\nseed = {a = 1}', r"seed: expected int, got a table"),
-        ('controller = "c"\nloss = "dop"', r"loss: expected one of 'dpo', 'ipo', 'simpo', got .*'dop'.* mean 'dpo'\?"),
+        ('controller = "c"\nseed = {a = 1}', r"seed: expected an integer, got a table"),
+        ('controller = "c"\nloss = "dop"', r"loss: expected 'dpo', 'ipo' or 'simpo', got .*'dop'.* mean 'dpo'\?"),
         ('controller = "c"\n[dpo]\nepochs = 0', r"run\.toml: dpo: epochs 0 must be at least 1"),
         ("controller = ", r"run\.toml: not valid TOML"),
+        ('controller = "c"\nseed = ' + "1" * 5000, r"run\.toml: not valid TOML: Exceeds the limit"),
+        ('controller = "c"\nwidths = ' + "[" * 100_000, r"run\.toml: not valid TOML: its values are nested too deeply"),
+        ('controller = "c"\nnote = 2024-01-01', r"run\.toml: 2024-01-01 is a date, and no setting is one"),
+        ('controller = "c"\n[dpo]\nlearning_rate = inf', r"dpo\.learning_rate: expected a finite number"),
     ],
 )
 def test_a_mistake_names_file_key_and_remedy(tmp_path: Path, text: str, message: str) -> None:
@@ -106,7 +110,7 @@ def test_a_missing_file_is_not_an_empty_one(tmp_path: Path) -> None:
 def test_a_bad_override_says_so(tmp_path: Path) -> None:
     """Oracle: the source in the message is the override, not the file, whose own mistakes keep its name."""
     path = write(tmp_path, 'controller = "c"\n')
-    with pytest.raises(ValueError, match=r"^override: dpo\.epochs: expected int, got str"):
+    with pytest.raises(ValueError, match=r"^override: dpo\.epochs: expected an integer, got str"):
         load_toml(Config, path, {"dpo.epochs": "many"})
     with pytest.raises(ValueError, match=r"^override: seed\.x: seed is a value"):
         load_toml(Config, write(tmp_path, 'controller = "c"\nseed = 1\n'), {"seed.x": 1})
@@ -116,7 +120,7 @@ def test_overrides_read_like_toml_with_bare_strings() -> None:
     """Oracle: the values written by hand."""
     config = Config(controller="c", note="old")
     items = ["dpo.learning_rate=1e-4", "seed=3", "seed=4", "controller=a=b", "loss=ipo", "note=none", "resume=false"]
-    items += ["targets=q_proj, o_proj", "widths=[1, 2]", 'stops=["a,b"]', "dpo.clip=1", "folder=a/b"]
+    items += ['targets=["q_proj", "o_proj"]', "widths=[1, 2]", 'stops=["a,b"]', "dpo.clip=1", "folder=a/b"]
     changed = apply_overrides(config, items)
     assert changed == Config(
         controller="a=b",
@@ -137,9 +141,9 @@ def test_overrides_read_like_toml_with_bare_strings() -> None:
     [
         ("seed", r"override 'seed': expected key\.path=value"),
         ("=1", r"expected key\.path=value"),
-        ("seed=x", r"override: seed: expected int, got 'x'"),
-        ("seed=none", r"override: seed: expected int"),
-        ("seed=1\nresume=true", r"override: seed: expected one value"),
+        ("seed=x", r"override: seed: expected an integer, got str \('x'\)"),
+        ("seed=none", r"override: seed: expected an integer"),
+        ("seed=1\nresume=true", r"override: seed: expected an integer"),
         ("dpo.epoch=1", r"override: dpo\.epoch: unknown key; did you mean 'dpo\.epochs'\?"),
         ("dpo=1", r"override: dpo: expected a table"),
         ("dpo.epochs=0", r"dpo: epochs 0 must be at least 1"),
@@ -151,7 +155,7 @@ def test_an_override_that_does_not_fit_is_refused(item: str, message: str) -> No
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-number = st.floats(allow_nan=False)
+number = st.floats(allow_nan=False, allow_infinity=False)
 trainers = st.builds(
     Trainer, learning_rate=number, epochs=st.integers(1), betas=st.lists(number).map(tuple), clip=st.none() | number
 )
@@ -203,24 +207,9 @@ def test_diff_reads_as_a_sentence() -> None:
         "seed: 0 -> 1",
         'targets: ["q_proj", "v_proj"] -> ["q_proj"]',
         'note: none -> "x"',
-        "dpo.learning_rate: 3e-4 -> 1e-4",
+        "dpo.learning_rate: 0.0003 -> 0.0001",
         "dpo.clip: none -> 0.5",
     ]
-
-
-def test_a_field_that_toml_cannot_carry_is_a_programming_error() -> None:
-    @dataclass(frozen=True)
-    class Bad:
-        values: dict[str, int] = field(default_factory=dict)
-
-    @dataclass(frozen=True)
-    class AlsoBad:
-        clip: float | None = 1.0
-
-    with pytest.raises(TypeError, match="Bad.values"):
-        to_toml(Bad())
-    with pytest.raises(TypeError, match="AlsoBad.clip: the default of an Optional must be None"):
-        to_toml(AlsoBad())
 
 
 @dataclass(frozen=True)
@@ -253,5 +242,5 @@ def test_arrays_of_tables_go_in_and_out(tmp_path: Path) -> None:
     assert diff(config, config) == [] != diff(config, Tables())
     with pytest.raises(ValueError, match=r"table\.rows\[1\]\.limt: unknown key; did you mean .*\[1\]\.limit'"):
         load_toml(Tables, write(tmp_path, '[[table.rows]]\nurl = "a"\n[[table.rows]]\nurl = "b"\nlimt = 3\n'))
-    with pytest.raises(ValueError, match="rows: expected an array of tables, got str"):
+    with pytest.raises(ValueError, match="rows: expected a list, got str"):
         load_toml(Tables, write(tmp_path, '[table]\nrows = "a"\n'))

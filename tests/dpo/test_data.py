@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from matryoshka.core.models.tree import Tokens
-from matryoshka.core.records import Message, Preference, Sample
+from matryoshka.core.records import Message, Preference, Sample, to_json
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item
 from matryoshka.dpo.data import (
@@ -138,12 +138,12 @@ GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
     [
         ("{", "malformed JSON"),
         ("", "the row is empty"),
-        (b'{"prompt": "\xff"}', r"not UTF-8 \(byte 13 of the line\)"),
+        (b'{"prompt": "\xff"}', r"not UTF-8 \(byte 13\)"),
         ("[1]", "expected a JSON object, got list"),
         ({"prompt": "p", "chosen": "a"}, "field 'rejected' is missing"),
         ({"chosen": "a", "rejected": "b"}, "field 'prompt' is missing"),
-        ({**GOOD, "chosen": 3}, "field 'chosen' must be a text or a list"),
-        ({**GOOD, "prompt": [{"role": "user"}]}, "field 'prompt' must be a text or a list"),
+        ({**GOOD, "chosen": 3}, "field 'chosen' is 3; expected a text or a list"),
+        ({**GOOD, "prompt": [{"role": "user"}]}, r"prompt\[0\]: content is missing; expected a text"),
         ({**GOOD, "rejected": "a"}, "chosen and rejected are equal"),
         ({**GOOD, "chosen": AS_USER}, r"an answer must be one assistant message; got \['user'\]"),
         ({**GOOD, "prompt": AS_USER, "chosen": said("a") + AS_USER}, "an answer must be one assistant message"),
@@ -163,7 +163,7 @@ def test_a_malformed_preference_names_file_and_line(
         ({"prompt": "p"}, "field 'response' is missing; expected prompt and completion, or messages"),
         ({"completion": "c"}, "field 'prompt' is missing"),
         ({"prompt": "", "completion": "c"}, "the prompt is empty and this tokenizer starts a text with no token"),
-        ({"messages": "text"}, "field 'messages' is a text"),
+        ({"messages": "text"}, "field 'messages' is 'text'; expected a list"),
         ({"messages": AS_USER}, "a sequence of .* has no scored token"),
         ({"messages": []}, "has no scored token"),
     ],
@@ -174,6 +174,117 @@ def test_a_malformed_conversation_names_file_and_line(
     """Oracle: the second line's number in the message."""
     with pytest.raises(ValueError, match=rf"rows\.jsonl:2: .*{problem}"):
         read_conversations(write(tmp_path / "rows.jsonl", {"prompt": "p", "completion": "c"}, row), tokenizer)
+
+
+def chat(**changes: Any) -> dict[str, Any]:
+    """Return an SFT row of one question and one answer, whose answer has the keys in `changes` besides."""
+    return {"messages": [*AS_USER, {"role": "assistant", "content": "Yo", **changes}]}
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+# Name of the input -> a row of an SFT file, and what the error says of it.
+CONVERSATIONS_REFUSED = {
+    "a tool call in an answer": (chat(tool_calls=[CALL]), r"messages\[1\]: key 'tool_calls' is .* would be dropped"),
+    "a tool call in place of an answer": (chat(content=None, tool_calls=[CALL]), "key 'tool_calls'"),
+    "an old function call": (chat(function_call={"name": "f"}), "key 'function_call'"),
+    "reasoning beside an answer": (chat(reasoning_content="2 + 2"), "key 'reasoning_content' is '2 . 2'"),
+    "reasoning by another name": (chat(reasoning="2 + 2"), "key 'reasoning'"),
+    "thinking": (chat(thinking="so"), "key 'thinking'"),
+    "a name": (chat(name="alice"), "key 'name' is 'alice'"),
+    "a refusal": (chat(refusal="no"), "key 'refusal'"),
+    "a prefix to continue": (chat(prefix=True), "key 'prefix' is True"),
+    "training switched off": (chat(train=False), "key 'train' is False"),
+    "half a weight": (chat(weight=0.5), r"messages\[1\]: weight is 0.5 \(float\); expected 0 or 1"),
+    "a weight in text": (chat(weight="0"), "weight is '0'"),
+    "a weight that is true": (chat(weight=True), "weight is True"),
+    "a weight on a question": (
+        {"messages": [{"role": "user", "content": "Hi", "weight": 1}, *said("Yo")]}, "only assistant turns",
+    ),
+    "all weights zero": (chat(weight=0), "has no scored token"),
+    "a picture": (chat(content=[{"type": "image_url", "image_url": {}}]), r"content is \[.* expected a text"),
+    "a number as content": (chat(content=4), "content is 4"),
+    "no content": (chat(content=None), "content is None"),
+    "a number as role": (chat(role=1), "role is 1"),
+    "a text as message": ({"messages": ["Hi"]}, r"messages\[0\] is 'Hi'; expected {role, content}"),
+    "tools beside a chat": ({**chat(), "tools": [CALL]}, "key 'tools' is .* would be dropped"),
+    "functions beside a chat": ({**chat(), "functions": [CALL]}, "key 'functions'"),
+    "settings of the template": ({**chat(), "chat_template_kwargs": {"enable_thinking": False}}, "'chat_template_kw"),
+    "pictures beside a chat": ({**chat(), "images": ["a.png"]}, "key 'images'"),
+    "a weight of the row": ({**chat(), "weight": 0}, "key 'weight' is 0"),
+    "a label": ({"prompt": "p", "completion": "c", "label": False}, "key 'label' is False"),
+    "a second answer": ({"prompt": "p", "completion": "c", "response": "d"}, "key 'response'"),
+    "another prompt beside a chat": ({**chat(), "prompt": "Ho"}, "fields 'prompt' and 'messages' both have a prompt"),
+    "a system text beside plain text": ({"prompt": "p", "completion": "c", "system": "Be"}, "no system message"),
+    "two system texts": (
+        {"messages": [{"role": "system", "content": "Be"}, *chat()["messages"]], "system": "Be"}, "begin with a system",
+    ),
+    "a number as system": ({**chat(), "system": 3}, "key 'system' is 3; expected a text"),
+    "a key that comes twice": ('{"prompt": "p", "prompt": "q", "completion": "c"}', "the key 'prompt' comes twice"),
+    "an integer of 5000 digits": ('{"prompt": "p", "completion": "c", "id": %s}' % ("1" * 5000), "malformed JSON"),
+    "nesting 100000 deep": ('{"metadata": ' + "[" * 100_000, "nested more than 100 deep"),
+    "nesting 101 deep": ('{"metadata": ' + "[" * 101 + "]" * 101 + "}", "nested more than 100 deep"),
+    "not a number": ('{"prompt": "p", "completion": "c", "score": NaN}', "NaN is not a JSON number"),
+    "half a surrogate pair": ('{"prompt": "p", "completion": "\\ud83d"}', "lone surrogate"),
+}  # fmt: skip
+PREFERENCES_REFUSED = {
+    "tools": ({**GOOD, "tools": [CALL]}, "key 'tools'"),
+    "a margin": ({**GOOD, "margin": 0.5}, "key 'margin' is 0.5"),
+    "an answer with a weight": ({**GOOD, "prompt": AS_USER, "chosen": [{**said("a")[0], "weight": 0}]}, "weight is 0"),
+    "an answer with a tool call": (
+        {**GOOD, "prompt": AS_USER, "chosen": [{**said("a")[0], "tool_calls": [CALL]}]}, "key 'tool_calls'",
+    ),
+    "a chat beside the sides": ({**GOOD, "messages": AS_USER}, "key 'messages'"),
+    "half a pilot's record": ({"prompt": [], "chosen": {"text": "a"}, "rejected": {}}, "field .* is missing"),
+}
+
+
+@pytest.mark.parametrize(("row", "problem"), CONVERSATIONS_REFUSED.values(), ids=CONVERSATIONS_REFUSED.keys())
+def test_a_key_of_a_chat_that_would_be_dropped_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path, row: Any, problem: str
+) -> None:
+    """Oracle: the message, which names file, line and key."""
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:2: .*{problem}"):
+        read_conversations(write(tmp_path / "rows.jsonl", {"prompt": "p", "completion": "c"}, row), tokenizer)
+
+
+@pytest.mark.parametrize(("row", "problem"), PREFERENCES_REFUSED.values(), ids=PREFERENCES_REFUSED.keys())
+def test_a_key_of_a_pair_that_would_be_dropped_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path, row: Any, problem: str
+) -> None:
+    """Oracle: the message, which names file, line and key."""
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:2: .*{problem}"):
+        read_preferences(write(tmp_path / "rows.jsonl", GOOD, row), tokenizer)
+
+
+def test_keys_with_a_meaning_are_honoured(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Oracle: the same conversation written without the key; scored tokens by hand for weights."""
+    two = [*AS_USER, *said("Yo"), {"role": "user", "content": "No"}, *said("So")]
+    second_only = [two[0], {**two[1], "weight": 0}, two[2], {**two[3], "weight": 1}]
+    system = [{"role": "system", "content": "Be"}]
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    rows = [
+        {"messages": second_only},
+        {"messages": two},
+        {"messages": two, "system": "Be"},
+        {"messages": system + two},
+        {"messages": [{"role": "user", "content": parts, "name": None, "tool_calls": []}, *two[1:]], "tools": None},
+        {"messages": two, "prompt": "Hi", "metadata": {"any": 1}, "id": 7, "score": 0.5},
+    ]
+    items = read_conversations(write(tmp_path / "rows.jsonl", *rows), tokenizer)
+    (weighted,), (plain,), with_system = (items[0].sequences, items[1].sequences, items[2])
+    scored = [id for id, is_scored in zip(weighted.ids, weighted.mask, strict=True) if is_scored]
+    assert tuple(scored) == chatml(tokenizer, "So<e>") and weighted.ids == plain.ids
+    assert with_system == items[3] and items[4] == items[5] == items[1]
+    pair = {"prompt": AS_USER, "chosen": "a", "rejected": "b"}
+    rows = [{**pair, "system": "Be"}, {**pair, "prompt": system + AS_USER}]
+    one, other = read_preferences(write(tmp_path / "pairs.jsonl", *rows), tokenizer)
+    assert one == other
+
+
+def test_a_pilots_pairs_are_trained_on_as_they_were_drawn(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Oracle: `preference_items` of the records that were written."""
+    pair = Preference((USER,), (5, 6), Sample("a", "stop", (7,)), Sample("b", "stop", (8, 9)), 1.0, 0.0, "e1")
+    assert read_preferences(write(tmp_path / "p.jsonl", to_json(pair)), tokenizer) == preference_items([pair])
 
 
 def test_files_that_are_not_there_or_empty(tokenizer: Tokenizer, tmp_path: Path) -> None:

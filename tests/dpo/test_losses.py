@@ -209,7 +209,7 @@ def trl_loss(kind: str, logps: dict[str, Tensor], lengths: Tensor, beta: float, 
 def test_equals_trl(kind: str) -> None:
     """Oracle: the code of TRL's own trainers on the same log-probs, in float64.
 
-    TRL's ipo takes means per token where the paper (and ours) has sums, so ours is given its means; its sft term is a
+    TRL's ipo takes means per token, as our "ipo_mean" does and the paper does not; its sft term is a
     mean over all chosen tokens, so one pair is compared.
     """
     draws = torch.Generator().manual_seed(0)

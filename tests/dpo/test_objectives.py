@@ -15,10 +15,9 @@ from matryoshka.core.models.attention import Masked
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.tree import Tokens, build_tree
 from matryoshka.core.training.train import Item, Totals, TrainConfig, train
-from matryoshka.dpo import head
-from matryoshka.dpo.head import eager_logps, scored_logps, token_logps
+from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.losses import dpo_loss, hinge_loss, ipo_loss, robust_loss, simpo_loss
-from matryoshka.dpo.objectives import SFT, Pairs, Preference, fused_preference_loss
+from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.lora.linear import (
     LoraConfig,
     active,
@@ -68,6 +67,7 @@ OBJECTIVES = [
     Preference(),
     Preference(label_smoothing=0.1, beta=0.4),
     Preference(loss="ipo"),
+    Preference(loss="ipo_mean", beta=0.3),
     Preference(loss="simpo", beta=2.0, gamma_beta_ratio=0.5),
     Preference(loss="robust", label_smoothing=0.2),
     Preference(loss="hinge", beta=0.4),
@@ -101,12 +101,16 @@ def test_by_hand(objective: Preference | SFT) -> None:
         expected = simpo_loss(c / n_c, r / n_r, beta, 0.5)
         chosen_reward, rejected_reward = beta * c / n_c, beta * r / n_r
     else:
-        chosen_reward, rejected_reward = beta * (c - ref_c), beta * (r - ref_r)
-        margin = (c - ref_c) - (r - ref_r)
+        chosen_ratio, rejected_ratio = c - ref_c, r - ref_r
+        if objective.loss == "ipo_mean":
+            chosen_ratio, rejected_ratio = chosen_ratio / n_c, rejected_ratio / n_r
+        chosen_reward, rejected_reward = beta * chosen_ratio, beta * rejected_ratio
+        margin = chosen_ratio - rejected_ratio
         expected = {
             "dpo": dpo_loss(margin, beta, objective.label_smoothing),
             "robust": robust_loss(margin, beta, objective.label_smoothing),
             "ipo": ipo_loss(margin, beta),
+            "ipo_mean": ipo_loss(margin, beta),
             "hinge": hinge_loss(margin, beta),
         }[objective.loss]
     expected = expected - objective.nll_coefficient * c / n_c
@@ -177,7 +181,7 @@ def test_first_losses(tiny_dir: Path, tmp_path: Path) -> None:
     row = first_row(tmp_path, adapted_model(tiny_dir), objective, objective.first_loss)
     assert row["loss"] == pytest.approx(2066.115702, rel=1e-6)
     assert Preference(beta=0.5).first_loss == Preference(loss="robust", label_smoothing=0.1).first_loss == math.log(2)
-    assert Preference(loss="hinge", beta=0.5).first_loss == 1.0
+    assert Preference(loss="ipo_mean", beta=0.5).first_loss == Preference(loss="hinge").first_loss == 1.0
     assert Preference(loss="simpo").first_loss is Preference(nll_coefficient=0.1).first_loss is None
 
 
@@ -186,7 +190,7 @@ def test_needs_reference() -> None:
     items = pairs(1)
     tree = build_tree(items[0].sequences)
     logps_S = -torch.rand(len(tree.target_S), generator=torch.Generator().manual_seed(0))
-    for loss, needs in (("dpo", True), ("robust", True), ("ipo", True), ("hinge", True), ("simpo", False)):
+    for loss, needs in (("dpo", True), ("robust", True), ("ipo", True), ("ipo_mean", True), ("simpo", False)):
         objective = Preference(loss=loss)
         assert objective.needs_reference == needs
         if needs:
@@ -199,7 +203,7 @@ def test_needs_reference() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "kto"}, r"loss 'kto' is unknown; choose from \['dpo', 'robust', 'simpo', 'ipo', 'hinge'\]"),
+        ({"loss": "kto"}, r"loss 'kto' is unknown; choose from \['dpo', 'robust', 'simpo', 'ipo', 'ipo_mean',"),
         ({"beta": 0.0}, "beta 0.0 must be above 0"),
         ({"label_smoothing": 0.5}, r"label_smoothing 0.5 must lie in \[0, 0.5\)"),
         ({"label_smoothing": -0.1}, r"label_smoothing -0.1 must lie in \[0, 0.5\)"),
@@ -214,68 +218,7 @@ def test_errors(settings: dict[str, Any], message: str) -> None:
         Preference(**settings)
 
 
-def answers_that_begin_alike(count: int) -> list[Item]:
-    """Return pairs whose two answers share their first tokens, as sampled ones do."""
-    draws = random.Random(1)
-
-    def some(number: int) -> list[int]:
-        return [draws.randrange(30) for _ in range(number)]
-
-    items = []
-    for _ in range(count):
-        prompt, common = some(4), some(draws.randint(1, 5))
-        ends = [[side, *some(draws.randint(0, 3))] for side in (30, 31)]
-        tokens = (Tokens((*prompt, *common, *end), (0,) * 4 + (1,) * (len(common) + len(end))) for end in ends)
-        items.append(Item(tuple(tokens), "group"))
-    return items
-
-
 PREFERENCES = [objective for objective in OBJECTIVES if isinstance(objective, Preference)]
-
-
-@pytest.mark.parametrize("objective", PREFERENCES, ids=str)
-def test_fused_is_the_eager_computation(objective: Preference) -> None:
-    """Oracle: each side of each pair alone, eager log-probs, the objective by hand; float64, loss and gradients."""
-    items = answers_that_begin_alike(4)
-    tree = build_tree([side for item in items for side in item.sequences])
-    draws = torch.Generator().manual_seed(0)
-    hidden_TD = torch.randn(len(tree.ids_T), 5, generator=draws, dtype=torch.float64, requires_grad=True)
-    before_TD = hidden_TD.detach() + 0.1 * torch.randn(hidden_TD.shape, generator=draws, dtype=torch.float64)
-    head_VD = torch.randn(40, 5, generator=draws, dtype=torch.float64, requires_grad=True)
-    reference_S = scored_logps(before_TD, head_VD.detach(), tree.source_S, tree.target_S)
-    fused = fused_preference_loss(objective, hidden_TD, head_VD, tree, reference_S)
-    eager_S, eager_reference_S = (eager_logps(h[tree.source_S], head_VD, tree.target_S) for h in (hidden_TD, before_TD))
-    expected, metrics = objective(eager_S, eager_reference_S.detach(), tree, Totals(4, len(tree.target_S)))
-    torch.testing.assert_close(fused.loss, expected, rtol=1e-11, atol=0)
-    got, wanted = (torch.autograd.grad(loss, (hidden_TD, head_VD)) for loss in (fused.loss, expected))
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
-    named = [fused.margin_P.sum(), 4 * fused.accuracy, fused.chosen_reward_P.sum(), fused.rejected_reward_P.sum()]
-    for ours, name in zip(named, ("margin", "accuracy", "chosen_reward", "rejected_reward"), strict=True):
-        torch.testing.assert_close(ours, metrics[name], rtol=1e-9, atol=1e-12, check_dtype=False)
-    assert fused.losses_P.shape == fused.margin_P.shape == (4,)
-    assert not fused.margin_P.requires_grad
-
-
-def test_shared_tokens_are_scored_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: by hand: the tokens of both sides, less one for each token that a pair's sides have in common."""
-    rows: list[int] = []
-
-    def count(hidden_SD: Tensor, *rest: Any) -> Tensor:
-        rows.append(len(hidden_SD))
-        return token_logps(hidden_SD, *rest)
-
-    monkeypatch.setattr(head, "token_logps", count)
-    items = answers_that_begin_alike(3)
-    tree = build_tree([side for item in items for side in item.sequences])
-    hidden_TD = torch.randn(len(tree.ids_T), 5, generator=torch.Generator().manual_seed(0))
-    logps_S = scored_logps(hidden_TD, torch.randn(40, 5), tree.source_S, tree.target_S)
-    scored, common = 0, 0
-    for item in items:
-        one, two = (side.ids[4:] for side in item.sequences)
-        scored += len(one) + len(two)
-        common += next(i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
-    assert common > 0 and len(logps_S) == scored and rows == [scored - common]
-    assert torch.equal(logps_S[0], logps_S[sum(items[0].sequences[0].mask)])  # both sides' first token
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -287,11 +230,12 @@ def test_a_bad_hidden_state_spoils_the_loss(objective: Preference, side: int, ba
     tree = build_tree([s for item in items for s in item.sequences])
     draws = torch.Generator().manual_seed(0)
     hidden_TD, head_VD = torch.randn(len(tree.ids_T), 5, generator=draws), torch.randn(300, 5, generator=draws)
-    reference_S = scored_logps(hidden_TD, head_VD, tree.source_S, tree.target_S)
+    reference_S = token_logps(hidden_TD[tree.source_S], head_VD, tree.target_S)
     last = tree.source_S[tree.sequence_S == side][-1]
     hidden_TD[last, 2] = bad
-    result: Pairs = fused_preference_loss(objective, hidden_TD, head_VD, tree, reference_S)
-    assert result.losses_P.isnan().tolist() == [True, False] and result.loss.isnan()
+    logps_S = token_logps(hidden_TD[tree.source_S], head_VD, tree.target_S)
+    losses_P = objective.pairs(logps_S, reference_S, tree).losses_P
+    assert losses_P.isnan().tolist() == [True, False] and losses_P.mean().isnan()
 
 
 @pytest.mark.slow

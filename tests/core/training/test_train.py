@@ -504,6 +504,18 @@ def test_training_works_outside_of_the_main_thread(tiny_dir: Path, tmp_path: Pat
     assert same(values(here), values(there))
 
 
+@pytest.mark.parametrize("wrong", [259, 10**6, -1, 2**63 - 1], ids=["one beyond", "far beyond", "negative", "64 bits"])
+def test_ids_beyond_the_embedding_are_refused_before_training(tiny_dir: Path, tmp_path: Path, wrong: int) -> None:
+    """Oracle: the message, which names item, example and id; nothing is written and no weight moves."""
+    model = make_model(tiny_dir)
+    before = values(model)
+    items = [*conversations(2), Item((Tokens((1, wrong, 2), (0, 0, 1)),), "row 3")]
+    with pytest.raises(ValueError, match=rf"item 3 \(example 'row 3'\): token id {wrong} is outside .* 259 tokens"):
+        next(sft(model, tmp_path / "run", items=items))
+    assert not (tmp_path / "run").exists()
+    assert all(torch.equal(before[name], weight) for name, weight in values(model).items())
+
+
 def test_errors(tiny_dir: Path, tmp_path: Path) -> None:
     """Oracle: messages."""
     model = make_model(tiny_dir)

@@ -91,7 +91,6 @@ class Additions(Task):
         prompt, right = self.first_prompt(example), False
         with episode:
             guidance = await episode.propose(prompt)
-            assert guidance is not None
             reply = await episode.complete((Message("system", PREAMBLE + guidance.text), *prompt))
             right = reply.text == str(example.fields["answer"])
         return episode.trajectory(float(right), "right" if right else "wrong")

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from matryoshka.core.intervals import wilson
 from matryoshka.core.records import (
@@ -16,6 +16,8 @@ from matryoshka.core.records import (
     Sampling,
     Trajectory,
 )
+
+T = TypeVar("T")
 
 
 class Controller(Protocol):
@@ -69,6 +71,17 @@ class TaskSetting:
     seed: int = 0
     count_tokens: Callable[[Messages], int] = lambda prompt: 0
     gold_warmup: bool = True
+
+    def part(self, rows: Sequence[T], split: str) -> Sequence[T]:
+        """Return those of all `rows` that belong to `split`, the splits taking their sizes one after the other.
+
+        Raises ValueError if there are fewer rows than the splits need together.
+        """
+        if len(rows) < (needed := sum(self.sizes.values())):
+            raise ValueError(f"[task] the splits take {needed} problems, but there are {len(rows)}")
+        names = list(self.sizes)
+        start = sum(self.sizes[name] for name in names[: names.index(split)])
+        return rows[start : start + self.sizes[split]]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from matryoshka.inference.generators import GeneratorConfig
 from matryoshka.inference.llama_cpp import LlamaConfig
 from matryoshka.inference.vllm_server import VllmConfig
 from matryoshka.lora.linear import LoraConfig
-from matryoshka.tasks.find import options_class, task_class
+from matryoshka.tasks.find import options_class, own_class, task_class
 
 SPLITS = ("warmup", "train", "validation", "test", "held_out")
 
@@ -26,6 +26,8 @@ class ControllerConfig:
     deterministic: one request at a time, bit for bit repeatable. engine: what samples, our own sampler or vLLM as
     [controller.vllm] says; training is ours in either case. tune "full": all weights are trained, in float32, and a
     policy is a model folder, as large as the model; [lora] is not used, and vLLM is started again for every policy.
+    scheme: a control scheme of your own, FILE.py:CLASS or PACKAGE.MODULE:CLASS, which is made of every policy and
+    gives guidance in its place (examples/own_scheme.py).
     """
 
     path: str
@@ -37,9 +39,12 @@ class ControllerConfig:
     deterministic: bool = False
     engine: Literal["local", "vllm"] = "local"
     tune: Literal["adapter", "full"] = "adapter"
+    scheme: str = ""
     vllm: VllmConfig = VllmConfig()
 
     def __post_init__(self) -> None:
+        if self.scheme:
+            own_class(self.scheme, "scheme")
         if self.engine == "vllm" and self.deterministic:
             raise ValueError("deterministic is of the local engine; what vLLM draws depends on its batches' rounding")
         if self.tune != "full":
@@ -64,7 +69,8 @@ class ServeConfig:
     """A generator of our own to start beside the run, which ends with the run."""
 
     scripted: str = ""
-    """The name of one of the task's scripted generators, which then answers in this process; [generator] is not used.
+    """One of the task's scripted generators, or your own as FILE.py:CLASS, which answers in this process in place of
+    [generator].
     """
     model: str = ""
     """A model folder or, for engine llama.cpp, a GGUF file; "" starts none: the endpoint of [generator] is used."""

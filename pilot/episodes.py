@@ -17,6 +17,7 @@ from matryoshka.core.protocols import Controller, Generator, GeneratorError, Run
 from matryoshka.core.records import Example, RolloutSettings, Sampling, Trajectory, content_key, from_json, to_json
 from matryoshka.core.redaction import to_redacted_json
 from matryoshka.core.training.train import Interrupted
+from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.inference.spending import Purse
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.context import Run, Scheme
@@ -24,6 +25,7 @@ from matryoshka.pilot.progress import Progress
 from matryoshka.pilot.ranks import Ranks, deal
 from matryoshka.pilot.ray import run_on_ray
 from matryoshka.pilot.signals import stop_on_signal
+from matryoshka.tasks.find import own_class
 from matryoshka.tasks.rollout import Job, failures, job_key, recorded, run_rollouts
 
 STEP_S = 0.2  # how often the ranks tell each other how far they are
@@ -61,9 +63,12 @@ def sampled_settings(config: RunConfig, seed: int, samples: int) -> list[Rollout
 
 def policy_scheme(run: Run, stage: str) -> Scheme:
     """Return the scheme of the trained policy of `stage` ("": the base model), with greedy decoding."""
-    name = run.policies.name(stage)
-    settings = rollout_settings(run.config, greedy=True)
-    return Scheme(name, lambda run, sampler: run.policies.controller(stage, sampler), settings)
+
+    def controller(run: Run, sampler: TokenSampler) -> Controller:
+        policy, scheme = run.policies.controller(stage, sampler), run.config.controller.scheme
+        return own_class(scheme, "[controller] scheme")(policy) if scheme else policy
+
+    return Scheme(run.policies.name(stage), controller, rollout_settings(run.config, greedy=True))
 
 
 def run_episodes(

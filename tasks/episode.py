@@ -59,7 +59,8 @@ class Guidance:
 
 
 class Episode:
-    """An episode on one example. As a context manager it catches the call that failed for good: the block ends there.
+    """An episode on one example. Its block `with episode:` ends early, without an error, in two cases: a call failed
+    for good, or a later prompt outgrew the controller's context and the settings say "skip".
 
     turns: what was said so far. overlong: a later prompt did not fit the context. failure: the call that failed.
     """
@@ -79,25 +80,19 @@ class Episode:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        if not isinstance(error, GeneratorError):
-            return False
-        self.failure = str(error)
-        return True
+        if isinstance(error, GeneratorError):
+            self.failure = str(error)
+            return True
+        return isinstance(error, ContextError) and self.overlong
 
-    async def propose(self, prompt: Messages) -> Guidance | None:
-        """Return the controller's guidance, which begins a turn.
-
-        None means that a later prompt outgrew the controller's context and the settings say "skip": the episode ends as
-        it stands. Raises ContextError otherwise.
-        """
+    async def propose(self, prompt: Messages) -> Guidance:
+        """Return the controller's guidance, which begins a turn. Raises ContextError for a prompt that does not fit."""
         turn = len(self.turns)
         try:
             (sample,) = await self._controller.propose(prompt, 1, self._settings.controller.again(turn, 0))
         except ContextError:
-            if turn == 0 or self._settings.overlong == "error":
-                raise
-            self.overlong = True
-            return None
+            self.overlong = turn > 0 and self._settings.overlong == "skip"
+            raise
         self.turns.append(Guidance(prompt, self._controller.prompt_ids(prompt), sample))
         return self.turns[-1]
 

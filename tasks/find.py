@@ -25,17 +25,17 @@ def task_class(name: str) -> type[Task]:
     Raises ValueError or FileNotFoundError naming what is missing or wrong.
     """
     if ":" in name:
-        found = own_class(name, "[task] name")
+        found = own_class(name, "the task")
     else:
         if name not in task_names():
             raise ValueError(
-                f"[task] name {name!r} is unknown; expected one of {', '.join(task_names())}, FILE.py:CLASS or "
+                f"the task {name!r} is unknown; expected one of {', '.join(task_names())}, FILE.py:CLASS or "
                 "PACKAGE.MODULE:CLASS"
             )
         module = importlib.import_module(f"matryoshka.tasks.{name}.task")
         (found,) = (value for value in vars(module).values() if _is_task(value) and value.__module__ == module.__name__)
     if not _is_task(found):
-        raise ValueError(f"[task] name {name!r}: the class does not extend matryoshka.core.protocols.Task")
+        raise ValueError(f"the task {name!r} does not extend matryoshka.core.protocols.Task")
     return typing.cast(type[Task], found)
 
 

@@ -115,8 +115,6 @@ class ALFWorldTask(Task):
         with episode:
             for _ in range(settings.outer_turns):
                 guidance = await episode.propose(prompt)
-                if guidance is None:
-                    break
                 await follow(example, guidance, episode, settings, progress)
                 if progress.won or not guidance.feedback:
                     break

@@ -97,7 +97,6 @@ class LampTask(Task):
         reply = ""
         with episode:
             guidance = await episode.propose(fitted.prompt)
-            assert guidance is not None  # only a later turn's may be
             request = answer(self.kind, question, guidance.text, entries[: self.options.retrieved])
             reply = (await episode.complete(request)).text
         judged = judge(self.kind, reply, example.fields["answer"])

@@ -89,8 +89,6 @@ class PALTask(Task):
         with episode:
             for _ in range(settings.outer_turns):
                 guidance = await episode.propose(prompt)
-                if guidance is None:
-                    break
                 request = self.style.code(question, guidance.text)
                 for attempt in range(settings.inner_attempts):
                     reply = await episode.complete(request, attempt)

@@ -101,6 +101,7 @@ class Task(Protocol):
     class's. version: raised when the loop or its prompts change. label: what a summary calls the task. main_metric: the
     name in `score` that choices are made by, higher being better. compares_own_guidance: the report has a condition in
     which the generator guides itself. free_options: options that a run may be continued with other values of.
+    headline: keys of a run's summary that are printed once more, alone, as its last line.
     Every example has the fields "question" and "answer", which the report shows.
     """
 
@@ -113,6 +114,7 @@ class Task(Protocol):
     main_metric: str = "accuracy"
     compares_own_guidance: bool = False
     free_options: tuple[str, ...] = ()
+    headline: tuple[str, ...] = ()
 
     def __init__(self, options: Any, setting: TaskSetting) -> None:
         """options: of the type that the class annotates. Raises ValueError for options that cannot work together."""

@@ -23,6 +23,7 @@ from matryoshka.pilot.evaluate import evaluate as evaluate_run
 from matryoshka.pilot.loop import run_pilot
 from matryoshka.pilot.run_report import write_run_report, write_transfer
 from matryoshka.pilot.stages import collected, warm_up, write_pairs
+from matryoshka.tasks.find import task_class
 
 RUNS = Path("runs")
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended
@@ -97,11 +98,13 @@ def stoppable() -> Iterator[None]:
 
 @stoppable()
 def pilot(config: RunConfig) -> None:
-    """Run or continue the whole job; the last line printed is its summary as JSON."""
+    """Run or continue the whole job; the last line printed is its summary as JSON, or the part that the task chose."""
     with open_world(config.controller.device) as world:
         summary = run_pilot(config, RUNS, world)
     if world.is_first:
         _say(summary)
+        if headline := task_class(config.task.name).headline:
+            _say({name: summary[name] for name in headline})
 
 
 @stoppable()

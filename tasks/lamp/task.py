@@ -37,6 +37,7 @@ class LampTask(Task):
     version = 2
     compares_own_guidance = True
     free_options = ("embeddings_cache",)
+    headline = ("task", "examples", "untrained", "trained", "p", "seconds")
 
     def __init__(self, options: LampOptions, setting: TaskSetting) -> None:
         kind = self.kind = kind_of(options.task)

@@ -151,6 +151,10 @@ class Task(Protocol):
         """Return the kind of problem that the report counts apart, "" for none."""
         return ""
 
+    def facts(self) -> dict[str, str]:
+        """Return what a reader of the report must know of where the task runs, by name."""
+        return {}
+
     def check(self, settings: RolloutSettings) -> None:
         """Raise ValueError for settings that the loop does not have; it is called before anything is run."""
         return None

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from matryoshka.core.models.from_gguf import smollm2_gguf
 from matryoshka.pilot.environment import GIB, ROOT, environment, version
+from matryoshka.tasks.sandbox_backends import SCRIPT, in_words, local_sandbox
 
 # Import name -> the extra that brings it.
 OPTIONAL = {
@@ -59,6 +60,7 @@ def doctor() -> dict[str, Any]:
         "environment": environment(),
         "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / GIB, 1),
         "matmul_gflops": _matmul_speeds(),
+        "sandbox": in_words(local_sandbox().start(SCRIPT)),
         "optional": {name: _optional_version(name) for name in OPTIONAL},
         "servers": {f"http://127.0.0.1:{port}/v1": _served_models(port) for port in PORTS},
         "data": {"folder": str(data), **{name: (data / name).is_dir() for name in DATA_FOLDERS}},
@@ -102,6 +104,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
                 f"matmul, {device}": ", ".join(f"{name} {speed:,.0f} GFLOP/s" for name, speed in speeds.items())
                 for device, speeds in report["matmul_gflops"].items()
             },
+            "generated programs": report["sandbox"],
             "commit": env["commit"] or "not a checkout",
         },
     )

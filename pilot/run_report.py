@@ -51,7 +51,8 @@ def _report_input(
         title=f"Pilot {run.config.name}",
         command=typed_command(),
         config=to_json(run.config),
-        hardware={name: value for name, value in machine.items() if name not in ("versions", "commit", "python")},
+        hardware={name: value for name, value in machine.items() if name not in ("versions", "commit", "python")}
+        | run.task.facts(),
         versions={"python": machine["python"], **machine["versions"], "commit": machine["commit"]},
         conditions=conditions,
         examples=examples,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from matryoshka.tasks.sandbox_config import SandboxConfig
+
 
 @dataclass(frozen=True)
 class AlfworldOptions:
@@ -35,10 +37,8 @@ class AlfworldOptions:
     """Commands that one household takes."""
     asks: int = 5
     """Questions that one program may ask."""
-    timeout_s: float = 5.0
-    """Seconds that one program may run, without the time that its questions take."""
-    memory_mb: int = 512
-    """Memory that one program may take."""
+    sandbox: SandboxConfig = SandboxConfig()
+    """Limits of one program, and the boundary around it."""
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:

@@ -83,7 +83,7 @@ def _games(options: AlfworldOptions, split: str, count: int, seed: int) -> list[
     return [example_of(row) for row in sorted(rows, key=lambda row: order[row["game"]])[:count]]
 
 
-def environments(options: AlfworldOptions) -> Callable[[Example], Environment]:
+def households_of(options: AlfworldOptions) -> Callable[[Example], Environment]:
     """Return the function that makes the household of an example."""
 
     def engine(example: Example) -> Environment:

@@ -23,12 +23,13 @@ from matryoshka.tasks.alfworld.compact import compact_style
 from matryoshka.tasks.alfworld.options import AlfworldOptions
 from matryoshka.tasks.alfworld.plan_language import Step, merged
 from matryoshka.tasks.alfworld.playthrough import Session, transcript
-from matryoshka.tasks.alfworld.program import AskRefusedError, Limits, ProgramOutcome, run_program
+from matryoshka.tasks.alfworld.program import CHILD, AskRefusedError, Limits, ProgramOutcome, run_program
 from matryoshka.tasks.alfworld.prompts import Scene
 from matryoshka.tasks.alfworld.scripted_generator import LiteralGenerator
-from matryoshka.tasks.alfworld.splits import environments, load_splits
+from matryoshka.tasks.alfworld.splits import households_of, load_splits
 from matryoshka.tasks.episode import Episode, Guidance, Reply
 from matryoshka.tasks.sandbox import extract_code
+from matryoshka.tasks.sandbox_backends import in_words
 
 STYLES = {"brief": brief_style, "compact": compact_style, "full": prompts.full_style}
 # A corrected program goes on in the same household only if it has this share of the actions left to do so.
@@ -56,12 +57,15 @@ class ALFWorldTask(Task):
     version = 2
     label = "alfworld"
     main_metric = "success"
+    free_options = ("sandbox.isolation", "sandbox.command")
 
     def __init__(self, options: AlfworldOptions, setting: TaskSetting) -> None:
         self.style = STYLES[options.prompts](options.max_steps, options.verbs)
         self.name = f"alfworld-{self.style.name}-{options.mode}"
-        self.limits = Limits(options.timeout_s, options.memory_mb * 2**20, options.asks)
-        self.environment = environments(options)
+        self.sandbox = options.sandbox.sandbox()
+        limits = options.sandbox
+        self.limits = Limits(limits.timeout_s, limits.memory_bytes, options.asks, sandbox=self.sandbox)
+        self.household = households_of(options)
         super().__init__(options, setting)
 
     def examples(self, split: str) -> Sequence[Example]:
@@ -99,6 +103,17 @@ class ALFWorldTask(Task):
         """Return which of the six types of household tasks this is."""
         kind: str = example.fields["task_type"]
         return kind
+
+    def check(self, settings: RolloutSettings) -> None:
+        """Raise ValueError if programs cannot be kept behind the boundary that was asked for."""
+        if self.options.mode == "program":
+            self.sandbox.start(CHILD)
+
+    def facts(self) -> dict[str, str]:
+        """Return the boundary that generated programs run behind."""
+        if self.options.mode != "program":
+            return {}
+        return {"generated programs": in_words(self.sandbox.start(CHILD))}
 
     async def rollout(
         self, example: Example, controller: Controller, generator: Generator, settings: RolloutSettings
@@ -183,7 +198,7 @@ class ALFWorldTask(Task):
                 return
 
     def _begin(self, example: Example) -> Session:
-        return Session(self.environment(example), self.options.max_steps, self.options.verbs)
+        return Session(self.household(example), self.options.max_steps, self.options.verbs)
 
     async def _ask(self, episode: Episode, plan: Guidance, question: str) -> str:
         """Return the generator's answer to a question that its program asks."""

@@ -20,6 +20,8 @@ from matryoshka.tasks.pal import gsm8k, synthetic_problems
 from matryoshka.tasks.pal.answers import same_answer
 from matryoshka.tasks.pal.prompts import STYLES
 from matryoshka.tasks.sandbox import Outcome, extract_code, run_solution
+from matryoshka.tasks.sandbox_backends import SCRIPT, in_words
+from matryoshka.tasks.sandbox_config import SandboxConfig
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,8 @@ class PalOptions:
     """GSM8K or GSM-Hard JSONL file for warm-up, training and validation; "" makes all problems from the seed."""
     test_file: str = ""
     """GSM8K or GSM-Hard JSONL file of the test problems; it goes with train_file."""
-    timeout_s: float = 5.0
-    """Seconds that one program may run."""
-    memory_mb: int = 512
-    """Memory that one program may take."""
+    sandbox: SandboxConfig = SandboxConfig()
+    """Limits of one program, and the boundary around it."""
 
 
 class PALTask(Task):
@@ -46,9 +46,11 @@ class PALTask(Task):
 
     options: PalOptions
     version = 2
+    free_options = ("sandbox.isolation", "sandbox.command")
 
     def __init__(self, options: PalOptions, setting: TaskSetting) -> None:
         self.style = STYLES[options.prompts]
+        self.sandbox = options.sandbox.sandbox()
         self.name = f"pal-{self.style.name}"
         self.label = "gsm8k" if options.train_file or options.test_file else "words"
         super().__init__(options, setting)
@@ -74,6 +76,14 @@ class PALTask(Task):
         steps = example.fields.get("steps")
         return None if steps is None else "\n".join(steps)
 
+    def check(self, settings: RolloutSettings) -> None:
+        """Raise ValueError if programs cannot be kept behind the boundary that was asked for."""
+        self.sandbox.start(SCRIPT)
+
+    def facts(self) -> dict[str, str]:
+        """Return the boundary that generated programs run behind."""
+        return {"generated programs": in_words(self.sandbox.start(SCRIPT))}
+
     async def rollout(
         self, example: Example, controller: Controller, generator: Generator, settings: RolloutSettings
     ) -> Trajectory:
@@ -82,7 +92,7 @@ class PALTask(Task):
         Its prediction is that value. The verdict "error" means that the last program did not run. Guidance that was cut
         at max_tokens is used, but is not for training.
         """
-        question, limits = example.fields["question"], self.options
+        question, limits = example.fields["question"], self.options.sandbox
         episode = Episode(self.name, example, controller, generator, settings)
         outcome: Outcome | None = None
         prompt = self.first_prompt(example)
@@ -93,7 +103,9 @@ class PALTask(Task):
                 for attempt in range(settings.inner_attempts):
                     reply = await episode.complete(request, attempt)
                     code = extract_code(reply.text)
-                    outcome = await run_solution(code, limits.timeout_s, limits.memory_mb * 2**20)
+                    outcome = await run_solution(
+                        code, limits.timeout_s, limits.memory_bytes, sandbox=self.sandbox
+                    )
                     reply.outcome = outcome.error or f"value {outcome.value}"
                     guidance.feedback = _complaint(outcome, example, settings.protocol)
                     if not guidance.feedback:

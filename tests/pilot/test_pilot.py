@@ -46,6 +46,7 @@ from matryoshka.pilot.stages import warm_up
 from matryoshka.scripts import cli
 from matryoshka.scripts.demo import KEYS
 from matryoshka.tasks.pal.task import PalOptions
+from matryoshka.tasks.sandbox_config import SandboxConfig
 from matryoshka.tests.pilot.conftest import Generator, command, environment, with_context
 
 CONCURRENCY = 4
@@ -60,7 +61,10 @@ def small(name: str, controller: Path, url: str, rounds: int = 1) -> RunConfig:
         controller=ControllerConfig(str(controller), threads=1, deterministic=True),
         generator=GeneratorConfig(url, "scripted", "", identity="scripted", concurrency=CONCURRENCY, max_retries=0),
         rounds=rounds,
-        task=TaskConfig(warmup=4, train=4, validation=2, test=4, held_out=2, options=PalOptions(timeout_s=30.0)),
+        task=TaskConfig(
+            **{"warmup": 4, "train": 4, "validation": 2, "test": 4, "held_out": 2},
+            options=PalOptions(sandbox=SandboxConfig(timeout_s=30.0)),
+        ),
         lora=LoraConfig(rank=2, targets=("q_proj", "down_proj")),
         warmup=WarmupConfig(train=replace(train, epochs=16)),
         rollout=RolloutConfig(samples=4, guidance_tokens=12, code_tokens=16),

@@ -15,6 +15,7 @@ from matryoshka.tasks.lamp.rewards import judge
 from matryoshka.tasks.lamp.task_specs import KINDS
 from matryoshka.tasks.pal.task import PalOptions, PALTask
 from matryoshka.tasks.reasoning import without_reasoning
+from matryoshka.tasks.sandbox_config import SandboxConfig
 
 # Each: how a model thinks aloud around its answer, {} standing for the thought and ANSWER for the answer.
 FORMS = {
@@ -99,7 +100,7 @@ class Says:
 
 
 def run_pal(reply: str) -> object:
-    task = PALTask(PalOptions(timeout_s=60.0), TaskSetting({}))
+    task = PALTask(PalOptions(sandbox=SandboxConfig(timeout_s=60.0)), TaskSetting({}))
     example = Example("e", {"question": "?", "answer": 7})
     return asyncio.run(task.rollout(example, Says(""), Says(reply), RolloutSettings())).info.prediction
 

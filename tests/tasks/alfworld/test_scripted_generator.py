@@ -136,7 +136,7 @@ def make_task(
 ) -> ALFWorldTask:
     task = ALFWorldTask(AlfworldOptions(**options), TaskSetting({}))
     task.__dict__["_splits"] = {"test": examples}
-    task.style, task.environment = style, environment
+    task.style, task.household = style, environment
     return task
 
 

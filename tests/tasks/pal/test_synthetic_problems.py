@@ -15,6 +15,7 @@ from matryoshka.tasks.pal.problem_templates import FAMILIES, HELD_OUT, ITEMS, NA
 from matryoshka.tasks.pal.prompts import COMPACT, COMPACT_CODE_SYSTEM, COMPACT_EXEMPLARS
 from matryoshka.tasks.pal.task import PalOptions, PALTask
 from matryoshka.tasks.sandbox import extract_code, run_solution
+from matryoshka.tasks.sandbox_config import SandboxConfig
 
 MEMORY = 512 * 2**20
 MANY = {split: words.problems(split, 300, 0) for split in words.SPLITS}
@@ -122,7 +123,7 @@ class Says:
 def test_gold_is_worth_one_and_garbage_nothing() -> None:
     """Oracle: reward(gold program) = 1; another problem's program, prose and an error are worth 0."""
     first, second = words.load("test", 2, 0)
-    task = PALTask(PalOptions(timeout_s=30.0), TaskSetting({}))
+    task = PALTask(PalOptions(sandbox=SandboxConfig(timeout_s=30.0)), TaskSetting({}))
     assert first.fields["answer"] != second.fields["answer"]
     for text, reward in (
         (first.fields["program"], 1.0),

@@ -28,6 +28,7 @@ from matryoshka.core.records import (
 from matryoshka.tasks.pal.gsm8k import load
 from matryoshka.tasks.pal.prompts import FULL
 from matryoshka.tasks.pal.task import PalOptions, PALTask
+from matryoshka.tasks.sandbox_config import SandboxConfig
 
 DATA = Path(os.environ.get("MATRYOSHKA_DATA", Path(__file__).parents[4] / "shared" / "data")) / "gsm8k"
 EXAMPLE = Example("e1", {"question": "How much is 3 times 4?", "answer": 12})
@@ -77,7 +78,7 @@ class ScriptedGenerator:
 
 
 def make_task(timeout_s: float = 5.0) -> PALTask:
-    return PALTask(PalOptions("full", timeout_s=timeout_s), TaskSetting({}))
+    return PALTask(PalOptions("full", sandbox=SandboxConfig(timeout_s=timeout_s)), TaskSetting({}))
 
 
 def roll(

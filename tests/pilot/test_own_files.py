@@ -139,10 +139,10 @@ def test_the_examples_run_end_to_end(pilot: Pilot, tmp_path: Path) -> None:
     last = pilot(task, 'data = "qa.jsonl"', "--controller.scheme", scheme)
     assert (last["task"], last["examples"], last["gold_guidance"], last["no_guidance"]) == ("ShortAnswers", 4, 1.0, 0.0)
     assert {"untrained", "warmup", "round_1"} <= last.keys()
-    names = {info.controller for info in infos(tmp_path)}
+    names = {info["controller"] for info in infos(tmp_path)}
     policies = {name for name in names if "tiny" in name}
     assert len(policies) >= 2 and all(name.startswith("shortest-of-three-tiny") for name in policies)
-    assert {info.generator for info in infos(tmp_path)} == {"parrot-1"}
+    assert {info["generator"] for info in infos(tmp_path)} == {"parrot-1"}
     assert len((EXAMPLES / "own_task.py").read_text().splitlines()) < 60
 
 
@@ -154,7 +154,7 @@ def test_new_files_alone_add_a_task_and_a_scheme(pilot: Pilot, tmp_path: Path) -
     flags = ("--controller.scheme", "louder.py:Louder", "--task.options.letters", "xyz")
     last = pilot("guess.py:Guess", "", *flags)
     assert (last["task"], last["gold_guidance"], last["untrained"]) == ("guessing", 1.0, 0.0)
-    assert any(info.controller.startswith("louder-tiny+") for info in infos(tmp_path))
+    assert any(info["controller"].startswith("louder-tiny+") for info in infos(tmp_path))
     saved = load_toml(RunConfig, tmp_path / "runs" / "own" / "config.toml")
     assert getattr(saved.task.options, "letters") == "xyz"  # noqa: B009
 

@@ -62,7 +62,11 @@ def small(name: str, controller: Path, url: str, rounds: int = 1) -> RunConfig:
         generator=GeneratorConfig(url, "scripted", "", identity="scripted", concurrency=CONCURRENCY, max_retries=0),
         rounds=rounds,
         task=TaskConfig(
-            **{"warmup": 4, "train": 4, "validation": 2, "test": 4, "held_out": 2},
+            warmup=4,
+            train=4,
+            validation=2,
+            test=4,
+            held_out=2,
             options=PalOptions(sandbox=SandboxConfig(timeout_s=30.0)),
         ),
         lora=LoraConfig(rank=2, targets=("q_proj", "down_proj")),

@@ -42,7 +42,7 @@ def test_a_repeated_question_counts_with_an_id_of_its_own(tmp_path: Path) -> Non
         ({"question": "Q?", "answer": 4}, "'answer' is int; expected a text"),
         ({"input": "Q?", "target": "4"}, "'target' is '4'; expected a finite number"),
         ({"input": "Q?", "target": True}, "'target' is True; expected a finite number"),
-        ({"input": "Q?", "target": float("nan")}, "'target' is nan; expected a finite number"),
+        ({"input": "Q?", "target": float("nan")}, "malformed JSON"),
         ({"input": " ", "target": 4}, "the question is ' '; expected a text"),
         ({"question": None, "answer": "#### 4"}, "the question is None; expected a text"),
         ({"prompt": "Q?"}, r"the row has the keys \['prompt'\]; expected 'question' and 'answer'"),

@@ -20,27 +20,33 @@ SPLITS = ("warmup", "train", "validation", "test", "held_out")
 
 @dataclass(frozen=True)
 class ControllerConfig:
-    """The white-box model. path: a Hugging Face folder. threads: torch's on CPU, 0 for as many as there are cores.
-
-    quantization "nf4": the base in four bits (QLoRA; the extra `cuda`). max_rows: rows the sampler decodes together.
-    deterministic: one request at a time, bit for bit repeatable. engine: what samples, our own sampler or vLLM as
-    [controller.vllm] says; training is ours in either case. tune "full": all weights are trained, in float32, and a
-    policy is a model folder, as large as the model; [lora] is not used, and vLLM is started again for every policy.
-    scheme: a control scheme of your own, FILE.py:CLASS or PACKAGE.MODULE:CLASS, which is made of every policy and
-    gives guidance in its place (examples/own_scheme.py).
-    """
+    """The white-box model that is trained to guide the generator."""
 
     path: str
+    """A Hugging Face folder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the base model's weights."""
     quantization: Literal["none", "nf4"] = "none"
+    """"nf4" holds the frozen base in four bits (QLoRA; the extra `cuda`)."""
     device: str = "cpu"
+    """Where the model computes: "cpu" or "cuda"."""
     threads: int = 0
+    """CPU threads of torch, 0 for as many as there are cores."""
     max_rows: int = 64
+    """Rows that our sampler decodes together."""
     deterministic: bool = False
+    """Run one request at a time, so that a run is repeatable bit for bit."""
     engine: Literal["local", "vllm"] = "local"
+    """What samples the controller: our own sampler, or vLLM as [controller.vllm] says. Training is ours in either case.
+    """
     tune: Literal["adapter", "full"] = "adapter"
+    """What is trained: an adapter, or all weights in float32 ("full"). A policy is then a model folder, as large as the
+    model; [lora] is not used, and vLLM is started again for every policy."""
     scheme: str = ""
+    """A control scheme of your own, FILE.py:CLASS or PACKAGE.MODULE:CLASS, which is made of every policy and gives
+    guidance in its place (examples/own_scheme.py)."""
     vllm: VllmConfig = VllmConfig()
+    """How vLLM serves the controller."""
 
     def __post_init__(self) -> None:
         if self.scheme:
@@ -82,12 +88,17 @@ class ServeConfig:
     """What the model is served as."""
     threads: int = 1
     """CPU threads of the server, 0 for as many as there are cores."""
+    copies: int = 1
+    """Servers of the same model side by side, between which requests are shared out. Where other programs use the same
+    cores, several servers of one thread are faster than one of several threads, which wait for one another."""
     max_rows: int = 64
     """Rows that engine local decodes together."""
     llama: LlamaConfig = LlamaConfig()
     """Slots, context and prompt cache of engine llama.cpp."""
 
     def __post_init__(self) -> None:
+        if self.copies < 1:
+            raise ValueError(f"serve: copies {self.copies} must be at least 1")
         if self.engine == "llama.cpp" and self.adapter:
             raise ValueError(
                 f"serve: engine llama.cpp serves a GGUF file as it is, but adapter {self.adapter!r} is given; merge it"
@@ -140,91 +151,114 @@ def _task_config(name: str, sizes: dict[str, int], options: str) -> TaskConfig:
 
 @dataclass(frozen=True)
 class WarmupConfig:
-    """The warm-up SFT. source: "gold" (the examples' own steps), "file" (`data`, an SFT file), "none" (no warm-up), or
-    "generator": what the black box itself proposed in episodes that succeeded.
-
-    samples: such episodes an example, at the collection's temperature; wins_per_example: how many texts that won stay.
-    """
+    """The warm-up: supervised training before the first round."""
 
     source: Literal["gold", "file", "generator", "none"] = "gold"
+    """What it learns from: "gold", the examples' own guidance; "file", your rows in `data`; "generator", what the
+    generator itself proposed in episodes that succeeded; "none" leaves the warm-up out."""
     data: str = ""
+    """A JSONL file of conversations, for source "file"."""
     samples: int = 4
+    """Episodes for each example at the collection temperature, for source "generator"."""
     wins_per_example: int = 2
+    """How many successful texts of an example are kept, for source "generator"."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-5, epochs=3))
+    """How the warm-up trains."""
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How episodes run. samples (K) per example and temperature are of collection; evaluation is greedy.
-
-    bootstrap: guidances asked of the generator itself for a training example that none of the samples solved (with a
-    reward above .5, which is a ROUGE-L on LaMP-4: few headlines reach that).
-    limit: episodes in flight. max_failed_share: more episodes than this, whose black-box calls failed for good, stop
-    the run (from 20 episodes on).
-    """
+    """How episodes run."""
 
     samples: int = 8
+    """K: sampled episodes for each training example in a round. Evaluation runs one greedy episode."""
     bootstrap: int = 0
+    """Episodes that the generator guides itself, for each training example that no sample solved (reward above .5,
+    which is a ROUGE-L on LaMP-4: few headlines reach it)."""
     temperature: float = 1.0
+    """Temperature of the controller in collection; evaluation is greedy."""
     top_p: float = 1.0
+    """Nucleus of the controller's sampling in collection."""
     guidance_tokens: int = 256
+    """Most tokens of one guidance."""
     code_tokens: int = 512
+    """Most tokens of one answer of the generator."""
     protocol: Literal["label_free", "oracle"] = "label_free"
+    """"label_free": retries see execution errors only. "oracle": retries also see whether the answer was wrong."""
     inner_attempts: int = 1
+    """Attempts of the generator under one guidance."""
     outer_turns: int = 1
+    """Guidances in one episode: the first plan and re-plans after failures."""
     limit: int = 256
+    """Episodes in flight in one process."""
     max_failed_share: float = 0.2
+    """The run stops when more than this share of the episodes fail because calls of the generator failed for good
+    (judged from 20 episodes on)."""
 
 
 @dataclass(frozen=True)
 class DpoConfig:
-    """Preference training. learning_rates: tried in turn, chosen on validation ((): train.learning_rate alone).
-
-    pairs_per_example caps the pairs of one example over all rounds. reference_cache: keep reference log-probs in the
-    run's folder, so that later epochs and further learning rates need no reference pass; with tune = "full" they are
-    always kept, in the round's.
-    """
+    """Preference training in each round."""
 
     objective: Preference = Preference(beta=0.1, label_smoothing=0.1)
+    """The preference loss."""
     train: TrainConfig = TrainConfig()
+    """How a round trains."""
     learning_rates: tuple[float, ...] = ()
+    """Rates that are tried in turn and chosen from on validation problems; none: train.learning_rate alone."""
     pairs_per_example: int = 4
+    """Most pairs of one example over all rounds."""
     reference_cache: bool = False
+    """Keep reference log-probs in the run's folder, so that later epochs and further learning rates need no reference
+    pass. With tune = "full" they are always kept, in the round's folder."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A pilot run. name: its folder under `runs/`. star: also train the STaR control (SFT on round 1's winners).
-
-    overlong: what happens to a training item or problem that does not fit the context, "error" or "skip" (counted).
-    tensorboard: also write every stage's metrics as TensorBoard events into its folder (the extra `track`).
-    budget_usd, budget_tokens: the most that the run may spend on [generator], over all its restarts; 0 is no limit. The
-    run stops before the line is crossed, and a larger budget continues it.
-    parallel: how the model lies on the ranks that torchrun starts; our own sampler needs all of it on each, so that
-    "shard" and "hybrid" go with the engine vLLM.
-    executor: where episodes run: in this process, or torchrun's, or as ray_tasks tasks of a Ray cluster (the extra
-    `cluster`; 0: one for each GPU or, on CPUs, for each machine), which gives the same episodes.
-    """
+    """A pilot run: warm-up, rounds of collection and training, evaluation."""
 
     name: str
+    """The run's folder under `runs/`."""
     controller: ControllerConfig
+    """The white-box model."""
     generator: GeneratorConfig
+    """The black-box model."""
     seed: int = 0
+    """Seed of problems, adapters and sampling."""
     rounds: int = 2
+    """Rounds of collect, pair and train."""
     star: bool = True
+    """Also train the STaR control: SFT on round 1's winners."""
     overlong: Literal["error", "skip"] = "error"
+    """What happens to a problem or a training item that does not fit the context: "skip" leaves it out and counts it.
+    """
     tensorboard: bool = False
+    """Write every stage's metrics as TensorBoard events, too (the extra `track`)."""
     budget_usd: float = 0.0
+    """Most dollars that the run may spend on [generator] over all its restarts, 0 for no limit. The run stops before
+    the limit is crossed, and a larger budget continues it."""
     budget_tokens: int = 0
+    """Most tokens that the run may spend on [generator] over all its restarts, 0 for no limit."""
     parallel: ParallelConfig = ParallelConfig()
+    """How the model lies on the ranks that torchrun starts. Our own sampler needs all of it on each rank, so that
+    "shard" and "hybrid" need the engine vLLM."""
     executor: Literal["local", "ray"] = "local"
+    """Where episodes run: "local" in this process or those of torchrun, "ray" as tasks of a Ray cluster (the extra
+    `cluster`). Both give the same episodes."""
     ray_tasks: int = 0
+    """Tasks of the Ray cluster, 0 for one for each GPU or, on CPUs, for each machine."""
     serve: ServeConfig = ServeConfig()
+    """A generator of our own to start beside the run."""
     task: TaskConfig = TaskConfig()
+    """The problems."""
     lora: LoraConfig = LoraConfig()
+    """The adapter that is trained."""
     warmup: WarmupConfig = WarmupConfig()
+    """The warm-up."""
     rollout: RolloutConfig = RolloutConfig()
+    """How episodes run."""
     dpo: DpoConfig = DpoConfig()
+    """Preference training."""
 
     def __post_init__(self) -> None:
         if self.rounds < 0:

@@ -16,7 +16,7 @@ from matryoshka.core.files import Journal
 from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped, Task
 from matryoshka.core.records import Example, RolloutSettings, Sampling, Trajectory, content_key, from_json, to_json
 from matryoshka.core.redaction import to_redacted_json
-from matryoshka.core.training.train import Interrupted
+from matryoshka.core.signals import Interrupted, async_stop_event
 from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.inference.spending import Purse
 from matryoshka.pilot.config import RunConfig
@@ -24,7 +24,6 @@ from matryoshka.pilot.context import Run, Scheme
 from matryoshka.pilot.progress import Progress
 from matryoshka.pilot.ranks import Ranks, deal
 from matryoshka.pilot.ray import run_on_ray
-from matryoshka.pilot.signals import stop_on_signal
 from matryoshka.tasks.find import own_class
 from matryoshka.tasks.rollout import Job, failures, job_key, recorded, run_rollouts
 
@@ -141,7 +140,7 @@ async def _run_stage(stage: Stage, jobs: Sequence[Job], journal: Journal, ranks:
     pending.sort(key=lambda job: str(job.example.fields.get("task_type", "")))
     ranks.agree(content_key(*(job.key for job in pending)), f"{stage.label}: the episodes to run")
     mine = deal(pending, [job.example.id for job in pending], ranks.world.size)[ranks.world.rank]
-    with Progress(stage.label, len(pending), ranks.world.is_first) as progress, stop_on_signal() as stop:
+    with Progress(stage.label, len(pending), ranks.world.is_first) as progress, async_stop_event() as stop:
         outcome, done = await _run_share(stage, mine, journal, ranks, progress, stop)
     told = ranks.texts(str(outcome or ""))
     if outcome is not None:

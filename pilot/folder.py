@@ -9,11 +9,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from matryoshka.core.config import diff, load_toml
-from matryoshka.core.files import folder_lock, write_json
+from matryoshka.core.files import folder_lock, write_folder, write_json
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.pilot.config import RunConfig
 from matryoshka.tasks.find import task_class
 
+RUNS = Path("runs")  # where the commands keep runs
 CONFIG = "config.toml"
 
 # Settings that a run may be continued with another value of.
@@ -99,8 +100,6 @@ def _sweep(folder: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder so that `target` is whole or not there."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    os.rename(temporary, target)
+    """Copy a folder so that `target` appears complete."""
+    with write_folder(target) as temporary:
+        shutil.copytree(source, temporary)

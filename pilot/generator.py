@@ -13,6 +13,7 @@ from matryoshka.core.protocols import Generator
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
 from matryoshka.inference.llama_cpp import file_digest
+from matryoshka.inference.pool import EndpointConfig
 from matryoshka.inference.spending import Budget, total
 from matryoshka.lora.files import adapter_hash
 from matryoshka.pilot.config import RunConfig, ServeConfig
@@ -59,7 +60,7 @@ def open_generator(
 ) -> Iterator[Generator]:
     """Open the generator that `config` describes, check that it answers, and close it at the end of the block.
 
-    A server of our own is started where [serve] names a model; it ends with the block. folder: the run's, for the
+    Servers of our own are started where [serve] names a model; they end with the block. folder: the run's, for the
     server's log. cache: the file of answers. Raises ValueError, GeneratorError for a generator that cannot work.
     """
     if config.serve.scripted:
@@ -68,14 +69,16 @@ def open_generator(
     world, client = ranks.world, config.generator
     with ExitStack() as stack:
         if config.serve.model:
-            url = ""
+            urls: list[str] = []
             with ranks.all_or_none():
-                if world.local_rank == 0:  # one server for all ranks of a machine
+                if world.local_rank == 0:  # the same servers for all ranks of a machine
                     log = folder / ("generator.log" if ranks.node == 0 else f"generator.node-{ranks.node}.log")
-                    server = running_server(config.serve, config.controller.deterministic, log)
-                    url = stack.enter_context(server)
-            url = ranks.texts(url)[world.rank - world.local_rank]
+                    for _ in range(config.serve.copies):
+                        server = running_server(config.serve, config.controller.deterministic, log)
+                        urls.append(stack.enter_context(server))
+            url, *more = ranks.texts(" ".join(urls))[world.rank - world.local_rank].split()
             client = replace(client, base_url=url, model=config.serve.name, identity=_served_identity(config.serve))
+            client = replace(client, endpoints=tuple(EndpointConfig(base_url=copy) for copy in more))
         with ranks.all_or_none():
             answers = ResponseCache(cache)
             stack.callback(answers.close)

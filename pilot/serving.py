@@ -50,6 +50,7 @@ def serve(
             max_rows.
         adapter: Adapters as NAME=FOLDER, served under NAME.
         name: What the base model is served as; default its folder's name.
+        host: Address to listen on.
         port: 0 takes any free port; the first line printed says which.
         threads: CPU threads, 0 for as many as there are cores.
         max_rows: Rows decoded together.

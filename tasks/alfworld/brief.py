@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from matryoshka.core.records import Message, Messages
-from matryoshka.tasks.alfworld.compact import compact_style, short
+from matryoshka.tasks.alfworld.compact import PLAN_SYSTEM, short
 from matryoshka.tasks.alfworld.exemplars import EXEMPLARS
 from matryoshka.tasks.alfworld.plan_language import NUMBERED, Step, parse_step, write_compact
 from matryoshka.tasks.alfworld.prompts import Scene, Style, act, with_plan
@@ -76,9 +76,15 @@ def brief_style(max_steps: int = 50, verbs: str = "current") -> Style:
         )
         return Message("system", SOLVE_SYSTEM), *turns, Message("user", with_plan(short(scene), in_sentences(plan)))
 
-    controller = compact_style(max_steps, verbs)
-    direct = partial(_act, max_steps=max_steps, verbs=verbs)
-    return Style("brief", controller.plan, solve, direct, controller.write)
+    def plan(scene: Scene) -> Messages:
+        shot = EXEMPLARS[scene.task_type]
+        turns = (
+            Message("user", short(Scene(shot.screen, scene.task_type))),
+            Message("assistant", write_compact(shot.steps)),
+        )
+        return Message("system", PLAN_SYSTEM), *turns, Message("user", short(scene))
+
+    return Style("brief", plan, solve, partial(_act, max_steps=max_steps, verbs=verbs), write_compact)
 
 
 def _act(scene: Scene, plan: str, max_steps: int, verbs: str) -> Messages:

@@ -30,6 +30,7 @@ def call(nr, *args):
     if result < 0: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
 def siblings():
+    if os.getppid() == 1: return  # an orphan's siblings are the machine's daemons
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
             try: stat = open(f"/proc/{name}/stat").read()
@@ -120,7 +121,6 @@ ESCAPES = [
         ("os.open and pread", "return number(os.pread(os.open('$FOLDER/flag.txt', 0), 100, 0))"),
         ("a relative path", "return number(open('../' * 40 + '$FOLDER/flag.txt').read())"),
         ("through /proc/self/root", "return number(open('/proc/self/root$FOLDER/flag.txt').read())"),
-        ("through a library path", "return number(open(os.__file__ + '/../' + '../' * 40 + '$FOLDER/flag.txt').read())", {"needs": "never"}),
         (
             "out of the library's folder",
             "return number(open(os.path.dirname(os.__file__) + '/../' * 40 + '$FOLDER/flag.txt').read())",
@@ -187,7 +187,7 @@ ESCAPES = [
         ("a hard link", "os.link('$FOLDER/flag.txt', '$FOLDER/new')\nreturn 1", FOLDER),
         ("a new name", "os.rename('$FOLDER/flag.txt', '$FOLDER/new')\nreturn 1", FOLDER),
         ("removal", "os.unlink('$FOLDER/flag.txt')\nreturn 1", FOLDER),
-        ("removal of a folder", "os.rmdir('$FOLDER/planted-$FLAG')\nreturn 1", FOLDER),
+        ("removal of a folder", "import glob\nos.rmdir(glob.glob('$FOLDER/planted-*')[0])\nreturn 1", FOLDER),
         ("truncation", "os.truncate('$FOLDER/flag.txt', 0)\nreturn 1", FOLDER),
         ("rights", "os.chmod('$FOLDER/flag.txt', 0)\nreturn 1", FOLDER),
         ("times", "os.utime('$FOLDER/flag.txt', (1, 1))\nreturn 1", FOLDER),
@@ -199,16 +199,16 @@ ESCAPES = [
         (
             "a file without a name, linked later",
             "fd = os.open('$FOLDER', os.O_TMPFILE | os.O_RDWR)\n"
-            "os.link(f'/proc/self/fd/{fd}', '$FOLDER/new', follow_symlinks=True)\nreturn 1",
+            "return 1 + libc.linkat(-100, b'/proc/self/fd/%d' % fd, -100, b'$FOLDER/new', 0x400)",
             FOLDER | {"needs": "O_TMPFILE"},
         ),
         ("io_uring", "return int(call(425, 4, (ctypes.c_char * 120)()) > 0)", {"needs": "io_uring"}),
         ("the interpreter's own library", "open(os.__file__, 'r+').close()\nreturn 1", ROOT),
         ("a mount", "return 1 + libc.mount(b'none', b'$FOLDER', b'tmpfs', 0, 0) + libc.umount2(b'$FOLDER', 2)", ROOT),
-        ("shared memory of POSIX", "return int(libc.shm_open(b'/escape', os.O_RDWR | os.O_CREAT, 0o600) >= 0)"),
-        ("shared memory of System V", "return int(libc.shmget(0, 4096, 0o1600) >= 0)"),
-        ("a semaphore of System V", "return int(libc.semget(0, 1, 0o1600) >= 0)"),
-        ("a queue of System V", "return int(libc.msgget(0, 0o1600) >= 0)"),
+        ("shared memory of POSIX", "return int(libc.shm_open(b'/escape', os.O_RDWR | os.O_CREAT, 0o600) >= 0) + libc.shm_unlink(b'/escape')"),
+        ("shared memory of System V", "made = libc.shmget(0, 4096, 0o1600)\nlibc.shmctl(made, 0, 0)\nreturn int(made >= 0)"),
+        ("a semaphore of System V", "made = libc.semget(0, 1, 0o1600)\nlibc.semctl(made, 0, 0)\nreturn int(made >= 0)"),
+        ("a queue of System V", "made = libc.msgget(0, 0o1600)\nlibc.msgctl(made, 0, 0)\nreturn int(made >= 0)"),
     ),
     *_kind(
         "network",
@@ -274,11 +274,11 @@ ESCAPES = [
     ),
     *_kind(
         "resources",
-        ("memory", "x = bytearray(2**29)\nreturn len(x) >> 29"),
-        ("memory by mmap", "import mmap\nx = mmap.mmap(-1, 2**29)\nfor i in range(0, 2**29, 4096): x[i] = 1\nreturn 1"),
+        ("memory", "x = bytearray(2**28)\nreturn len(x) >> 28"),
+        ("memory by mmap", "import mmap\nx = mmap.mmap(-1, 2**28)\nfor i in range(0, 2**28, 4096): x[i] = 1\nreturn 1"),
         (
             "a higher limit of memory",
-            "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))\nreturn len(bytearray(2**29)) >> 29",
+            "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))\nreturn len(bytearray(2**28)) >> 28",
         ),
         ("a file in memory", "fd = os.memfd_create('x')\nos.truncate(fd, 2**29)\nreturn 1"),
         ("time", "while True: pass", OUTLIVES),
@@ -334,26 +334,26 @@ ESCAPES = [
         ("the kernel's log", "return int(call(103, 10, 0, 0) > 0)", ROOT | X86),
         ("performance counters", "return int(call(298, (ctypes.c_uint32 * 32)(1, 128, 0), 0, -1, -1, 0) > 0)", {"needs": "perf"}),
         ("page faults of its own", "return int(call(323, 1) > 0)", {"needs": "userfaultfd"}),
-        ("the kernel's keys", "return int(call(248, ctypes.c_char_p(b'user'), ctypes.c_char_p(b'escape'), ctypes.c_char_p(b'x'), 1, -3) > 0)", X86 | {"needs": "keys"}),
+        ("the kernel's keys", "return int(call(248, ctypes.c_char_p(b'user'), ctypes.c_char_p(b'escape'), ctypes.c_char_p(b'x'), 1, -2) > 0)", X86 | {"needs": "keys"}),
         ("another personality", "return int(call(135, 0x0040000) >= 0)", X86),
         ("the name of the machine", "name = os.uname().nodename.encode()\nreturn 1 + libc.sethostname(name, len(name))", ROOT),
         ("the call table of 32 bits", "import mmap\npage = mmap.mmap(-1, 4096, prot=7)\npage.write(bytes.fromhex('b814000000cd80c3'))\n"
          "place = ctypes.addressof(ctypes.c_char.from_buffer(page))\nreturn int(ctypes.CFUNCTYPE(ctypes.c_int)(place)() > 0)", X86 | {"needs": "int80"}),
-        ("ports of the hardware", "return 1 + libc.iopl(3)", ROOT | X86 | {"needs": "iopl"}),
         ("a filter of its own", "return 1 + libc.prctl(22, 2, 0, 0, 0) + (ctypes.get_errno() == 14)"),
     ),
     *_kind(
         "interpreter",
         (
             "strings in its memory",
-            "import gc\nfor thing in gc.get_objects():\n    if type(thing) is dict:\n        for value in list(thing.values()):\n"
-            "            if isinstance(value, str | bytes) and number(value): return number(value)",
+            "import gc\nfor thing in gc.get_objects():\n    try: values = list(thing.values() if type(thing) is dict else vars(thing).values())\n"
+            "    except (TypeError, AttributeError): continue\n    for value in values:\n"
+            "        if isinstance(value, str | bytes) and number(value): return number(value)",
         ),
         ("all of its memory", "return search('self')"),
         (
             "frames of its callers",
             "frame = sys._getframe()\nwhile frame:\n    for value in [*frame.f_globals.values(), *frame.f_locals.values()]:\n"
-            "        if isinstance(value, str) and number(value): return number(value)\n    frame = frame.f_back",
+            "        if isinstance(value, str) and number(value): return number(value)\n    frame = frame.f_back\nreturn 0",
         ),
         (
             "its first stack",
@@ -383,7 +383,7 @@ ESCAPES = [
         ),
         (
             "reading another program's memory",
-            "for pid in siblings():\n    found = search(pid)\n    if found: return found",
+            "for pid in siblings():\n    try: found = search(pid)\n    except OSError: continue\n    if found: return found",
         ),
     ),
     *_kind(

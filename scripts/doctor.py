@@ -53,7 +53,7 @@ DATA_FOLDERS = ("gsm8k", "alfworld", "lamp")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def doctor() -> dict[str, Any]:
+def inspect_machine() -> dict[str, Any]:
     """Return `environment()` and what else decides which commands can run here, as JSON-ready values."""
     data = Path(os.environ.get("MATRYOSHKA_DATA", ROOT.parent / "shared" / "data"))
     return {
@@ -72,13 +72,13 @@ def doctor() -> dict[str, Any]:
     }
 
 
-def main(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
     """Print what this machine has.
 
     Args:
         as_json: One JSON object instead of tables.
     """
-    report = doctor()
+    report = inspect_machine()
     if as_json:
         print(json.dumps(report))
     else:
@@ -86,7 +86,7 @@ def main(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
-    """Print the tables of what `doctor` returned to `console`."""
+    """Print the tables of `inspect_machine` to `console`."""
     env = report["environment"]
     _table(
         console,
@@ -189,6 +189,3 @@ def _embedded_weights() -> str | None:
     except FileNotFoundError:
         return None
 
-
-if __name__ == "__main__":
-    tyro.cli(main)

@@ -26,9 +26,8 @@ def crash(runs: Runs, name: str, controller: Path, mode: str, most: int, seed: i
     config = small(name, controller, runs.generator.url(name))
     command = [sys.executable, "-m", "matryoshka.tests.safety.crash_pilot", str(runs.write(config)), mode]
     errors = runs.root / f"{name}.toml.err"
-    done = subprocess.run(
-        [*command, str(most), str(seed), str(LONGEST_S)], cwd=runs.root, env=environment(), capture_output=True, text=True, timeout=6000
-    )
+    command += [str(most), str(seed), str(LONGEST_S)]
+    done = subprocess.run(command, cwd=runs.root, env=environment(), capture_output=True, text=True, timeout=6000)
     assert done.returncode == 0, done.stderr[-2000:]
     ends: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     assert ends.get("exit 0") == 1, errors.read_text()[-3000:]

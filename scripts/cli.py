@@ -19,6 +19,7 @@ from matryoshka.core.config import load_toml
 from matryoshka.core.protocols import GeneratorError, RunStopped
 from matryoshka.core.redaction import redact, redact_output
 from matryoshka.core.signals import Interrupted
+from matryoshka.core.terminal import printable
 
 DEBUG = "MATRYOSHKA_DEBUG"
 INTERRUPTED = 143  # what a shell reports of a process that SIGTERM ended
@@ -93,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(err, ValueError | OSError | GeneratorError) or os.environ.get(DEBUG) == "1":
             raise
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"{rank}error: {err}", file=sys.stderr)
+        lines = (printable(line) for line in str(err).splitlines())  # a server's answer or a file may be quoted in it
+        print(f"{rank}error: " + "\n".join(lines), file=sys.stderr)
         return 2
     return 0
 

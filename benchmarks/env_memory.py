@@ -1,4 +1,4 @@
-"""What `bench env` runs in a fresh process to see how it grows; without torch, whose import would hide much of it."""
+"""Memory growth of a fresh process for `bench env`. It never imports torch, which would hide much of it."""
 
 import itertools
 import resource

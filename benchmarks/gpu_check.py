@@ -1,9 +1,9 @@
-"""Everything that needs a GPU, in one go: kernel tests, then every benchmark on CUDA against the peers that are here.
+"""All that needs a GPU, in one go: kernel tests, then every benchmark on CUDA against the peers that are here.
 
-Each benchmark is a process of its own, so that one that fails leaves the others' memory and results alone; ours and the
-peers are measured inside the same one. What the project promises is checked on the numbers and written with hardware,
-versions and commit to `benchmarks/results/`. A dry run takes the same path on a CPU at tiny sizes: it shows that the
-path is whole, its numbers are dropped and every row says "not measured". Run it by `scripts/gpu_check.sh`.
+Each benchmark is a process of its own, so that a failure leaves the memory and the results of the others alone. Ours
+and the peers are measured inside the same process. The project's promises are checked on the numbers and written with
+hardware, versions and commit to `benchmarks/results/`. A dry run takes the same path on a CPU at tiny sizes. It shows
+that nothing is missing; its numbers are dropped and every row says "not measured". Run it by `scripts/gpu_check.sh`.
 """
 
 import importlib.util
@@ -30,18 +30,18 @@ HEAD_PEERS = {"liger_kernel": "liger", "cut_cross_entropy": "cce", "trl": "trl"}
 
 @dataclass(frozen=True)
 class Config:
-    """Kernel tests and all benchmarks on this machine's GPU.
-
-    model: a Hugging Face folder, for its tokenizer and for `bench load`. data: rows for `bench step` (default: the
-    embedded word problems). out: folder of the results. only: some of tests, head, step, padded, sft, qlora, load,
-    ranks (default: all), where a session on the GPU is short. dry_run: tiny sizes on the CPU, nothing written.
-    """
+    """Kernel tests and all benchmarks on this machine's GPU."""
 
     model: Path = Path("models/smollm2-135m-instruct")
+    """A Hugging Face folder, for its tokenizer and for `bench load`."""
     data: Path | None = None
+    """Rows for `bench step`; default: the embedded word problems."""
     out: Path = Path("benchmarks/results")
+    """Folder of the results."""
     only: tuple[str, ...] = ()
+    """Parts to run, of tests, head, step, padded, sft, qlora, load and ranks; default: all."""
     dry_run: bool = False
+    """Run tiny sizes on the CPU and write nothing."""
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.only) - set(PARTS)):

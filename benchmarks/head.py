@@ -42,22 +42,28 @@ Implementation = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden_SD, head_
 
 @dataclass(frozen=True)
 class Config:
-    """Log-probs with a frozen head: time forward + backward, extra memory, error against float64.
-
-    against: any of eager, liger, cce, trl. tokens, hidden, vocabulary: sizes (default: SmolLM2-135M's on a CPU, those
-    of Llama-3-8B on a GPU). dtype: "" is float32 on a CPU, bfloat16 on a GPU. threads: 0 is one for each core.
-    """
+    """Log-probs with a frozen head: time forward and backward, extra memory, error against float64."""
 
     device: str = "cpu"
+    """Where to compute: "cpu" or "cuda"."""
     against: tuple[str, ...] = ("eager",)
+    """Peers to measure: any of eager, liger, cce, trl."""
     tokens: tuple[int, ...] = ()
+    """Numbers of tokens; default: those of the device."""
     hidden: int = 0
+    """Hidden size, 0 for SmolLM2-135M's on a CPU and Llama-3-8B's on a GPU."""
     vocabulary: int = 0
+    """Vocabulary size, 0 as for `hidden`."""
     dtype: str = ""
+    """Data type; "" is float32 on a CPU, bfloat16 on a GPU."""
     repeats: int = 5
+    """Measurements; their median counts."""
     warmup: int = 2
+    """Passes before the first measurement."""
     threads: int = 0
+    """CPU threads, 0 for as many as there are cores."""
     seed: int = 0
+    """Seed of everything random."""
 
     def __post_init__(self) -> None:
         check_peers("head", self.against, PEERS)
@@ -183,7 +189,7 @@ def _eager(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor) -> Tensor:
 
 
 def _peers_own(name: str, kind: str) -> Implementation:
-    """Return that peer's implementation in its best exact setting for this task."""
+    """Return the implementation of a peer in its fastest exact setting for this task."""
     if name == "eager":
         return _eager
     if name == "liger":

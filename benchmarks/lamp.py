@@ -43,16 +43,18 @@ print(json.dumps([entries, time.process_time() - start, int(peak)]))
 
 @dataclass(frozen=True)
 class Config:
-    """questions: a LaMP questions file, its outputs beside it. task: which. model: whose tokenizer counts.
-
-    prompt_tokens: of the controller's prompt. megabytes: of a generated file to stream, 0 for none.
-    """
+    """LaMP's files into prompts on one core, and the memory that a large file takes."""
 
     questions: Path
+    """A LaMP questions file, with its outputs beside it."""
     task: str = "1"
+    """The LaMP task."""
     model: Path = Path("models/smollm2-135m-instruct")
+    """The Hugging Face folder whose tokenizer counts."""
     prompt_tokens: int = 4000
+    """Tokens of the controller's prompt."""
     megabytes: int = 0
+    """Size of a generated file to stream, 0 for none."""
 
 
 def run(config: Config) -> BenchResult:

@@ -32,14 +32,20 @@ SAMPLE_S = 0.002
 
 @dataclass(frozen=True)
 class Config:
-    """Time and peak memory of loading a model folder. against: transformers. dtype: "" is float32 on a CPU."""
+    """Time and peak memory of loading a model folder."""
 
     device: str = "cpu"
+    """Where to compute: "cpu" or "cuda"."""
     against: tuple[str, ...] = ("transformers",)
+    """Peers to measure: transformers, or none."""
     model: Path = Path("models/smollm2-135m-instruct")
+    """A Hugging Face folder."""
     dtype: str = ""
+    """Data type; "" is float32 on a CPU, bfloat16 on a GPU."""
     repeats: int = 5
+    """Measurements; their median counts."""
     threads: int = 0
+    """CPU threads, 0 for as many as there are cores."""
 
     def __post_init__(self) -> None:
         check_peers("load", self.against, PEERS)

@@ -1,5 +1,7 @@
-"""An OpenAI-compatible server of additions in a process of its own, as slow and as faulty as asked: what the rollout
-benchmark drives. It keeps count of what it did, and of every request that came again after it had been answered.
+"""An OpenAI-compatible server in a process of its own, which the rollout benchmark drives.
+
+It answers additions, with the latency and the faults that it is told. It counts its answers, and every request that
+came again after it had been answered.
 
     python -m matryoshka.benchmarks.loopback '{"latency_s": 5.0}'
 

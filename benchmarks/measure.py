@@ -55,7 +55,7 @@ def require(peers: Sequence[str]) -> list[str]:
 
 
 def peer(module: str) -> Any:
-    """Return an installed package that only benchmarks know; Any, since types must not depend on what is installed."""
+    """Return an installed package of a peer. Its type is Any, since types must not depend on the installed packages."""
     return importlib.import_module(module)
 
 
@@ -97,7 +97,7 @@ def timed(work: Callable[[], Any], device: str) -> Callable[[], float]:
 
 
 def alternate(candidates: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
-    """Return what `repeats` calls of each candidate gave, called in turn, every second round in reverse order."""
+    """Return the results of `repeats` calls of each candidate, called in turn, every second round in reverse order."""
     taken: dict[str, list[T]] = {name: [] for name in candidates}
     for round_ in range(repeats):
         for name in list(candidates)[:: -1 if round_ % 2 else 1]:

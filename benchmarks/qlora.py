@@ -22,31 +22,44 @@ from matryoshka.lora.quantized import quantize_linears
 
 @dataclass(frozen=True)
 class Config:
-    """Memory, speed and losses of DPO on PAL prompts, base in four bits and base as it is.
-
-    The flags are those of `bench step`; activations are the same for both, so that the memory compares.
-    """
+    """Memory, speed and losses of DPO on PAL prompts, base in four bits and base as it is."""
 
     device: str = "cpu"
+    """Where to compute: "cpu" or "cuda"."""
     model: Path = Path("models/smollm2-135m-instruct")
+    """A Hugging Face folder."""
     shape: str = ""
+    """Random weights of this shape instead of the model's own (llama3-8b); the tokenizer is still from `model`."""
     data: Path | None = None
+    """JSONL with question and answer, or prompt and response; default: the embedded word problems."""
     style: str = "full"
+    """Style of the prompts: full or compact."""
     questions: int = 2
+    """Prompts in a batch."""
     pairs: int = 5
+    """Pairs of each prompt."""
     steps: int = 2
+    """Optimizer steps in a block."""
     repeats: int = 2
+    """Blocks."""
     micro_batch_tokens: int = 8192
+    """Most tree tokens in flight at once."""
     activations: str = "none"
+    """What the forward pass keeps; the same for both bases, so that their memory compares."""
     rank: int = 8
+    """Rank of the adapter."""
     learning_rate: float = 1e-4
+    """Learning rate."""
     dtype: str = ""
+    """Data type; "" is float32 on a CPU, bfloat16 on a GPU."""
     threads: int = 0
+    """CPU threads, 0 for as many as there are cores."""
     seed: int = 0
+    """Seed of everything random."""
 
     @property
     def as_step(self) -> step.Config:
-        """The same for `bench step`, against nobody."""
+        """Return the same settings for `bench step`, without a peer."""
         return step.Config(against=(), **{name: getattr(self, name) for name in self.__dataclass_fields__})
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks over ranks share: a module of ours under torchrun, and what its ranks train."""
+"""Shared by the benchmarks over ranks: starting a module under torchrun, and the parameters that its ranks train."""
 
 import os
 import subprocess

@@ -35,7 +35,7 @@ from matryoshka.core.training.packing import Item
 from matryoshka.core.training.train import TrainConfig, train
 from matryoshka.dpo.head import extra_bytes, token_logps
 from matryoshka.lora.linear import LoraConfig
-from matryoshka.pilot.training import load_base
+from matryoshka.pilot.training import Base, load_base
 
 IO = Path("/proc/self/io")
 
@@ -66,20 +66,25 @@ CASES = (
 
 @dataclass(frozen=True)
 class Config:
-    """Bytes, peak memory and time of a training step on ranks against the prediction. ranks: which of 1, 2 and 4.
+    """Bytes, peak memory and time of a training step on ranks against the prediction.
 
-    A rank goes over micro_batches of `tokens` tokens a step. An untrained adapter of rank 8 with DPO, or all weights.
-    device: cpu (gloo), or cuda (NCCL, a GPU for each rank; what sockets carry is not measured there). dtype: float32
-    or bfloat16.
+    An untrained adapter of rank 8 is trained with DPO, or all weights are.
     """
 
     device: str = "cpu"
+    """"cpu" (gloo), or "cuda" (NCCL, a GPU for each rank; what sockets carry is not measured there)."""
     dtype: str = "float32"
+    """float32 or bfloat16."""
     model: Path = Path("models/smollm2-135m-instruct")
+    """A Hugging Face folder."""
     ranks: tuple[int, ...] = (2, 4)
+    """Numbers of ranks: of 1, 2 and 4."""
     tokens: int = 256
+    """Tokens of a micro-batch."""
     micro_batches: int = 1
+    """Micro-batches of a rank in one step."""
     timeout_s: int = 1800
+    """Seconds after which a launch is given up."""
 
     def __post_init__(self) -> None:
         if unknown := set(self.ranks) - {case.ranks for case in CASES}:
@@ -159,7 +164,8 @@ def measure(config: Config, case: Case, folder: Path, world: World) -> dict[str,
         epochs=9, batch_size=len(items), micro_batch_tokens=config.tokens, warmup_ratio=0.0, activations="none"
     )
     parallel, dtype = ParallelConfig(case.layout, case.group, offload=case.offload), DTYPES[config.dtype]
-    model = load_base(config.model, dtype, "none", case.full, LoraConfig(), items, settings, parallel, world)
+    base = Base(config.model, dtype, "none", case.full, LoraConfig(), parallel)
+    model = load_base(base, items, settings, world)
     stored = sum(own(parameter).nbytes for parameter in model.parameters())
     parameters, objective, reference = trained_part(model, case.full, world)
     steps = train(

@@ -18,7 +18,7 @@ from matryoshka.pilot.environment import environment
 
 @dataclass(frozen=True)
 class Row:
-    """One number: its name, value (None: not measured), unit, and what else belongs to it."""
+    """One number: its name, value (None: not measured), unit and details."""
 
     name: str
     value: float | None

@@ -47,26 +47,32 @@ CLIENTS = ("aiohttp", "openai", "openai-aiohttp")
 
 @dataclass(frozen=True)
 class Config:
-    """Episodes a second against a slow loopback server, with and without faults; requests a second without latency.
-
-    waves: episodes are waves x concurrency; more of them make the start weigh less. fault_waves: 0 leaves that run out.
-    error_share, hang_share: of the attempts; of every burst_every requests, `burst` in a row get a 429. hang_timeout_s:
-    after how much more than the latency an attempt is given up. clients: whose rates to take, any of aiohttp (ours),
-    openai, openai-aiohttp; rate_requests: how many requests each, at rate_concurrency at a time.
-    """
+    """Episodes a second against a slow loopback server, with and without faults; requests a second without latency."""
 
     concurrency: int = 512
+    """Requests in flight."""
     latency_s: float = 5.0
+    """Seconds that the server takes for an answer."""
     waves: int = 10
+    """Episodes are waves x concurrency; the more there are, the less the start weighs."""
     fault_waves: int = 4
+    """Waves of the run with faults, 0 to leave it out."""
     error_share: float = 0.02
+    """Share of the attempts that end in an error."""
     hang_share: float = 0.01
+    """Share of the attempts that hang."""
     burst_every: int = 400
+    """Requests from one burst of refusals to the next."""
     burst: int = 50
+    """Requests in a row that get a 429."""
     hang_timeout_s: float = 3.0
+    """Seconds beyond the latency after which an attempt is given up."""
     clients: tuple[str, ...] = CLIENTS
+    """Clients whose rates are measured."""
     rate_requests: int = 2048
+    """Requests of each of them."""
     rate_concurrency: int = 64
+    """Requests of them in flight."""
 
     def __post_init__(self) -> None:
         if unknown := set(self.clients) - set(CLIENTS):
@@ -108,7 +114,7 @@ class Additions:
 
 
 class AtOnce:
-    """A core.protocols.Controller that says the same to everybody."""
+    """A core.protocols.Controller that always writes the same guidance."""
 
     name = "at-once"
 

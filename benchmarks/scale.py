@@ -1,4 +1,4 @@
-"""`matryoshka bench scale`: the same training on more and more ranks of this machine, and what they say to each other.
+"""`matryoshka bench scale`: the same training on more and more ranks of this machine, and the bytes that they exchange.
 
 Strong scaling: the global batch stays, its parts get smaller. Every number of ranks and every layout is a run of its
 own under torchrun (gloo, one thread a rank), on the same items from the same adapter: whole optimizer steps, the
@@ -25,23 +25,29 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Config:
-    """Optimizer steps of DPO on PAL prompts over ranks of this machine, by layout.
-
-    ranks: how many, one run each. layouts: of "replicate", "shard", "hybrid" (in groups of two; left out where the
-    ranks are not at least four and even). questions: prompts in the global batch; pairs: of each; steps: timed, and as
-    many counted; full: train all weights on the chosen sides (SFT) instead of an adapter of rank 8 on the pairs.
-    """
+    """Optimizer steps of DPO on PAL prompts over ranks of this machine, by layout."""
 
     ranks: tuple[int, ...] = (1, 2)
+    """Numbers of ranks, one run each."""
     layouts: tuple[str, ...] = ("replicate", "shard")
+    """Layouts: of "replicate", "shard" and "hybrid" (in groups of two; left out where the ranks are not at least four
+    and even)."""
     model: Path = Path("models/smollm2-135m-instruct")
+    """A Hugging Face folder."""
     questions: int = 4
+    """Prompts in the global batch."""
     pairs: int = 2
+    """Pairs of each prompt."""
     steps: int = 2
+    """Steps that are timed, and as many whose messages are counted."""
     micro_batch_tokens: int = 8192
+    """Most tree tokens in flight at once."""
     full: bool = False
+    """Train all weights on the chosen sides (SFT) instead of an adapter of rank 8 on the pairs."""
     dtype: str = "float32"
+    """Data type of the weights."""
     seed: int = 0
+    """Seed of everything random."""
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.layouts if name not in LAYOUTS]:

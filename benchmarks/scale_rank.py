@@ -1,4 +1,4 @@
-"""One rank of `bench scale`: trains, and counts what it says to the others."""
+"""One rank of `bench scale`: it trains and counts the bytes that it sends."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item, TrainConfig, train
 from matryoshka.dpo.head import token_logps
 from matryoshka.lora.linear import LoraConfig
-from matryoshka.pilot.training import DTYPES, load_base
+from matryoshka.pilot.training import DTYPES, Base, load_base
 
 # Kind -> the functions of torch.distributed that do it, of which the first that there is calls none of the others, and
 # how often the ring algorithm goes round.
@@ -77,7 +77,8 @@ def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
         items = [Item(item.sequences[:1], item.group) for item in items]
     parallel = ParallelConfig(settings["layout"], group=2 if settings["layout"] == "hybrid" else 0)
     dtype = DTYPES[settings["dtype"]]
-    model = load_base(model_folder, dtype, "none", full, LoraConfig(), items, config, parallel, world)
+    base = Base(model_folder, dtype, "none", full, LoraConfig(), parallel)
+    model = load_base(base, items, config, world)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     parameters, objective, reference = trained_part(model, full, world)
     with tempfile.TemporaryDirectory() as folder:

@@ -31,20 +31,28 @@ TARGET = 0.5
 
 @dataclass(frozen=True)
 class Config:
-    """model: a Hugging Face folder; adapter: served by both. concurrency: requests in flight; waves: of them,
-    the best counts. tokens: the most of each answer, at temperature 1. threads: ours, 0 for all cores.
-    """
+    """Tokens a second of our sampler and of vLLM at several numbers of concurrent requests."""
 
     model: Path = Path("models/smollm2-135m-instruct")
+    """A Hugging Face folder."""
     adapter: Path | None = None
+    """An adapter folder that both serve."""
     dtype: str = "float32"
+    """Data type of the weights."""
     device: str = "cpu"
+    """Where to compute: "cpu" or "cuda"."""
     concurrency: tuple[int, ...] = (1, 8, 32)
+    """Requests in flight."""
     tokens: int = 64
+    """Most tokens of each answer, at temperature 1."""
     waves: int = 2
+    """Waves of requests; the best one counts."""
     threads: int = 0
+    """CPU threads of our sampler, 0 for as many as there are cores."""
     log: Path = Path("vllm.log")
+    """File that takes vLLM's output."""
     vllm: VllmConfig = VllmConfig()
+    """How vLLM is started."""
 
 
 def run(config: Config) -> BenchResult:

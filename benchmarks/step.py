@@ -41,45 +41,62 @@ TARGETS = {"cpu": 4.0, "cuda": 12.0}
 
 @dataclass(frozen=True)
 class Config:
-    """Optimizer steps per second on PAL prompts: token tree against padded batches and TRL.
-
-    against: any of padded, trl, trl-liger. model: folder; shape: random weights of that shape instead (llama3-8b), the
-    tokenizer still from `model`. data: JSONL with question and answer, or prompt and response (default: the embedded
-    word problems); style: full or compact prompts. objective: dpo, or sft on rows of random ids that share nothing,
-    each sequence_length long. questions: prompts in a batch; pairs: of each; steps: in a block; repeats: blocks.
-    micro_batch_tokens, activations, compile_blocks: the token tree's, as in `matryoshka dpo`.
-    padded_pairs, trl_pairs: micro-batches (TRL: every size is measured, the best one counts). trl_checkpointing: its
-    gradient checkpointing. compare_losses: steps of a longer comparison of losses with TRL, of compare_pairs each.
-    profile: write a chart of one step. target: what the ratio must reach (default: 4 on a CPU, 12 on a GPU).
-    """
+    """Optimizer steps per second on PAL prompts: token tree against padded batches and TRL."""
 
     device: str = "cpu"
+    """Where to compute: "cpu" or "cuda"."""
     against: tuple[str, ...] = ("padded",)
+    """Peers to measure: any of padded, trl, trl-liger."""
     model: Path = Path("models/smollm2-135m-instruct")
+    """A Hugging Face folder."""
     shape: str = ""
+    """Random weights of this shape instead of the model's own (llama3-8b); the tokenizer is still from `model`."""
     data: Path | None = None
+    """JSONL with question and answer, or prompt and response; default: the embedded word problems."""
     style: str = "full"
+    """Style of the prompts: full or compact."""
     objective: str = "dpo"
+    """"dpo", or "sft" on rows of random ids that share nothing."""
     sequence_length: int = 4096
+    """Tokens of a row, for objective "sft"."""
     questions: int = 2
+    """Prompts in a batch."""
     pairs: int = 5
+    """Pairs of each prompt."""
     steps: int = 2
+    """Optimizer steps in a block."""
     repeats: int = 2
+    """Blocks."""
     micro_batch_tokens: int = 8192
+    """Most tree tokens in flight at once."""
     activations: str = "auto"
+    """What the token tree's forward pass keeps, as in `matryoshka dpo`."""
     compile_blocks: bool = False
+    """Compile whole blocks of the token tree with torch.compile."""
     padded_pairs: int = 5
+    """Pairs in a micro-batch of padded rows."""
     trl_pairs: tuple[int, ...] = (5,)
+    """Pairs in a micro-batch of TRL: every size is measured, the best one counts."""
     trl_checkpointing: bool = False
+    """Turn on TRL's gradient checkpointing."""
     rank: int = 8
+    """Rank of the adapter."""
     learning_rate: float = 1e-4
+    """Learning rate."""
     compare_losses: int = 0
+    """Steps of a longer comparison of losses with TRL, 0 for none."""
     compare_pairs: int = 2
+    """Pairs in each step of that comparison."""
     profile: Path | None = None
+    """File that takes a chart of one step."""
     dtype: str = ""
+    """Data type; "" is float32 on a CPU, bfloat16 on a GPU."""
     threads: int = 0
+    """CPU threads, 0 for as many as there are cores."""
     seed: int = 0
+    """Seed of everything random."""
     target: float | None = None
+    """Ratio that must be reached; default: 4 on a CPU, 12 on a GPU."""
 
     def __post_init__(self) -> None:
         check_peers("step", self.against, PEERS)
@@ -149,7 +166,7 @@ def run(config: Config) -> BenchResult:
 
 
 def _warm_up(trainers: Mapping[str, Trainer], bench: Bench, on_gpu: bool) -> list[str]:
-    """Run every trainer once and return the names of those that this device has no memory for.
+    """Run every trainer once and return the names of those that run out of memory.
 
     On a GPU ours meets all the shapes before it is timed, since it compiles for each; TRL and padded batches do not.
     """

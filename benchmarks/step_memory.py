@@ -1,4 +1,4 @@
-"""Whether `memory.py` is right: the peak of one training step of ours, predicted from shapes and measured."""
+"""The peak memory of one training step of ours: predicted from shapes by `core/training/memory.py`, and measured."""
 
 from collections.abc import Sequence
 from functools import partial

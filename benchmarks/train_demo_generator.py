@@ -26,7 +26,7 @@ OUT = Path(__file__).resolve().parent.parent / "inference" / "demo_generator"
 
 
 def item(tokenizer: Tokenizer, lesson: Lesson) -> Item:
-    """Return the lesson as prompt ids, then the program and the end of turn, which alone are scored."""
+    """Return a training item: the prompt's ids, then program and end of turn, which alone are scored."""
     prompt = tokenizer.render(compact.code(lesson.question, lesson.steps), add_generation_prompt=True).ids
     answer = (*tokenizer.encode(lesson.program), tokenizer.eos_id)
     return Item((Tokens((*prompt, *answer), (0,) * len(prompt) + (1,) * len(answer)),), lesson.question)

@@ -41,7 +41,7 @@ BETA = 0.1
 
 @dataclass(frozen=True)
 class Recipe:
-    """What every trainer of the comparison does alike. preference: DPO, else SFT; batch_size counts items.
+    """The settings that all trainers of the comparison share. preference: DPO, else SFT; batch_size counts items.
 
     padded_items: micro-batch of the padded path. activations, compile_blocks: of the token tree alone (`TrainConfig`).
     """
@@ -59,7 +59,7 @@ class Recipe:
 
     @property
     def train(self) -> TrainConfig:
-        """A constant rate, one epoch: what every trainer can do exactly."""
+        """One epoch at a constant rate, which every trainer can do exactly."""
         return TrainConfig(
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
@@ -79,7 +79,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Block:
-    """What one training run from the untrained adapter gave: seconds and loss of each step, highest allocation."""
+    """One training run from the untrained adapter: seconds and loss of each step, highest allocation."""
 
     seconds: list[float]
     losses: list[float]

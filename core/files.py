@@ -6,6 +6,7 @@ Texts go through `redact`, so no file that is written here holds a known secret.
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,30 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         os.close(folder)
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_folder(target: Path, replace: bool = True) -> Iterator[Path]:
+    """Yield the path of a folder to make, which becomes `target`, fsynced, when the block ends without an error.
+
+    `target` is complete or as it was; the block makes the folder itself. A folder that is there at the end is replaced
+    or, where `replace` is False, an OSError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    for left_by_a_kill in (temporary, old):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            fsync(path)
+        if replace and target.exists():
+            os.rename(target, old)
+        os.rename(temporary, target)
+        fsync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -189,9 +214,9 @@ def _write_all(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def fsync_folder(folder: Path) -> None:
-    """Return when the disk holds the names in `folder`."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Return when the disk holds the contents of a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

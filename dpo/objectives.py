@@ -30,11 +30,16 @@ class SFT:
 
 
 class Pairs(NamedTuple):
-    """What an objective makes of each preference pair, [P]: losses carry the gradient, rewards are for reading."""
+    """What an objective makes of each preference pair, [P]: losses carry the gradient, the rest is for reading."""
 
     losses_P: Tensor
     chosen_reward_P: Tensor
     rejected_reward_P: Tensor
+    chosen_logps_P: Tensor
+    """Log-prob of the chosen response: where it falls beside a growing margin, training unlearns both responses."""
+    rejected_logps_P: Tensor
+    chosen_length_P: Tensor
+    rejected_length_P: Tensor
 
     @property
     def margin_P(self) -> Tensor:
@@ -120,7 +125,16 @@ class Preference:
             losses_P = dpo_loss(chosen_P - rejected_P, self.beta, self.label_smoothing)
         if self.nll_coefficient:
             losses_P = losses_P + nll_term(sides(logps_S)[0] / chosen_length_P, self.nll_coefficient)
-        return Pairs(losses_P, self.beta * chosen_P.detach(), self.beta * rejected_P.detach())
+        chosen_logps_P, rejected_logps_P = sides(logps_S.detach())
+        return Pairs(
+            losses_P,
+            self.beta * chosen_P.detach(),
+            self.beta * rejected_P.detach(),
+            chosen_logps_P,
+            rejected_logps_P,
+            chosen_length_P,
+            rejected_length_P,
+        )
 
     def __call__(
         self, logps_S: Tensor, reference_S: Tensor | None, tree: TokenTree, totals: Totals
@@ -131,5 +145,9 @@ class Preference:
             "accuracy": (pairs.margin_P > 0).sum(),
             "chosen_reward": pairs.chosen_reward_P.sum(),
             "rejected_reward": pairs.rejected_reward_P.sum(),
+            "chosen_logps": pairs.chosen_logps_P.sum(),
+            "rejected_logps": pairs.rejected_logps_P.sum(),
+            "chosen_length": pairs.chosen_length_P.sum(),
+            "rejected_length": pairs.rejected_length_P.sum(),
         }
         return pairs.losses_P.sum() / totals.items, metrics

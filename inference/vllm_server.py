@@ -35,32 +35,39 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class VllmConfig:
-    """Where vLLM comes from and how it serves the controller.
-
-    command: split as a shell would, "vllm serve" or "PYTHON -m vllm.entrypoints.openai.api_server" with the interpreter
-    of another virtual environment. base_url: a server that runs already (its key in the variable api_key_env), which
-    then is neither started nor stopped. port: 0 takes any free one. gpus: CUDA_VISIBLE_DEVICES, "" leaves it alone.
-    tensor_parallel, data_parallel: GPUs of a replica, and replicas. dtype: "" is the controller's. context: 0 is the
-    model's own. max_loras: adapters in one batch. flags, environment: more of both, the latter as NAME=VALUE.
-    start_timeout_s: until it answers. timeout_s: of one request, waiting for its turn included. max_restarts: how often
-    a server that died is started again before the run stops.
-    """
+    """How vLLM is started and asked, or where a server is that runs already."""
 
     command: str = "vllm serve"
+    """What starts the server, split as a shell would: "vllm serve", or "PYTHON -m vllm.entrypoints.openai.api_server"
+    with the interpreter of another virtual environment."""
     base_url: str = ""
+    """A server that runs already, which is then neither started nor stopped."""
     api_key_env: str = ""
+    """Environment variable that holds the key of the server at base_url."""
     port: int = 0
+    """Port to listen on, 0 for any free one."""
     gpus: str = ""
+    """CUDA_VISIBLE_DEVICES of the server; "" leaves the variable as it is."""
     tensor_parallel: int = 1
+    """GPUs that share one replica."""
     data_parallel: int = 1
+    """Replicas."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    """Data type of the weights; "" is the controller's."""
     context: int = 0
+    """Longest sequence in tokens, 0 for the model's own context."""
     max_loras: int = 2
+    """Adapters in one batch."""
     flags: tuple[str, ...] = ()
+    """Further flags of the server."""
     environment: tuple[str, ...] = ()
+    """Further environment variables of the server, as NAME=VALUE."""
     start_timeout_s: float = 900.0
+    """Seconds until the server must answer."""
     timeout_s: float = 1800.0
+    """Seconds for one request, including the wait for its turn."""
     max_restarts: int = 3
+    """How often a server that died is started again before the run stops."""
 
     def __post_init__(self) -> None:
         if self.base_url and not self.base_url.startswith(("http://", "https://")):

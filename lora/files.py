@@ -6,8 +6,6 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors` with keys
 """
 
 import hashlib
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -15,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matryoshka.core.files import write_atomic, write_json
+from matryoshka.core.files import write_atomic, write_folder, write_json
 from matryoshka.core.json_input import Fields, read_json, shown
 from matryoshka.lora.linear import LoraConfig, LoraLinear, add_adapter, layers_with, remove_adapter, target_names
 
@@ -87,17 +85,9 @@ def save_adapter(model: nn.Module, name: str, folder: Path, base_model: str, dty
         save_file(tensors, path, metadata={"format": "pt"})
         path.chmod(mode)
 
-    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with write_folder(folder) as temporary:
         write_json(temporary / CONFIG, peft)
         write_atomic(temporary / WEIGHTS, write)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_config(folder: Path) -> LoraConfig:

@@ -25,19 +25,21 @@ from matryoshka.lora.nf4 import NF4, dense
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """rank r, alpha, dropout on the adapter's input, which projections carry an adapter, and two variants.
-
-    rslora: scale by alpha / sqrt(r), so that a higher rank does not mean smaller steps. dora: train lengths of rows
-    besides; costs another product of W with A in every pass, keeps one more tensor of the output's size a layer, and
-    such an adapter has to be merged for servers that know LoRA alone (vLLM).
-    """
+    """An adapter: low-rank matrices beside linear layers, and two variants."""
 
     rank: int = 8
+    """Rank r of the adapter's matrices."""
     alpha: float = 16.0
+    """Scale: the adapter's output is multiplied by alpha / r."""
     dropout: float = 0.0
+    """Dropout on the adapter's input in training."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Projections that carry an adapter."""
     rslora: bool = False
+    """Scale by alpha / sqrt(r), so that a higher rank does not mean smaller steps (rsLoRA)."""
     dora: bool = False
+    """Also train the lengths of rows (DoRA). This costs another product of W with A in every pass and one more tensor
+    of the output's size a layer, and servers that know LoRA alone (vLLM) need the adapter merged."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:

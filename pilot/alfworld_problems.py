@@ -15,6 +15,7 @@ from pathlib import Path
 from matryoshka.core.protocols import Generator
 from matryoshka.core.records import Example, Messages, PairRule, stable_seed
 from matryoshka.pilot.config import AlfworldConfig, RunConfig
+from matryoshka.tasks.alfworld.brief import brief_style
 from matryoshka.tasks.alfworld.compact import compact_style
 from matryoshka.tasks.alfworld.engine import Engine
 from matryoshka.tasks.alfworld.game import Game, load_game
@@ -22,13 +23,14 @@ from matryoshka.tasks.alfworld.games import TASK_TYPES, Row, read_split
 from matryoshka.tasks.alfworld.households import households
 from matryoshka.tasks.alfworld.plan_language import from_walkthrough
 from matryoshka.tasks.alfworld.playthrough import Environment, screen_text
-from matryoshka.tasks.alfworld.program import Limits
+from matryoshka.tasks.alfworld.program import CHILD, Limits
 from matryoshka.tasks.alfworld.prompts import full_style
 from matryoshka.tasks.alfworld.scripted_generator import LiteralGenerator
 from matryoshka.tasks.alfworld.task import ALFWorldTask
 from matryoshka.tasks.alfworld.textworld_backend import TextWorldEngine
+from matryoshka.tasks.sandbox_backends import sandbox_of
 
-STYLES = {"compact": compact_style, "full": full_style}
+STYLES = {"brief": brief_style, "compact": compact_style, "full": full_style}
 GAMES_IN_MEMORY = 256  # parsed; a game takes some milliseconds to parse
 
 
@@ -38,14 +40,15 @@ def load_splits(config: RunConfig) -> dict[str, Sequence[Example]]:
     Raises ValueError, FileNotFoundError for games that are missing, malformed or too few.
     """
     task, games = config.task, config.task.alfworld
+    seed = config.seed if games.games_seed < 0 else games.games_seed
     needed = task.warmup + task.train + task.validation
-    train = _games(games, games.train_split, needed, config.seed)
+    train = _games(games, games.train_split, needed, seed)
     splits: dict[str, Sequence[Example]] = {
         "warmup": train[: task.warmup],
         "train": train[task.warmup : task.warmup + task.train],
         "validation": train[task.warmup + task.train :],
-        "test": _games(games, games.test_split, task.test, config.seed),
-        "held_out": _games(games, games.held_out_split, task.held_out, config.seed) if task.held_out else [],
+        "test": _games(games, games.test_split, task.test, seed),
+        "held_out": _games(games, games.held_out_split, task.held_out, seed) if task.held_out else [],
     }
     ids = [example.id for examples in splits.values() for example in examples]
     if shared := len(ids) - len(set(ids)):
@@ -58,6 +61,9 @@ def make_task(
 ) -> ALFWorldTask:
     """Return the task over the games of `splits`."""
     task, games = config.task, config.task.alfworld
+    sandbox = sandbox_of(task.isolation, task.sandbox_command)
+    if games.mode == "program":
+        sandbox.start(CHILD)
     return ALFWorldTask(
         splits,
         STYLES[task.prompts](games.max_steps, games.verbs),
@@ -65,7 +71,7 @@ def make_task(
         games.mode,
         games.max_steps,
         games.verbs,
-        Limits(task.timeout_s, task.memory_mb * 2**20, games.asks),
+        Limits(task.timeout_s, task.memory_mb * 2**20, games.asks, sandbox=sandbox),
         PairRule("binary", cap=config.dpo.pairs_per_example),
     )
 

@@ -7,30 +7,38 @@ from matryoshka.core.parallel.layout import ParallelConfig
 from matryoshka.core.training.train import TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.inference.generators import GeneratorConfig
+from matryoshka.inference.llama_cpp import LlamaConfig
 from matryoshka.inference.vllm_server import VllmConfig
 from matryoshka.lora.linear import LoraConfig
+from matryoshka.tasks.sandbox_backends import MIN_MEMORY_BYTES, Isolation
 
 
 @dataclass(frozen=True)
 class ControllerConfig:
-    """The white-box model. path: a Hugging Face folder. threads: torch's on CPU, 0 for as many as there are cores.
-
-    quantization "nf4": the base in four bits (QLoRA; the extra `cuda`). max_rows: rows the sampler decodes together.
-    deterministic: one request at a time, bit for bit repeatable. engine: what samples, our own sampler or vLLM as
-    [controller.vllm] says; training is ours in either case. tune "full": all weights are trained, in float32, and a
-    policy is a model folder, as large as the model; [lora] is not used, and vLLM is started again for every policy.
-    """
+    """The white-box model that is trained to guide the generator."""
 
     path: str
+    """A Hugging Face folder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the base model's weights."""
     quantization: Literal["none", "nf4"] = "none"
+    """"nf4" holds the frozen base in four bits (QLoRA; the extra `cuda`)."""
     device: str = "cpu"
+    """Where the model computes: "cpu" or "cuda"."""
     threads: int = 0
+    """CPU threads of torch, 0 for as many as there are cores."""
     max_rows: int = 64
+    """Rows that our sampler decodes together."""
     deterministic: bool = False
+    """Run one request at a time, so that a run is repeatable bit for bit."""
     engine: Literal["local", "vllm"] = "local"
+    """What samples the controller: our own sampler, or vLLM as [controller.vllm] says. Training is ours in either case.
+    """
     tune: Literal["adapter", "full"] = "adapter"
+    """What is trained: an adapter, or all weights in float32 ("full"). A policy is then a model folder, as large as the
+    model; [lora] is not used, and vLLM is started again for every policy."""
     vllm: VllmConfig = VllmConfig()
+    """How vLLM serves the controller."""
 
     def __post_init__(self) -> None:
         if self.engine == "vllm" and self.deterministic:
@@ -54,18 +62,36 @@ class ControllerConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """A generator of our own to start beside the run: a model folder, an adapter folder, and the name it is served as.
-
-    model "" starts none: the endpoint of [generator] is somebody else's. threads as in [controller]. scripted: the name
-    of one of the task's scripted generators, which then answers in this process; [generator] is not used.
-    """
+    """A generator of our own to start beside the run, which ends with the run."""
 
     scripted: str = ""
+    """The name of one of the task's scripted generators, which then answers in this process; [generator] is not used.
+    """
     model: str = ""
+    """A model folder or, for engine llama.cpp, a GGUF file; "" starts none: the endpoint of [generator] is used."""
+    engine: Literal["local", "llama.cpp"] = "local"
+    """What computes: our own sampler, or llama.cpp (the extra `llama`)."""
     adapter: str = ""
+    """An adapter folder for the model; engine local only."""
     name: str = "demo-generator"
+    """What the model is served as."""
     threads: int = 1
+    """CPU threads of the server, 0 for as many as there are cores."""
+    copies: int = 1
+    """Servers of the same model side by side, between which requests are shared out. Where other programs use the same
+    cores, several servers of one thread are faster than one of several threads, which wait for one another."""
     max_rows: int = 64
+    """Rows that engine local decodes together."""
+    llama: LlamaConfig = LlamaConfig()
+    """Slots, context and prompt cache of engine llama.cpp."""
+
+    def __post_init__(self) -> None:
+        if self.copies < 1:
+            raise ValueError(f"serve: copies {self.copies} must be at least 1")
+        if self.engine == "llama.cpp" and self.adapter:
+            raise ValueError(
+                f"serve: engine llama.cpp serves a GGUF file as it is, but adapter {self.adapter!r} is given; merge it"
+            )
 
 
 @dataclass(frozen=True)
@@ -89,6 +115,8 @@ class AlfworldConfig:
     verbs: Literal["current", "old"] = "current"
     max_steps: int = 50
     asks: int = 5
+    games_seed: int = -1
+    """The seed that draws the games; -1 is the run's own seed. Runs of several seeds over the same games set it."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +156,14 @@ class TaskConfig:
 
     warmup, train, validation, test, held_out: how many of each ("words": any number; "gsm8k": warm-up and validation
     are cut from the training file). Training rewards come from `train`; choices are made on `validation`.
+    timeout_s, memory_mb: limits of one generated program. isolation: the kernel's boundary around generated programs
+    (SECURITY.md). "auto" takes what this machine has and says what is missing, "required" refuses to start without
+    Landlock and seccomp, "none" keeps limits alone. sandbox_command: a command that programs run through instead, such
+    as docker run --rm -i --network=none python:3.12-slim; () for none.
     """
 
     name: Literal["words", "gsm8k", "alfworld", "lamp"] = "words"
-    prompts: Literal["compact", "full"] = "compact"
+    prompts: Literal["brief", "compact", "full"] = "compact"
     warmup: int = 48
     train: int = 120
     validation: int = 60
@@ -141,6 +173,8 @@ class TaskConfig:
     test_file: str = ""
     timeout_s: float = 5.0
     memory_mb: int = 512
+    isolation: Isolation = "auto"
+    sandbox_command: tuple[str, ...] = ()
     alfworld: AlfworldConfig = AlfworldConfig()
     lamp: LampConfig = LampConfig()
 
@@ -148,95 +182,120 @@ class TaskConfig:
         for name, least in (("warmup", 0), ("train", 1), ("validation", 1), ("test", 1), ("held_out", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"task: {name} {getattr(self, name)} must be at least {least}")
+        if self.memory_mb * 2**20 < MIN_MEMORY_BYTES:
+            raise ValueError(f"task: memory_mb {self.memory_mb} must be at least {MIN_MEMORY_BYTES // 2**20}")
 
 
 @dataclass(frozen=True)
 class WarmupConfig:
-    """The warm-up SFT. source: "gold" (the examples' own steps), "file" (`data`, an SFT file), "none" (no warm-up), or
-    "generator": what the black box itself proposed in episodes that succeeded.
-
-    samples: such episodes an example, at the collection's temperature; wins_per_example: how many texts that won stay.
-    """
+    """The warm-up: supervised training before the first round."""
 
     source: Literal["gold", "file", "generator", "none"] = "gold"
+    """What it learns from: "gold", the examples' own guidance; "file", your rows in `data`; "generator", what the
+    generator itself proposed in episodes that succeeded; "none" leaves the warm-up out."""
     data: str = ""
+    """A JSONL file of conversations, for source "file"."""
     samples: int = 4
+    """Episodes for each example at the collection temperature, for source "generator"."""
     wins_per_example: int = 2
+    """How many successful texts of an example are kept, for source "generator"."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-5, epochs=3))
+    """How the warm-up trains."""
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How episodes run. samples (K) per example and temperature are of collection; evaluation is greedy.
-
-    bootstrap: guidances asked of the generator itself for a training example that none of the samples solved (with a
-    reward above .5, which is a ROUGE-L on LaMP-4: few headlines reach that).
-    limit: episodes in flight. max_failed_share: more episodes than this, whose black-box calls failed for good, stop
-    the run (from 20 episodes on).
-    """
+    """How episodes run."""
 
     samples: int = 8
+    """K: sampled episodes for each training example in a round. Evaluation runs one greedy episode."""
     bootstrap: int = 0
+    """Episodes that the generator guides itself, for each training example that no sample solved (reward above .5,
+    which is a ROUGE-L on LaMP-4: few headlines reach it)."""
     temperature: float = 1.0
+    """Temperature of the controller in collection; evaluation is greedy."""
     top_p: float = 1.0
+    """Nucleus of the controller's sampling in collection."""
     guidance_tokens: int = 256
+    """Most tokens of one guidance."""
     code_tokens: int = 512
+    """Most tokens of one answer of the generator."""
     protocol: Literal["label_free", "oracle"] = "label_free"
+    """"label_free": retries see execution errors only. "oracle": retries also see whether the answer was wrong."""
     inner_attempts: int = 1
+    """Attempts of the generator under one guidance."""
     outer_turns: int = 1
+    """Guidances in one episode: the first plan and re-plans after failures."""
     limit: int = 256
+    """Episodes in flight in one process."""
     max_failed_share: float = 0.2
+    """The run stops when more than this share of the episodes fail because calls of the generator failed for good
+    (judged from 20 episodes on)."""
 
 
 @dataclass(frozen=True)
 class DpoConfig:
-    """Preference training. learning_rates: tried in turn, chosen on validation ((): train.learning_rate alone).
-
-    pairs_per_example caps the pairs of one example over all rounds. reference_cache: keep reference log-probs in the
-    run's folder, so that later epochs and further learning rates need no reference pass; with tune = "full" they are
-    always kept, in the round's.
-    """
+    """Preference training in each round."""
 
     objective: Preference = Preference(beta=0.1, label_smoothing=0.1)
+    """The preference loss."""
     train: TrainConfig = TrainConfig()
+    """How a round trains."""
     learning_rates: tuple[float, ...] = ()
+    """Rates that are tried in turn and chosen from on validation problems; none: train.learning_rate alone."""
     pairs_per_example: int = 4
+    """Most pairs of one example over all rounds."""
     reference_cache: bool = False
+    """Keep reference log-probs in the run's folder, so that later epochs and further learning rates need no reference
+    pass. With tune = "full" they are always kept, in the round's folder."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A pilot run. name: its folder under `runs/`. star: also train the STaR control (SFT on round 1's winners).
-
-    overlong: what happens to a training item or problem that does not fit the context, "error" or "skip" (counted).
-    tensorboard: also write every stage's metrics as TensorBoard events into its folder (the extra `track`).
-    budget_usd, budget_tokens: the most that the run may spend on [generator], over all its restarts; 0 is no limit. The
-    run stops before the line is crossed, and a larger budget continues it.
-    parallel: how the model lies on the ranks that torchrun starts; our own sampler needs all of it on each, so that
-    "shard" and "hybrid" go with the engine vLLM.
-    executor: where episodes run: in this process, or torchrun's, or as ray_tasks tasks of a Ray cluster (the extra
-    `cluster`; 0: one for each GPU or, on CPUs, for each machine), which gives the same episodes.
-    """
+    """A pilot run: warm-up, rounds of collection and training, evaluation."""
 
     name: str
+    """The run's folder under `runs/`."""
     controller: ControllerConfig
+    """The white-box model."""
     generator: GeneratorConfig
+    """The black-box model."""
     seed: int = 0
+    """Seed of problems, adapters and sampling."""
     rounds: int = 2
+    """Rounds of collect, pair and train."""
     star: bool = True
+    """Also train the STaR control: SFT on round 1's winners."""
     overlong: Literal["error", "skip"] = "error"
+    """What happens to a problem or a training item that does not fit the context: "skip" leaves it out and counts it.
+    """
     tensorboard: bool = False
+    """Write every stage's metrics as TensorBoard events, too (the extra `track`)."""
     budget_usd: float = 0.0
+    """Most dollars that the run may spend on [generator] over all its restarts, 0 for no limit. The run stops before
+    the limit is crossed, and a larger budget continues it."""
     budget_tokens: int = 0
+    """Most tokens that the run may spend on [generator] over all its restarts, 0 for no limit."""
     parallel: ParallelConfig = ParallelConfig()
+    """How the model lies on the ranks that torchrun starts. Our own sampler needs all of it on each rank, so that
+    "shard" and "hybrid" need the engine vLLM."""
     executor: Literal["local", "ray"] = "local"
+    """Where episodes run: "local" in this process or those of torchrun, "ray" as tasks of a Ray cluster (the extra
+    `cluster`). Both give the same episodes."""
     ray_tasks: int = 0
+    """Tasks of the Ray cluster, 0 for one for each GPU or, on CPUs, for each machine."""
     serve: ServeConfig = ServeConfig()
+    """A generator of our own to start beside the run."""
     task: TaskConfig = TaskConfig()
+    """The problems."""
     lora: LoraConfig = LoraConfig()
+    """The adapter that is trained."""
     warmup: WarmupConfig = WarmupConfig()
+    """The warm-up."""
     rollout: RolloutConfig = RolloutConfig()
+    """How episodes run."""
     dpo: DpoConfig = DpoConfig()
+    """Preference training."""
 
     def __post_init__(self) -> None:
         if self.rounds < 0:

@@ -7,47 +7,38 @@ shares and sign-flip tests for exact McNemar tests.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from matryoshka.core.config import apply_overrides, load_toml
-from matryoshka.core.files import write_json
 from matryoshka.core.intervals import bootstrap, wilson
 from matryoshka.core.records import Metric, to_json
 from matryoshka.eval.statistics import paired_difference, paired_scores
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.loop import run_pilot
-from matryoshka.scripts.stages import RUNS, stoppable
 
 Outcomes = Mapping[str, Mapping[str, float]]  # a solved problem is True, so 1
 
 
-@stoppable()
-def curve(config: Path, seeds: tuple[int, ...] = (0, 1, 2), set: tuple[str, ...] = ()) -> None:
-    """Run or continue a pilot for each seed as runs/NAME-SEED, and write runs/NAME-curve.json.
+def run_seeds(
+    config: RunConfig, seeds: Sequence[int], root: Path, on_run: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Run or continue a pilot for each seed as root/NAME-SEED and return the summary over all of them.
 
-    Args:
-        config: The pilot's TOML file.
-        seeds: One run each.
-        set: Changes of the configuration, as key.path=value.
+    on_run: takes the short summary of each run as it ends.
     """
-    shared = apply_overrides(load_toml(RunConfig, config), list(set))
     runs: dict[int, Outcomes] = {}
     by_seed: dict[str, Any] = {}
     for seed in seeds:
-        name = f"{shared.name}-{seed}"
-        found = run_pilot(replace(shared, seed=seed, name=name), RUNS)
+        name = f"{config.name}-{seed}"
+        found = run_pilot(replace(config, seed=seed, name=name), root)
         by_seed[str(seed)] = {key: found[key] for key in ("task", "examples", "untrained", "trained", "p", "seconds")}
-        print(json.dumps(by_seed[str(seed)]), flush=True)
-        runs[seed] = outcomes(RUNS / name)
-    result = {**summary(runs), "runs": by_seed}
-    write_json(RUNS / f"{shared.name}-curve.json", result)
-    print(table(result))
-    print(json.dumps({"name": shared.name, "seeds": list(seeds), **result}))
+        on_run(by_seed[str(seed)])
+        runs[seed] = outcomes(root / name)
+    return {**summary(runs), "runs": by_seed}
 
 
 def outcomes(folder: Path) -> Outcomes:

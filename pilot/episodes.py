@@ -16,14 +16,13 @@ from matryoshka.core.files import Journal
 from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped, Task
 from matryoshka.core.records import Example, RolloutSettings, Sampling, Trajectory, content_key, from_json, to_json
 from matryoshka.core.redaction import to_redacted_json
-from matryoshka.core.training.train import Interrupted
+from matryoshka.core.signals import Interrupted, async_stop_event
 from matryoshka.inference.spending import Purse
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.context import Run, Scheme
 from matryoshka.pilot.progress import Progress
 from matryoshka.pilot.ranks import Ranks, deal
 from matryoshka.pilot.ray import run_on_ray
-from matryoshka.pilot.signals import stop_on_signal
 from matryoshka.tasks.rollout import Job, failures, job_key, recorded, run_rollouts
 
 STEP_S = 0.2  # how often the ranks tell each other how far they are
@@ -131,10 +130,12 @@ async def _run_stage(stage: Stage, jobs: Sequence[Job], journal: Journal, ranks:
     `max_failed_share` of all failed, however few they are: what follows would take them for the controller's; otherwise
     as `run_rollouts` does.
     """
+    # Prompts of one type of example begin alike: asked one after another, they keep a server's prefix cache warm.
     pending = [job for job in jobs if job.key not in journal.rows]
+    pending.sort(key=lambda job: str(job.example.fields.get("task_type", "")))
     ranks.agree(content_key(*(job.key for job in pending)), f"{stage.label}: the episodes to run")
     mine = deal(pending, [job.example.id for job in pending], ranks.world.size)[ranks.world.rank]
-    with Progress(stage.label, len(pending), ranks.world.is_first) as progress, stop_on_signal() as stop:
+    with Progress(stage.label, len(pending), ranks.world.is_first) as progress, async_stop_event() as stop:
         outcome, done = await _run_share(stage, mine, journal, ranks, progress, stop)
     told = ranks.texts(str(outcome or ""))
     if outcome is not None:

@@ -5,7 +5,6 @@ How many episodes the whole run has follows from the configuration; each is take
 Equal requests, which a run asks once, are counted each: rather too much than too little.
 """
 
-import json
 import math
 import statistics
 import tempfile
@@ -19,7 +18,6 @@ from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.context import Run, open_run
 from matryoshka.pilot.episodes import policy_scheme, rollout_settings, run_episodes
 from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, schemes
-from matryoshka.scripts.stages import RUNS, stoppable
 
 EXAMPLES = 20
 
@@ -37,21 +35,17 @@ class Average:
         return cls(statistics.fmean(values), spread)
 
 
-@stoppable()
-def estimate(config: RunConfig) -> None:
-    """Run 20 training examples and print what the whole run will cost; the last line is the numbers as JSON."""
-    with tempfile.TemporaryDirectory() as root:
-        here = replace(config, executor="local")  # answers go to the run's own cache, not to one of the folder's
-        with open_run(here, Path(root), RUNS / config.name / "cache.sqlite", trains=False) as run:
-            settings = rollout_settings(here, greedy=False)
+def estimate_run(config: RunConfig, root: Path) -> dict[str, Any]:
+    """Run EXAMPLES training examples and return what the whole run will cost (see `extrapolate`).
+
+    The answers go to the cache of the run's own folder under `root`, where the run will find them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        local = replace(config, executor="local")  # with Ray, each machine would have its own cache
+        with open_run(local, Path(folder), root / config.name / "cache.sqlite", trains=False) as run:
+            settings = rollout_settings(local, greedy=False)
             done = run_episodes(run, policy_scheme(run, ""), ["train"], [settings], "estimate", EXAMPLES)
-            found = extrapolate(run, done)
-    width = max(map(len, found["episodes"]))
-    for stage, count in found["episodes"].items():
-        print(f"{stage:<{width}}  {count:>9,} episodes")
-    usd = "no price is known" if found["usd"] is None else f"{found['usd']:.2f} +- {found['usd_error']:.2f} USD"
-    print(f"{found['calls']:,.0f} calls, {found['tokens']:,.0f} tokens, {usd}, going by {len(done)} episodes")
-    print(json.dumps(found))
+            return extrapolate(run, done)
 
 
 def extrapolate(run: Run, done: Sequence[Trajectory]) -> dict[str, Any]:

@@ -1,51 +1,35 @@
-"""Policies on their way out: `matryoshka merge` folds an adapter into its model, `export` takes a stage's from a run.
-"""
+"""Policies for use elsewhere: an adapter folded into its model, and the policy of a run's stage copied out."""
 
-import os
 import shutil
 from pathlib import Path
 
+from matryoshka.core.files import write_folder
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.weights import save_weights, weights_hash
-from matryoshka.lora.files import adapter_hash, load_adapter
-from matryoshka.lora.files import merge as fold
+from matryoshka.lora.files import adapter_hash, load_adapter, merge
 
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".gguf")
 
 
-def merge(model: Path, adapter: Path, out: Path) -> None:
-    """Write a Hugging Face folder: the model with an adapter folded into its weights, in the model's own dtype.
+def merge_adapter(model: Path, adapter: Path, out: Path) -> None:
+    """Write the Hugging Face folder `out`: the model with an adapter folded into its weights, in the model's own dtype.
 
-    Args:
-        model: The base model, a Hugging Face folder; its config and tokenizer files are copied.
-        adapter: An adapter folder in PEFT layout.
-        out: Folder to write; it must not exist.
+    Raises ValueError where `out` exists.
     """
     _refuse_existing(out)
     loaded = load_model(model, dtype=None)
     load_adapter(loaded, "merged", adapter)
-    fold(loaded, "merged")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    merge(loaded, "merged")
+    with write_folder(out, replace=False) as temporary:
         save_weights(loaded, temporary)
-        for file in model.iterdir():
-            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
-                shutil.copyfile(file, temporary / file.name)
-        os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    print(out)
+        copy_tokenizer(model, temporary)
 
 
-def export(run: Path, out: Path, stage: str = "") -> None:
-    """Copy the policy of a run's stage and print the folder and its content hash.
+def export_policy(run: Path, out: Path, stage: str = "") -> str:
+    """Copy the policy of `stage` of the run in the folder `run` to `out` and return its content hash.
 
-    It is an adapter in PEFT layout or, where all weights were trained, a Hugging Face folder, to be used as any other.
-
-    Args:
-        run: The run's folder, e.g. runs/demo-0.
-        out: Folder to write; it must not exist.
-        stage: warmup, star, round-1, ...; by default the last round that is trained.
+    stage: "" is the last round that is trained. Raises ValueError for a stage that is not trained, or where `out`
+    exists.
     """
     _refuse_existing(out)
     hashes = {"adapter": adapter_hash, "model": weights_hash}
@@ -55,13 +39,16 @@ def export(run: Path, out: Path, stage: str = "") -> None:
     chosen = stage or (rounds[-1] if rounds else "")
     if chosen not in trained:
         raise ValueError(f"{run}: stage {chosen or 'round-1'!r} is not trained; choose from {trained}")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with write_folder(out, replace=False) as temporary:
         shutil.copytree(folders[chosen], temporary)
-        os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    print(out, hashes[folders[chosen].name](out))
+    return hashes[folders[chosen].name](out)
+
+
+def copy_tokenizer(model: Path, out: Path) -> None:
+    """Copy all files of a Hugging Face folder but its weights: configuration and tokenizer."""
+    for file in model.iterdir():
+        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
+            shutil.copyfile(file, out / file.name)
 
 
 def _refuse_existing(out: Path) -> None:

@@ -1,10 +1,10 @@
 """SFT and preference training on a user's own file, of an adapter or of all weights: `matryoshka sft | dpo --data`."""
 
-import json
 import logging
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal
 
 import torch
 
@@ -18,70 +18,82 @@ from matryoshka.dpo.objectives import Preference
 from matryoshka.lora.files import load_adapter
 from matryoshka.lora.files import read_config as adapter_config
 from matryoshka.lora.linear import LoraConfig, add_adapter
-from matryoshka.pilot.training import DTYPES, POLICY, QUANTIZATIONS, load_base, train_policy, train_weights
+from matryoshka.pilot.training import DTYPES, POLICY, Base, Training, load_base, train_policy, train_weights
 
-TUNES = ("adapter", "full")
 logger = logging.getLogger(__name__)
 
 
-class Settings(Protocol):
-    """What both commands have in common; `stages.py` documents the fields."""
+@dataclass(frozen=True)
+class SftCommand:
+    """Supervised training on your own rows ({prompt, completion} or {messages}), one JSON object a line."""
 
-    @property
-    def data(self) -> Path: ...
-    @property
-    def model(self) -> Path: ...
-    @property
-    def out(self) -> Path: ...
-    @property
-    def adapter(self) -> Path | None: ...
-    @property
-    def overlong(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def quantization(self) -> str: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def threads(self) -> int: ...
-    @property
-    def tensorboard(self) -> bool: ...
-    @property
-    def tune(self) -> str: ...
-    @property
-    def parallel(self) -> ParallelConfig: ...
-    @property
-    def lora(self) -> LoraConfig: ...
-    @property
-    def train(self) -> TrainConfig: ...
+    data: Path
+    """The JSONL file of rows."""
+    model: Path
+    """A Hugging Face folder."""
+    out: Path
+    """Takes the adapter (PEFT layout), metrics and checkpoints; an unfinished training found there is continued."""
+    adapter: Path | None = None
+    """An adapter folder to start from, which is then the reference, too; by default a fresh adapter is trained."""
+    overlong: Literal["error", "skip"] = "error"
+    """What happens to a row that does not fit the context: "skip" leaves it out and counts it."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the base model's weights."""
+    quantization: Literal["none", "nf4"] = "none"
+    """"nf4" holds the frozen base in four bits (QLoRA; the extra `cuda`)."""
+    device: str = "cpu"
+    """Where to train: "cpu" or "cuda"."""
+    threads: int = 0
+    """CPU threads of torch, 0 for as many as there are cores."""
+    tensorboard: bool = False
+    """Write the metrics as TensorBoard events, too (the extra `track`)."""
+    tune: Literal["adapter", "full"] = "adapter"
+    """What is trained: an adapter, or all weights ("full"), which are written to out/model."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model lies on the ranks that torchrun starts."""
+    lora: LoraConfig = LoraConfig()
+    """The adapter that is trained."""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-5, epochs=3))
+    """How to train."""
 
 
-def finetune(settings: Settings, preference: Preference | None, reference_cache: Path | None = None) -> None:
+@dataclass(frozen=True)
+class DpoCommand(SftCommand):
+    """Preference training on your own rows (prompt, chosen, rejected, as TRL has them), one JSON object a line."""
+
+    train: TrainConfig = TrainConfig()
+    """How to train."""
+    objective: Preference = Preference()
+    """The preference loss."""
+    reference_cache: Path | None = None
+    """A file that keeps reference log-probs, so that later epochs and runs need no reference pass; none by default.
+
+    With tune = "full" they are always kept: the model as it comes is the reference, whose log-probs are computed before
+    training (by default in out/reference.sqlite).
+    """
+
+
+def finetune(
+    settings: SftCommand, preference: Preference | None, reference_cache: Path | None = None
+) -> dict[str, Any] | None:
     """Train an adapter and write it to `out/adapter`, or all weights and write the model to `out/model`.
 
-    The last line printed is a summary as JSON.
-
-    Processes that torchrun started share every batch; the first one prints and writes.
-
-    preference None is SFT. reference_cache: a file that keeps reference log-probs. Pairs that repeat an earlier one are
-    left out and counted. Raises ValueError, FileNotFoundError for wrong settings and malformed data.
+    Return counts, the path written and the last metrics on the first rank, None on the others: processes that torchrun
+    started share every batch. preference None is SFT. reference_cache: a file that keeps reference log-probs. Pairs
+    that repeat an earlier one are left out and counted. Raises ValueError, FileNotFoundError for
+    settings that exclude each other, malformed data, and a model that does not fit.
     """
-    if settings.dtype not in DTYPES:
-        raise ValueError(f"dtype {settings.dtype!r} is unknown; choose from {list(DTYPES)}")
-    if settings.quantization not in QUANTIZATIONS:
-        raise ValueError(f"quantization {settings.quantization!r} is unknown; choose from {list(QUANTIZATIONS)}")
-    if settings.tune not in TUNES:
-        raise ValueError(f"tune {settings.tune!r} is unknown; choose from {list(TUNES)}")
     if settings.tune == "full" and settings.adapter:
         raise ValueError(f"adapter {settings.adapter}: there is none where all weights are trained; merge it first")
     if settings.tune == "full" and settings.quantization != "none":
         raise ValueError(f"quantization {settings.quantization!r} is for a frozen base; train an adapter on it")
     with open_world(settings.device, settings.train.rank_timeout_s) as world:
-        _finetune(settings, preference, reference_cache, world)
+        return _finetune(settings, preference, reference_cache, world)
 
 
-def _finetune(settings: Settings, preference: Preference | None, reference_cache: Path | None, world: World) -> None:
+def _finetune(
+    settings: SftCommand, preference: Preference | None, reference_cache: Path | None, world: World
+) -> dict[str, Any] | None:
     torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // world.local_size))
     tokenizer = Tokenizer.load(settings.model)
     items = (read_conversations if preference is None else read_preferences)(settings.data, tokenizer)
@@ -95,20 +107,28 @@ def _finetune(settings: Settings, preference: Preference | None, reference_cache
         logger.warning("%s: %d rows repeat an earlier pair and are left out", settings.data, repeated)
     full, dtype = settings.tune == "full", DTYPES[settings.dtype]
     lora = adapter_config(settings.adapter) if settings.adapter else settings.lora
-    model = load_base(
-        settings.model, dtype, settings.quantization, full, lora, items, settings.train, settings.parallel, world
+    base = Base(settings.model, dtype, settings.quantization, full, lora, settings.parallel)
+    model = load_base(base, items, settings.train, world)
+    training = Training(
+        model=model,
+        base=settings.model,
+        items=items,
+        config=settings.train,
+        objective=preference,
+        folder=settings.out,
+        title="sft" if preference is None else "dpo",
+        reference_cache=reference_cache,
+        tensorboard=settings.tensorboard,
+        world=world,
     )
-    title, written = "sft" if preference is None else "dpo", "model" if full else "adapter"
-    job = (model, settings.model, items, settings.train, preference, settings.out, title)
     if full:
-        last = train_weights(*job, dtype, reference_cache, settings.tensorboard, world)
+        last = train_weights(training, dtype)
     else:
         if settings.adapter:
             load_adapter(model, POLICY, settings.adapter, world.device)
         else:
             add_adapter(model, POLICY, lora, settings.train.seed, world.device)
-        last = train_policy(*job, settings.adapter is None, reference_cache, settings.tensorboard, world)
-    if not world.is_first:
-        return
+        last = train_policy(training, fresh=settings.adapter is None)
+    written = "model" if full else "adapter"
     counts = {"items": len(items), "skipped": skipped, "repeated": repeated}
-    print(json.dumps({**counts, written: str(settings.out / written), **last}))
+    return {**counts, written: str(settings.out / written), **last} if world.is_first else None

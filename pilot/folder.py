@@ -9,10 +9,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from matryoshka.core.config import diff, load_toml
-from matryoshka.core.files import folder_lock, write_json
+from matryoshka.core.files import folder_lock, write_folder, write_json
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.pilot.config import RunConfig
 
+RUNS = Path("runs")  # where the commands keep runs
 CONFIG = "config.toml"
 
 # Settings that a run may be continued with another value of.
@@ -20,6 +21,7 @@ _PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_ret
 FREE_TO_CHANGE = (
     *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints", "controller.vllm."),
     *("executor:", "ray_tasks:", "parallel.", "task.lamp.embeddings_cache:"),
+    *("task.isolation:", "task.sandbox_command:"),
     *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
 )
 DECISIVE = "controller.vllm.dtype:"  # of those; what is drawn depends on it
@@ -97,8 +99,6 @@ def _sweep(folder: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder so that `target` is whole or not there."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    os.rename(temporary, target)
+    """Copy a folder so that `target` appears complete."""
+    with write_folder(target) as temporary:
+        shutil.copytree(source, temporary)

@@ -12,6 +12,8 @@ from matryoshka.core.config import load_toml
 from matryoshka.core.protocols import Generator
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
+from matryoshka.inference.llama_cpp import file_digest
+from matryoshka.inference.pool import EndpointConfig
 from matryoshka.inference.spending import Budget, total
 from matryoshka.lora.files import adapter_hash
 from matryoshka.pilot.config import RunConfig, ServeConfig
@@ -35,13 +37,21 @@ def with_generator(config: RunConfig, name: str) -> RunConfig:
     return replace(config, generator=replace(config.generator, model=name))
 
 
+def _served_identity(serve: ServeConfig) -> str:
+    """Return what the answers of a server of our own are kept under, which changes with its weights."""
+    model = Path(serve.model)
+    if serve.engine == "llama.cpp":
+        return f"{model.name}+{file_digest(model)[:16]}"
+    return f"{model.name}+{adapter_hash(Path(serve.adapter)) if serve.adapter else 'base'}"
+
+
 @contextmanager
 def open_generator(
     config: RunConfig, folder: Path, ranks: Ranks, runner: asyncio.Runner, cache: Path
 ) -> Iterator[Generator]:
     """Open the generator that `config` describes, check that it answers, and close it at the end of the block.
 
-    A server of our own is started where [serve] names a model; it ends with the block. folder: the run's, for the
+    Servers of our own are started where [serve] names a model; they end with the block. folder: the run's, for the
     server's log. cache: the file of answers. Raises ValueError, GeneratorError for a generator that cannot work.
     """
     if config.serve.scripted:
@@ -50,15 +60,16 @@ def open_generator(
     world, client = ranks.world, config.generator
     with ExitStack() as stack:
         if config.serve.model:
-            digest, url = adapter_hash(Path(config.serve.adapter)) if config.serve.adapter else "base", ""
+            urls: list[str] = []
             with ranks.all_or_none():
-                if world.local_rank == 0:  # one server for all ranks of a machine
+                if world.local_rank == 0:  # the same servers for all ranks of a machine
                     log = folder / ("generator.log" if ranks.node == 0 else f"generator.node-{ranks.node}.log")
-                    server = running_server(config.serve, config.controller.deterministic, log)
-                    url = stack.enter_context(server)
-            url = ranks.texts(url)[world.rank - world.local_rank]
-            identity = f"{Path(config.serve.model).name}+{digest}"
-            client = replace(client, base_url=url, model=config.serve.name, identity=identity)
+                    for _ in range(config.serve.copies):
+                        server = running_server(config.serve, config.controller.deterministic, log)
+                        urls.append(stack.enter_context(server))
+            url, *more = ranks.texts(" ".join(urls))[world.rank - world.local_rank].split()
+            client = replace(client, base_url=url, model=config.serve.name, identity=_served_identity(config.serve))
+            client = replace(client, endpoints=tuple(EndpointConfig(base_url=copy) for copy in more))
         with ranks.all_or_none():
             answers = ResponseCache(cache)
             stack.callback(answers.close)

@@ -14,6 +14,7 @@ from matryoshka.tasks.pal import synthetic_problems as words
 from matryoshka.tasks.pal.compact import COMPACT
 from matryoshka.tasks.pal.prompts import FULL
 from matryoshka.tasks.pal.task import PALTask
+from matryoshka.tasks.sandbox_backends import SCRIPT, sandbox_of
 
 STYLES = {"compact": COMPACT, "full": FULL}
 
@@ -32,7 +33,10 @@ def make_task(
     """Return the task over the problems of `splits`."""
     task = config.task
     rule = PairRule("binary", cap=config.dpo.pairs_per_example)
-    return PALTask(splits, STYLES[task.prompts], task.timeout_s, task.memory_mb * 2**20, rule)
+    sandbox = sandbox_of(task.isolation, task.sandbox_command)
+    sandbox.start(SCRIPT)
+    memory_bytes = task.memory_mb * 2**20
+    return PALTask(splits, STYLES[task.prompts], task.timeout_s, memory_bytes, rule, sandbox=sandbox)
 
 
 def scripted_generator(name: str) -> Generator:

@@ -5,72 +5,56 @@ our sampler drew. What is beyond the bound of the dtype fails: with such samples
 """
 
 import asyncio
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from matryoshka.core.models.load import load_model
 from matryoshka.core.records import Message, Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.dpo.data import completion
-from matryoshka.dpo.parity import BOUNDS, Difference, difference, trainer_logps
+from matryoshka.dpo.parity import Difference, difference, trainer_logps
 from matryoshka.inference.sampler import Sampler
 from matryoshka.inference.vllm import Vllm
 from matryoshka.inference.vllm_server import VllmConfig, VllmServer
 from matryoshka.lora.files import load_adapter, read_config
 from matryoshka.lora.linear import active
-from matryoshka.pilot.environment import environment
 from matryoshka.pilot.progress import StatusLine
 from matryoshka.pilot.training import DTYPES
 from matryoshka.tasks.pal import synthetic_problems as words
 
 
 @dataclass(frozen=True)
-class Config:
-    """model: a Hugging Face folder; adapter: an adapter folder, none for the base model alone. dtype: of all three.
-
-    samples, tokens: answers to draw, and the most tokens of each. log: where vLLM's output goes.
-    """
+class ParityConfig:
+    """Which log-probs are compared: of trainer, sampler and vLLM, for the same tokens."""
 
     model: Path
+    """A Hugging Face folder."""
     adapter: Path | None = None
+    """An adapter folder; by default the base model alone is compared."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of all three."""
     device: str = "cpu"
+    """Where trainer and sampler compute: "cpu" or "cuda"."""
     samples: int = 6
+    """Answers to draw."""
     tokens: int = 40
+    """Most tokens of each answer."""
     seed: int = 0
+    """Seed of prompts and sampling."""
     log: Path = Path("vllm.log")
+    """File that takes vLLM's output."""
     vllm: VllmConfig = VllmConfig()
+    """How vLLM is started."""
 
 
 Drawn = list[tuple[tuple[int, ...], Sample]]
 
 
-def parity(config: Config) -> None:
-    """Print the table, then its rows as JSON. Raises ValueError where the bound does not hold."""
-    rows = measure(config)
-    bound = BOUNDS[config.dtype]
-    title = f"nats a token, {config.dtype}, bound {bound:g}"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for heading in ("adapter", "log-probs", "against", "tokens", "rms", "largest"):
-        table.add_column(heading)
-    for row in rows:
-        numbers = (str(row["num_tokens"]), f"{row['rms']:.2g}", f"{row['largest']:.2g}")
-        table.add_row(row["adapter"], row["log-probs"], row["against"], *numbers)
-    Console().print(table)
-    holds = all(row["rms"] <= bound for row in rows)
-    print(json.dumps({"dtype": config.dtype, "bound": bound, "rows": rows, "holds": holds, "machine": environment()}))
-    if not holds:
-        raise ValueError("parity: log-probs differ by more than rounding (the table above); a pilot would not train")
-
-
-def measure(config: Config) -> list[dict[str, Any]]:
+def measure(config: ParityConfig) -> list[dict[str, Any]]:
     """Return a row for each pair of programs and adapter: who against whom, and how far apart in nats."""
     tokenizer, model = Tokenizer.load(config.model), load_model(config.model, DTYPES[config.dtype], config.device)
     places: list[Path | None] = [None] if config.adapter is None else [None, config.adapter]

@@ -7,7 +7,6 @@ besides builds the model with fake tensors and runs the first rank's step with a
 
 import dataclasses
 import difflib
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -17,13 +16,12 @@ from typing import Any
 
 import torch
 
-from matryoshka.core.distributed import World
 from matryoshka.core.models.load import model_architecture, read_config
-from matryoshka.core.parallel.cluster import Job, job_of, layouts, shards_of
-from matryoshka.core.parallel.forecast import Forecast, forecast, table
+from matryoshka.core.parallel.cluster import Job
+from matryoshka.core.parallel.forecast import Forecast
 from matryoshka.core.parallel.hardware import Cluster, known_hardware
-from matryoshka.core.parallel.layout import LAYOUTS, ParallelConfig, choose_layout
-from matryoshka.core.training.memory import GIB, Footprint, MemoryPlan
+from matryoshka.core.parallel.layout import LAYOUTS
+from matryoshka.core.training.memory import Footprint, MemoryPlan
 from matryoshka.dpo.head import extra_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -44,43 +42,57 @@ MODELS: dict[str, tuple[int, int, int, int, int, int, int, bool]] = {
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What a training run takes on a cluster: memory of a GPU, bytes sent, time and the best layout. All predicted.
-
-    model: a known name (llama-3-8b, llama-3-70b, llama-3.1-405b, llama-3.2-1b, llama-3.2-3b, smollm2-135m) or a folder
-    with config.json. gpus_per_node: 0 is 8, or all where there are fewer. gpu_memory: of one, "80GB" or "80GiB". full:
-    full fine-tuning instead of an adapter of rank `rank`. quantization: "nf4", the frozen base in four bits. optimizer:
-    adamw or adamw8bit. sft: no pass of the reference policy. A GPU goes over micro_batches of micro_batch_tokens tokens
-    a step, in sequences of sequence_tokens. activations: auto, none, selective, full or offload. hardware: h100 or
-    a100; tflops, share, link_gbs, network_gbs: its product rate, the share of it that a step reaches, the bandwidth of
-    a GPU to its node's others and of a node to the other nodes, in GB/s and one direction, where they differ (0: not).
-    dry_run: also build and run the first rank with fake tensors and a fake process group, in `layout` (default: what
-    "auto" takes); peak: follow every allocation of it, which takes minutes. json: one JSON object as the last line.
-    """
+    """A prediction of what a training run takes on a cluster: memory of a GPU, bytes sent, time, the best layout."""
 
     model: str
+    """A known name (llama-3-8b, llama-3-70b, llama-3.1-405b, llama-3.2-1b, llama-3.2-3b, smollm2-135m) or a folder with
+    config.json."""
     gpus: int = 1
+    """GPUs in all."""
     gpus_per_node: int = 0
+    """GPUs of a node; 0 is 8, or all where there are fewer."""
     gpu_memory: str = "80GB"
+    """Memory of one GPU, as "80GB" or "80GiB"."""
     full: bool = False
+    """Train all weights instead of an adapter."""
     rank: int = 8
+    """Rank of the adapter."""
     dora: bool = False
+    """The adapter is a DoRA."""
     quantization: str = ""
+    """"nf4" holds the frozen base in four bits."""
     optimizer: str = "adamw"
+    """adamw or adamw8bit."""
     dtype: str = "bfloat16"
+    """Data type of the weights: bfloat16 or float32."""
     sft: bool = False
+    """Supervised training: no pass of the reference policy."""
     micro_batch_tokens: int = 8192
+    """Tokens in flight on a GPU."""
     micro_batches: int = 1
+    """Micro-batches of a GPU in one step."""
     sequence_tokens: int = 2048
+    """Tokens of one sequence."""
     activations: str = "auto"
+    """What the forward pass keeps: auto, none, selective, full or offload."""
     hardware: str = "h100"
+    """GPU model whose rates are assumed: h100 or a100."""
     tflops: float = 0.0
+    """Product rate of a GPU in TFLOP/s, 0 for that of `hardware`."""
     share: float = 0.0
+    """Share of the product rate that a step reaches, 0 for that of `hardware`."""
     link_gbs: float = 0.0
+    """Bandwidth of a GPU to the others of its node in GB/s and one direction, 0 for that of `hardware`."""
     network_gbs: float = 0.0
+    """Bandwidth of a node to the others in GB/s and one direction, 0 for that of `hardware`."""
     dry_run: bool = False
+    """Also build and run the first rank with fake tensors and a fake process group."""
     peak: bool = False
+    """Follow every allocation of the dry run, which takes minutes."""
     layout: str = ""
+    """Layout of the dry run; default: the one that "auto" takes."""
     json: bool = False
+    """Print one JSON object as the last line."""
 
     def __post_init__(self) -> None:
         for name in ("gpus", "rank", "micro_batch_tokens", "micro_batches", "sequence_tokens"):
@@ -137,94 +149,6 @@ def architecture_of(name: str) -> tuple[ModuleType, Any]:
         raise ValueError(f"plan: model {name!r} is neither known nor a folder; {hint}")
     architecture = model_architecture(data, Path(name))
     return architecture, architecture.Config.from_dict(data)
-
-
-def plan(config: PlanConfig) -> None:
-    """Print the table of layouts, which is best and why; with --dry-run what torch did; the object last."""
-    architecture, model_config = architecture_of(config.model)
-    with torch.device("meta"):
-        model = architecture.Model(model_config)
-    job = job_of(
-        model,
-        nf4=config.quantization == "nf4",
-        dtype=DTYPES[config.dtype],
-        rank=0 if config.full else config.rank,
-        dora=config.dora and not config.full,
-        targets=architecture.LORA_TARGETS,
-        eight_bit=config.optimizer == "adamw8bit",
-        micro_batch_tokens=config.micro_batch_tokens,
-        micro_batches=config.micro_batches,
-        sequence_tokens=config.sequence_tokens,
-        reference=not config.sft,
-        activations=config.activations,
-    )
-    cluster = config.cluster
-    found = [forecast(job, cluster, layout) for layout in layouts(job, cluster)]
-    size = sum(weight.numel for weight in job.weights)
-    print(
-        f"{config.model}: {size / 1e9:.2f}B parameters, {'full fine-tuning' if job.full else f'LoRA rank {job.rank}'}"
-        f"{', base in nf4' if config.quantization else ''}; {cluster.nodes} x {cluster.gpus_per_node} "
-        f"{config.hardware} of {cluster.memory / GIB:.1f} GiB; {job.micro_batches} x {job.micro_batch_tokens} tokens a "
-        "GPU and step. Predicted, nothing measured:"
-    )
-    print(table(found))
-    fitting = [one for one in found if one.memory.fits]
-    best = max(fitting, key=lambda one: one.tokens_per_s) if fitting else None
-    auto, reason = None, "nothing fits"
-    if best is not None:
-        world = World(size=cluster.size, local_size=cluster.gpus_per_node)
-        chosen = choose_layout(ParallelConfig(), job, cluster.memory, world)
-        auto, reason = chosen.name, chosen.reason
-        print(f"best: {_why(best, fitting)}")
-        print(f'layout = "auto" takes {auto}, the first of {", ".join(LAYOUTS)} that fits')
-    else:
-        print(f"nothing fits: {_remedy(job)}")
-    dry = None
-    if config.dry_run:
-        layout = config.layout or auto or found[-1].layout
-        dry = _dry_run(architecture.Model, model_config, job, cluster, layout, config.peak)
-    if config.json:
-        own = dataclasses.asdict(config)
-        result = {"plan": own, "parameters": size, "predicted": True, "layouts": [one.to_json() for one in found]}
-        print(json.dumps(result | {"best": best and best.layout, "auto": auto, "reason": reason, "dry_run": dry}))
-
-
-def _why(best: Forecast, fitting: list[Forecast]) -> str:
-    others = [f"{best.tokens_per_s / x.tokens_per_s - 1:+.1%} over {x.layout}" for x in fitting if x is not best]
-    rate = f"{best.layout}, {best.tokens_per_s:,.0f} tokens/s"
-    return f"{rate} ({', '.join(others)})" if others else f"{rate}, the only one that fits"
-
-
-def _remedy(job: Job) -> str:
-    packed = any(weight.packed for weight in job.weights)
-    options = ["more or larger GPUs", "a lower --micro-batch-tokens"]
-    options += ["--optimizer adamw8bit"] * (job.full and not job.eight_bit)
-    options += ["an adapter instead of --full"] * job.full
-    options += ["--quantization nf4"] * (not packed and not job.full)
-    return "take " + ", ".join(options[:-1]) + f" or {options[-1]}"
-
-
-def _dry_run(
-    model: Any, model_config: Any, job: Job, cluster: Cluster, layout: str, with_peak: bool
-) -> dict[str, Any]:
-    """Run the first rank of `layout` with nobody and print what it did beside what is predicted."""
-    from matryoshka.pilot.dry_run import dry_run  # takes as long to import as torch
-
-    once = dataclasses.replace(job, micro_batches=1)
-    one = forecast(once, cluster, layout)
-    done = dry_run(model, model_config, once, cluster, layout, one.memory.policy, with_peak)
-    print(f"dry run of rank 0 of {cluster.size}, {layout}, one micro-batch, {done['seconds']:.0f} s here:")
-    stored = once.stored_bytes(shards_of(layout, cluster))
-    rows: list[tuple[str, Any, float]] = [("weights stored", done["stored_bytes"], stored)]
-    for kind, size in one.sent.items():
-        seen = done["collectives"].get(kind, {"count": 0, "sent_bytes": 0.0})
-        rows.append((f"{kind}, {seen['count']} calls: sent", seen["sent_bytes"], size))
-    if done["peak_bytes"]:
-        rows.append(("peak memory", done["peak_bytes"]["total"], predicted_peak(once, one)))
-    width = max(len(name) for name, *_ in rows)
-    for name, seen, size in rows:
-        print(f"{name:<{width}}  {seen / 1e9:10.3f} GB  predicted {size / 1e9:10.3f} GB")
-    return done | {"predicted": {name: size for name, _, size in rows}}
 
 
 def predicted_peak(job: Job, one: Forecast) -> int:

@@ -31,6 +31,8 @@ from matryoshka.pilot.training import (
     POLICY,
     QUANTIZATIONS,
     REFERENCE,
+    Base,
+    Training,
     load_base,
     save_model,
     train_policy,
@@ -88,13 +90,11 @@ class Adapters:
         """Train from the policy of `start`, the reference, and save what comes of it as `stage`'s; None is SFT."""
         self._load_policy(start)
         cache = self._root / "reference.sqlite" if self._config.dpo.reference_cache else None
-        train_policy(
-            *(self.model, self._base, items, config, preference, self._root / stage, stage),
-            fresh=not start,
-            reference_cache=cache,
-            tensorboard=self._config.tensorboard,
-            world=self.world,
-        )
+        training = Training(
+            self.model, self._base, items, config, preference, self._root / stage, stage, cache,
+            self._config.tensorboard, self.world,
+        )  # fmt: skip
+        train_policy(training, fresh=not start)
 
     def _load_policy(self, stage: str) -> None:
         """Make POLICY the adapter of `stage` (a fresh one for the base model), alone in the model."""
@@ -169,12 +169,12 @@ class Weights:
         """
         self._load_policy(start)
         self._loaded = None
-        train_weights(
-            *(self.model, self.folder(start), items, config, preference, self._root / stage, stage, self._dtype),
-            reference_cache=self._root / stage.partition("/")[0] / "reference.sqlite",
-            tensorboard=self._config.tensorboard,
-            world=self.world,
-        )
+        reference = self._root / stage.partition("/")[0] / "reference.sqlite"
+        training = Training(
+            self.model, self.folder(start), items, config, preference, self._root / stage, stage, reference,
+            self._config.tensorboard, self.world,
+        )  # fmt: skip
+        train_weights(training, self._dtype)
 
     def _load_policy(self, stage: str) -> None:
         if self._loaded != stage:
@@ -198,8 +198,8 @@ def _load(config: RunConfig, world: World, trains: bool) -> LanguageModel:
         return load_model(path, dtype, world.device, QUANTIZATIONS[controller.quantization])
     if not trains:
         return empty_model(path)
-    job = (config.lora, None, _heaviest(config), config.parallel, world)
-    return load_base(path, dtype, controller.quantization, False, *job)
+    base = Base(path, dtype, controller.quantization, False, config.lora, config.parallel)
+    return load_base(base, None, _heaviest(config), world)
 
 
 def _heaviest(config: RunConfig) -> TrainConfig:

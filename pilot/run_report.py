@@ -14,6 +14,7 @@ from matryoshka.pilot.environment import environment, typed_command
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, evaluate_with, trained_rounds
 from matryoshka.pilot.stages import is_trained
+from matryoshka.tasks.sandbox_backends import SCRIPT, in_words, sandbox_of
 
 SPLIT_TITLES = {"test": "held-out problems", "held_out": "families held out whole"}
 
@@ -44,13 +45,15 @@ def _report_input(
     examples = [e for split in HELD_OUT_SPLITS for e in run.task.examples(split)]
     groups = {split: [e.id for e in run.task.examples(split)] for split in HELD_OUT_SPLITS}
     machine = environment()
+    sandbox = sandbox_of(run.config.task.isolation, run.config.task.sandbox_command)
     stages = [path.parent for path in sorted(run.folder.glob("**/metrics.jsonl"))]
     by_split = {SPLIT_TITLES[split]: ids for split, ids in groups.items() if ids and groups["held_out"]}
     return ReportInput(
         title=f"Pilot {run.config.name}",
         command=typed_command(),
         config=to_json(run.config),
-        hardware={name: value for name, value in machine.items() if name not in ("versions", "commit", "python")},
+        hardware={name: value for name, value in machine.items() if name not in ("versions", "commit", "python")}
+        | {"generated programs": in_words(sandbox.start(SCRIPT))},
         versions={"python": machine["python"], **machine["versions"], "commit": machine["commit"]},
         conditions=conditions,
         examples=examples,

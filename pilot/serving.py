@@ -9,13 +9,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from matryoshka.core.redaction import read_secret
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.inference.http_client import HttpClient
+from matryoshka.inference.llama_cpp import LlamaConfig, check_gguf, start_llama
 from matryoshka.inference.vllm import Vllm
 from matryoshka.inference.vllm_adapter import check_adapter, check_config
 from matryoshka.inference.vllm_server import VllmConfig, VllmServer
@@ -26,7 +27,7 @@ from matryoshka.pilot.progress import StatusLine
 
 def serve(
     model: Path,
-    engine: Literal["local", "vllm"] = "local",
+    engine: Literal["local", "vllm", "llama.cpp"] = "local",
     adapter: tuple[str, ...] = (),
     name: str = "",
     host: str = "127.0.0.1",
@@ -38,15 +39,18 @@ def serve(
     with_parent: bool = False,
     lora_rank: int = 0,
     vllm: VllmConfig = VllmConfig(),  # noqa: B008  it is frozen
+    llama: LlamaConfig = LlamaConfig(),  # noqa: B008  it is frozen
 ) -> None:
-    """Serve a model folder and its adapters through an OpenAI-compatible HTTP API.
+    """Serve a model and its adapters through an OpenAI-compatible HTTP API.
 
     Args:
-        model: Hugging Face folder of a Llama-architecture model.
-        engine: What computes: "local" is the pure-PyTorch sampler, "vllm" starts vLLM, which has no threads,
-            max_rows or deterministic.
+        model: Hugging Face folder of a Llama-architecture model; for engine llama.cpp a GGUF file.
+        engine: What computes: "local" is the pure-PyTorch sampler; "vllm" starts vLLM, which has no threads,
+            max_rows or deterministic; "llama.cpp" serves a GGUF file (the extra `llama`) and has no adapters or
+            max_rows.
         adapter: Adapters as NAME=FOLDER, served under NAME.
         name: What the base model is served as; default its folder's name.
+        host: Address to listen on.
         port: 0 takes any free port; the first line printed says which.
         threads: CPU threads, 0 for as many as there are cores.
         max_rows: Rows decoded together.
@@ -56,9 +60,16 @@ def serve(
         lora_rank: Engine vllm alone: of adapters to be loaded while it runs, as a pilot's are; 0 is that of the ones
             given here.
         vllm: How vLLM is started; its output goes to standard error.
+        llama: How llama.cpp serves; its output goes to standard error.
     """
     if with_parent:
         threading.Thread(target=_end_with_input, daemon=True).start()
+    if engine == "llama.cpp":
+        if adapter or lora_rank or max_rows != 64:
+            raise ValueError("serve: engine llama.cpp has no adapter, lora_rank or max_rows; its limit is llama.slots")
+        slots = 1 if deterministic else llama.slots
+        _serve_llama(model, name or model.stem, host, port, threads, api_key_env, replace(llama, slots=slots))
+        return
     if engine == "vllm":
         if threads or max_rows != 64 or deterministic or vllm.base_url:
             raise ValueError("serve: threads, max_rows and deterministic are of engine local, and base_url starts none")
@@ -78,9 +89,7 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     count = threads or os.cpu_count() or 1
     torch.set_num_threads(count)
-    key = read_secret(api_key_env) if api_key_env else None
-    if key == "":
-        raise ValueError(f"serve: environment variable {api_key_env} is empty; set the key that callers must send")
+    key = _callers_key(api_key_env)
     network = load_model(model)
     names: dict[str, str | None] = {name or model.name: None}
     for pair in adapter:
@@ -95,6 +104,27 @@ def serve(
 
     with Sampler(network, Tokenizer.load(model), max_rows, deterministic, count) as sampler:
         asyncio.run(server.serve(LocalEngine(sampler, names), host, port, key, ready))
+
+
+def _callers_key(name: str) -> str | None:
+    """Return the key in the environment variable `name`, None for "". Raises ValueError for an empty variable."""
+    key = read_secret(name) if name else None
+    if key == "":
+        raise ValueError(f"serve: environment variable {name} is empty; set the key that callers must send")
+    return key
+
+
+def _serve_llama(
+    model: Path, name: str, host: str, port: int, threads: int, api_key_env: str, config: LlamaConfig
+) -> None:
+    """Run llama.cpp until SIGTERM or SIGINT; print its URL when it answers."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    key, count = _callers_key(api_key_env), threads or os.cpu_count() or 1
+    server = start_llama(model, name, host, port, count, key, config)
+    print(f"{server.listening_address}/v1", flush=True)
+    stop.wait()
 
 
 async def _serve_vllm(model: Path, adapters: tuple[str, ...], name: str, config: VllmConfig, rank: int) -> None:
@@ -170,9 +200,15 @@ def running_server(config: ServeConfig, deterministic: bool, log: Path) -> Itera
     Raises ValueError with the end of its log when it does not come up.
     """
     command = [sys.executable, "-m", "matryoshka.scripts.cli", "serve", "--model", config.model, "--port", "0"]
-    command += ["--threads", str(config.threads), "--max-rows", str(config.max_rows), "--with-parent"]
+    command += ["--threads", str(config.threads), "--with-parent", "--engine", config.engine]
     command += ["--deterministic"] if deterministic else []
     command += ["--adapter", f"{config.name}={config.adapter}"] if config.adapter else ["--name", config.name]
+    if config.engine == "llama.cpp":
+        check_gguf(Path(config.model))
+        for field in fields(config.llama):
+            command += [f"--llama.{field.name.replace('_', '-')}", str(getattr(config.llama, field.name))]
+    else:
+        command += ["--max-rows", str(config.max_rows)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads or os.cpu_count() or 1)}
     environment["OMP_WAIT_POLICY"] = "passive"  # spinning threads starve whoever shares their cores
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
 """The `matryoshka` command. A subcommand is a function whose parameters are its flags, or whose one parameter is a
-configuration dataclass; COMMANDS says where it is and imports it only when it is called, so the others cost nothing.
+configuration dataclass.
 """
 
 import dataclasses
 import difflib
+import importlib
 import inspect
 import os
 import sys
@@ -14,129 +15,51 @@ from typing import Any
 import tyro
 
 from matryoshka.core.config import load_toml
-from matryoshka.core.protocols import GeneratorError
+from matryoshka.core.protocols import GeneratorError, RunStopped
 from matryoshka.core.redaction import redact, redact_output
+from matryoshka.core.signals import Interrupted
 
 DEBUG = "MATRYOSHKA_DEBUG"
+INTERRUPTED = 143  # what a shell reports of a process that SIGTERM ended
+STOPPED = 3
 
 
-def _doctor() -> Callable[..., None]:
-    from matryoshka.pilot.doctor import main
-
-    return main
-
-
-def _convert() -> Callable[..., None]:
-    from matryoshka.core.models.from_gguf import convert_gguf, smollm2_gguf
-
-    def convert(out: Path, gguf: Path | None = None) -> None:
-        """Convert a GGUF file to a Hugging Face folder.
-
-        Args:
-            out: Folder to write, e.g. models/smollm2-135m-instruct.
-            gguf: A Llama-architecture GGUF file; by default the embedded SmolLM2-135M-Instruct.
-        """
-        print(convert_gguf(gguf or smollm2_gguf(), out))
-
-    return convert
-
-
-def _serve() -> Callable[..., None]:
-    from matryoshka.pilot.serving import serve
-
-    return serve
-
-
-def _bench() -> Callable[..., None]:
-    from matryoshka.benchmarks.command import bench
-
-    return bench
-
-
-def _export(name: str) -> Callable[[], Callable[..., None]]:
-    def load() -> Callable[..., None]:
-        from matryoshka.pilot import export
-
-        function: Callable[..., None] = getattr(export, name)
-        return function
-
-    return load
-
-
-def _stage(name: str) -> Callable[[], Callable[..., None]]:
-    def load() -> Callable[..., None]:
-        from matryoshka.scripts import stages
-
-        function: Callable[..., None] = getattr(stages, name)
-        return function
-
-    return load
-
-
-def _cache() -> Callable[..., None]:
-    from matryoshka.scripts.cache_command import cache
-
-    return cache
-
-
-def _estimate() -> Callable[..., None]:
-    from matryoshka.pilot.estimate import estimate
-
-    return estimate
-
-
-def _curve() -> Callable[..., None]:
-    from matryoshka.pilot.curve import curve
-
-    return curve
-
-
-def _parity() -> Callable[..., None]:
-    from matryoshka.pilot.parity import parity
-
-    return parity
-
-
-def _data() -> Callable[..., None]:
-    from matryoshka.scripts.data import data
-
-    return data
-
-
-def _plan() -> Callable[..., None]:
-    from matryoshka.pilot.plan import plan
-
-    return plan
-
-
-# Name -> (what imports and returns the function, one line of help).
-COMMANDS: dict[str, tuple[Callable[[], Callable[..., None]], str]] = {
-    "doctor": (_doctor, "what this machine has: hardware, kernels, servers, data, keys"),
-    "pilot": (_stage("pilot"), "the main job: warm-up, rounds of collect, pair and train, evaluation, report"),
-    "sft": (_stage("sft"), "supervised training of an adapter on your own conversations"),
-    "collect": (_stage("collect"), "a pilot's episodes, round by round as far as its policies are trained"),
-    "pairs": (_stage("pairs"), "a pilot's preference pairs from the episodes collected so far"),
-    "dpo": (_stage("dpo"), "preference training of an adapter on your own pairs"),
-    "evaluate": (_stage("evaluate"), "every policy of a pilot on the held-out problems, and the report"),
-    "curve": (_curve, "a pilot over several seeds, and what its policies gain stage by stage"),
-    "estimate": (_estimate, "what a pilot will cost, from 20 training examples that are really run"),
-    "plan": (_plan, "memory, communication and speed of training on a cluster, predicted, and the layout to take"),
-    "cache": (_cache, "the answers that a run has paid for: stats, prune, export"),
-    "data": (_data, "a benchmark's own files, checked and resumable: matryoshka data lamp --task 2N"),
-    "serve": (_serve, "a model and its adapters behind an OpenAI-compatible HTTP server"),
-    "parity": (_parity, "log-probs of the same tokens from trainer, sampler and vLLM, with and without an adapter"),
-    "merge": (_export("merge"), "an adapter folded into its model, as a Hugging Face folder"),
-    "export": (_export("export"), "the policy of a run's stage: an adapter in PEFT layout, or a model folder"),
-    "convert": (_convert, "a GGUF file, or the embedded controller, as a Hugging Face folder"),
-    "bench": (_bench, "measurements of this machine against other software: matryoshka bench --help lists them"),
+# Name -> one line of help. The function of that name is in the module of that name in this package.
+COMMANDS: dict[str, str] = {
+    "doctor": "what this machine has: hardware, kernels, servers, data, keys",
+    "pilot": "the main job: warm-up, rounds of collect, pair and train, evaluation, report",
+    "sft": "supervised training of an adapter on your own conversations",
+    "collect": "a pilot's episodes, round by round as far as its policies are trained",
+    "pairs": "a pilot's preference pairs from the episodes collected so far",
+    "dpo": "preference training of an adapter on your own pairs",
+    "evaluate": "every policy of a pilot on the held-out problems, and the report",
+    "curve": "a pilot over several seeds, and what its policies gain stage by stage",
+    "estimate": "what a pilot will cost, from 20 training examples that are really run",
+    "plan": "memory, communication and speed of training on a cluster, predicted, and the layout to take",
+    "cache": "the answers that a run has paid for: stats, prune, export",
+    "data": "a benchmark's own files, checked and resumable: matryoshka data lamp --task 2N",
+    "serve": "a model and its adapters behind an OpenAI-compatible HTTP server",
+    "parity": "log-probs of the same tokens from trainer, sampler and vLLM, with and without an adapter",
+    "merge": "an adapter folded into its model, as a Hugging Face folder",
+    "export": "the policy of a run's stage: an adapter in PEFT layout, or a model folder",
+    "convert": "a GGUF file, or the embedded controller, as a Hugging Face folder",
+    "bench": "measurements of this machine against other software: matryoshka bench --help lists them",
 }
+
+
+def load_command(name: str) -> Callable[..., None]:
+    """Return the function of a command; its module is imported only now, so that the others cost nothing."""
+    module = "matryoshka.benchmarks.command" if name == "bench" else f"matryoshka.scripts.{name}"
+    function: Callable[..., None] = getattr(importlib.import_module(module), name)
+    return function
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit status: 0, or 2 for a user's error, which is one line on stderr.
 
-    130 is Ctrl-C. Of several ranks (torchrun), an error names the one that it happened on, and torchrun's own report
-    has the traceback. With MATRYOSHKA_DEBUG=1 errors keep their traceback.
+    130 is a second Ctrl-C, INTERRUPTED an orderly stop by a signal, STOPPED one by the run itself (its budget). Of
+    several ranks (torchrun), an error names the one that it happened on, and torchrun's own report has the traceback.
+    With MATRYOSHKA_DEBUG=1 errors keep their traceback.
     """
     redact_output()
     # Before torch is imported: OpenMP threads that spin while they wait starve the other processes of this machine.
@@ -159,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("stopped at once; what was recorded is kept, and the same command continues", file=sys.stderr)
         return 130
+    except (Interrupted, RunStopped) as err:
+        print(f"{err}; the same command continues" if isinstance(err, Interrupted) else err, file=sys.stderr)
+        return INTERRUPTED if isinstance(err, Interrupted) else STOPPED
     except Exception as err:
         _tell_torchrun(err)
         if not isinstance(err, ValueError | OSError | GeneratorError) or os.environ.get(DEBUG) == "1":
@@ -196,7 +122,7 @@ def read_config(cls: Any, arguments: Sequence[str], program: str) -> Any:
 
 
 def _run(name: str, arguments: Sequence[str]) -> None:
-    function, program = COMMANDS[name][0](), f"matryoshka {name}"
+    function, program = load_command(name), f"matryoshka {name}"
     if name == "bench":  # each benchmark has a configuration of its own
         function(arguments, read_config)
         return
@@ -209,7 +135,7 @@ def _run(name: str, arguments: Sequence[str]) -> None:
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: matryoshka COMMAND [flags]",

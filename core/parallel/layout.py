@@ -16,19 +16,18 @@ LAYOUTS = ("replicate", "hybrid", "shard")  # from the least communication to th
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model lies on the ranks that torchrun starts; a single process holds all of it.
-
-    layout: "replicate", "shard", "hybrid", or "auto", the one that communicates least among those that fit. group: how
-    many ranks share one copy under hybrid, 0 for those of a node. reshard: free a block's weights after its forward
-    pass and gather them again for the backward pass, else keep them in between. prefetch: how many blocks ahead are
-    being gathered. offload: keep each rank's part in the host's memory (with AdamW's moments, where it is trained).
-    """
+    """How the model lies on the ranks that torchrun starts; a single process holds all of it."""
 
     layout: str = "auto"
+    """"replicate", "shard", "hybrid", or "auto", the one that communicates least among those that fit."""
     group: int = 0
+    """Ranks that share one copy under hybrid, 0 for those of a node."""
     reshard: bool = True
+    """Free a block's weights after its forward pass and gather them again for the backward pass."""
     prefetch: int = 1
+    """Blocks that are gathered ahead."""
     offload: bool = False
+    """Keep each rank's part in the host's memory (with AdamW's moments, where it is trained)."""
 
     def __post_init__(self) -> None:
         if self.layout not in ("auto", *LAYOUTS):

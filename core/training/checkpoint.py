@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from matryoshka.core.distributed import ALONE, TIMEOUT_S, World, is_sharded
-from matryoshka.core.files import fsync_folder, write_atomic, write_json
+from matryoshka.core.files import fsync, write_atomic, write_json
 from matryoshka.core.training.checkpoint_files import STATE, WHOLE, read_state, remove, rotate, sizes, step_of
 from matryoshka.core.training.checkpoint_files import latest_checkpoint as latest_checkpoint
 from matryoshka.core.training.checkpoint_shards import own_slices, read_slices, write_slices
@@ -194,7 +194,7 @@ class Checkpoints:
         if target.exists():
             remove(target)
         os.rename(temporary, target)
-        fsync_folder(self._folder)  # the new name is durable before an old checkpoint goes
+        fsync(self._folder)  # the new name is durable before an old checkpoint goes
         rotate(self._folder, target, self._keep, self._max_bytes)
 
     def _files_of_others(self, temporary: Path) -> dict[str, int]:

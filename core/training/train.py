@@ -11,15 +11,10 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -30,6 +25,7 @@ from matryoshka.core.files import write_text
 from matryoshka.core.models.activations import POLICIES
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.records import stable_seed
+from matryoshka.core.signals import Interrupted, stop_event
 from matryoshka.core.training.checkpoint import Checkpoints
 from matryoshka.core.training.memory import free_bytes, plan_memory
 from matryoshka.core.training.optimizer import OPTIMIZERS, make_optimizer
@@ -50,40 +46,50 @@ from matryoshka.core.training.step import Totals as Totals
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train; every default is the paper's or the field's.
-
-    batch_size counts items (conversations or preference pairs) per optimizer step; micro_batch_tokens bounds the tree
-    tokens that are in flight at once (an item that alone has more is refused). min_lr_ratio: floor of the cosine.
-    save_every: optimizer steps between checkpoints (0: only at the end and on a signal). keep_checkpoints,
-    max_checkpoint_gb: how many stay, and how many GB they may take (0: any); the newest stays. save_asynchronously:
-    write them while training goes on, from a copy in host memory. rank_timeout_s: a rank that waits longer for another
-    one, in a collective or for its part of a checkpoint, fails, and torchrun ends the rest. lora_plus_ratio: rate of
-    LoRA's B over that of A (LoRA+; its authors use 16). optimizer: "adamw", or "adamw8bit", "paged_adamw8bit" with
-    moments in 8 bits (`core/training/optimizer.py`). activations: what forward keeps for backward, "none",
-    "selective", "full", "offload" (`activations.py`) or "auto", the fastest that fits; no bit of the result
-    depends on it. compile_blocks: whole blocks by torch.compile.
-    """
+    """How to train. Defaults are those of the paper or of the field."""
 
     learning_rate: float = 5e-6
+    """Peak learning rate."""
     epochs: int = 1
+    """Passes over the items."""
     batch_size: int = 64
+    """Items (conversations or preference pairs) in one optimizer step."""
     micro_batch_tokens: int = 8192
+    """Most tree tokens in flight at once; an item that alone has more is refused."""
     warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises linearly."""
     min_lr_ratio: float = 0.1
+    """Floor of the cosine schedule, as a share of the peak."""
     max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are clipped."""
     weight_decay: float = 0.0
+    """Decoupled weight decay."""
     beta1: float = 0.9
+    """Decay of AdamW's first moment."""
     beta2: float = 0.95
+    """Decay of AdamW's second moment."""
     lora_plus_ratio: float = 1.0
+    """Learning rate of LoRA's B over that of A (LoRA+, whose authors use 16)."""
     optimizer: str = "adamw"
+    """"adamw", or "adamw8bit" or "paged_adamw8bit" with moments in 8 bits."""
     activations: str = "auto"
+    """What the forward pass keeps for the backward pass: "none", "selective", "full", "offload", or "auto", the fastest
+    that fits. The result does not depend on it."""
     compile_blocks: bool = False
+    """Compile whole blocks with torch.compile."""
     save_every: int = 0
+    """Optimizer steps between checkpoints, 0 for one at the end and on a signal."""
     keep_checkpoints: int = 1
+    """Checkpoints that are kept."""
     max_checkpoint_gb: float = 0.0
+    """GB that all checkpoints may take, 0 for no limit; the newest always stays."""
     save_asynchronously: bool = True
+    """Write checkpoints while training continues, from a copy in host memory."""
     rank_timeout_s: float = TIMEOUT_S
+    """Seconds that a rank waits for another one, in a collective or for its part of a checkpoint, before it fails and
+    torchrun ends the rest."""
     seed: int = 42
+    """Seed of the order of items and of dropout."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "micro_batch_tokens", "keep_checkpoints"):
@@ -98,10 +104,6 @@ class TrainConfig:
             raise ValueError(f"train: optimizer {self.optimizer!r} is unknown; choose from {list(OPTIMIZERS)}")
         if self.activations not in ("auto", *POLICIES):
             raise ValueError(f"train: activations {self.activations!r} is unknown; choose from {['auto', *POLICIES]}")
-
-
-class Interrupted(RuntimeError):
-    """SIGTERM or SIGINT came: the state is saved, starting again continues."""
 
 
 def train(
@@ -158,7 +160,7 @@ def train(
         return MicroBatch(model, token_logps, items, config.micro_batch_tokens, device, memory)
 
     metrics_path = folder / "metrics.jsonl"
-    with _stop_signal() as stop, checkpoints:
+    with stop_event() as stop, checkpoints:
         if cache is not None and reference is not None and checkpoints.latest() != num_steps:
             cache.verify(items, lambda item: micro_batch([item]).reference_logps(reference))
             for index in range(num_steps // config.epochs if reference_first else 0):
@@ -250,30 +252,3 @@ def _keep_metrics(path: Path, step: int) -> None:
     """Drop rows after `step`: they were written after the checkpoint that training continues from."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     write_text(path, "".join(lines[:step]))
-
-
-@contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """Set an event on SIGTERM (pre-emption) or SIGINT instead of dying within a step; a second signal acts at once.
-
-    Not under torchrun: it passes on the signals that it gets, and a scheduler sends them to every process, so that they
-    come twice; what is still there after torchrun's --shutdown-timeout is killed.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(number, before[number])
-
-    before = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

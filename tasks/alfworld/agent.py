@@ -146,6 +146,20 @@ class Agent:
                 return candidates[0], place
         return None
 
+    def fetch(self, kind: str, places: Sequence[str]) -> str:
+        """Find the first object of `kind` in `places`, take it and return it; "" if there is none."""
+        if (found := self.find(kind, places)) is None:
+            return ""
+        self.take(*found)
+        return self._holding
+
+    def go(self, *kinds: str) -> str:
+        """Visit the first receptacle of these kinds or names and return it; "" if there is none."""
+        if not (places := self.places(*kinds)):
+            return ""
+        self.visit(places[0])
+        return places[0]
+
     def ask(self, question: str) -> str:
         """Return a language model's answer to `question`, in words."""
         return self._ask(str(question))

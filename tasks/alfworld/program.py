@@ -1,31 +1,26 @@
 """Runs a model-written program that plays a household: the program in a sandboxed process, the household here.
 
-The program (step_1(agent, memory), step_2(agent, memory), ...) runs in the sandbox's child process, with its limits and
-without files; every action of its agent is a request over a socket, which the session here answers. So it can do to
-the household only what commands can, and whatever it does to itself ends in an outcome. What the sandbox does not cover
-(`tasks/sandbox.py`), this does not either.
+The program (step_1(agent, memory), step_2(agent, memory), ...) runs in the sandbox's child process, behind the same
+boundary as every generated program (`tasks/sandbox.py`); every action of its agent is a request over the child's line,
+which the session here answers. So it can do to the household only what commands can, and whatever it does to itself
+ends in an outcome.
 """
 
 import asyncio
 import marshal
-import os
-import signal
-import socket
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from matryoshka.tasks import sandbox
 from matryoshka.tasks.alfworld.playthrough import Session, StepsSpentError
+from matryoshka.tasks.sandbox import END_S, clean, default_slots, frame, limits_for
+from matryoshka.tasks.sandbox_backends import START_S, Process, Sandbox, local_sandbox
 
 CHILD = Path(__file__).with_name("program_child.py")
-START_S = 60.0  # until the child is ready to run the program: a busy machine is no fault of the program
 MAX_MESSAGE = 2**15
 # Commands and questions go into prompts and records, so the parent holds them to these numbers of characters.
 MAX_COMMAND, MAX_QUESTION = 500, 2000
-END_S = 1.0  # for a child that has closed its line to end by itself, so that the reason of its end is known
 MAX_REFUSED = 20  # requests beyond a limit, after which a program is not heard any more
 STDOUT_BYTES = 2**11
 
@@ -34,13 +29,15 @@ STDOUT_BYTES = 2**11
 class Limits:
     """What one program may use. timeout_s: wall clock without the time that `ask` takes. asks: questions.
 
-    ask_tokens: of one answer; the caller's `ask` keeps to it.
+    ask_tokens: of one answer; the caller's `ask` keeps to it. sandbox: where it runs, by default this machine's sandbox
+    with isolation "auto".
     """
 
     timeout_s: float = 10.0
     memory_bytes: int = 256 * 2**20
     asks: int = 5
     ask_tokens: int = 64
+    sandbox: Sandbox | None = None
 
 
 @dataclass(frozen=True)
@@ -76,57 +73,20 @@ async def run_program(
     and is raised. slots: how many programs run at once (default: one per CPU for each event loop); a program that
     waits for an answer gives its slot away. Raises RuntimeError if the child does not start.
     """
-    if limits.timeout_s <= 0 or limits.memory_bytes < sandbox.MIN_MEMORY_BYTES:
-        raise ValueError(
-            f"program: timeout_s is {limits.timeout_s} and memory_bytes is {limits.memory_bytes}; "
-            f"expected a positive time and at least {sandbox.MIN_MEMORY_BYTES} bytes"
-        )
-    slots = slots or sandbox.default_slots()
+    process_limits = limits_for(limits.timeout_s, limits.memory_bytes)
+    slots = slots or default_slots()
     async with slots:
-        folder = tempfile.mkdtemp(prefix="program-")
-        try:
-            return await _run(code, session, ask, limits, first, memory, slots, folder)
-        finally:
-            await sandbox.remove(folder)
-
-
-async def _run(
-    code: str,
-    session: Session,
-    ask: Callable[[str], Awaitable[str]],
-    limits: Limits,
-    first: int,
-    memory: str,
-    slots: asyncio.Semaphore,
-    folder: str,
-) -> ProgramOutcome:
-    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as printed:
-        source.write(code.encode("utf-8", "surrogatepass"))
-        source.seek(0)
-        ours, theirs = socket.socketpair()
         started = time.monotonic()
-        try:
-            with theirs:
-                process = await sandbox.start(
-                    CHILD, folder, source, printed, theirs.fileno(), limits.timeout_s, limits.memory_bytes
-                )
-        except BaseException:
-            ours.close()
-            raise
-        try:
-            reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_MESSAGE)
-            try:
-                play = _Play(reader, writer, session, ask, limits, slots)
-                begun = await play.begin(first, memory)
-                if begun:
-                    await play.serve(process)
-            finally:
-                writer.close()
-        finally:
-            await sandbox.end(process)
-        stdout = os.pread(printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace")
+        async with (limits.sandbox or local_sandbox()).open(CHILD, process_limits) as process:
+            play = _Play(process, session, ask, limits, slots)
+            source = code.encode("utf-8", "surrogatepass")  # malformed text becomes the compiler's SyntaxError
+            begun = await play.begin(source, first, memory)
+            if begun:
+                await play.serve()
+            ended = await process.end()
+    stdout = ended.printed[:STDOUT_BYTES]
     if not begun:
-        raise RuntimeError(f"program: the child (code {process.returncode}) was not ready: {stdout[-500:]}")
+        raise RuntimeError(f"program: the child was not ready: it {ended.how}: {stdout[-500:]}")
     return ProgramOutcome(play.error, play.step, play.memory, stdout, time.monotonic() - started)
 
 
@@ -135,32 +95,31 @@ class _Play:
 
     def __init__(
         self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
+        process: Process,
         session: Session,
         ask: Callable[[str], Awaitable[str]],
         limits: Limits,
         slots: asyncio.Semaphore,
     ) -> None:
-        self._reader, self._writer = reader, writer
+        self._process, self._reader, self._writer = process, process.reader, process.writer
         self._session, self._ask, self._limits, self._slots = session, ask, limits, slots
         self.step = 0
         self.memory = "{}"
         self.error = ""
 
-    async def begin(self, first: int, memory: str) -> bool:
+    async def begin(self, source: bytes, first: int, memory: str) -> bool:
         """Return whether the child is ready to run the program."""
         session = self._session
         # marshal is safe in this direction: the child trusts us, and it is the same interpreter.
-        start = marshal.dumps((session.verbs, session.screen, session.history, first, memory))
-        self._writer.write(len(start).to_bytes(4, "big") + start)
+        start = marshal.dumps((source, session.verbs, session.screen, session.history, first, memory))
+        self._writer.write(frame(start))
         try:
             async with asyncio.timeout(START_S):
                 return await self._reader.readexactly(5) == b"R\0\0\0\0"
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
             return False
 
-    async def serve(self, process: asyncio.subprocess.Process) -> None:
+    async def serve(self) -> None:
         """Answer the child until the program ends, the task is done or a limit is met."""
         try:
             async with asyncio.timeout(self._limits.timeout_s) as clock:
@@ -168,13 +127,8 @@ class _Play:
         except TimeoutError:
             self.error = f"TimeoutError: the program did not finish within {self._limits.timeout_s:g} s"
         except (asyncio.IncompleteReadError, ConnectionError):
-            try:
-                async with asyncio.timeout(END_S):
-                    code = await process.wait()
-                how = f"exited (code {code})" if code >= 0 else f"was killed ({signal.strsignal(-code)})"
-            except TimeoutError:  # it closed the line and goes on, or has stopped itself: `_run` kills it
-                how = "closed the line to its household"
-            self.error = f"RuntimeError: the program {how} before its last step had ended"
+            ended = await self._process.end(END_S)
+            self.error = f"RuntimeError: the program {ended.how} before its last step had ended"
 
     async def _converse(self, clock: asyncio.Timeout) -> None:
         refused = asked = 0
@@ -190,7 +144,7 @@ class _Play:
             elif kind == b"M":
                 self.memory = text
             elif kind == b"E":
-                self.error = sandbox.clean(text) or "RuntimeError: the program ended without a reason"
+                self.error = clean(text) or "RuntimeError: the program ended without a reason"
                 return
             elif kind == b"F":
                 return
@@ -227,5 +181,4 @@ class _Play:
             clock.reschedule(loop.time() + left)
 
     def _reply(self, status: bytes, text: str) -> None:
-        data = status + text.encode("utf-8", "replace")
-        self._writer.write(len(data).to_bytes(4, "big") + data)
+        self._writer.write(frame(status + text.encode("utf-8", "replace")))

@@ -25,6 +25,7 @@ from matryoshka.core.records import (
 from matryoshka.tasks.pal.answers import same_answer
 from matryoshka.tasks.pal.prompts import PromptStyle
 from matryoshka.tasks.sandbox import Outcome, extract_code, run_solution
+from matryoshka.tasks.sandbox_backends import Sandbox
 
 PAIR_RULE = PairRule("binary", cap=4)
 
@@ -39,6 +40,7 @@ class PALTask:
 
     splits: the problems by split name. style: the prompts, also part of the task's name, since other prompts are
     other episodes. timeout_s, memory_bytes: limits of one program. version: raised when the loop or its prompts change.
+    sandbox: where programs run, by default this machine's sandbox with isolation "auto".
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class PALTask:
         memory_bytes: int = 512 * 2**20,
         pair_rule: PairRule = PAIR_RULE,
         version: int = 1,
+        sandbox: Sandbox | None = None,
     ) -> None:
         self.name = f"pal-{style.name}"
         self.version = version
@@ -58,6 +61,7 @@ class PALTask:
         self._splits = splits
         self._timeout_s = timeout_s
         self._memory_bytes = memory_bytes
+        self._sandbox = sandbox
 
     def examples(self, split: str) -> Sequence[Example]:
         """Return the problems of `split`. Raises ValueError listing the splits when it is unknown."""
@@ -108,7 +112,9 @@ class PALTask:
                 for attempt in range(settings.inner_attempts):
                     reply = await generator.complete(request, settings.generator.again(turn, attempt))
                     code = extract_code(reply.text)
-                    outcome = await run_solution(code, self._timeout_s, self._memory_bytes)
+                    outcome = await run_solution(
+                        code, self._timeout_s, self._memory_bytes, sandbox=self._sandbox
+                    )
                     complaint = _complaint(outcome, example, settings.protocol)
                     call = Call(request, reply, outcome.error or f"value {outcome.value}")
                     turns[-1] = replace(turns[-1], calls=(*turns[-1].calls, call), feedback=complaint)

@@ -120,6 +120,10 @@ def test_by_hand(objective: Preference | SFT) -> None:
         "accuracy": sum(a > b for a, b in zip(chosen_reward.tolist(), rejected_reward.tolist(), strict=True)),
         "chosen_reward": chosen_reward.sum().item(),
         "rejected_reward": rejected_reward.sum().item(),
+        "chosen_logps": c.sum().item(),
+        "rejected_logps": r.sum().item(),
+        "chosen_length": n_c.sum().item(),
+        "rejected_length": n_r.sum().item(),
     }
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(by_hand, rel=1e-12)
     assert 0 < by_hand["accuracy"] < 5

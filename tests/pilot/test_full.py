@@ -96,7 +96,6 @@ def test_bf16_keeps_fp32_weights_beside(tiny_dir: Path, tmp_path: Path, one_rank
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
-        (["--tune", "some"], "tune 'some' is unknown"),
         (["--tune", "full", "--adapter", "a"], "there is none where all weights are trained"),
         (["--parallel.layout", "shard"], "layout 'shard' is for ranks; start with torchrun"),
         (["--tune", "full", "--dtype", "bfloat16"], "training all weights in torch.bfloat16 is for ranks"),

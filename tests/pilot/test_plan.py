@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from matryoshka.pilot.plan import PlanConfig, memory_size, plan
+from matryoshka.pilot.plan import PlanConfig, memory_size
 from matryoshka.scripts.cli import main
+from matryoshka.scripts.plan import plan
 from matryoshka.tests.pilot.conftest import environment
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -44,11 +44,8 @@ def test_ray_runs_the_same_episodes_and_either_executor_goes_on(
         client = replace(config.generator, prices="prices.toml")  # a path that a task has to find from our folder
         return replace(config, generator=client, warmup=WarmupConfig("none"))
 
-    def run(stage: str, config: RunConfig) -> int | str | None:
-        try:
-            return cli.main([stage, "--config", str(runs.write(config))])
-        except SystemExit as end:
-            return end.code
+    def run(stage: str, config: RunConfig) -> int:
+        return cli.main([stage, "--config", str(runs.write(config))])
 
     local = config("here")
     remote = replace(config("there"), executor="ray", ray_tasks=2)

@@ -15,6 +15,7 @@ from typing import Any
 import openai
 import pytest
 
+from matryoshka.core.models.from_gguf import smollm2_gguf
 from matryoshka.core.models.load import load_model
 from matryoshka.core.records import Message, Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
@@ -22,6 +23,8 @@ from matryoshka.inference.local_controller import LocalController, LocalEngine
 from matryoshka.inference.sampler import Sampler
 from matryoshka.lora.files import load_adapter, save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter
+from matryoshka.pilot.config import ServeConfig
+from matryoshka.pilot.serving import running_server, serve
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import command, environment
 
@@ -131,9 +134,10 @@ def test_a_server_beside_a_run_outlives_ctrl_c_and_dies_with_it(
     config = f"ServeConfig(model={str(tiny_dir)!r}, adapter={str(adapter_dir)!r}, name='loud')"
     code = (
         "import signal, time; from pathlib import Path; from matryoshka.pilot.config import ServeConfig\n"
-        "from matryoshka.pilot.serving import started\n"
+        "from matryoshka.pilot.serving import running_server\n"
         "signal.signal(signal.SIGINT, lambda *_: None)\n"
-        f"with started({config}, True, Path({str(tmp_path / 'log')!r})) as url: print(url, flush=True); time.sleep(300)"
+        f"log = Path({str(tmp_path / 'log')!r})\n"
+        f"with running_server({config}, True, log) as url: print(url, flush=True); time.sleep(300)"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -208,3 +212,42 @@ def test_what_vllm_cannot_do_is_refused(
 ) -> None:
     assert cli.main(["serve", "--engine", "vllm", "--model", str(tiny_dir), "--port", "0", *flags]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_starts_and_ends_llama_cpp(tmp_path: Path) -> None:
+    """Oracle: the real wheel over the embedded model's GGUF file lists the name that it was given, answers greedily as
+    before (its first words, when it is cut earlier), counts tokens, stops at max_tokens, and is gone after the block.
+    """
+    config = ServeConfig(model=str(smollm2_gguf()), engine="llama.cpp", name="embedded", threads=1)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    with running_server(config, deterministic=True, log=tmp_path / "log") as url:
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            assert [model.id for model in client.models.list().data] == ["embedded"]
+            answer = client.chat.completions.create(
+                model="embedded", messages=question, max_tokens=12, temperature=0.0  # type: ignore[arg-type]
+            )
+            short = client.chat.completions.create(
+                model="embedded", messages=question, max_tokens=2, temperature=0.0  # type: ignore[arg-type]
+            )
+        words, first = answer.choices[0].message.content, short.choices[0].message.content
+        assert words and first and words.startswith(first) and len(first) < len(words)
+        assert answer.usage is not None and answer.usage.prompt_tokens > 10 and answer.usage.completion_tokens == 12
+        assert short.usage is not None and short.usage.completion_tokens == 2
+        assert short.choices[0].finish_reason == "length"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=5) as client:
+        with pytest.raises(openai.APIConnectionError):
+            client.models.list()
+
+
+def test_settings_of_another_engine_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the message names the setting; nothing is started."""
+    with pytest.raises(ValueError, match="engine llama.cpp has no adapter, lora_rank or max_rows"):
+        serve(tmp_path / "model.gguf", engine="llama.cpp", lora_rank=8)
+    with pytest.raises(ValueError, match="adapter 'folder' is given; merge it"):
+        ServeConfig(model="model.gguf", engine="llama.cpp", adapter="folder")
+    with pytest.raises(FileNotFoundError, match="no such file; engine llama.cpp serves a model's .gguf file"):
+        absent = ServeConfig(model=str(tmp_path / "absent.gguf"), engine="llama.cpp")
+        with running_server(absent, False, tmp_path / "log"):
+            pass
+    assert capsys.readouterr().out == ""

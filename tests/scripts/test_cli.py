@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -31,6 +32,14 @@ class Config:
     train: Train = Train()
 
 
+def add_command(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., None]) -> None:
+    """Make `function` the command `name`, in a module of its own."""
+    module = ModuleType(f"matryoshka.scripts.{name}")
+    setattr(module, name, function)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(cli.COMMANDS, name, "help")
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Return the configurations that the command `take` was called with."""
@@ -39,7 +48,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     def take(config: Config) -> None:
         taken.append(config)
 
-    monkeypatch.setitem(cli.COMMANDS, "take", (lambda: take, "help"))
+    add_command(monkeypatch, "take", take)
     return taken
 
 
@@ -100,10 +109,7 @@ def test_debug_keeps_the_traceback(error: Exception, monkeypatch: pytest.MonkeyP
     def fail() -> None:
         raise error
 
-    def load() -> Callable[..., None]:
-        return fail
-
-    monkeypatch.setitem(cli.COMMANDS, "fail", (load, "help"))
+    add_command(monkeypatch, "fail", fail)
     assert cli.main(["fail"]) == 2
     monkeypatch.setenv(cli.DEBUG, "1")
     with pytest.raises(type(error), match="x"):
@@ -116,7 +122,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setitem(cli.COMMANDS, "fail", (lambda: fail, "help"))
+    add_command(monkeypatch, "fail", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["fail"])
 
@@ -128,4 +134,4 @@ def test_help_lists_every_command_without_torch() -> None:
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r}); {code}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(f"  {name} " in done.stdout and text in done.stdout for name, (_, text) in cli.COMMANDS.items())
+    assert all(f"  {name} " in done.stdout and text in done.stdout for name, text in cli.COMMANDS.items())

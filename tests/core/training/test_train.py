@@ -22,10 +22,11 @@ from torch import Tensor
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree, tree_size
 from matryoshka.core.records import Message
+from matryoshka.core.signals import Interrupted
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.checkpoint import latest_checkpoint
 from matryoshka.core.training.packing import batch_at, plan
-from matryoshka.core.training.train import Interrupted, Item, Totals, TrainConfig, learning_rate, train
+from matryoshka.core.training.train import Item, Totals, TrainConfig, learning_rate, train
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.lora.linear import (
@@ -453,7 +454,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from matryoshka.core.models.load import load_model
-from matryoshka.core.training.train import Interrupted, Item, TrainConfig, train
+from matryoshka.core.signals import Interrupted
+from matryoshka.core.training.train import Item, TrainConfig, train
 from matryoshka.core.models.tree import Tokens
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT

@@ -197,6 +197,16 @@ def test_find_follows_the_order_goes_back_to_what_it_saw_and_leaves_what_it_put(
     assert agent.find("mug", []) is None
 
 
+def test_fetch_and_go_are_find_take_and_visit() -> None:
+    """Oracle: the kitchen by heart: potato 1 in the fridge; what is not there is "", and nothing is done for it."""
+    agent = playing(Engine(load_game(kitchen.row())))
+    assert agent.fetch("potato", ["fridge", "countertop"]) == agent.holding == "potato 1"
+    assert agent.go("countertop", "fridge") == agent.location == "countertop 1"
+    assert agent.go("attic") == "" and agent.location == "countertop 1"
+    agent.put(agent.holding, "countertop 1")
+    assert agent.fetch("anvil", ["countertop"]) == "" == agent.holding
+
+
 def test_a_report_never_raises_and_tells_the_last_three() -> None:
     """Oracle: by hand, after none, one, two and four actions."""
     agent, _ = agent_with({})

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from matryoshka.core.records import Message, Messages
-from matryoshka.tasks.alfworld import react
+from matryoshka.tasks.alfworld import brief, react
 from matryoshka.tasks.alfworld import react_exemplars as acted
 from matryoshka.tasks.alfworld.agent import Agent, kind_of, receptacles_of, task_of
 from matryoshka.tasks.alfworld.compact import SHOTS, compact_style
@@ -110,7 +110,11 @@ def test_every_exemplar_needs_each_of_its_steps(task_type: str) -> None:
 
 
 def test_the_agent_has_what_the_prompt_promises() -> None:
-    """Oracle: the class: every name and every argument, and nothing of it is kept secret."""
+    """Oracle: the class: every name and every number of arguments, and no method is in none of the prompts."""
+    shown = f"{API}\n{brief.SOLVE_SYSTEM}"
+    for name, arguments in re.findall(r"agent\.(\w+)(\([^)]*\))?", brief.SOLVE_SYSTEM):
+        member = inspect.getattr_static(Agent, name)
+        assert isinstance(member, property) or len(inspect.signature(member).parameters) == arguments.count(",") + 2
     for name, arguments in re.findall(r"agent\.(\w+)(\([^)]*\))?", API):
         member = inspect.getattr_static(Agent, name)
         if not arguments:
@@ -119,7 +123,7 @@ def test_the_agent_has_what_the_prompt_promises() -> None:
         wanted = [argument.strip(" *") for argument in arguments.strip("()").split(",") if argument.strip()]
         assert list(inspect.signature(member).parameters)[1:] == wanted, name
     public = {name for name in vars(Agent) if not name.startswith("_")}
-    assert public == set(re.findall(r"agent\.(\w+)", API))
+    assert public == set(re.findall(r"agent\.(\w+)", shown))
 
 
 @pytest.mark.parametrize("verbs", ["current", "old"])
@@ -162,7 +166,7 @@ def test_the_full_style_shows_the_exemplar_of_the_type(task_type: str) -> None:
 
 def test_without_a_plan_no_plan_is_shown() -> None:
     """Oracle: the mark before a plan is nowhere in the prompt."""
-    for style in (full_style(), compact_style()):
+    for style in (full_style(), compact_style(), brief.brief_style()):
         for prompt in (style.solve(scene(), ""), style.act(scene(), "")):
             assert PLAN_MARK not in text_of(prompt)
         assert PLAN_MARK in text_of(style.solve(scene(), "p")) and PLAN_MARK in text_of(style.act(scene(), "p"))
@@ -195,6 +199,36 @@ def test_compact_prompts_share_their_shots_and_are_short() -> None:
     assert len({prompt[:-1] for prompt in prompts}) == 1 and len(prompts[0]) == 2 * len(SHOTS) + 2
     assert prompts[0][-1] == Message("user", "cabinet, stove\nheat some yam and put it in cabinet")
     assert style.write(EXEMPLARS["look_at_obj_in_light"].steps) == prompts[0][4].content
+
+
+@pytest.mark.parametrize("task_type", TASK_TYPES)
+def test_the_brief_style_shows_sentences_to_the_generator_alone(task_type: str) -> None:
+    """Oracle: by eye: the controller's prompt has the compact plan of the type's shot and the compact style's last
+    message; the generator's has plans in sentences with quoted places. All prompts of a type have all but the last
+    message in common.
+    """
+    style, shot = brief.brief_style(), EXEMPLARS[task_type]
+    asked = style.plan(scene(task_type))
+    assert asked[2] == Message("assistant", write_compact(shot.steps)) and len(asked) == 4
+    assert asked[-1] == compact_style().plan(scene(task_type))[-1]
+    plan = "1. find yam: cabinet 2, stove\n2. heat yam: stove\n3. put yam: cabinet\nthen rest"
+    solve, bare = style.solve(scene(task_type), plan), style.solve(scene(task_type), "")
+    assert solve[-1].content == f"cabinet, stove\nheat some yam and put it in cabinet{PLAN_MARK}" + (
+        "1. Find a yam in 'cabinet 2' or 'stove' and take it.\n2. Heat the yam in 'stove'.\n"
+        "3. Put the yam in 'cabinet'.\nthen rest"
+    )
+    assert solve[:-1] == style.solve(scene(task_type), "1. find mug: stove")[:-1] != bare[:-1]
+    assert solve[2] == bare[2] == Message("assistant", brief.straight_program(shot.steps))
+    assert brief.in_sentences("4. use desklamp: desk") == "4. Find a desklamp in 'desk' and use it."
+
+
+@pytest.mark.parametrize("task_type", TASK_TYPES)
+def test_every_straight_program_wins_in_its_room(task_type: str) -> None:
+    """Oracle: the engine; each exemplar's room holds its things where a sensible search finds them."""
+    session = Session(Engine(load_game(room(task_type))), 50)
+    code = brief.straight_program(EXEMPLARS[task_type].steps)
+    outcome = asyncio.run(run_program(code, session, no_answer, Limits(10.0, 128 * 2**20)))
+    assert (session.won, outcome.error) == (True, "")
 
 
 @pytest.mark.parametrize("style", [full_style(), compact_style()], ids=lambda style: style.name)

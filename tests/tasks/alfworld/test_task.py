@@ -264,9 +264,9 @@ def test_a_question_that_fails_for_good_fails_the_episode() -> None:
     ("body", "verdict", "reason"),
     [
         ("while True: pass", "error", "did not finish within 1 s"),
-        ("__import__('os').fork()", "error", "os.fork is not allowed"),
-        ("open('/etc/passwd')", "error", "open is not allowed"),
-        ("__import__('socket').create_connection(('127.0.0.1', 9))", "error", "socket."),
+        ("__import__('os').fork()", "error", "PermissionError"),
+        ("open('/etc/passwd')", "error", "Error: [Errno"),
+        ("__import__('socket').create_connection(('127.0.0.1', 9))", "error", "PermissionError"),
         ("__import__('sys').exit()", "error", "SystemExit"),
         ("x = 'x' * 10**9", "error", "MemoryError"),
         ("for _ in range(100): print('x' * 10**6)", "error", "File too large"),

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from matryoshka.core.models.from_gguf import smollm2_gguf
 from matryoshka.pilot.environment import GIB, ROOT, environment, version
+from matryoshka.tasks.sandbox_backends import SCRIPT, in_words, local_sandbox
 
 # Import name -> the extra that brings it.
 OPTIONAL = {
@@ -52,13 +53,14 @@ DATA_FOLDERS = ("gsm8k", "alfworld", "lamp")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def doctor() -> dict[str, Any]:
+def inspect_machine() -> dict[str, Any]:
     """Return `environment()` and what else decides which commands can run here, as JSON-ready values."""
     data = Path(os.environ.get("MATRYOSHKA_DATA", ROOT.parent / "shared" / "data"))
     return {
         "environment": environment(),
         "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / GIB, 1),
         "matmul_gflops": _matmul_speeds(),
+        "sandbox": in_words(local_sandbox().start(SCRIPT)),
         "optional": {name: _optional_version(name) for name in OPTIONAL},
         "servers": {f"http://127.0.0.1:{port}/v1": _served_models(port) for port in PORTS},
         "data": {"folder": str(data), **{name: (data / name).is_dir() for name in DATA_FOLDERS}},
@@ -70,13 +72,13 @@ def doctor() -> dict[str, Any]:
     }
 
 
-def main(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
     """Print what this machine has.
 
     Args:
         as_json: One JSON object instead of tables.
     """
-    report = doctor()
+    report = inspect_machine()
     if as_json:
         print(json.dumps(report))
     else:
@@ -84,7 +86,7 @@ def main(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
-    """Print the tables of what `doctor` returned to `console`."""
+    """Print the tables of `inspect_machine` to `console`."""
     env = report["environment"]
     _table(
         console,
@@ -102,6 +104,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
                 f"matmul, {device}": ", ".join(f"{name} {speed:,.0f} GFLOP/s" for name, speed in speeds.items())
                 for device, speeds in report["matmul_gflops"].items()
             },
+            "generated programs": report["sandbox"],
             "commit": env["commit"] or "not a checkout",
         },
     )
@@ -186,6 +189,3 @@ def _embedded_weights() -> str | None:
     except FileNotFoundError:
         return None
 
-
-if __name__ == "__main__":
-    tyro.cli(main)

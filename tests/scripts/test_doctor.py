@@ -1,4 +1,4 @@
-"""pilot/doctor.py: it tells what is there, and of a key nothing but its presence."""
+"""scripts/doctor.py: it reports what is there, and of a key only its presence."""
 
 import io
 import json
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from matryoshka.pilot import doctor
 from matryoshka.pilot.environment import _commit
+from matryoshka.scripts import doctor
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def test_the_report_is_json_and_tells_no_key(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("MATRYOSHKA_DATA", str(tmp_path))
     monkeypatch.setenv("OPENAI_API_KEY", "key-value-7391")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    report = doctor.doctor()
+    report = doctor.inspect_machine()
     assert json.loads(json.dumps(report)) == report
     assert report["environment"]["python"] == platform.python_version()
     assert report["environment"]["versions"]["torch"] == version("torch")
@@ -63,7 +63,7 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
     """Oracle: the brackets of the extra survive rich, which would take them for markup."""
     monkeypatch.setattr(doctor, "OPTIONAL", {"no_such_package": "cuda"})
     text = io.StringIO()
-    doctor.show(doctor.doctor(), Console(file=text, width=200))
+    doctor.show(doctor.inspect_machine(), Console(file=text, width=200))
     assert "no_such_package  no; pip install 'matryoshka-pilot[cuda]'" in text.getvalue()
 
 

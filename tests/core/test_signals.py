@@ -13,19 +13,19 @@ from pathlib import Path
 
 import pytest
 
+from matryoshka.core.signals import SIGNALS, STOPPED, STOPPING, async_stop_event
 from matryoshka.pilot.config import WarmupConfig
-from matryoshka.pilot.signals import ORDER, SIGNALS, WISH, stop_on_signal
 from matryoshka.tests.pilot.conftest import Generator, environment
 from matryoshka.tests.pilot.test_pilot import Runs, small
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_is_a_wish(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_signal_asks_for_an_orderly_stop(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: the event; the coroutine goes on, and the handlers are the process's own again."""
     before = [signal.getsignal(n) for n in SIGNALS]
 
     async def work() -> str:
-        with stop_on_signal() as stop:
+        with async_stop_event() as stop:
             assert not stop.is_set()
             os.kill(os.getpid(), number)
             await asyncio.wait_for(stop.wait(), 5)
@@ -40,10 +40,10 @@ def test_the_first_signal_is_a_wish(number: signal.Signals, capsys: pytest.Captu
 # Tasks, an executor's thread and a loop that does not come to its turn: none of them may hold up the end, or speak.
 WORK = """
 import asyncio, os, signal, sys, time
-from matryoshka.pilot.signals import stop_on_signal
+from matryoshka.core.signals import async_stop_event
 
 async def work():
-    with stop_on_signal() as stop:
+    with async_stop_event() as stop:
         tasks = [asyncio.create_task(asyncio.sleep(60)), asyncio.create_task(asyncio.to_thread(time.sleep, 60))]
         await asyncio.sleep(0.05)
         os.kill(os.getpid(), int(sys.argv[1]))
@@ -66,14 +66,14 @@ def twice(number: signal.Signals, **variables: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_second_one_is_an_order(number: signal.Signals) -> None:
+def test_the_second_signal_ends_the_process(number: signal.Signals) -> None:
     """Oracle: what a shell says of a process that this signal ended, and all of stderr: two lines, no traceback."""
-    assert twice(number) == (128 + number, "", WISH + ORDER)
+    assert twice(number) == (128 + number, "", STOPPING + STOPPED)
 
 
-def test_torchrun_says_everything_twice() -> None:
+def test_torchrun_sends_each_signal_twice() -> None:
     """Oracle: the process goes on; a rank gets a scheduler's signal from it and from its launcher."""
-    assert twice(signal.SIGTERM, TORCHELASTIC_RUN_ID="none") == (0, "went on\n", WISH)
+    assert twice(signal.SIGTERM, TORCHELASTIC_RUN_ID="none") == (0, "went on\n", STOPPING)
 
 
 def wait_for(seen: Callable[[], bool]) -> None:
@@ -93,12 +93,12 @@ def test_collection_stops_at_once(tmp_path: Path, controller_dir: Path, generato
     process, errors = runs.start(config), tmp_path / "stalling.err"
     wait_for(lambda: len(generator.asked("stalling")) > 5 and runs.num_kept(config) == 3)
     os.killpg(process.pid, signal.SIGINT)
-    wait_for(lambda: WISH in errors.read_text())
+    wait_for(lambda: STOPPING in errors.read_text())
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(10) == 130
     assert process.stdout is not None
     process.stdout.close()
-    assert errors.read_text().endswith(WISH + ORDER) and "Traceback" not in errors.read_text()
+    assert errors.read_text().endswith(STOPPING + STOPPED) and "Traceback" not in errors.read_text()
     assert runs.num_kept(config) == 3
     rows = (runs.folder(config) / "trajectories.jsonl").read_text().split("\n")
     assert rows[-1] == "" and all(json.loads(row)["trajectory"] for row in rows[:-1])

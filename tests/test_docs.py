@@ -1,0 +1,136 @@
+"""README and docs: every command is understood by its parser, and every block runs or says why it cannot.
+
+A comment stands before each block of commands or Python: `<!-- run: KIND -->`, KIND naming the files that it finds, or
+`<!-- not run: REASON -->`. Blocks run in an empty folder, with a tiny random model in the place of the real one.
+"""
+
+import functools
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from matryoshka.scripts import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
+DIRECTIVE = re.compile(r"<!-- (run|not run): (.+?) -->")
+COMMAND = re.compile(r"^(?:torchrun .*?-m matryoshka\.scripts\.cli|matryoshka) (?P<rest>.*)$")
+PAIRS = [{"prompt": f"What is {n} + 1?", "chosen": f"It is {n + 1}.", "rejected": "No idea."} for n in range(4)]
+CHATS = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block. directive: "run" or "not run", "" where none stands before it; detail: its kind or reason."""
+
+    where: str
+    language: str
+    text: str
+    directive: str
+    detail: str
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """Yield the fenced blocks of a page, with the comment that stands directly before each."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    opened, language = None, ""
+    for number, line in enumerate(lines):
+        if not line.startswith("```"):
+            continue
+        if opened is None:
+            opened, language = number, line.removeprefix("```").strip()
+            continue
+        found = DIRECTIVE.fullmatch(lines[opened - 1].strip()) if opened else None
+        text = "\n".join(lines[opened + 1 : number])
+        where = f"{page.relative_to(ROOT)}:{opened + 1}"
+        yield Block(where, language, text, found[1] if found else "", found[2] if found else "")
+        opened = None
+    assert opened is None, f"{page}: a block is not closed"
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+EXECUTABLE = [block for block in BLOCKS if block.language in ("bash", "python")]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Return the arguments of every `matryoshka` command in a block, comments and line continuations removed."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        if match := COMMAND.match(line.strip()):
+            found.append(shlex.split(match["rest"], comments=True))
+    return found
+
+
+def test_every_block_says_whether_it_runs() -> None:
+    """Oracle: the rule of this module. A reason is a sentence, not a word."""
+    silent = [block.where for block in EXECUTABLE if not block.directive]
+    short = [b.where for b in EXECUTABLE if b.directive == "not run" and len(b.detail.split()) < 3]
+    assert (silent, short) == ([], [])
+
+
+def test_commands_stand_in_fenced_blocks() -> None:
+    """Oracle: the rule of this module; an indented command would escape the other tests."""
+    indented = [
+        f"{page.relative_to(ROOT)}:{number}"
+        for page in PAGES
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1)
+        if re.match(r" {4,}(matryoshka|torchrun|bash|python|pip) ", line)
+    ]
+    assert indented == []
+
+
+def parse_bench(arguments: Sequence[str], read_config: Callable[[Any, Sequence[str], str], Any]) -> None:
+    """Read the configuration of a benchmark as `benchmarks.command.bench` does, and run nothing."""
+    name, *flags = arguments
+    module = importlib.import_module(f"matryoshka.benchmarks.{name}")
+    read_config(module.Config, [flag for flag in flags if flag != "--json"], name)
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if commands(b.text)], ids=lambda block: block.where)
+def test_every_command_is_understood(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the parser of the command itself, given a configuration that exists. Nothing is executed."""
+    load = cli.load_command
+
+    def load_parser(name: str) -> Callable[..., None]:
+        """Return a function with the flags of the command that does nothing."""
+        return parse_bench if name == "bench" else functools.wraps(load(name))(lambda *_, **__: None)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli, "load_command", load_parser)
+    for arguments in commands(block.text):
+        known = [a if not a.endswith(".toml") or Path(a).exists() else "configs/demo.toml" for a in arguments]
+        try:
+            status = cli.main(known)
+        except SystemExit as err:  # a flag that the parser does not know
+            status = err.code or 0
+        assert status == 0, f"{block.where}: matryoshka {' '.join(arguments)}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [b for b in EXECUTABLE if b.directive == "run"], ids=lambda block: block.where)
+def test_blocks_run(block: Block, tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: the exit status."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "smollm2-135m-instruct").symlink_to(tiny_dir)
+    for name, rows in (("pairs", PAIRS), ("chats", CHATS)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    paths = [str(ROOT / ".ns"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    if block.language == "python":
+        script = [sys.executable, "-c", block.text]
+    else:
+        start = f'matryoshka() {{ "{sys.executable}" -m matryoshka.scripts.cli "$@"; }}\nset -euo pipefail'
+        script = ["bash", "-c", f"{start}\n{block.text}"]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{block.where}: {done.stderr[-2000:]}"

@@ -192,7 +192,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path}: weight_map is {shown(weight_map)}; expected {{key: file}}, get the index again")
     for key, name in weight_map.items():
-        if not isinstance(name, str) or not name or name in (".", "..") or re.search(r"[/\\\0]", name):
+        if not isinstance(name, str) or name in (".", "..") or not re.fullmatch(r"[^/\\\0]{1,200}", name):
             raise ValueError(f"{path}: {shown(key)} lies in {shown(name)}; expected the name of a file in this folder")
     return weight_map
 
@@ -261,4 +261,4 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _some(keys: list[str]) -> str:
     more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
-    return (", ".join(keys[:SHOWN_KEYS]) + more) or "nothing"
+    return (", ".join(f"{key:.100}" for key in keys[:SHOWN_KEYS]) + more) or "nothing"

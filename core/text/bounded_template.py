@@ -96,7 +96,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 class _Charging(NodeTransformer):
     """Charges for every turn of a loop, every call of a macro, and every value that is worked on."""
 
-    def _turns(self, node: Any) -> nodes.Node:
+    def _turns(self, node: Any) -> Any:
         self.generic_visit(node)
         turn = nodes.ExprStmt(_filter(nodes.Const(True), "_turn"), lineno=node.lineno)
         node.body = [turn, *node.body]

@@ -7,7 +7,10 @@ FOLDERS = [
     "tasks", "tasks.pal", "tasks.alfworld", "tasks.lamp", "eval", "pilot", "scripts", "benchmarks",
 ]
 
+# Data alone: recipes are installed as files beside the code.
+DATA_FOLDERS = ["configs"]
+
 setup(
-    packages=[f"matryoshka.{name}" for name in FOLDERS],
-    package_dir={f"matryoshka.{name}": name.replace(".", "/") for name in FOLDERS},
+    packages=[f"matryoshka.{name}" for name in (*FOLDERS, *DATA_FOLDERS)],
+    package_dir={f"matryoshka.{name}": name.replace(".", "/") for name in (*FOLDERS, *DATA_FOLDERS)},
 )

@@ -31,7 +31,7 @@ from matryoshka.pilot.context import Run, Scheme, open_run
 from matryoshka.pilot.environment import environment
 from matryoshka.pilot.episodes import run_episodes
 from matryoshka.pilot.evaluate import schemes
-from matryoshka.pilot.stages import collect, train_round, train_star, warm_up, write_pairs
+from matryoshka.pilot.stages import collect, is_trained, policy_before, train_round, train_star, warm_up, write_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -155,7 +155,7 @@ def run_seed(options: Options, config: RunConfig, root: Path, outcomes: Outcomes
         unpack_adapters(root, folder)
     with open_run(config, folder, cache=root / "answers.sqlite") as run:
         if not (options.quick or options.transfer):
-            outcomes.training[seed] = train(run)
+            outcomes.training[seed] = train(run, outcomes.training.get(seed))
         for name, (_, scheme) in ordered(schemes(run)):
             if name in FIXED and len(outcomes.table.get(name, {}).get("", {})) >= config.task.test:
                 continue
@@ -163,8 +163,14 @@ def run_seed(options: Options, config: RunConfig, root: Path, outcomes: Outcomes
             outcomes.save(path)
 
 
-def train(run: Run) -> dict[str, Any]:
-    """Run warm-up, rounds and STaR as far as they are not done, and return what they took and used."""
+def train(run: Run, known: dict[str, Any] | None) -> dict[str, Any]:
+    """Run warm-up, rounds and STaR as far as they are not done, and return what they took and used.
+
+    known: what an earlier run returned; where every stage is trained, it is returned and nothing is sampled.
+    """
+    stages = [policy_before(run.config, round) for round in range(1, run.config.rounds + 2)]
+    if known and all(is_trained(run, stage) for stage in [*stages, *(["star"] if run.config.star else [])]):
+        return known
     warm_up(run)
     collected: list[Trajectory] = []
     rows: dict[str, Any] = {}

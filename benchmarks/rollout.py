@@ -37,7 +37,7 @@ from matryoshka.core.records import (
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
 from matryoshka.inference.http_client import HttpClient
-from matryoshka.tasks.rollout import Job, job_key, run_rollouts
+from matryoshka.tasks.rollout import Job, Setup, job_key, run_rollouts
 
 MEMORY_LIMIT_MIB = 400
 # About the length of a PAL prompt; the question comes last.
@@ -175,7 +175,7 @@ def _episodes(config: Config, waves: int, server: Loopback, folder: Path, again:
             jobs = [Job(key, example, settings) for key, example in zip(keys, examples, strict=True)]
             try:
                 started = time.perf_counter()
-                done = await run_rollouts(task, jobs, controller, generator, journal, config.concurrency)
+                done = await run_rollouts(Setup(task, controller, generator), jobs, journal, config.concurrency)
                 return time.perf_counter() - started, done, generator
             finally:
                 await generator.aclose()

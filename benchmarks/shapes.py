@@ -34,7 +34,7 @@ def random_model(config: dict[str, Any], dtype: torch.dtype, device: str, seed: 
     """Return a model of that `config.json` with normal weights of deviation 0.02 and norms of 1."""
     architecture = model_architecture(config, Path(config["model_type"]))
     with torch.device("meta"):
-        model: LanguageModel = architecture.Model(architecture.Config.from_dict(config)).to(dtype)
+        model: LanguageModel = architecture.Model(architecture.read_config(config)).to(dtype)
     model = model.to_empty(device=device).eval()
     draws = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():

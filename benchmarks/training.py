@@ -176,7 +176,8 @@ def _padded_loss(model: LanguageModel, items: Sequence[Item], recipe: Recipe, to
 
     def forward() -> Tensor:
         hidden_BTD = model(ids_BT)
-        return token_logps(hidden_BTD[row_S, at_S - 1], model.head_weight, ids_BT[row_S, at_S])
+        softcap = model.config.final_logit_softcapping
+        return token_logps(hidden_BTD[row_S, at_S - 1], model.head_weight, ids_BT[row_S, at_S], softcap)
 
     if not recipe.preference:
         return -forward().sum() / total, ids_BT.numel()

@@ -5,6 +5,7 @@ Token ids and log-probs are present exactly where the model is white-box; text i
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
@@ -187,8 +188,8 @@ R = TypeVar("R")
 
 def to_json(record: Any) -> Any:
     """Return `record` as plain dicts, lists and scalars (tuples become lists)."""
-    if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
+    if (names := _field_names(record.__class__)) is not None:
+        return {name: to_json(getattr(record, name)) for name in names}
     if isinstance(record, dict):
         return {key: to_json(value) for key, value in record.items()}
     if isinstance(record, Packed):
@@ -196,6 +197,11 @@ def to_json(record: Any) -> Any:
     if isinstance(record, list | tuple):
         return [to_json(value) for value in record]
     return record
+
+
+@functools.cache
+def _field_names(kind: type) -> tuple[str, ...] | None:
+    return tuple(f.name for f in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else None
 
 
 def from_json(cls: type[R], data: Any) -> R:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-STOPPING = "\nstopping: episodes in flight end and are saved; once more to stop at once\n"
+STOPPING = "\nstopping: requests that were sent are waited for and saved; once more to stop at once\n"
 STOPPED = "\nstopped at once; what was recorded is kept, and the same command continues\n"
 
 

@@ -4,10 +4,11 @@ The gradient of logp(y) with respect to the hidden state is (1 - p_y) (W[y] - E[
 the forward pass does not have at hand. So the forward pass forms it tile by tile (two vocabulary products in training,
 one without gradients) and the backward pass is a row scale. The target stands apart from the other tokens throughout:
 log-prob and gradient keep their relative accuracy where p is near 1. A trainable head gets its own gradient from tiles
-that are computed again (two more products). `eager_logps` is the specification.
+that are computed again (two more products). A soft-cap c makes a logit z into c tanh(z / c); each row of W then counts
+times its slope 1 - tanh(z / c)^2. `eager_logps` is the specification.
 
 Every pass over the same hidden states takes the same tiles in the same order: policy and reference get the same bits.
-What is not a number in the hidden states is not a number in the log-prob of its row, and of no other.
+A NaN in a hidden state makes the log-prob of its own row NaN, and that of no other row.
 
 Shapes: S scored tokens, T tokens, D hidden, V vocabulary.
 """
@@ -29,7 +30,7 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class Scored(NamedTuple):
-    """What a pass over the vocabulary gives for each scored token, in at least fp32.
+    """The results of a pass over the vocabulary for each scored token, in at least fp32.
 
     direction_SD: d logp / d hidden, in fp32 (Triton: the hidden states' dtype); None where it was not asked for.
     entropy_S: of the distribution that the token was scored under, in nats; None likewise.
@@ -41,45 +42,44 @@ class Scored(NamedTuple):
     direction_SD: Tensor | None
 
 
-def eager_logps(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor) -> Tensor:
-    """Return log softmax(h W^T)[y], [S], in at least fp32: the plain computation, which autograd differentiates."""
+def eager_logps(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, softcap: float | None = None) -> Tensor:
+    """Return log softmax(cap(h W^T))[y], [S], in at least fp32: the plain computation, for autograd."""
     dtype = _wide(hidden_SD, head_VD)
     logits_SV = hidden_SD.to(dtype) @ head_VD.to(dtype).T
+    if softcap is not None:
+        logits_SV = softcap * torch.tanh(logits_SV / softcap)
     return logits_SV.log_softmax(-1).gather(1, target_S.unsqueeze(1)).squeeze(1)
 
 
-def token_logps(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor) -> Tensor:
-    """Return the log-prob of target_S[s] given hidden_SD[s], [S], in at least fp32.
+def token_logps(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, softcap: float | None = None) -> Tensor:
+    """Return the log-prob of target_S[s] given hidden_SD[s], [S], in at least fp32. softcap: of the logits.
 
     Differentiable in the hidden states and, where it requires a gradient, in the head; not twice. Raises ValueError for
     shapes that do not fit and, on a CPU, targets outside the vocabulary (elsewhere such a log-prob is not a number).
     """
-    return _apply(hidden_SD, head_VD, target_S, False)[0]
+    return _apply(hidden_SD, head_VD, target_S, softcap, False)[0]
 
 
-def token_logps_and_entropy(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor) -> tuple[Tensor, Tensor]:
+def token_logps_and_entropy(
+    hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the log-probs of `token_logps`, to the bit, and the entropy of each row's distribution in nats, [S].
 
     The entropy comes from the same tiles and is a metric: no gradient flows through it.
     """
-    logps_S, entropy_S = _apply(hidden_SD, head_VD, target_S, True)
+    logps_S, entropy_S = _apply(hidden_SD, head_VD, target_S, softcap, True)
     assert entropy_S is not None
     return logps_S, entropy_S
 
 
-def scored_logps(hidden_TD: Tensor, head_VD: Tensor, source_S: Tensor, target_S: Tensor) -> Tensor:
-    """Return the log-prob of target_S[s] given hidden_TD[source_S[s]], [S]; equal (source, target) are computed once.
-
-    The index tensors may lie on the CPU, where sorting them delays no GPU. In a token tree, answers that begin alike
-    share these tokens: about half of them in a batch of sampled pairs.
-    """
-    pairs_2U, index_S = torch.unique(torch.stack((source_S, target_S)), dim=1, return_inverse=True)
-    source_U, target_U = pairs_2U.to(hidden_TD.device)
-    return token_logps(hidden_TD[source_U], head_VD, target_U)[index_S.to(hidden_TD.device)]
-
-
 def extra_bytes(
-    num_tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, gpu: bool, training: bool
+    num_tokens: int,
+    hidden_size: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    gpu: bool,
+    training: bool,
+    softcap: float | None = None,
 ) -> int:
     """Return the most bytes that `token_logps` with a frozen head and its backward hold beyond their inputs.
 
@@ -96,13 +96,16 @@ def extra_bytes(
     else:
         rows, columns = _balanced(num_tokens, ROWS), min(COLUMNS, vocabulary)
         converted = 0 if size == wide else (rows + 2 * columns) * hidden_size * wide
-        tiles = rows * columns * wide + max(converted, rows * hidden_size * size if training else 0)
+        slopes = rows * columns * wide if training and softcap is not None else 0
+        tiles = rows * columns * wide + slopes + max(converted, rows * hidden_size * size if training else 0)
         kept = num_tokens * hidden_size * wide if training else 0
     gradient = num_tokens * hidden_size * size if training else 0
     return kept + max(tiles, gradient)
 
 
-def _apply(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+def _apply(
+    hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, softcap: float | None, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
     if hidden_SD.ndim != 2 or head_VD.ndim != 2 or hidden_SD.shape[1] != head_VD.shape[1]:
         raise ValueError(
             f"head: hidden states {list(hidden_SD.shape)} and head {list(head_VD.shape)}; expected [S, D] and [V, D]"
@@ -114,29 +117,29 @@ def _apply(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, with_entropy: b
             f"head: targets from {target_S.min()} to {target_S.max()}, but the head has rows 0 to {len(head_VD) - 1}; "
             "tokenizer and model differ, or a padding id was scored"
         )
-    if not torch.is_grad_enabled():  # or a leaf that requires a gradient would be given one that nobody asks for
+    if not torch.is_grad_enabled():  # otherwise the pass would form gradients for leaves that require one
         hidden_SD, head_VD = hidden_SD.detach(), head_VD.detach()
-    pair: tuple[Tensor, Tensor | None] = FlashHead.apply(hidden_SD, head_VD, target_S, with_entropy)  # type: ignore[no-untyped-call]
+    pair: tuple[Tensor, Tensor | None] = FlashHead.apply(hidden_SD, head_VD, target_S, softcap, with_entropy)  # type: ignore[no-untyped-call]
     return pair
 
 
 class FlashHead(torch.autograd.Function):
-    """(logp_S, entropy_S or None) of (hidden_SD, head_VD, target_S, with_entropy)."""
+    """(logp_S, entropy_S or None) of (hidden_SD, head_VD, target_S, softcap, with_entropy)."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, with_entropy: bool
+        ctx: Any, hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, softcap: float | None, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         for_hidden, for_head = ctx.needs_input_grad[:2]
         if _takes_kernels(hidden_SD, head_VD):
             from matryoshka.dpo import kernels
 
-            scored = kernels.score_tiles(hidden_SD, head_VD, target_S, for_hidden)
+            scored = kernels.score_tiles(hidden_SD, head_VD, target_S, softcap, for_hidden)
         else:
-            scored = score_tiles(hidden_SD, head_VD, target_S, for_hidden, with_entropy)
+            scored = score_tiles(hidden_SD, head_VD, target_S, softcap, for_hidden, with_entropy)
         again = (hidden_SD, head_VD, target_S, scored.logps_S, scored.logsumexp_S) if for_head else (None,) * 5
         ctx.save_for_backward(scored.direction_SD, *again)
-        ctx.hidden_dtype = hidden_SD.dtype
+        ctx.hidden_dtype, ctx.softcap = hidden_SD.dtype, softcap
         entropy_S = scored.entropy_S if with_entropy else None
         if entropy_S is not None:
             ctx.mark_non_differentiable(entropy_S)
@@ -144,15 +147,15 @@ class FlashHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_S: Tensor, _: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_S: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         direction_SD, hidden_SD, head_VD, target_S, logps_S, logsumexp_S = ctx.saved_tensors
         grad_hidden = grad_head = None
         if direction_SD is not None:
             grad_hidden = torch.empty_like(direction_SD, dtype=ctx.hidden_dtype)
             torch.mul(direction_SD, grad_S.unsqueeze(1), out=grad_hidden)
         if head_VD is not None:
-            grad_head = head_gradient(hidden_SD, head_VD, target_S, logps_S, logsumexp_S, grad_S)
-        return grad_hidden, grad_head, None, None
+            grad_head = head_gradient(hidden_SD, head_VD, target_S, (logps_S, logsumexp_S), grad_S, ctx.softcap)
+        return grad_hidden, grad_head, None, None, None
 
 
 def _takes_kernels(hidden_SD: Tensor, head_VD: Tensor) -> bool:
@@ -162,9 +165,14 @@ def _takes_kernels(hidden_SD: Tensor, head_VD: Tensor) -> bool:
 
 
 def score_tiles(
-    hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, with_direction: bool, with_entropy: bool
+    hidden_SD: Tensor,
+    head_VD: Tensor,
+    target_S: Tensor,
+    softcap: float | None,
+    with_direction: bool,
+    with_entropy: bool,
 ) -> Scored:
-    """Return log-probs, log-sum-exps, and what else is asked for, by torch alone, on any device and dtype."""
+    """Return log-probs, log-sum-exps and, where asked for, directions and entropies, on any device and dtype."""
     dtype = _wide(hidden_SD, head_VD)
     (num_tokens, size), vocabulary = hidden_SD.shape, len(head_VD)
     rows, columns = _balanced(num_tokens, ROWS), min(COLUMNS, vocabulary)
@@ -179,6 +187,11 @@ def score_tiles(
             weight = head_VD[first : first + columns].to(dtype)
             shape = len(hidden), len(weight)
             z = torch.mm(hidden, weight.T, out=logits[: math.prod(shape)].view(shape))
+            slope = None
+            if softcap is not None:
+                z.div_(softcap).tanh_()
+                slope = 1 - z.square() if with_direction else None
+                z.mul_(softcap)
             column, here = _local(target, first, len(weight))
             picked = z.gather(1, column)
             own.copy_(torch.where(here, picked, own))
@@ -193,14 +206,14 @@ def score_tiles(
             mass = z.exp_()
             rest.mul_(keep).add_(mass.sum(1, keepdim=True))
             if direction_SD is not None:
-                direction_SD[tile].mul_(keep).addmm_(mass, weight)
+                direction_SD[tile].mul_(keep).addmm_(mass if slope is None else mass.mul_(slope), weight)
         if direction_SD is not None:
-            to_direction(direction_SD[tile], head_VD, target_S[tile], state_4S[:, tile])
+            to_direction(direction_SD[tile], head_VD, target_S[tile], state_4S[:, tile], softcap)
     return summary(state_4S, direction_SD)
 
 
 def new_state(hidden_SD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what a pass over the vocabulary keeps of each row, [4, S], as it is before the first tile.
+    """Return the state of each row in a pass over the vocabulary, [4, S], as it is before the first tile.
 
     Over all tokens but the target: reference, a logit near the highest; rest, the sum of e^(z - reference); moment, the
     sum of (z - reference) e^(z - reference). Then own, the target's logit: not a number until its tile comes.
@@ -221,13 +234,17 @@ def summary(state_4S: Tensor, direction_SD: Tensor | None) -> Scored:
     return Scored(logps, logsumexp, others - logps.exp() * logps, direction_SD)
 
 
-def to_direction(sums_SD: Tensor, head_VD: Tensor, target_S: Tensor, state_4S: Tensor) -> None:
-    """Turn sums of e^(z - reference) W over all tokens but the target into (1 - p) (W[y] - sums / rest), in place."""
+def to_direction(
+    sums_SD: Tensor, head_VD: Tensor, target_S: Tensor, state_4S: Tensor, softcap: float | None
+) -> None:
+    """Turn sums of e^(z - reference) slope W over all tokens but the target into the gradient's direction, in place:
+    (1 - p) (slope[y] W[y] - sums / rest), where the slopes are 1 without a soft-cap."""
     away = _odds(state_4S).sigmoid().unsqueeze(1)
     # Where all of the rest underflows, so does `away`.
     rest = state_4S[1].clamp_min(torch.finfo(sums_SD.dtype).tiny).unsqueeze(1)
     own = head_VD[target_S.clamp(0, len(head_VD) - 1)]
-    sums_SD.mul_(-away / rest).addcmul_(own, away)
+    slope = 1.0 if softcap is None else (1 - (state_4S[3] / softcap).square()).unsqueeze(1)
+    sums_SD.mul_(-away / rest).addcmul_(own, away * slope)
 
 
 def _odds(state_4S: Tensor) -> Tensor:
@@ -238,9 +255,18 @@ def _odds(state_4S: Tensor) -> Tensor:
 
 
 def head_gradient(
-    hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, logps_S: Tensor, logsumexp_S: Tensor, grad_S: Tensor
+    hidden_SD: Tensor,
+    head_VD: Tensor,
+    target_S: Tensor,
+    scores: tuple[Tensor, Tensor],
+    grad_S: Tensor,
+    softcap: float | None,
 ) -> Tensor:
-    """Return the sum over s of grad_S[s] (onehot(y_s) - p_s) h_s^T, [V, D] in the head's dtype."""
+    """Return the sum over s of grad_S[s] slope (onehot(y_s) - p_s) h_s^T, [V, D] in the head's dtype.
+
+    scores: log-probs and log-sum-exps of the scored tokens.
+    """
+    logps_S, logsumexp_S = scores
     dtype = logps_S.dtype
     on_tensor_cores = hidden_SD.is_cuda and hidden_SD.dtype == head_VD.dtype == torch.bfloat16
     operand = torch.bfloat16 if on_tensor_cores else dtype
@@ -258,9 +284,16 @@ def head_gradient(
             hidden = hidden_SD[tile].to(operand)
             shape = len(hidden), len(weight)
             z = product(hidden, weight.T, out=logits[: math.prod(shape)].view(shape))
+            slope = None
+            if softcap is not None:
+                z.div_(softcap).tanh_()
+                slope = 1 - z.square()
+                z.mul_(softcap)
             z.sub_(logsumexp_S[tile].unsqueeze(1)).exp_().mul_(-grad_S[tile].unsqueeze(1))
             column, here = _local(target_S[tile].unsqueeze(1), first, len(weight))
             z.scatter_(1, column, torch.where(here, own_S[tile].unsqueeze(1), z.gather(1, column)))
+            if slope is not None:
+                z.mul_(slope)
             if operand == dtype:
                 total.addmm_(z.T, hidden)
             else:

@@ -3,7 +3,7 @@
 For a tile of rows, vocabulary tile after vocabulary tile: logits = h W^T in fp32, small enough to stay in the cache;
 `fold` turns them into e^(z - reference) in the head's dtype and keeps each row's sums. At the end one product with the
 whole head gives the gradient's direction, with no accumulator that travels through memory. One program folds one row
-from left to right: no atomics, the same bits every time, and no question that the host would have to wait for. A pass
+from left to right: no atomics, the same bits every time, and nothing that the host would have to wait for. A pass
 without gradients runs the same binary and writes nothing. `head.score_tiles` is the same in torch, and the reference.
 
 Triton is imported where this module is used; its interpreter (TRITON_INTERPRET=1) runs the kernel on a CPU.
@@ -34,11 +34,13 @@ BLOCK = 4096
 SAFE = 60.0
 
 
-def score_tiles(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, with_direction: bool) -> Scored:
-    """Return what `head.score_tiles` does, entropy included, for bf16 or fp32 operands of one dtype.
+def score_tiles(
+    hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, softcap: float | None, with_direction: bool
+) -> Scored:
+    """Return the results of `head.score_tiles`, entropy included, for bf16 or fp32 operands of one dtype.
 
     The direction comes in their dtype. Error, bf16: e^(z - reference) is rounded to bf16 for the second product and the
-    direction once more, log-probs are not.
+    direction once more, log-probs are not. Error, soft-cap c: tanh is 1 - 2 / (e^2x + 1), within 1.2e-7 c of a logit.
     """
     num_tokens, vocabulary = len(hidden_SD), len(head_VD)
     rows, columns = tile_shape(num_tokens, vocabulary, head_VD.dtype)
@@ -55,12 +57,13 @@ def score_tiles(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, with_direc
             tile = product(hidden, weight.T, out=logits[: num_rows * num_columns].view(num_rows, num_columns))
             fold_kernel()[(num_rows,)](
                 tile, mass, target_S, state_4S, start, num_tokens, first, num_columns, vocabulary,
-                int(with_direction), SAFE=SAFE, LOWEST=torch.finfo(torch.float32).min, BLOCK=BLOCK, num_warps=8,
+                int(with_direction), softcap or 0.0, SAFE=SAFE, LOWEST=torch.finfo(torch.float32).min, BLOCK=BLOCK,
+                num_warps=8,
             )  # fmt: skip
         if direction_SD is not None:
             here = slice(start, start + rows)
             sums = product(mass[: len(hidden)], head_VD)
-            to_direction(sums, head_VD, target_S[here], state_4S[:, here])
+            to_direction(sums, head_VD, target_S[here], state_4S[:, here], softcap)
             direction_SD[here] = sums
     return summary(state_4S, direction_SD)
 
@@ -79,14 +82,17 @@ def fold_kernel() -> Any:
     if triton is None:
         raise ImportError("the head on a GPU needs Triton: pip install 'matryoshka-pilot[cuda]'")
     # Specialised on 0 or 1, passes with and without gradients would be two binaries.
-    return triton.jit(_fold, do_not_specialize=["row_start", "num_tokens", "store"])
+    return triton.jit(_fold, do_not_specialize=["row_start", "num_tokens", "store", "softcap"])
 
 
 def _fold(  # type: ignore[no-untyped-def]  # Triton reads annotations: it knows its own names alone
     logits, mass, targets, state, row_start, num_tokens, column_start, num_columns, vocabulary, store,
-    SAFE: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr,
+    softcap, SAFE: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Fold row `program_id` of a [rows, num_columns] tile of logits into `state`, [4, num_tokens], and `mass`."""
+    """Fold row `program_id` of a [rows, num_columns] tile of logits into `state`, [4, num_tokens], and `mass`.
+
+    softcap: of the logits, 0 for none; `mass` then holds e^(z - reference) times the slope of the cap.
+    """
     row = tl.program_id(0).to(tl.int64)
     at = state + row_start + row
     reference = tl.load(at)
@@ -99,8 +105,15 @@ def _fold(  # type: ignore[no-untyped-def]  # Triton reads annotations: it knows
         column = start + tl.arange(0, BLOCK)
         inside = column < num_columns
         z = tl.load(logits + row * num_columns + column, mask=inside, other=LOWEST)
+        slope = tl.full([BLOCK], 1.0, tl.float32)
+        if softcap > 0:
+            z = 1 - 2 / (tl.exp(tl.minimum(2 * z / softcap, 80.0)) + 1)
+            slope = 1 - z * z
+            z = tl.where(inside, softcap * z, LOWEST)
         if (target >= start) & (target < start + BLOCK) & (target < num_columns):
             own = tl.load(logits + row * num_columns + target)
+            if softcap > 0:
+                own = softcap * (1 - 2 / (tl.exp(tl.minimum(2 * own / softcap, 80.0)) + 1))
         z = tl.where(column == target, LOWEST, z)
         highest = tl.max(z, axis=0)
         if highest - reference > SAFE:
@@ -123,7 +136,7 @@ def _fold(  # type: ignore[no-untyped-def]  # Triton reads annotations: it knows
         rest += tl.sum(e, axis=0)
         moment += tl.sum(e * z, axis=0)
         to = mass + row * vocabulary + column_start + column
-        tl.store(to, e.to(mass.dtype.element_ty), mask=column < num_stored)
+        tl.store(to, (e * slope).to(mass.dtype.element_ty), mask=column < num_stored)
     tl.store(at, reference)
     tl.store(at + num_tokens, rest)
     tl.store(at + 2 * num_tokens, moment)

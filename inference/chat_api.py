@@ -1,60 +1,113 @@
 """OpenAI's chat format from the client's side: the request's bytes, the answer's Sample, and what a refusal means.
 
-Nothing is sent or waited for here. The invariant: everything that can come back from a server is either a Sample or an
-AttemptError whose `blame` decides what happens next, and whose `cost` says what it may have cost.
+Nothing is sent or waited for here. The invariant: everything that can come back from a server is either an Answer or an
+AttemptError, whose `blame` decides what happens next and whose `billed` says what it may have cost; neither holds a
+known secret, since texts are redacted after they have been decoded.
 """
 
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from matryoshka.core.records import Messages, Sample, Sampling, Usage
-from matryoshka.inference.http_client import Reply
+from matryoshka.core.json_values import all_values, as_count, as_text, read_json
+from matryoshka.core.records import Messages, Sample, Sampling, Usage, content_key
+from matryoshka.core.redaction import redact
 from matryoshka.inference.limits import retry_after_s
+from matryoshka.inference.openai_transport import Reply
 
-# A 400 about this one prompt fails its episode only. OpenAI and Azure give a code, other servers only words.
-_PROMPT_CODES = {"context_length_exceeded", "string_above_max_length", "invalid_prompt", "content_filter"}
-_PROMPT_WORDS = ("context length", "context size", "context window", "prompt is too long", "input token count")
+Blame = Literal["passing", "endpoint", "prompt", "request", "unclear"]
+
+# How servers say that an answer is whole, and that it was cut at max_tokens. Any other word reports a failure.
+_WHOLE = {"stop", "eos", "eos_token", "stop_sequence", "stop_token", "end_turn", "complete", "completed", "finished"}
+_CUT = {"length", "max_tokens", "max_output_tokens", "model_length"}
+_FILTERED = {"content_filter", "content_filtered", "safety", "sensitive", "recitation", "prohibited_content"}
+_TOOL = {"tool_calls", "function_call", "tool_use"}
+_THOUGHTS = {"thinking", "reasoning", "redacted_thinking"}  # parts of an answer that are not its text
+# Azure reports with an otherwise good answer that its filter did not run.
+_NOT_ABOUT_THE_ANSWER = ("content_filter_results", "content_filter_result", "prompt_filter_results")
+
 _NO_MONEY = "insufficient_quota"  # OpenAI's 429 for an account without money
-_GATEWAY = (408, 502, 504, 524)  # somebody in between gave up; the model may have answered, and been billed
-_NOTHING = Usage()
+_GATEWAY = (408, 502, 504, 524)  # a gateway gave up; the model may have answered, and been billed
+_PROMPT_CODES = {
+    "context_length_exceeded", "string_above_max_length", "invalid_prompt", "content_filter", "data_inspection_failed",
+    "datainspectionfailed", "content_policy_violation", "exceed_context_size_error", "responsibleaipolicyviolation",
+    "moderation_error", "content_moderation", "1301",
+}  # fmt: skip
+# Words that are said of one prompt only: it is too long, or against a rule.
+_ABOUT_PROMPT = re.compile(
+    r"context.(length|size|window|limit)|string too long|too many (input )?tokens|input.token|`?inputs`? tokens"
+    r"|(prompt|inputs?|messages?|sequence|content|text|request)\b[^.]{0,60}\b(too (long|large|many)|length|exceeds?"
+    r"|longer|must have less)|token (count|limit)|reduce the length|\brisk|(?<!case.)sensitive|moderation|flagged"
+    r"|inappropriate|unsafe|harmful|safety|(usage|content) polic|violat|content.?(filter|management)|filtered"
+    r"|prohibited|(输入|长度|内容)[^。]{0,20}(过长|超过|超出|超限)|敏感|不安全|违规|风险",
+    re.I,
+)
+# What every request to the endpoint meets: its key, account, model or address.
+_ABOUT_ENDPOINT = re.compile(
+    r"api.?key|credential|authenticat|unauthori|access denied|permission|\baccount\b|organi[sz]ation|\bcredits?\b"
+    r"|balance|billing|payment|quota|subscription|\bregion\b|location|deployment"
+    r"|model\b[^.]{0,80}\b(not|no|unknown|invalid|un\w+)\b|(unknown|invalid|no such|unsupported) model",
+    re.I,
+)  # fmt: skip
+_ABOUT_PARAMETER = re.compile(
+    r"param|argument|not supported|unsupported|unrecogni[sz]ed|not permitted|extra_forbidden|unexpected (key|field)"
+    r"|response_format|\btools?\b|\bstream\b|logprobs|penalty",
+    re.I,
+)
+_NAMES_PROMPT = re.compile(r"\b(prompt|input|message|content|text|conversation|query|question)s?\b|输入|内容", re.I)
+
+
+@dataclass(frozen=True)
+class Billed:
+    """What a reply says that it cost; unless it is exact, the real cost may be up to what the request could cost."""
+
+    usage: Usage = Usage()
+    is_exact: bool = True
+
+    def at_most(self, most: Usage) -> Usage:
+        """Return what counts against a budget, `most` being the bound of the request."""
+        if self.is_exact:
+            return self.usage
+        return Usage(
+            max(self.usage.prompt_tokens, most.prompt_tokens), max(self.usage.completion_tokens, most.completion_tokens)
+        )
+
+
+NOTHING = Billed()
+UNKNOWN = Billed(is_exact=False)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A 200's sample, and the model that it says it is from ("" where it does not say)."""
+    """A 200's sample, the model that it says it is from ("" where it does not say), and what it cost."""
 
     sample: Sample
     model: str
+    billed: Billed
 
 
 class AttemptError(Exception):
     """One attempt without an answer.
 
     blame: "passing" (try again), "endpoint" (a wrong key, model or URL: it will answer nobody), "prompt" (this prompt
-    cannot be answered) or "request" (no prompt can: a parameter that is refused). cost: what was billed; None where it
-    is not known, which counts as the most that it may have been. retry_after_s: what the server asks to wait.
+    cannot be answered), "request" (no prompt can: a parameter is refused), "unclear" (a refusal that does not say which
+    of these). retry_after_s: what the server asks to wait.
     """
 
     def __init__(
-        self,
-        reason: str,
-        blame: Literal["passing", "endpoint", "prompt", "request"],
-        cost: Usage | None = _NOTHING,
-        retry_after_s: float = 0.0,
-        status: int = 0,
+        self, reason: str, blame: Blame, billed: Billed = NOTHING, retry_after_s: float = 0.0, status: int = 0
     ) -> None:
-        super().__init__(reason)
-        self.reason = reason
+        self.reason = redact(as_text(reason) or "")
+        super().__init__(self.reason)
         self.blame = blame
-        self.cost = cost
+        self.billed = billed
         self.retry_after_s = retry_after_s
         self.status = status
 
 
 def most_tokens(prompt: Messages, sampling: Sampling) -> Usage:
-    """Return the most tokens that a request can cost.
+    """Return the most tokens that a request can cost, unless its server bills thinking beyond max_tokens.
 
     No tokenizer of the field makes more tokens of a text than it has bytes in UTF-8; a chat template adds some for each
     message and possibly a system prompt of its own.
@@ -68,10 +121,20 @@ def likely_tokens(prompt: Messages, sampling: Sampling) -> int:
     return sum(len(message.content) // 4 + 4 for message in prompt) + sampling.max_tokens
 
 
+def server_seed(seed: int, draw: int) -> int:
+    """Return the seed that is sent for draw `draw` of `seed`: 31 bits, since servers read a seed as a signed or
+    unsigned 32-bit integer, and some take the largest unsigned one for "random".
+
+    Two draws of one seed never share it, and those of different seeds only by chance: the seed is hashed before the
+    draw is added, so (seed, draw + 1) is not (seed + 1, draw).
+    """
+    return (int(content_key("server seed", seed)[:8], 16) + draw) % 2**31
+
+
 def chat_body(
     model: str, prompt: Messages, sampling: Sampling, length_key: str, omit: tuple[str, ...], extra: Mapping[str, Any]
-) -> bytes:
-    """Return the request's JSON. The seed is sampling.seed + sampling.draw; a greedy request has none."""
+) -> dict[str, Any]:
+    """Return the request. A greedy request has no seed."""
     request: dict[str, Any] = {
         "model": model,
         "messages": [{"role": message.role, "content": message.content} for message in prompt],
@@ -82,61 +145,136 @@ def chat_body(
     if sampling.stop:
         request["stop"] = list(sampling.stop)
     if sampling.temperature > 0:
-        request["seed"] = sampling.seed + sampling.draw
+        request["seed"] = server_seed(sampling.seed, sampling.draw)
     kept = {name: value for name, value in request.items() if name not in omit}
-    return json.dumps({**kept, **extra}).encode()
+    return {**kept, **extra}
 
 
-def parse_answer(text: str) -> Answer:
+def parse_answer(body: bytes) -> Answer:
     """Return what a 200's body holds. Raises AttemptError when that is no answer."""
     try:
-        data = json.loads(text)
+        data = read_json(body)
+    except ValueError as err:
+        shown = body[:200].decode("utf-8", "replace")
+        raise AttemptError(f"the reply is no JSON: {err} ({shown!r})", "passing", UNKNOWN) from None
+    billed = _billed(data.get("usage") if isinstance(data, dict) else None)
+    for name, value in all_values(data, _NOT_ABOUT_THE_ANSWER):
+        if name == "error" and value:
+            raise _reported_error(value, billed)
+    try:
         choice = data["choices"][0]
-        content, finish_reason = choice["message"]["content"], str(choice.get("finish_reason") or "stop")
-        usage = data.get("usage") or {}
-        tokens = Usage(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-        model = str(data.get("model") or "")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as err:
-        raise AttemptError(f"the answer holds no choice with a message ({text[:200]!r})", "passing", None) from err
-    if not isinstance(content, str):
-        reason = f"the message has no content (finish_reason {finish_reason!r})"
-        if finish_reason == "content_filter":
-            raise AttemptError(f"{reason}: the server's filter", "prompt", told(tokens))
-        if finish_reason == "length":
-            raise AttemptError(f"{reason}: all tokens went into thinking; raise max_tokens", "prompt", told(tokens))
-        raise AttemptError(reason, "passing", told(tokens))
-    # Half a surrogate pair is no Unicode: neither a file of ours nor a tokenizer could hold it.
-    content = content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return Answer(Sample(content, finish_reason, usage=tokens), model)
+        message, finish_reason = choice["message"], choice.get("finish_reason", "stop")
+        content, refused = _content(message)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        shown = body[:200].decode("utf-8", "replace")
+        raise AttemptError(f"the answer holds no choice with a message ({shown!r})", "passing", billed) from None
+    ended = str(finish_reason).lower()
+    what = f"the answer ended with finish_reason {finish_reason!r:.80}"
+    if refused:
+        raise AttemptError(f"the model refuses: {refused[:500]}", "prompt", billed)
+    if ended in _FILTERED:
+        raise AttemptError(f"{what}: the server's filter took it or a part of it", "prompt", billed)
+    if ended in _TOOL:
+        raise AttemptError(f"{what}: it calls a tool, and none was offered", "prompt", billed)
+    if ended not in _WHOLE | _CUT:
+        raise AttemptError(f"{what}, which reports no whole answer", "passing", billed)
+    if ended in _CUT and not (content or "").strip():
+        what += " and has no content: all tokens went into thinking; raise max_tokens"
+        raise AttemptError(what, "prompt", billed)
+    if content is None:
+        raise AttemptError(f"the message has no content (finish_reason {finish_reason!r:.80})", "passing", billed)
+    usage = billed.usage if billed.is_exact else Usage()
+    sample = Sample(redact(content), "stop" if ended in _WHOLE else "length", usage=usage)
+    return Answer(sample, as_text(data.get("model")) or "", billed)
 
 
-def told(usage: Usage) -> Usage | None:
-    """Return what an answer says that it cost, None where it does not say."""
-    return None if usage == _NOTHING else usage
+def _content(message: dict[str, Any]) -> tuple[str | None, str]:
+    """Return a message's text, None if it has none, and its refusal, "" if it has none. Parts of a text are put
+    together with nothing between them; thoughts are left out.
+
+    Raises TypeError for anything but texts.
+    """
+    content, refused = message.get("content"), [as_text(message.get("refusal")) or ""]
+    if isinstance(content, list):
+        texts = []
+        for part in content:
+            kind = part["type"]
+            if kind == "refusal":
+                refused.append(str(as_text(part.get("refusal"))))
+            elif kind not in _THOUGHTS:
+                texts.append(part["text"])
+        content = "".join(texts) if texts else None
+    elif content is not None and not isinstance(content, str):
+        raise TypeError
+    return as_text(content), "".join(refused)
 
 
-def refusal(reply: Reply) -> AttemptError:
-    """Return what a reply that is no 200 means."""
-    message, code = _error_text(reply.text)
-    reason = f"{reply.status} {message}"
+def _billed(usage: Any) -> Billed:
+    """Return what a reply's usage says: at least its total, thinking included that is billed beside the answer."""
+    if not isinstance(usage, dict):
+        return UNKNOWN
+    details = usage.get("completion_tokens_details")
+    told = [usage.get(name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")]
+    told.append(details.get("reasoning_tokens") if isinstance(details, dict) else None)
+    counts = [as_count(value) for value in told]
+    is_exact = all(count is not None or value is None for count, value in zip(counts, told, strict=True))
+    prompt, completion, total, thoughts = (count or 0 for count in counts)
+    if thoughts > completion:  # otherwise they are part of the completion
+        completion += thoughts
+    usage_told = Usage(prompt, max(completion, total - prompt))
+    return Billed(usage_told, is_exact and usage_told != Usage())
+
+
+def _reported_error(error: Any, billed: Billed) -> AttemptError:
+    """Return what an error object in a reply with status 200 means."""
+    message, codes, param = _told(error)
+    blame: Blame = "passing"
+    if _NO_MONEY in codes:
+        blame = "endpoint"
+    elif _blame(message, codes, param, ()) == "prompt":
+        blame = "prompt"
+    return AttemptError(f"the reply reports an error: {message}", blame, billed)
+
+
+def refusal(reply: Reply, sent: Collection[str] = ()) -> AttemptError:
+    """Return what a reply that is no 200 means; `sent` are the names of the request's fields."""
+    message, codes, param = _error_of(reply.body)
     status = reply.status
-    if code == _NO_MONEY or status in (401, 403, 404):
+    reason = f"{status} {message}"
+    blame = _blame(message, codes, param, sent)
+    if _NO_MONEY in codes or status in (401, 402, 404, 405, 410) or (status == 403 and blame != "prompt"):
         return AttemptError(reason, "endpoint", status=status)
-    if status in (408, 409, 429) or status >= 500:
-        cost = None if status in _GATEWAY else _NOTHING
-        return AttemptError(reason, "passing", cost, retry_after_s(reply.headers), status)
-    about_prompt = code in _PROMPT_CODES or any(word in message.lower() for word in _PROMPT_WORDS)
-    if status == 413 or (status == 400 and about_prompt):
-        return AttemptError(reason, "prompt", status=status)
-    if 300 <= status < 400:
+    if status in (408, 409, 425, 429) or status >= 500:
+        billed = UNKNOWN if status in _GATEWAY else NOTHING
+        return AttemptError(reason, "passing", billed, retry_after_s(reply.headers), status)
+    if status < 300:
+        return AttemptError(f"{reason} (a status that brings no answer)", "passing", UNKNOWN, status=status)
+    if status < 400:
         reason += f" (it points to {reply.headers.get('location', 'nowhere')}; redirects are not followed)"
-    return AttemptError(reason, "request", status=status)
+        return AttemptError(reason, "request", status=status)
+    return AttemptError(reason, "prompt" if status == 413 else blame, status=status)
+
+
+def _blame(message: str, codes: Collection[str], param: str, sent: Collection[str]) -> Blame:
+    """Return what a refusal is about, by its words; a refusal in no words of ours is "unclear"."""
+    if _PROMPT_CODES & set(codes) or param.startswith(("messages", "prompt", "input")):
+        return "prompt"
+    if _ABOUT_PROMPT.search(message):
+        return "prompt"
+    if _ABOUT_ENDPOINT.search(message):
+        return "endpoint"
+    words = " ".join([message, param, *codes])
+    names = [name for name in sent if name not in ("model", "messages")]
+    if _ABOUT_PARAMETER.search(words) or any(re.search(rf"\b{re.escape(name)}\b", words) for name in names):
+        return "request"
+    return "prompt" if _NAMES_PROMPT.search(message) else "unclear"
 
 
 def remedy(status: int, key_name: str) -> str:
     """Return what a user can do about a refusal that ends the run."""
     remedies = {
         401: f"check the key in {key_name or 'api_key_env (none is set)'}",
+        402: "the account has no credit left: add to it, then start again",
         403: f"check what the key in {key_name or 'api_key_env (none is set)'} may use",
         404: "check that base_url is right (it usually ends in /v1) and that the model is served there",
         429: "the account has no quota left: add to it, then start again",
@@ -146,16 +284,27 @@ def remedy(status: int, key_name: str) -> str:
     return remedies.get(status, "check base_url, model and the sampling parameters ([generator] omit leaves some out)")
 
 
-def _error_text(text: str) -> tuple[str, str]:
-    """Return (message, code) of an error's body in any of the forms that servers send it in."""
+def _error_of(body: bytes) -> tuple[str, list[str], str]:
+    """Return the message, the codes and the parameter of an error's body, in any of the forms that servers send."""
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        return text.strip()[:300], ""
+        data = read_json(body)
+    except ValueError:
+        return body[:1200].decode("utf-8", "replace").strip()[:300], [], ""
     if isinstance(data, list) and data:  # Gemini's
         data = data[0]
-    error = data.get("error", data) if isinstance(data, dict) else data
+    message, codes, param = _told(data.get("error", data) if isinstance(data, dict) else data)
+    return message or body[:1200].decode("utf-8", "replace").strip()[:300], codes, param
+
+
+def _told(error: Any) -> tuple[str, list[str], str]:
+    """Return the message, the codes in lower case, and the parameter that an error object names."""
     if not isinstance(error, dict):
-        return str(error)[:300], ""
-    message = next((error[name] for name in ("message", "detail", "msg") if error.get(name)), text)
-    return str(message)[:1000], str(error.get("code") or "")
+        return str(error)[:1000], [], ""
+    message = next((error[name] for name in ("message", "detail", "msg") if error.get(name)), "")
+    if isinstance(message, list):  # FastAPI's, whose rows also repeat the request
+        rows = [row for row in message if isinstance(row, dict)]
+        message = "; ".join(f"{row.get('msg')} ({row.get('type')}) at {row.get('loc')}" for row in rows)
+    raw = error["metadata"].get("raw") if isinstance(error.get("metadata"), dict) else None  # OpenRouter's
+    message = f"{message}: {raw}" if raw else message
+    codes = [str(error.get(name) or "").lower() for name in ("code", "type", "status")]
+    return str(message)[:1000], [code for code in codes if code], str(error.get("param") or "")

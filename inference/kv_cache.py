@@ -1,16 +1,18 @@
 """Keys and values of the tokens already read: one common prefix, kept once, and a private tail per row.
 
 The common prefix (a few-shot header, a system prompt) is attended to by every row as one matrix product; only what
-follows it is stored per row. `CachedAttention` gives the model the same numbers as attention over the whole sequence.
+follows it is stored per row. `CachedAttention` gives the model the same numbers as attention over the whole sequence;
+layers with a window read the keys within it alone.
 
 Shapes: B rows, T new tokens, C prefix tokens, L tail capacity, N query heads, G key/value heads, H head size.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from matryoshka.core.models.attention import LayerAttention
 
 
 @dataclass
@@ -90,38 +92,82 @@ class CachedAttention:
         self.lengths_B = torch.cat((self.lengths_B, other.lengths_B))
 
     def begin(self, new_tokens: int) -> None:
-        """Prepare the mask of one forward pass over `new_tokens` tokens per row, shared by all layers."""
-        self.reserve(int(self.lengths_B.max()) + new_tokens)
-        self.width = int(self.lengths_B.max()) + new_tokens
-        offsets_T = torch.arange(new_tokens, device=self.lengths_B.device)
-        self.slots_BT = self.lengths_B[:, None] + offsets_T
-        columns_L = torch.arange(self.width, device=self.lengths_B.device)
-        self.hidden_BTL = columns_L > self.slots_BT[..., None]
+        """Prepare for one forward pass over `new_tokens` tokens per row; all layers share masks and slots."""
+        longest = int(self.lengths_B.max())
+        self.reserve(longest + new_tokens)
+        self.width = longest + new_tokens
+        self.shortest = int(self.lengths_B.min())
+        self.slots_BT = self.lengths_B[:, None] + torch.arange(new_tokens, device=self.lengths_B.device)
+        self._views: dict[int | None, View] = {}
 
-    def __call__(self, layer: int, q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor) -> Tensor:
+    def _view(self, window: int | None) -> "View":
+        """Return what layers of that window read in this pass, made once."""
+        prefix = len(self.prefix.ids) if self.prefix else 0
+        if window is not None and window >= prefix + self.width:
+            window = None
+        if window not in self._views:
+            # The first query of the shortest row reaches furthest back.
+            first = 0 if window is None else max(0, prefix + self.shortest - window + 1)
+            head_start, start = min(first, prefix), max(0, first - prefix)
+            columns_L = torch.arange(start, self.width, device=self.lengths_B.device)
+            hidden_BTL = columns_L > self.slots_BT[..., None]
+            head_hidden_BTC = None
+            if window is not None:
+                hidden_BTL |= columns_L <= self.slots_BT[..., None] - window
+                columns_C = torch.arange(head_start, prefix, device=self.lengths_B.device)
+                head_hidden_BTC = columns_C <= prefix + self.slots_BT[..., None] - window
+            self._views[window] = View(head_start, start, hidden_BTL, head_hidden_BTC)
+        return self._views[window]
+
+    def __call__(self, layer: LayerAttention, q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor) -> Tensor:
         rows, heads, tokens, size = q_BNTH.shape
         groups = k_BGTH.shape[1]
-        keys, values = self.keys[layer][:rows], self.values[layer][:rows]
+        keys, values = self.keys[layer.index][:rows], self.values[layer.index][:rows]
         index = torch.arange(rows, device=keys.device)[:, None]
         keys[index, :, self.slots_BT] = k_BGTH.transpose(1, 2)
         values[index, :, self.slots_BT] = v_BGTH.transpose(1, 2)
+        view = self._view(layer.window)
+        read = slice(view.start, self.width)
         # Query heads of one group share its keys: fold them into the token dimension.
         per_group = heads // groups
-        q = q_BNTH.reshape(rows, groups, per_group * tokens, size) / math.sqrt(size)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        tail = (q @ keys[:, :, : self.width].transpose(-1, -2)).to(wide)
-        tail = tail.view(rows, groups, per_group, tokens, self.width)
-        tail = tail.masked_fill(self.hidden_BTL[:, None, None], float("-inf")).view(rows, groups, -1, self.width)
-        if self.prefix is None:
-            out = tail.softmax(-1).to(q.dtype) @ values[:, :, : self.width]
+        q = q_BNTH.reshape(rows, groups, per_group * tokens, size) * layer.scale
+        tail = _scores(q @ keys[:, :, read].transpose(-1, -2), layer.softcap)
+        tail = _hidden(tail, view.hidden_BTL, per_group)
+        if self.prefix is None or view.head_start == len(self.prefix.ids):
+            out = tail.softmax(-1).to(q.dtype) @ values[:, :, read]
             return out.view(rows, heads, tokens, size)
-        shared_k, shared_v = self.prefix.keys[layer][0], self.prefix.values[layer][0]
+        shared_k, shared_v = (x[layer.index][0, :, view.head_start :] for x in (self.prefix.keys, self.prefix.values))
         q_shared = q.transpose(0, 1).reshape(groups, -1, size)  # [G, B * N/G * T, H]: one product for all rows
-        head = (q_shared @ shared_k.transpose(-1, -2)).to(wide)
+        head = _scores(q_shared @ shared_k.transpose(-1, -2), layer.softcap)
         head = head.view(groups, rows, per_group * tokens, -1).transpose(0, 1)
+        if view.head_hidden_BTC is not None:
+            head = _hidden(head, view.head_hidden_BTC, per_group)
         probs = torch.cat((head, tail), dim=-1).softmax(-1).to(q.dtype)
         shared = shared_k.shape[1]
         out_head = probs[..., :shared].transpose(0, 1).reshape(groups, -1, shared) @ shared_v
-        out_tail = probs[..., shared:] @ values[:, :, : self.width]
+        out_tail = probs[..., shared:] @ values[:, :, read]
         out = out_head.view(groups, rows, -1, size).transpose(0, 1) + out_tail
         return out.reshape(rows, heads, tokens, size)
+
+
+@dataclass(frozen=True)
+class View:
+    """What the layers of one window read: the prefix from head_start on, the tail from `start` on, less the hidden."""
+
+    head_start: int
+    start: int
+    hidden_BTL: Tensor
+    head_hidden_BTC: Tensor | None
+
+
+def _scores(products: Tensor, softcap: float | None) -> Tensor:
+    """Return scores in at least fp32, soft-capped where the layer does so."""
+    wide = products.to(torch.promote_types(products.dtype, torch.float32))
+    return wide if softcap is None else (wide / softcap).tanh_().mul_(softcap)
+
+
+def _hidden(scores: Tensor, hidden_BTK: Tensor, per_group: int) -> Tensor:
+    """Return scores [B, G, N/G T, K] with -inf where a token does not see a key."""
+    rows, groups, _, keys = scores.shape
+    by_token = scores.reshape(rows, groups, per_group, -1, keys)
+    return by_token.masked_fill(hidden_BTK[:, None, None], float("-inf")).view(scores.shape)

@@ -2,78 +2,28 @@
 
 A request leases a place at the endpoint that can take it soonest. An endpoint that asked to wait, or failed again and
 again, is left alone for a while; one that refuses everybody (a wrong key) is retired, and the run goes on while one is
-left. The invariants: an endpoint never has more requests than its concurrency, its limits a minute hold, and its key is
-in its headers and in nothing that is ever shown.
+left. The invariants: an endpoint never has more requests than its concurrency, and its limits a minute hold.
 """
 
 import asyncio
 import logging
 import math
-import re
 import time
-import urllib.parse
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from matryoshka.core.redaction import read_secret
-from matryoshka.inference.http_client import proxy_for
+from matryoshka.inference.generator_config import EndpointConfig
 from matryoshka.inference.limits import MAX_BACKOFF_S, TokenBucket
+from matryoshka.inference.openai_transport import OpenAITransport
 
 logger = logging.getLogger(__name__)
 
 STREAK = 3  # failures in a row after which one of several endpoints is left alone
 FIRST_PAUSE_S = 2.0
-_HIDDEN = "[key]"
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-
-@dataclass(frozen=True)
-class EndpointConfig:
-    """One more place that serves the same model. What is left at "" or 0 is as in [generator].
-
-    Limits are this endpoint's own: two endpoints with 500 requests a minute make 1,000.
-    """
-
-    base_url: str = ""
-    api_key_env: str = ""
-    model: str = ""
-    api: str = ""
-    api_version: str = ""
-    concurrency: int = 0
-    requests_per_minute: int = 0
-    tokens_per_minute: int = 0
-
-    def __post_init__(self) -> None:
-        check_address(self.base_url, self.api_key_env)
-        if min(self.concurrency, self.requests_per_minute, self.tokens_per_minute) < 0:
-            raise ValueError(
-                f"generator: concurrency {self.concurrency}, requests_per_minute {self.requests_per_minute} and "
-                f"tokens_per_minute {self.tokens_per_minute} must not be negative; 0 is no limit, or as in [generator]"
-            )
-
-
-def check_address(base_url: str, api_key_env: str) -> None:
-    """Raise ValueError for a URL that is none or carries a secret, and for a key in place of its variable's name.
-
-    The message never repeats what may be a secret: it goes to logs.
-    """
-    parts = urllib.parse.urlsplit(base_url)
-    if base_url and (parts.username or parts.password or parts.query or parts.fragment):
-        raise ValueError(
-            f"generator: base_url of host {parts.hostname} holds a user, a password or a query (not shown: it may be "
-            "secret); give scheme, host and path only, and the key by its environment variable (api_key_env)"
-        )
-    if base_url and not (parts.scheme in ("http", "https") and parts.hostname):
-        raise ValueError(f"generator: base_url {base_url!r} must start with http:// or https:// and name a host")
-    has_digits = any(char.isdigit() for char in api_key_env)
-    is_like_a_key = len(api_key_env) >= 24 and has_digits and "_" not in api_key_env
-    if api_key_env and (is_like_a_key or not _VARIABLE.fullmatch(api_key_env)):
-        raise ValueError(
-            f"generator: api_key_env has {len(api_key_env)} characters that are no name of an environment variable "
-            "(not shown: it may be the key itself); give the variable's name, such as OPENAI_API_KEY"
-        )
+MANY_PROMPTS = 3  # refused in a row without a clear reason: then it is not the prompts
 
 
 def _read_key(config: EndpointConfig) -> str:
@@ -114,28 +64,17 @@ class Endpoint:
         self.last_used = 0
         self.paused_until = -math.inf
         self.retired = ""
-        self.proxy = proxy_for(self.base_url)
-        self._key = key = _read_key(config)
+        self.is_azure = config.api == "azure"
+        self.transport = OpenAITransport(config, "" if config.token_command else _read_key(config))
         self._clock = clock
         self._streak = 0
         self._paused_at = -math.inf
+        self._unclear: set[str] = set()
         self._requests = TokenBucket(config.requests_per_minute, clock)
         self._tokens = TokenBucket(config.tokens_per_minute, clock)
-        self.is_azure = azure = config.api == "azure"
-        path = f"/openai/deployments/{config.model}" if azure else ""
-        query = f"?api-version={config.api_version}" if azure else ""
-        self.chat_url = f"{self.base_url}{path}/chat/completions{query}"
-        self.models_url = f"{self.base_url}{'/openai' if azure else ''}/models{query}"
-        # A server that wants no key may still want to see one.
-        secret = {"api-key": key} if azure else {"Authorization": f"Bearer {key or 'none'}"}
-        self.headers = {"Content-Type": "application/json", **secret}
 
     def __repr__(self) -> str:
         return f"{self.base_url} ({self.key_name})" if self.key_name else self.base_url
-
-    def hide(self, text: str) -> str:
-        """Return `text` without the key: servers do repeat it in their errors."""
-        return text.replace(self._key, _HIDDEN) if self._key and self._key in text else text
 
     @property
     def is_free(self) -> bool:
@@ -157,6 +96,14 @@ class Endpoint:
 
     def succeeded(self) -> None:
         self._streak = 0
+        self._unclear.clear()
+
+    def refused_many(self, prompt_key: str) -> bool:
+        """Note that a prompt was refused without a clear reason; return whether MANY_PROMPTS different ones were since
+        the last answer.
+        """
+        self._unclear.add(prompt_key)
+        return len(self._unclear) >= MANY_PROMPTS
 
     def failed(self, sent_at: float, retry_after_s: float, alone: bool) -> None:
         """Note a failure that may pass of a request that was sent at `sent_at`; pause if it was one too many.

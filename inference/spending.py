@@ -1,8 +1,10 @@
-"""The line that a run's spending does not cross: every request holds the most that it can cost before it is sent.
+"""A run's budget: every request holds the most that it can cost before it is sent, so that the budget is not crossed.
 
 What is spent and held stands in the response cache's file, so it survives a kill and is one account for all processes
 that share the file, and for all generators that are asked through it. The invariant: spent + held never exceeds the
-budget, as long as no server bills more tokens than `chat_api.most_tokens` says it can.
+budget, as long as a request costs no more than `chat_api.most_tokens` says. Servers that bill thinking beside the
+answer break that bound, so the first request of a process goes alone, and later ones hold twice the largest excess seen
+so far.
 """
 
 import asyncio
@@ -13,7 +15,7 @@ from typing import Any
 
 from matryoshka.core.protocols import RunStopped
 from matryoshka.core.records import Usage
-from matryoshka.inference.accounts import Spending
+from matryoshka.inference.accounts import Spending, add
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.prices import Price
 
@@ -56,8 +58,8 @@ def _cost(usages: Mapping[str, Usage], prices: Mapping[str, Price]) -> tuple[flo
     return usd, sum(usage.prompt_tokens + usage.completion_tokens for usage in usages.values())
 
 
-class Purse:
-    """The account of one generator, and the budget over all. One object lives in one event loop."""
+class GeneratorAccount:
+    """The account of one generator under the budget over all. One object lives in one event loop."""
 
     def __init__(self, generator: str, cache: ResponseCache | None, price: Price | None, budget: Budget) -> None:
         """Raises ValueError for a budget that could not be kept: one without a cache, or in dollars without a price."""
@@ -79,6 +81,8 @@ class Purse:
                 cache.set_price(generator, price.input, price.output)
             self._prices = {name: Price(*pair) for name, pair in cache.prices().items()}
         self._settled = asyncio.Event()
+        self._first = ""  # the key of the request that goes alone: does the server bill more than the bound?
+        self._excess: Usage | None = None  # the largest excess over the bound, None before the first answer
 
     def spending(self) -> Spending:
         """Return what was spent so far, in earlier processes too; nothing without a cache."""
@@ -111,28 +115,53 @@ class Purse:
     async def hold(self, key: str, most: Usage) -> None:
         """Hold `most` for the request `key`, waiting while others that are on their way may cost less than they hold.
 
-        Raises RunStopped when nothing is on its way and the request could cross the line.
+        Raises RunStopped when nothing is on its way and the request could cross the budget.
         """
         if self._cache is None or self._budget == Budget():
             return
-        while (held := self._cache.hold(key, self._generator, most, self._fits)) is not None:
-            if held == Usage():
-                raise RunStopped(self._reason(most))
-            self._settled.clear()
-            try:
-                async with asyncio.timeout(POLL_S):
-                    await self._settled.wait()
-            except TimeoutError:
-                pass
+        while self._excess is None and self._first not in ("", key):
+            await self._change()
+        if self._excess is None:
+            self._first = key
+        excess = self._excess or Usage()
+        most = add(most, add(excess, excess))  # an answer may take twice the thought of any before
+        try:
+            while (held := self._cache.hold(key, self._generator, most, self._fits)) is not None:
+                if held == Usage():
+                    raise RunStopped(self._reason(most))
+                await self._change()
+        except BaseException:
+            self._release_first(key)
+            raise
 
     def settle(self, key: str, cost: Usage) -> None:
-        """End the hold of a request that cost `cost` at most, no answer having said what."""
+        """End the hold of a request that brought no answer, or none that says what it cost, and may have cost `cost`.
+        """
         if self._cache is not None and (cost != Usage() or self._budget != Budget()):
             self._cache.unhold(key, self._generator, cost)
-        self._settled.set()
+        self._release_first(key)
 
-    def settled(self) -> None:
-        """Note that an answer was kept, which ended its hold."""
+    def answered(self, key: str, most: Usage, usage: Usage) -> None:
+        """Note that an answer that cost `usage` was kept, which ended its hold; `most` was its bound."""
+        old = self._excess or Usage()
+        self._excess = Usage(
+            max(old.prompt_tokens, usage.prompt_tokens - most.prompt_tokens),
+            max(old.completion_tokens, usage.completion_tokens - most.completion_tokens),
+        )
+        self._release_first(key)
+
+    async def _change(self) -> None:
+        """Return when a request of this process ended, or after POLL_S."""
+        self._settled.clear()
+        try:
+            async with asyncio.timeout(POLL_S):
+                await self._settled.wait()
+        except TimeoutError:
+            pass
+
+    def _release_first(self, key: str) -> None:
+        if self._first == key:
+            self._first = ""
         self._settled.set()
 
     def _fits(self, usages: Mapping[str, Usage]) -> bool:

@@ -1,6 +1,7 @@
 """The configuration of a pilot run: one TOML file, every value with its default, unknown keys refused."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from matryoshka.core.parallel.layout import ParallelConfig
@@ -60,6 +61,10 @@ class ControllerConfig:
             )
 
 
+# The adapter that makes SmolLM2-135M-Instruct the demo's generator.
+EMBEDDED_ADAPTER = Path(__file__).resolve().parents[1] / "inference" / "demo_generator"
+
+
 @dataclass(frozen=True)
 class ServeConfig:
     """A generator of our own to start beside the run, which ends with the run."""
@@ -72,7 +77,7 @@ class ServeConfig:
     engine: Literal["local", "llama.cpp"] = "local"
     """What computes: our own sampler, or llama.cpp (the extra `llama`)."""
     adapter: str = ""
-    """An adapter folder for the model; engine local only."""
+    """An adapter folder for the model, or "embedded" for the demo's, which this package carries; engine local only."""
     name: str = "demo-generator"
     """What the model is served as."""
     threads: int = 1
@@ -92,6 +97,13 @@ class ServeConfig:
             raise ValueError(
                 f"serve: engine llama.cpp serves a GGUF file as it is, but adapter {self.adapter!r} is given; merge it"
             )
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        """The folder that `adapter` names, None where there is none."""
+        if self.adapter == "embedded":
+            return EMBEDDED_ADAPTER
+        return Path(self.adapter) if self.adapter else None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.inference.generators import OpenAIGenerator
 from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.inference.sampler import Sampler
-from matryoshka.inference.spending import Purse
+from matryoshka.inference.spending import GeneratorAccount
 from matryoshka.inference.vllm import Vllm
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.environment import environment
@@ -33,6 +33,7 @@ from matryoshka.pilot.folder import CONFIG, StageSeconds, cache_path, claim, dea
 from matryoshka.pilot.generator import open_generator
 from matryoshka.pilot.policies import Policies, open_policies
 from matryoshka.pilot.problems import load_splits, make_task
+from matryoshka.pilot.progress import StatusLine
 from matryoshka.pilot.ranks import Ranks
 from matryoshka.pilot.ray_cluster import joined_cluster
 from matryoshka.pilot.serving import open_vllm
@@ -76,14 +77,19 @@ class Run:
         return self.policies.model
 
     @property
-    def purse(self) -> Purse | None:
+    def account(self) -> GeneratorAccount | None:
         """The account of the generator's calls, if it has one."""
-        return self.generator.purse if isinstance(self.generator, OpenAIGenerator) else None
+        return self.generator.account if isinstance(self.generator, OpenAIGenerator) else None
 
     @property
     def limit(self) -> int:
         """Episodes in flight in one process."""
         return 1 if self.config.controller.deterministic else self.config.rollout.limit
+
+    def stop_sending(self) -> None:
+        """Let the generator send no further request; those that were sent are still answered."""
+        if isinstance(self.generator, OpenAIGenerator):
+            self.generator.stop_sending()
 
     def open_sampler(self) -> AbstractContextManager[TokenSampler]:
         """Return what samples the controller: vLLM, or our own sampler, to be closed before the model is trained."""
@@ -159,7 +165,8 @@ def assemble(config: RunConfig, folder: Path, cache: Path, ranks: Ranks, stack: 
         tokenizer = Tokenizer.load(Path(config.controller.path))
         context = policies.model.config.max_position_embeddings
         if config.controller.engine == "vllm":
-            vllm = open_vllm(config, tokenizer, folder / "vllm.log", world.size)
+            line = stack.enter_context(StatusLine())
+            vllm = open_vllm(config, tokenizer, folder / "vllm.log", world.size, line.show)
             stack.callback(lambda: runner.run(vllm.aclose()))
             context = min(context, config.controller.vllm.context or context)
 

@@ -46,7 +46,7 @@ def typed_command() -> str:
         words = parent.read_text().rstrip("\0").split("\0")
     interpreter, *rest = words
     # An installed command is a script beside the interpreter, which its first line names.
-    if rest and Path(rest[0]).parent == Path(interpreter).parent:
+    if rest and Path(rest[0]).is_absolute() and Path(rest[0]).parent == Path(interpreter).parent:
         return shlex.join([Path(rest[0]).name, *rest[1:]])
     return shlex.join([Path(interpreter).name, *rest])
 

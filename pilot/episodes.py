@@ -6,31 +6,23 @@ done. A recorded episode is never run again, whatever the number of ranks was th
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 
-from matryoshka.core.files import Journal
-from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped, Task
+from matryoshka.core.protocols import Controller, GeneratorError, RunStopped
 from matryoshka.core.records import Example, RolloutSettings, Sampling, Trajectory, content_key, from_json, to_json
 from matryoshka.core.redaction import to_redacted_json
 from matryoshka.core.signals import Interrupted, async_stop_event
-from matryoshka.inference.spending import Purse
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.context import Run, Scheme
 from matryoshka.pilot.progress import Progress
-from matryoshka.pilot.ranks import Ranks, deal
+from matryoshka.pilot.ranks import deal
 from matryoshka.pilot.ray import run_on_ray
-from matryoshka.tasks.rollout import Job, failures, job_key, recorded, run_rollouts
+from matryoshka.tasks.rollout import Job, Setup, failures, job_key, recorded, run_rollouts
 
 STEP_S = 0.2  # how often the ranks tell each other how far they are
-
-
-Elsewhere = Callable[
-    [Sequence[Job], Journal, Callable[[Job, Trajectory], None], asyncio.Event], Awaitable[list[Trajectory]]
-]
 
 
 def rollout_settings(config: RunConfig, greedy: bool) -> RolloutSettings:
@@ -83,60 +75,46 @@ def run_episodes(
     examples = [example for split in splits for example in run.task.examples(split)][:first]
     examples = [example for example in examples if only is None or example.id in only]
     with run.seconds.timed(label or f"{scheme.name} {'+'.join(splits)}"), run.open_sampler() as sampler:
-        stage = Stage(
-            label=label or scheme.name,
-            task=run.task,
-            controller=scheme.make(run, sampler),
-            generator=run.generator,
-            purse=run.purse,
-            limit=run.limit,
-            max_failed_share=run.config.rollout.max_failed_share,
-            elsewhere=partial(run_on_ray, run, scheme) if run.config.executor == "ray" else None,
-        )
-        jobs = stage.jobs(examples, settings or [scheme.settings])
-        return run.runner.run(_run_stage(stage, jobs, run.journal, run.ranks))
+        stage = Stage(run, label or scheme.name, scheme, scheme.make(run, sampler))
+        return run.runner.run(_run_stage(stage, stage.jobs(examples, settings or [scheme.settings])))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What episodes of one scheme run with. label: of the progress line. limit: episodes in flight in a process.
+    """Episodes of one scheme in one run; label: names them on the progress line."""
 
-    elsewhere: runs jobs in place of `run_rollouts` here; both take what is told of each episode, and the wish to stop.
-    """
-
+    run: Run
     label: str
-    task: Task
+    scheme: Scheme
     controller: Controller
-    generator: Generator
-    purse: Purse | None
-    limit: int
-    max_failed_share: float
-    elsewhere: Elsewhere | None = None
 
     def jobs(self, examples: Sequence[Example], settings: Sequence[RolloutSettings]) -> list[Job]:
         """Return one job for each example and each of `settings`."""
+        task, generator = self.run.task, self.run.generator
         return [
-            Job(job_key(self.task, example, setting, self.controller, self.generator), example, setting)
+            Job(job_key(task, example, setting, self.controller, generator), example, setting)
             for example in examples
             for setting in settings
         ]
 
 
-async def _run_stage(stage: Stage, jobs: Sequence[Job], journal: Journal, ranks: Ranks) -> list[Trajectory]:
+async def _run_stage(stage: Stage, jobs: Sequence[Job]) -> list[Trajectory]:
     """Return the trajectories of `jobs`, recorded ones read back; the ranks share the others by their examples.
 
-    Every rank returns all of them. Raises RunStopped when the budget is spent, Interrupted on SIGINT or SIGTERM, both
-    when the episodes in flight have ended, and on every rank when one of them stops; GeneratorError when more than
-    `max_failed_share` of all failed, however few they are: what follows would take them for the controller's; otherwise
-    as `run_rollouts` does.
+    Every rank returns all of them. Raises RunStopped when the budget is spent, when the episodes in flight have ended;
+    Interrupted on SIGINT or SIGTERM, when the requests that were sent are answered; both on every rank when one of them
+    stops; GeneratorError when more than `max_failed_share` of all episodes failed, however few they are, since later
+    stages would count the failures against the controller; otherwise as `run_rollouts` does.
     """
+    run, ranks, journal = stage.run, stage.run.ranks, stage.run.journal
+    max_failed_share = run.config.rollout.max_failed_share
     # Prompts of one type of example begin alike: asked one after another, they keep a server's prefix cache warm.
     pending = [job for job in jobs if job.key not in journal.rows]
     pending.sort(key=lambda job: str(job.example.fields.get("task_type", "")))
     ranks.agree(content_key(*(job.key for job in pending)), f"{stage.label}: the episodes to run")
     mine = deal(pending, [job.example.id for job in pending], ranks.world.size)[ranks.world.rank]
     with Progress(stage.label, len(pending), ranks.world.is_first) as progress, async_stop_event() as stop:
-        outcome, done = await _run_share(stage, mine, journal, ranks, progress, stop)
+        outcome, done = await _run_share(stage, mine, progress, stop)
     told = ranks.texts(str(outcome or ""))
     if outcome is not None:
         raise outcome
@@ -150,15 +128,16 @@ async def _run_stage(stage: Stage, jobs: Sequence[Job], journal: Journal, ranks:
         known |= {key: from_json(Trajectory, row) for key, row in json.loads(text).items()}
     found = [known[job.key] if job.key in known else recorded(journal, job.key) for job in jobs]
     lost = [trajectory for trajectory in found if trajectory.info.get("verdict") == "failed"]
-    if len(lost) > stage.max_failed_share * len(found):
-        raise GeneratorError(failures(lost, len(found), stage.max_failed_share))
+    if len(lost) > max_failed_share * len(found):
+        raise GeneratorError(failures(lost, len(found), max_failed_share))
     return found
 
 
 async def _run_share(
-    stage: Stage, jobs: Sequence[Job], journal: Journal, ranks: Ranks, progress: Progress, stop: asyncio.Event
+    stage: Stage, jobs: Sequence[Job], progress: Progress, stop: asyncio.Event
 ) -> tuple[Exception | None, list[Trajectory]]:
     """Return why this rank's `jobs` are not all done, None if they are, and their trajectories, once all ranks end."""
+    run, ranks = stage.run, stage.run.ranks
     ended = right = 0
     of_others = (0, 0)  # ended and right, when the ranks last spoke
     is_done, by_others, is_alone = asyncio.Event(), False, False
@@ -167,14 +146,14 @@ async def _run_share(
 
     def show() -> None:
         if count := ended + of_others[0]:
-            cost = f" {stage.purse.shown()}" if stage.purse is not None else ""
+            cost = f" {run.account.shown()}" if run.account is not None else ""
             progress.update(count, f"right {(right + of_others[1]) / count:.2f}{cost}")
 
     def on_done(job: Job, trajectory: Trajectory) -> None:
         nonlocal ended, right
         ended, right = ended + 1, right + (trajectory.reward > 0.5)
         if trajectory.info.get("verdict") == "failed":
-            _note_failure(stage, job, trajectory, journal)
+            _note_failure(stage, job, trajectory)
         show()
 
     async def keep_step() -> None:
@@ -199,21 +178,26 @@ async def _run_share(
                 async with asyncio.timeout(STEP_S):
                     await is_done.wait()
 
-    steps = asyncio.create_task(keep_step())
+    async def stop_sending() -> None:
+        await stop.wait()
+        run.stop_sending()
+
+    steps, stopping = asyncio.create_task(keep_step()), asyncio.create_task(stop_sending())
     try:
-        if stage.elsewhere is not None:
-            done = await stage.elsewhere(jobs, journal, on_done, stop)
+        if run.config.executor == "ray":
+            done = await run_on_ray(run, stage.scheme, jobs, on_done, stop)
         else:
-            done = await run_rollouts(
-                stage.task, jobs, stage.controller, stage.generator, journal, stage.limit, on_done,
-                stage.max_failed_share, stop,
-            )  # fmt: skip
+            setup = Setup(run.task, stage.controller, run.generator)
+            share = run.config.rollout.max_failed_share
+            done = await run_rollouts(setup, jobs, run.journal, run.limit, on_done, share, stop)
     except (RunStopped, GeneratorError) as err:
-        if not (isinstance(err, RunStopped) and stop.is_set()):  # who made it stop says why
+        if not (isinstance(err, RunStopped) and stop.is_set()):  # the cause of `stop` is reported instead
             outcome = err
     except BaseException:
         steps.cancel()
         raise
+    finally:
+        stopping.cancel()
     is_done.set()
     await steps
     if is_alone:
@@ -223,9 +207,10 @@ async def _run_share(
     return outcome, done
 
 
-def _note_failure(stage: Stage, job: Job, trajectory: Trajectory, journal: Journal) -> None:
+def _note_failure(stage: Stage, job: Job, trajectory: Trajectory) -> None:
     """Append why an episode failed to the file beside the journal, which it is not in, so as to be tried again."""
-    path = journal.path.with_name(journal.path.name.replace("trajectories", "failed", 1))
+    journal = stage.run.journal.path
+    path = journal.with_name(journal.name.replace("trajectories", "failed", 1))
     row = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "stage": stage.label,

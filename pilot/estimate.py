@@ -56,10 +56,10 @@ def extrapolate(run: Run, done: Sequence[Trajectory]) -> dict[str, Any]:
     usages = [Usage(info["prompt_tokens"], info["completion_tokens"]) for info in infos]
     if not usages:
         raise ValueError("estimate: all episodes failed; the black box did not answer")
-    if run.purse is not None and not any(usage != Usage() for usage in usages):
+    if run.account is not None and not any(usage != Usage() for usage in usages):
         raise ValueError("estimate: the black box says nothing of tokens (`usage`), so what it costs is not known")
     tokens = Average.of([usage.prompt_tokens + usage.completion_tokens for usage in usages])
-    price = None if run.purse is None else run.purse.price
+    price = None if run.account is None else run.account.price
     usd = None if price is None else Average.of([price.usd(usage) for usage in usages])
     return {
         "episodes": episodes,

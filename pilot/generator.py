@@ -11,9 +11,9 @@ from pathlib import Path
 from matryoshka.core.config import load_toml
 from matryoshka.core.protocols import Generator
 from matryoshka.inference.cache import ResponseCache
+from matryoshka.inference.generator_config import EndpointConfig
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
 from matryoshka.inference.llama_cpp import file_digest
-from matryoshka.inference.pool import EndpointConfig
 from matryoshka.inference.spending import Budget, total
 from matryoshka.lora.files import adapter_hash
 from matryoshka.pilot.config import RunConfig, ServeConfig
@@ -42,7 +42,7 @@ def _served_identity(serve: ServeConfig) -> str:
     model = Path(serve.model)
     if serve.engine == "llama.cpp":
         return f"{model.name}+{file_digest(model)[:16]}"
-    return f"{model.name}+{adapter_hash(Path(serve.adapter)) if serve.adapter else 'base'}"
+    return f"{model.name}+{adapter_hash(serve.adapter_folder) if serve.adapter_folder else 'base'}"
 
 
 @contextmanager

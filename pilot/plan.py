@@ -148,7 +148,7 @@ def architecture_of(name: str) -> tuple[ModuleType, Any]:
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(MODELS)}"
         raise ValueError(f"plan: model {name!r} is neither known nor a folder; {hint}")
     architecture = model_architecture(data, Path(name))
-    return architecture, architecture.Config.from_dict(data)
+    return architecture, architecture.read_config(data)
 
 
 def predicted_peak(job: Job, one: Forecast) -> int:

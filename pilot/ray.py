@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.core.config import to_toml
-from matryoshka.core.files import Journal, UnwrittenJournal
+from matryoshka.core.files import UnwrittenJournal
 from matryoshka.core.protocols import Controller, GeneratorError, RunStopped
 from matryoshka.core.records import Trajectory, from_json, to_json
 from matryoshka.core.redaction import redact_output
@@ -25,7 +25,7 @@ from matryoshka.pilot.context import Run, Scheme, assemble
 from matryoshka.pilot.folder import cache_path
 from matryoshka.pilot.ranks import Ranks, deal
 from matryoshka.pilot.ray_cluster import machines, num_places
-from matryoshka.tasks.rollout import Job, run_rollouts
+from matryoshka.tasks.rollout import Job, Setup, run_rollouts
 
 STOP = ".stop"  # a file in the run's folder that asks the tasks to end in order
 POLL_S = 0.1
@@ -46,7 +46,6 @@ async def run_on_ray(
     run: Run,
     scheme: Scheme,
     jobs: Sequence[Job],
-    journal: Journal,
     on_done: Callable[[Job, Trajectory], None],
     stop: asyncio.Event,
 ) -> list[Trajectory]:
@@ -56,7 +55,7 @@ async def run_on_ray(
     """
     import ray
 
-    done: dict[str, Trajectory] = {}
+    journal, done = run.journal, dict[str, Trajectory]()
     by_key = {job.key: job for job in jobs}
     ends: list[Exception] = []
     file = run.folder / STOP
@@ -147,17 +146,16 @@ def _task(config: RunConfig, driver: Driver, scheme: Scheme, jobs: Sequence[Job]
         ended.append((job.key, to_json(trajectory)))
 
     async def begin(controller: Controller) -> "asyncio.Task[list[Trajectory]]":
-        episodes = run_rollouts(
-            run.task, jobs, controller, run.generator, UnwrittenJournal(), run.limit, on_done,
-            config.rollout.max_failed_share, stop,
-        )  # fmt: skip
+        setup, share = Setup(run.task, controller, run.generator), config.rollout.max_failed_share
+        episodes = run_rollouts(setup, jobs, UnwrittenJournal(), run.limit, on_done, share, stop)
         return asyncio.create_task(episodes)
 
     async def go_on(task: "asyncio.Task[list[Trajectory]]") -> None:
         while not ended and not task.done():
             await asyncio.wait({task}, timeout=POLL_S)
-            if (driver.folder / STOP).exists():
+            if (driver.folder / STOP).exists() and not stop.is_set():
                 stop.set()
+                run.stop_sending()
 
     with run.open_sampler() as sampler:
         # The loop stands still while Ray takes what is yielded.

@@ -8,7 +8,8 @@ from matryoshka.core.files import read_jsonl, write_json
 from matryoshka.core.records import Example, to_json
 from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.eval.statistics import Paired, PairedScores, paired_difference, paired_scores
-from matryoshka.pilot.config import RunConfig
+from matryoshka.lora.files import adapter_hash
+from matryoshka.pilot.config import EMBEDDED_ADAPTER, RunConfig
 from matryoshka.pilot.context import Run
 from matryoshka.pilot.environment import environment, typed_command
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
@@ -68,7 +69,7 @@ def _report_input(
             "left_out": left_out(run),
             "validation": validation,
             "seconds": run.seconds.as_dict(),
-            **({} if run.purse is None else {"black box": run.purse.as_dict()}),
+            **({} if run.account is None else {"black box": run.account.as_dict()}),
         },
     )
 
@@ -178,7 +179,8 @@ def notes(run: Run, validation: dict[str, Any]) -> list[str]:
     if missing := left_out(run):
         counted = ", ".join(f"{n} {what}" for what, n in missing.items())
         lines.append(f"Left out of every condition alike, since they do not fit the controller's context: {counted}.")
-    if run.config.serve.adapter:
+    adapter = run.config.serve.adapter_folder
+    if adapter is not None and adapter_hash(adapter) == adapter_hash(EMBEDDED_ADAPTER):
         lines.append(
             "The generator is SmolLM2-135M-Instruct with an adapter that was trained to translate steps into code, "
             "line by line. It is good with good steps and poor without them by construction: these numbers show that "

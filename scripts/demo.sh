@@ -4,4 +4,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 setup_env demo
-exec "$PYTHON" -m matryoshka.scripts.demo "$@"
+# What the report shows as the command: what was typed, not what runs it.
+export MATRYOSHKA_TYPED="bash scripts/demo.sh${*:+ $(printf '%q ' "$@")}"
+exec "$PYTHON" -m matryoshka.scripts.cli demo "$@"

@@ -55,7 +55,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def inspect_machine() -> dict[str, Any]:
     """Return `environment()` and what else decides which commands can run here, as JSON-ready values."""
-    data = Path(os.environ.get("MATRYOSHKA_DATA", ROOT.parent / "shared" / "data"))
+    data = Path(os.environ.get("MATRYOSHKA_DATA", "data"))
     return {
         "environment": environment(),
         "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / GIB, 1),

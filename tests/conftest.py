@@ -19,6 +19,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--controller",
+        metavar="FOLDER",
+        help="hold the architectures of this folder, <model_type>.py and <model_type>.json, to the contract",
+    )
+
+
 def package_folder(package: str, distribution: str) -> Path:
     """Return the folder of an installed package without importing it; skip the test where it is absent."""
     spec = importlib.util.find_spec(package)
@@ -50,7 +58,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Builder
 
-    from matryoshka.core.models.llama import Config, Model
+    from matryoshka.core.models.llama import Model, read_config
     from matryoshka.core.models.weights import save_weights
 
     folder = tmp_path_factory.mktemp("tiny")
@@ -77,7 +85,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    model = Model(Config.from_dict(config))
+    model = Model(read_config(config))
     draws = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():

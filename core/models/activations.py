@@ -157,14 +157,14 @@ def run_block(block: nn.Module, x: Tensor, *rest: object) -> Tensor:
     return output
 
 
-def run_attention(attend: Callable[..., Tensor], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def run_attention(attend: Callable[..., Tensor], layer: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return attend(layer, q, k, v), kept out of compiled blocks: it is another object in every micro-batch."""
     if torch.compiler.is_compiling():
         return _outside_of_graphs(attend, layer, q, k, v)
     return attend(layer, q, k, v)
 
 
-def _attention(attend: Callable[..., Tensor], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attention(attend: Callable[..., Tensor], layer: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(layer, q, k, v)
 
 

@@ -1,7 +1,7 @@
 """What every controller architecture provides, so that trainer, sampler and adapters work with a new one unchanged.
 
-`core/models/<model_type>.py` exports `Model`, a `LanguageModel`; `Config`, with a classmethod `from_dict`; and
-`LORA_TARGETS`. Shapes: B rows, T tokens, D hidden, V vocabulary.
+`core/models/<model_type>.py` exports `Model`, a `LanguageModel`; `read_config`, which makes its configuration of
+config.json's fields; and `LORA_TARGETS`. Shapes: B rows, T tokens, D hidden, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from matryoshka.core.models.attention import Attend
+from matryoshka.core.models.attention import Attend, LayerAttention
 
 
 class ModelConfig(Protocol):
-    """The sizes that a cache and the memory planner need, under Llama's `config.json` names."""
+    """What a cache, the head and the memory planner need to know, sizes under Llama's `config.json` names."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -32,6 +32,12 @@ class ModelConfig(Protocol):
     def head_dim(self) -> int: ...
     @property
     def max_position_embeddings(self) -> int: ...
+    @property
+    def attention(self) -> tuple[LayerAttention, ...]: ...
+    @property
+    def final_logit_softcapping(self) -> float | None: ...
+    @property
+    def extra_kept(self) -> int: ...
 
 
 def together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -45,27 +51,27 @@ def together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
 
 
 class LanguageModel(nn.Module):
-    """A decoder whose `forward` gives hidden states; whoever needs logits applies the head where it needs them."""
+    """A decoder whose `forward` gives hidden states; callers that need logits apply the head where they need them."""
 
     config: ModelConfig
     # Set where weights are kept in another dtype, or on another device, than they are computed in.
     compute_dtype: torch.dtype | None = None
     compute_device: torch.device | None = None
-    gathered_bytes: int = 0  # what is there for a while beside the weights that are kept
+    gathered_bytes: int = 0  # memory that gathered weights take for a while, beside the weights that are kept
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in."""
+        """The dtype that the model computes in."""
         return self.compute_dtype or self.head_weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where is computed."""
+        """The device that the model computes on."""
         return self.compute_device or self.head_weight.device
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The modules that `forward` hands to `run_block`, in order; what is cut up over ranks is cut at them."""
+        """The modules that `forward` hands to `run_block`, in order; sharding over ranks cuts the model at them."""
         raise TypeError(f"{type(self).__name__} does not define blocks")
 
     @property
@@ -76,11 +82,13 @@ class LanguageModel(nn.Module):
     def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """Return the [B, T, D] hidden states after the last norm, in the model's dtype.
 
-        positions_BT: int64, default 0..T-1 in every row. attend: what sees what, default causal.
+        positions_BT: int64, default 0..T-1 in every row. attend: which tokens see which, default causal.
         """
         raise TypeError(f"{type(self).__name__} does not define forward")
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Return the [..., V] logits of hidden states, in at least fp32."""
+        """Return the [..., V] logits of hidden states, soft-capped where the model does so, in at least fp32."""
         dtype = torch.promote_types(hidden_BTD.dtype, torch.float32)
-        return hidden_BTD.to(dtype) @ self.head_weight.to(dtype).T
+        logits_BTV = hidden_BTD.to(dtype) @ self.head_weight.to(dtype).T
+        cap = self.config.final_logit_softcapping
+        return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)

@@ -1,13 +1,18 @@
 """A model folder made into a module: `config.json` names the architecture, whose file lies in `core/models/`.
 
-`model_type` picks `core/models/<model_type>.py` by name, so that a new architecture is one new file. That file exports
-`Config` (with `from_dict`), `Model` (a LanguageModel that takes a Config) and `LORA_TARGETS`. The module is built
-without memory and then filled strictly: what comes back is complete or an error was raised.
+`model_type` picks `core/models/<model_type>.py` by name, or a file of that name in a folder of the user's own that the
+environment variable MATRYOSHKA_CONTROLLERS lists, so that a new architecture is one new file. It exports `read_config`
+(which makes a configuration of config.json's fields), `Model` (a LanguageModel that takes the configuration) and
+`LORA_TARGETS` (the last names of its linear layers). The module is built without memory and then filled strictly: a
+model that is returned is complete.
 """
 
 import importlib
+import importlib.util
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +25,8 @@ from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.weights import load_weights
 
 MODELS = Path(__file__).parent
+OWN_FOLDERS = "MATRYOSHKA_CONTROLLERS"  # folders of architectures that are the user's own, separated as in PATH
+GUIDE = "docs/controllers.md"
 IS_ARCHITECTURE = re.compile(r"^LORA_TARGETS\b", re.MULTILINE)  # the other modules of this folder do not define it
 
 
@@ -46,7 +53,7 @@ def empty_model(folder: Path) -> LanguageModel:
     config = read_config(folder)
     architecture = model_architecture(config, folder)
     try:
-        model_config = architecture.Config.from_dict(config)
+        model_config = architecture.read_config(config)
     except ValueError as err:
         raise ValueError(f"{folder}: {err}") from err
     with torch.device("meta"):
@@ -87,14 +94,50 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def model_architecture(config: dict[str, Any], folder: Path) -> ModuleType:
-    """Return the module `core/models/<model_type>.py` for a config read from `folder`.
+def architecture_files() -> dict[str, Path]:
+    """Return the file of each model_type: those of `core/models/`, then those of the folders in MATRYOSHKA_CONTROLLERS.
 
-    Raises ValueError, listing what there is, for a model_type that is missing or has no file.
+    Raises FileNotFoundError for a folder of one's own that is missing, ValueError for a model_type with two files.
     """
-    available = sorted(path.stem for path in MODELS.glob("*.py") if IS_ARCHITECTURE.search(path.read_text("utf-8")))
+    own = [Path(folder) for folder in os.environ.get(OWN_FOLDERS, "").split(os.pathsep) if folder]
+    found: dict[str, Path] = {}
+    for folder in (MODELS, *own):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{OWN_FOLDERS}: {folder} is no folder; expected one with architecture files")
+        for path in sorted(folder.glob("*.py")):
+            if not IS_ARCHITECTURE.search(path.read_text("utf-8")):
+                continue
+            if path.stem in found and found[path.stem].resolve() != path.resolve():
+                raise ValueError(f"{path}: {found[path.stem]} computes model_type {path.stem!r} already; rename one")
+            found[path.stem] = path
+    return found
+
+
+def model_architecture(config: dict[str, Any], folder: Path) -> ModuleType:
+    """Return the module that computes the model_type of a config read from `folder`.
+
+    Raises ValueError, listing the families that there are, for a model_type that is missing or has no file.
+    """
+    files = architecture_files()
     model_type = config.get("model_type")
-    if model_type not in available:
-        raise ValueError(f"{folder / 'config.json'}: model_type is {model_type!r}, expected one of {available}; "
-                         f"choose another model, or add core/models/<model_type>.py")
-    return importlib.import_module(f"matryoshka.core.models.{model_type}")
+    if not isinstance(model_type, str) or model_type not in files:
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type is {model_type!r}, expected one of {sorted(files)}; choose another "
+            f"model, or add a file for it: {GUIDE} shows how"
+        )
+    path = files[model_type]
+    if path.parent == MODELS:
+        return importlib.import_module(f"matryoshka.core.models.{model_type}")
+    name = f"matryoshka_controllers.{model_type}"
+    module = sys.modules.get(name)
+    if module is None or module.__file__ != str(path):
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their module up by its name
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return module

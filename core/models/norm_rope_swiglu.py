@@ -1,5 +1,5 @@
-"""RMSNorm, rotary embedding and SwiGLU with gradients by hand: few passes over memory, and only what cannot be made
-again is kept for the backward pass.
+"""RMSNorm, rotary embedding and gated activations with gradients by hand: few passes over memory, and only tensors that
+cannot be made again are kept for the backward pass.
 
 Each is a pair of plain functions. CUDA tensors get them compiled into one kernel each, the same one with and without
 gradients, so that policy and reference agree to the bit; elsewhere they run as they stand. First derivatives only.
@@ -43,27 +43,34 @@ def compiled_on_cuda(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float, offset: float | None = None) -> Tensor:
     """Return weight * x / sqrt(mean(x^2) + eps), [B, T, D] in x's dtype, the division in at least fp32.
 
+    offset: None rounds to x's dtype before the weight is multiplied, as Llama does. A number is added to the weight,
+    and the product is rounded once, as Gemma (1) and OLMo 2 (0) do.
     Source: Zhang & Sennrich 2019, eq. 4. Kept for the backward pass: x and one number a token.
     """
-    out: Tensor = _RMSNorm.apply(x_BTD, weight_D, eps)  # type: ignore[no-untyped-call]
+    out: Tensor = _RMSNorm.apply(x_BTD, weight_D, eps, offset)  # type: ignore[no-untyped-call]
     return out
 
 
 @compiled_on_cuda
-def _normalise(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _normalise(x: Tensor, weight_D: Tensor, eps: float, offset: float | None) -> tuple[Tensor, Tensor]:
     wide = x.to(at_least_fp32(x.dtype))
     mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
     inverse = torch.rsqrt(mean_square + eps)
-    return (wide * inverse).to(x.dtype).mul_(weight_D), inverse
+    if offset is None:
+        return (wide * inverse).to(x.dtype).mul_(weight_D), inverse
+    return (wide * inverse).mul_(weight_D.to(wide.dtype) + offset).to(x.dtype), inverse
 
 
 @compiled_on_cuda
-def _normalise_backward(grad: Tensor, x: Tensor, weight_D: Tensor, inverse: Tensor) -> Tensor:
+def _normalise_backward(grad: Tensor, x: Tensor, weight_D: Tensor, inverse: Tensor, offset: float | None) -> Tensor:
     wide = x.to(inverse.dtype)
-    scaled = (grad * weight_D).to(inverse.dtype)
+    if offset is None:
+        scaled = (grad * weight_D).to(inverse.dtype)
+    else:
+        scaled = grad.to(inverse.dtype) * (weight_D.to(inverse.dtype) + offset)
     # d/dx of x * inverse(x): the part of the gradient along x is taken out.
     along = torch.linalg.vecdot(scaled, wide).unsqueeze(-1) * inverse.square() / -x.shape[-1]
     return scaled.addcmul_(wide, along).mul_(inverse).to(x.dtype)
@@ -76,20 +83,21 @@ def _normalise_weight_grad(grad: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        out, inverse = _normalise(x, weight_D, eps)
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, offset: float | None) -> Tensor:
+        out, inverse = _normalise(x, weight_D, eps, offset)
         ctx.save_for_backward(x, weight_D, inverse)
+        ctx.offset = offset
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight_D, inverse = ctx.saved_tensors
-        grad_x = _normalise_backward(grad, x, weight_D, inverse) if ctx.needs_input_grad[0] else None
+        grad_x = _normalise_backward(grad, x, weight_D, inverse, ctx.offset) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = _normalise_weight_grad(grad, x, inverse).to(weight_D.dtype)
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
 
 
 def rotate(x_BTNH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
@@ -131,29 +139,49 @@ class _Rotate(torch.autograd.Function):
 
 def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     """Return silu(gate) * up. Source: Shazeer 2020, eq. 6. Kept for the backward pass: gate and up."""
-    out: Tensor = _SwiGLU.apply(gate_BTF, up_BTF)  # type: ignore[no-untyped-call]
+    out: Tensor = _Gated.apply(gate_BTF, up_BTF, _silu_gated, _silu_gated_backward)  # type: ignore[no-untyped-call]
+    return out
+
+
+def geglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+    """Return gelu(gate) * up with the tanh approximation. Source: Shazeer 2020, eq. 5. Kept: gate and up."""
+    out: Tensor = _Gated.apply(gate_BTF, up_BTF, _gelu_gated, _gelu_gated_backward)  # type: ignore[no-untyped-call]
     return out
 
 
 @compiled_on_cuda
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
+def _silu_gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
 @compiled_on_cuda
-def _gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _silu_gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     grad_gate: Tensor = torch.ops.aten.silu_backward(grad * up, gate)
     return grad_gate, F.silu(gate).mul_(grad)
 
 
-class _SwiGLU(torch.autograd.Function):
+@compiled_on_cuda
+def _gelu_gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+@compiled_on_cuda
+def _gelu_gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    grad_gate: Tensor = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+    return grad_gate, F.gelu(gate, approximate="tanh").mul_(grad)
+
+
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, gated: Callable[..., Tensor], gated_backward: Callable[..., Any]
+    ) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return _gated(gate, up)
+        ctx.gated_backward = gated_backward
+        return gated(gate, up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        return _gated_backward(grad, gate, up)
+        return *ctx.gated_backward(grad, gate, up), None, None

@@ -40,7 +40,7 @@ class Objective(Protocol):
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
-LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden_SD, head_VD, target_S) -> [S]
+LogProbs = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]  # (hidden_SD, head_VD, target_S, softcap) -> [S]
 Reference = Callable[[], AbstractContextManager[None]]  # inside of it the model computes the reference policy
 
 
@@ -86,7 +86,8 @@ class MicroBatch:
 
     def logps(self) -> Tensor:
         """Return the [S] log-probs of the scored tokens."""
-        return self._token_logps(self.hidden(), self._model.head_weight, self._target_U)[self._of_S]
+        head_VD, softcap = self._model.head_weight, self._model.config.final_logit_softcapping
+        return self._token_logps(self.hidden(), head_VD, self._target_U, softcap)[self._of_S]
 
     def reference_logps(self, reference: Reference) -> Tensor:
         """Return the reference's [S] log-probs of the scored tokens."""

@@ -14,7 +14,6 @@ from matryoshka.dpo import head
 from matryoshka.dpo.head import (
     eager_logps,
     extra_bytes,
-    scored_logps,
     token_logps,
     token_logps_and_entropy,
 )
@@ -55,15 +54,22 @@ def test_eager_by_hand() -> None:
 @pytest.mark.parametrize(("rows", "size", "vocabulary"), [(1, 1, 1), (1, 5, 7), (13, 7, 31), (64, 16, 53)])
 @pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.5])
 def test_equals_eager_in_float64(
-    rows: int, size: int, vocabulary: int, tiles: tuple[int, int], trainable: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int,
+    size: int,
+    vocabulary: int,
+    tiles: tuple[int, int],
+    trainable: bool,
+    softcap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Oracle: `eager_logps` and its autograd, 1e-12, for the hidden states and for a head that is trained."""
     set_tiles(monkeypatch, *tiles)
     hidden, weights, target = case(rows, size, vocabulary)
     inputs = [hidden.requires_grad_(), weights.requires_grad_()][: 1 + trainable]
     weights.requires_grad_(trainable)
-    expected, got = eager_logps(hidden, weights, target), token_logps(hidden, weights, target)
+    expected, got = (function(hidden, weights, target, softcap) for function in (eager_logps, token_logps))
     assert got.dtype == torch.float64
     assert got.grad_fn is not None and "FlashHead" in type(got.grad_fn).__name__
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
@@ -83,12 +89,13 @@ def test_the_heads_gradient_by_hand() -> None:
     torch.testing.assert_close(got, by_hand, rtol=0, atol=1e-12)
 
 
-def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_gradcheck(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: torch's finite differences in float64, over tile boundaries, for both inputs."""
     set_tiles(monkeypatch, 4, 5)
     hidden, weights, target = case(6, 3, 11)
     inputs = hidden.requires_grad_(), weights.requires_grad_()
-    assert torch.autograd.gradcheck(lambda h, w: token_logps(h, w, target), inputs)
+    assert torch.autograd.gradcheck(lambda h, w: token_logps(h, w, target, softcap), inputs)
 
 
 def test_no_second_derivative() -> None:
@@ -212,7 +219,7 @@ def test_every_pass_has_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.Mo
 def test_a_pass_without_gradients_forms_no_direction(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: what the tiles are asked for: nothing but log-probs where autograd is off, though a leaf wants a gradient
     elsewhere; a frozen hidden state asks for none either."""
-    asked: list[tuple[bool, ...]] = []
+    asked: list[tuple[bool | None, ...]] = []
     tiles = head.score_tiles
 
     def note(*arguments: Any) -> head.Scored:
@@ -227,7 +234,7 @@ def test_a_pass_without_gradients_forms_no_direction(monkeypatch: pytest.MonkeyP
         assert not token_logps(hidden, weights, target).requires_grad
     token_logps(hidden, weights, target)
     token_logps_and_entropy(hidden, weights, target)
-    assert asked == [(False, False), (False, False), (True, False), (True, True)]
+    assert asked == [(None, False, False), (None, False, False), (None, True, False), (None, True, True)]
 
 
 @pytest.mark.parametrize("tiles", TILES)
@@ -273,18 +280,6 @@ def test_an_infinite_logit_of_the_target_is_no_certainty() -> None:
     for function in (eager_logps, token_logps):
         logps = function(hidden, weights, torch.tensor([2]))
         assert logps.isnan().all() and torch.autograd.grad(logps.sum(), hidden)[0].isnan().any()
-
-
-def test_scored_logps() -> None:
-    """Oracle: the gathered rows through eager, float64, with the gradient; equal pairs have equal bits."""
-    hidden, weights, _ = case(6, 4, 9)
-    source, target = torch.tensor([5, 0, 3, 3, 0, 3, 5]), torch.tensor([1, 2, 8, 8, 7, 2, 1])
-    hidden.requires_grad_()
-    got, expected = scored_logps(hidden, weights, source, target), eager_logps(hidden[source], weights, target)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    assert got[2] == got[3] and got[0] == got[6]
-    ours, theirs = (torch.autograd.grad(weighted(logps), hidden)[0] for logps in (got, expected))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_autograd_keeps_nothing_of_the_vocabularys_size(monkeypatch: pytest.MonkeyPatch) -> None:

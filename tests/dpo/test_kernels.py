@@ -45,8 +45,9 @@ def test_compiles_for_an_h100(mass: str, tmp_path: Path, monkeypatch: pytest.Mon
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     sizes = ("row_start", "num_tokens", "column_start", "num_columns", "vocabulary", "store")
     signature = {"logits": "*fp32", "mass": mass, "targets": "*i64", "state": "*fp32", **dict.fromkeys(sizes, "i32")}
+    signature["softcap"] = "fp32"
     constants = {"SAFE": kernels.SAFE, "LOWEST": LOWEST, "BLOCK": kernels.BLOCK}
-    unknown = ("row_start", "num_tokens", "store")  # what the launch does not specialise on
+    unknown = ("row_start", "num_tokens", "store", "softcap")  # what the launch does not specialise on
     multiples = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name not in unknown}
     source = compiler.ASTSource(
         kernels.fold_kernel(), signature | dict.fromkeys(constants, "constexpr"), constants, multiples
@@ -76,10 +77,12 @@ def set_tiles(patch: pytest.MonkeyPatch, rows: int, columns: int, block: int) ->
     patch.setattr(kernels, "BLOCK", block)
 
 
-def truth(hidden: Tensor, weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def truth(
+    hidden: Tensor, weights: Tensor, target: Tensor, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the log-probs and their gradients in the hidden states, eager in float64 on the same numbers."""
     leaf = hidden.detach().double().requires_grad_()
-    logps = eager_logps(leaf, weights.detach().double(), target)
+    logps = eager_logps(leaf, weights.detach().double(), target, softcap)
     return logps.detach(), torch.autograd.grad(logps.sum(), leaf)[0]
 
 
@@ -90,18 +93,26 @@ class TestKernels:
 
     @pytest.mark.parametrize(("rows", "size", "vocabulary"), [(1, 1, 1), (7, 5, 83), (5, 8, 64)])
     @pytest.mark.parametrize("tiles", [(3, 24, 16), (128, 256, 128)])
+    @pytest.mark.parametrize("softcap", [None, 4.0, 30.0])
     def test_equals_eager(
-        self, rows: int, size: int, vocabulary: int, tiles: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+        self,
+        rows: int,
+        size: int,
+        vocabulary: int,
+        tiles: tuple[int, int, int],
+        softcap: float | None,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Oracle: eager in float64; fp32 operands, so 1e-5 of the largest logit (about 10) and of a head's row."""
         set_tiles(monkeypatch, *tiles)
         hidden, weights, target = case(rows, size, vocabulary, torch.float32)
-        logps, direction = truth(hidden, weights, target)
-        scored = kernels.score_tiles(hidden, weights, target, with_direction=True)
+        logps, direction = truth(hidden, weights, target, softcap)
+        scored = kernels.score_tiles(hidden, weights, target, softcap, with_direction=True)
         torch.testing.assert_close(scored.logps_S.double(), logps, rtol=1e-5, atol=1e-5)
         assert scored.direction_SD is not None and scored.entropy_S is not None
         torch.testing.assert_close(scored.direction_SD.double(), direction, rtol=1e-4, atol=1e-5)
-        log_probs = (hidden.double() @ weights.double().T).log_softmax(-1)
+        logits = hidden.double() @ weights.double().T
+        log_probs = (logits if softcap is None else softcap * torch.tanh(logits / softcap)).log_softmax(-1)
         entropy = -(log_probs.exp() * log_probs).sum(1)
         torch.testing.assert_close(scored.entropy_S.double(), entropy, rtol=1e-4, atol=1e-5)
 
@@ -156,7 +167,7 @@ class TestKernels:
         target = torch.tensor([0, 50, 95], device=DEVICE)
         logps, direction = truth(hidden, weights, target)
         log_probs = (hidden.double() @ weights.double().T).log_softmax(-1)
-        scored = kernels.score_tiles(hidden, weights, target, with_direction=True)
+        scored = kernels.score_tiles(hidden, weights, target, None, with_direction=True)
         assert scored.direction_SD is not None and scored.entropy_S is not None
         torch.testing.assert_close(scored.logps_S.double(), logps, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(scored.direction_SD.double(), direction, rtol=1e-4, atol=1e-3)
@@ -175,7 +186,7 @@ class TestKernels:
         others = [i for i in range(11) if i != 2]
         exact = -torch.log1p((z[:, others] - z[:, 2:3]).exp().sum(1))
         (direction,) = torch.autograd.grad(exact.sum(), leaf)
-        scored = kernels.score_tiles(hidden, weights, torch.full((3,), 2, device=DEVICE), with_direction=True)
+        scored = kernels.score_tiles(hidden, weights, torch.full((3,), 2, device=DEVICE), None, with_direction=True)
         torch.testing.assert_close(scored.logps_S.double(), exact, rtol=1e-4, atol=0)
         assert scored.direction_SD is not None
         assert (scored.direction_SD.double() - direction).norm() <= 1e-4 * direction.norm()
@@ -185,9 +196,9 @@ class TestKernels:
         """Oracle: the clean rows' bits; NaN in the spoiled one, log-prob and gradient."""
         set_tiles(monkeypatch, 4, 24, 16)
         hidden, weights, target = case(5, 4, 53, torch.float32)
-        clean = kernels.score_tiles(hidden, weights, target, with_direction=True)
+        clean = kernels.score_tiles(hidden, weights, target, None, with_direction=True)
         hidden[2, 1] = bad
-        spoiled = kernels.score_tiles(hidden, weights, target, with_direction=True)
+        spoiled = kernels.score_tiles(hidden, weights, target, None, with_direction=True)
         rest = torch.arange(5, device=DEVICE) != 2
         assert clean.direction_SD is not None and spoiled.direction_SD is not None
         assert spoiled.logps_S[2].isnan() and spoiled.direction_SD[2].isnan().any()
@@ -199,7 +210,7 @@ class TestKernels:
         set_tiles(monkeypatch, 4, 24, 16)
         hidden, weights, target = case(3, 4, 53, torch.float32)
         target[1] = 53
-        assert kernels.score_tiles(hidden, weights, target, True).logps_S.isnan().tolist() == [False, True, False]
+        assert kernels.score_tiles(hidden, weights, target, None, True).logps_S.isnan().tolist() == [False, True, False]
 
     def test_the_head_takes_the_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Oracle: eager's autograd for both inputs of a trainable head, with the torch tiles out of reach."""

@@ -257,7 +257,7 @@ def test_equals_trl(tiny_dir: Path, tmp_path: Path) -> None:
     tree = build_tree([side for item in items for side in item.sequences])
 
     def logps() -> Tensor:
-        hidden_TD = model(tree.ids_T[None], tree.positions_T[None], Masked(tree.attention_mask()))[0]
+        hidden_TD = model(tree.ids_T[None], tree.positions_T[None], Masked(tree))[0]
         return token_logps(hidden_TD[tree.source_S], model.head_weight, tree.target_S)
 
     with torch.no_grad(), active(model, None):

@@ -153,7 +153,7 @@ def test_a_turn_that_comes_too_late_is_not_taken_and_costs_nothing(tmp_path: Pat
     async def scene(generator: OpenAIGenerator) -> None:
         with pytest.raises(GeneratorError, match="its turn came when its time was over.*total_timeout_s \\(0.5 s\\)"):
             await generator.complete(PROMPT, GREEDY)
-        assert generator.purse.spending() == Spending()
+        assert generator.account.spending() == Spending()
 
     generator = run(endpoint, scene, cache, requests_per_minute=60, total_timeout_s=0.5)
     assert len(endpoint.seen) == 1 == generator.endpoints[0].stats.sent

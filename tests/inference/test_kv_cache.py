@@ -7,10 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from matryoshka.core.models.attention import Causal
+from matryoshka.core.models.attention import Causal, LayerAttention
 from matryoshka.inference.kv_cache import CachedAttention, Prefix
 
 HEADS, GROUPS, SIZE, LAYERS = 4, 2, 6, 2
+PLAIN = [LayerAttention(index, SIZE**-0.5) for index in range(LAYERS)]
+# One layer sees all and one sees few tokens, soft-capped and scaled otherwise; windows within and beyond the prefix.
+WINDOWED = [LayerAttention(0, 0.7, softcap=1.5), LayerAttention(1, 0.3, window=3)]
+BOTH_WINDOWED = [LayerAttention(0, SIZE**-0.5, window=7), LayerAttention(1, 0.9, softcap=0.8, window=1)]
+KINDS = pytest.mark.parametrize("kinds", [PLAIN, WINDOWED, BOTH_WINDOWED], ids=["plain", "windowed", "both"])
 
 
 @dataclass
@@ -21,20 +26,24 @@ class Row:
     k: list[Tensor]
     v: list[Tensor]
     read: int
+    kinds: list[LayerAttention]
 
     @cached_property
     def expected(self) -> list[Tensor]:
         """Causal attention over all of the row, per layer [heads, tokens, size]."""
         out = []
-        for q, k, v in zip(self.q, self.k, self.v, strict=True):
+        for q, k, v, kind in zip(self.q, self.k, self.v, self.kinds, strict=True):
             k, v = (x.repeat_interleave(HEADS // GROUPS, 0) for x in (k, v))
-            future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
-            scores = (q @ k.transpose(-1, -2) / SIZE**0.5).masked_fill(future, float("-inf"))
-            out.append(scores.softmax(-1) @ v)
+            ones = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool)
+            hidden = ones.triu(1) | ones.tril(-(kind.window or len(ones)))
+            scores = q @ k.transpose(-1, -2) * kind.scale
+            if kind.softcap is not None:
+                scores = kind.softcap * torch.tanh(scores / kind.softcap)
+            out.append(scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v)
         return out
 
 
-def make_rows(prefix: int, tails: list[int], extra: int) -> list[Row]:
+def make_rows(prefix: int, tails: list[int], extra: int, kinds: list[LayerAttention] = PLAIN) -> list[Row]:
     """Return rows that agree on their first `prefix` tokens, then have `tails` to prefill and `extra` to decode."""
     draws = torch.Generator().manual_seed(prefix + sum(tails))
 
@@ -46,7 +55,7 @@ def make_rows(prefix: int, tails: list[int], extra: int) -> list[Row]:
     for tail in tails:
         own = [random(heads, tail + extra) for heads in (HEADS, GROUPS, GROUPS)]
         q, k, v = ([torch.cat(x, 1) for x in zip(a, b, strict=True)] for a, b in zip(shared, own, strict=True))
-        rows.append(Row(q, k, v, prefix))
+        rows.append(Row(q, k, v, prefix, kinds))
     return rows
 
 
@@ -63,7 +72,7 @@ def feed(cache: CachedAttention, rows: list[Row], counts: list[int]) -> None:
                 padded.append(torch.cat((new, torch.full((new.shape[0], width - count, SIZE), 1e3).double()), 1))
             parts.append(torch.stack(padded))
         q, k, v = parts
-        out = cache(layer, q, k, v)
+        out = cache(rows[0].kinds[layer], q, k, v)
         for row, count, got in zip(rows, counts, out, strict=True):
             wanted = row.expected[layer][:, row.read : row.read + count]
             torch.testing.assert_close(got[:, :count], wanted, rtol=0, atol=1e-12)
@@ -80,18 +89,20 @@ def new_cache(rows: list[Row], prefix: int) -> CachedAttention:
     return CachedAttention(shared, LAYERS, len(rows), GROUPS, SIZE, torch.empty(0, dtype=torch.float64))
 
 
-def test_the_oracle_is_the_trainers_attention() -> None:
+@KINDS
+def test_the_oracle_is_the_trainers_attention(kinds: list[LayerAttention]) -> None:
     """Oracle: core's `Causal`, which training uses, agrees with the loop-free formula of this file."""
-    (row,) = make_rows(0, [7], 0)
-    out = Causal()(0, row.q[0][None], row.k[0][None], row.v[0][None])[0]
+    (row,) = make_rows(0, [7], 0, kinds)
+    out = Causal()(kinds[0], row.q[0][None], row.k[0][None], row.v[0][None])[0]
     torch.testing.assert_close(row.expected[0], out, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 9])
 @pytest.mark.parametrize("tails", [[1], [4], [5, 1, 3], [2, 2]])
-def test_prefill_and_decoding(prefix: int, tails: list[int]) -> None:
+@KINDS
+def test_prefill_and_decoding(prefix: int, tails: list[int], kinds: list[LayerAttention]) -> None:
     """Oracle: full attention of every row; ragged prefill, then one token a pass until the cache has grown twice."""
-    rows = make_rows(prefix, tails, 40)
+    rows = make_rows(prefix, tails, 40, kinds)
     cache = new_cache(rows, prefix)
     feed(cache, rows, tails)
     assert cache.lengths_B.tolist() == tails
@@ -122,16 +133,17 @@ def test_finished_rows_make_room(prefix: int, finished: set[int]) -> None:
 
 
 @pytest.mark.parametrize("prefix", [0, 6])
-def test_rows_come_and_go(prefix: int) -> None:
+@KINDS
+def test_rows_come_and_go(prefix: int, kinds: list[LayerAttention]) -> None:
     """Oracle: full attention; rows dropped, repeated (one prompt, several samples), and a second cache appended."""
-    rows = make_rows(prefix, [3, 5, 2], 30)
+    rows = make_rows(prefix, [3, 5, 2], 30, kinds)
     cache = new_cache(rows, prefix)
     feed(cache, rows, [3, 5, 2])
-    chosen = [rows[2], rows[0], Row(rows[0].q, rows[0].k, rows[0].v, rows[0].read)]
+    chosen = [rows[2], rows[0], Row(rows[0].q, rows[0].k, rows[0].v, rows[0].read, kinds)]
     cache.select(torch.tensor([2, 0, 0]))
     assert cache.rows == 3
     feed(cache, chosen, [1, 1, 1])
-    late = make_rows(prefix, [3, 5, 2], 30)  # the same sequences once more: the same prefix
+    late = make_rows(prefix, [3, 5, 2], 30, kinds)  # the same sequences once more: the same prefix
     other = new_cache(late, prefix)
     feed(other, late, [3, 5, 2])
     for _ in range(20):
@@ -143,4 +155,4 @@ def test_rows_come_and_go(prefix: int) -> None:
     cache.select(torch.tensor([], dtype=torch.int64))
     assert cache.rows == 0
     cache.extend(other)
-    feed(cache, [Row(row.q, row.k, row.v, row.read - 3) for row in late], [1, 1, 1])
+    feed(cache, [Row(row.q, row.k, row.v, row.read - 3, kinds) for row in late], [1, 1, 1])

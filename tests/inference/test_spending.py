@@ -23,7 +23,7 @@ from matryoshka.inference.cache import ResponseCache, answer_key
 from matryoshka.inference.chat_api import most_tokens
 from matryoshka.inference.generators import OpenAIGenerator
 from matryoshka.inference.prices import Price
-from matryoshka.inference.spending import Budget, Purse, total
+from matryoshka.inference.spending import Budget, GeneratorAccount, total
 from matryoshka.tests.inference.endpoint import GREEDY, PROMPT, Endpoint, run
 
 MOST = most_tokens(PROMPT, GREEDY)
@@ -62,7 +62,7 @@ def test_the_line_is_not_crossed_and_a_larger_budget_goes_on(at_once: int, tmp_p
     async def go_on(generator: OpenAIGenerator) -> None:
         for i in range(expected + 2):
             await generator.complete(PROMPT, draw(i))
-        assert generator.purse.spending().usage == Usage(7 * (expected + 2), 2 * (expected + 2))
+        assert generator.account.spending().usage == Usage(7 * (expected + 2), 2 * (expected + 2))
 
     run(endpoint, go_on, ResponseCache(path), Budget(tokens=10 * budget), identity="same")
     assert len(endpoint.seen) == 2
@@ -79,8 +79,8 @@ def test_dollars_are_tokens_times_prices(tmp_path: Path) -> None:
     async def scene(generator: OpenAIGenerator) -> None:
         for i in range(3):
             await generator.complete(PROMPT, draw(i))
-        assert generator.purse.usd() == pytest.approx(0.033)
-        assert generator.purse.shown() == "0.0330 USD"
+        assert generator.account.usd() == pytest.approx(0.033)
+        assert generator.account.shown() == "0.0330 USD"
         with pytest.raises(RunStopped, match="27 tokens, 0.0330 USD"):
             await generator.complete(PROMPT, draw(3))
 
@@ -149,7 +149,7 @@ def test_an_attempt_that_may_have_been_billed_counts(tmp_path: Path) -> None:
     async def scene(generator: OpenAIGenerator) -> None:
         with pytest.raises(RunStopped, match="1 attempts that brought no answer"):
             await generator.complete(PROMPT, GREEDY)
-        assert generator.purse.spending() == Spending(0, Usage(), 1, MOST, Usage())
+        assert generator.account.spending() == Spending(0, Usage(), 1, MOST, Usage())
 
     run(endpoint, scene, cache, Budget(tokens=2 * BOUND - 1))
     assert len(endpoint.seen) == 1
@@ -161,7 +161,7 @@ def test_an_attempt_that_may_have_been_billed_counts(tmp_path: Path) -> None:
             await asyncio.sleep(0.005)
         call.cancel()
         await asyncio.wait([call])
-        assert generator.purse.spending().lost_usage == MOST
+        assert generator.account.spending().lost_usage == MOST
 
     run(endpoint, cancelled, cache)
 
@@ -197,7 +197,7 @@ def test_an_answer_that_does_not_say_what_it_cost_counts_as_the_most(
         with pytest.raises(RunStopped, match="could cross the budget"):
             await generator.complete(PROMPT, draw(2))
         most = Usage(2 * MOST.prompt_tokens, 2 * MOST.completion_tokens)
-        assert generator.purse.spending() == Spending(answers=answers, lost=2, lost_usage=most)
+        assert generator.account.spending() == Spending(answers=answers, lost=2, lost_usage=most)
 
     run(endpoint, spend, ResponseCache(tmp_path / "c"), Budget(tokens=3 * BOUND - 1))
     assert len(endpoint.seen) == 2
@@ -269,12 +269,12 @@ def test_two_processes_ask_the_same_once(tmp_path: Path) -> None:
 def test_budgets_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
     cache = ResponseCache(tmp_path / "c")
     with pytest.raises(ValueError, match="response cache; give the generator one"):
-        Purse("m", None, Price(1, 1), Budget(tokens=1))
+        GeneratorAccount("m", None, Price(1, 1), Budget(tokens=1))
     with pytest.raises(ValueError, match="no price of m is known.*--budget-tokens"):
-        Purse("m", cache, None, Budget(usd=1))
+        GeneratorAccount("m", cache, None, Budget(usd=1))
     with pytest.raises(ValueError, match="must not be negative"):
         Budget(usd=-1)
-    assert Purse("m", cache, None, Budget(tokens=5)).shown() == "0 tokens"
+    assert GeneratorAccount("m", cache, None, Budget(tokens=5)).shown() == "0 tokens"
 
 
 @pytest.mark.parametrize("text", ["", "a" * 1000, "\u4f60\u597d" * 100, "\U0001f600" * 50, "1+2=3\n\t" * 40])

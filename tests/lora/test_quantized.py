@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matryoshka.core.models.llama import Config, Model
+from matryoshka.core.models.llama import Model, read_config
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.tree import Tokens
 from matryoshka.core.models.weights import save_weights
@@ -56,7 +56,7 @@ def rows_of_64(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("rows-of-64")
     config = json.loads((tiny_dir / "config.json").read_text()) | {"hidden_size": 64, "intermediate_size": 128}
     (folder / "config.json").write_text(json.dumps(config))
-    model = Model(Config.from_dict(config))
+    model = Model(read_config(config))
     draws = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -19,8 +19,7 @@ import pytest
 from safetensors.torch import load_file
 
 from matryoshka.core.files import Journal, SharedJournal, read_jsonl
-from matryoshka.inference.generator_config import GeneratorConfig
-from matryoshka.inference.pool import EndpointConfig
+from matryoshka.inference.generator_config import EndpointConfig, GeneratorConfig
 from matryoshka.lora.files import WEIGHTS
 from matryoshka.pilot.config import RunConfig, WarmupConfig
 from matryoshka.pilot.ranks import Ranks, deal

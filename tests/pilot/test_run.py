@@ -11,7 +11,7 @@ from matryoshka.lora.files import WEIGHTS
 from matryoshka.pilot.config import WarmupConfig
 from matryoshka.pilot.context import open_run
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
-from matryoshka.pilot.progress import Progress
+from matryoshka.pilot.progress import Progress, StatusLine
 from matryoshka.pilot.run_report import left_out
 from matryoshka.pilot.stages import collect, is_trained, train_round, train_star, warm_up, write_pairs
 from matryoshka.tests.pilot.conftest import Generator
@@ -118,3 +118,19 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(
         "collect 31/40 right 31 [31 s, 1.0/s, 9 s left]",
         "collect 40/40 right 40 [40 s, 1.0/s, 0 s left]",
     ]
+
+
+def test_a_status_line_ends_where_its_block_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the terminal's bytes by hand; a line that showed nothing ends nothing."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with StatusLine() as line:
+        line.show("one")
+        line.show("too soon")
+        line.show("two", always=True)
+    with StatusLine():
+        pass
+    with StatusLine(is_shown=False) as hidden:
+        hidden.show("unseen")
+    assert capsys.readouterr().err == "\r\x1b[Kone\r\x1b[Ktwo\n"

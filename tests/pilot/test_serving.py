@@ -15,19 +15,24 @@ from typing import Any
 import openai
 import pytest
 
+from matryoshka.core.config import load_toml
 from matryoshka.core.models.from_gguf import smollm2_gguf
 from matryoshka.core.models.load import load_model
 from matryoshka.core.records import Message, Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
+from matryoshka.inference.generators import OpenAIGenerator
 from matryoshka.inference.local_controller import LocalController, LocalEngine
 from matryoshka.inference.sampler import Sampler
 from matryoshka.lora.files import load_adapter, save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter
-from matryoshka.pilot.config import ServeConfig
+from matryoshka.pilot.config import RunConfig, ServeConfig
+from matryoshka.pilot.generator import open_generator
+from matryoshka.pilot.ranks import Ranks
 from matryoshka.pilot.serving import running_server, serve
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import command, environment
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPT = (Message("user", "Name a number."),)
 
 
@@ -251,3 +256,37 @@ def test_settings_of_another_engine_are_refused(tmp_path: Path, capsys: pytest.C
         with running_server(absent, False, tmp_path / "log"):
             pass
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_copies_of_a_server_share_the_requests(tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: the generator has two endpoints with names of the same model while it is open, all requests are answered,
+    nothing answers at either address afterwards, and answers are kept under the model's name, not under a port.
+    """
+    serving = ServeConfig(model=str(tiny_dir), name="tiny", copies=2)
+    config = load_toml(RunConfig, ROOT / "configs" / "demo.toml")
+    config = replace(config, serve=serving, generator=replace(config.generator, concurrency=1))
+
+    async def answers(generator: OpenAIGenerator) -> list[Sample]:
+        asked = [(Message("user", f"Name number {number}."),) for number in range(8)]
+        return await asyncio.gather(*(generator.complete(prompt, Sampling(max_tokens=4)) for prompt in asked))
+
+    with asyncio.Runner() as runner:
+        with open_generator(config, tmp_path, Ranks(), runner, tmp_path / "cache.sqlite") as generator:
+            assert isinstance(generator, OpenAIGenerator) and len(generator.endpoints) == 2
+            assert generator.name == f"tiny@{tiny_dir.name}+base"
+            assert len(runner.run(answers(generator))) == 8
+            urls = [endpoint.base_url for endpoint in generator.endpoints]
+    log = (tmp_path / "generator.log").read_text()
+    for url in urls:
+        assert ask_is_refused(url), log
+
+
+def ask_is_refused(url: str) -> bool:
+    """Return whether nothing answers at `url` any more."""
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=5) as client:
+        try:
+            client.models.list()
+        except openai.APIConnectionError:
+            return True
+    return False

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from matryoshka.core.files import read_jsonl
-from matryoshka.core.models.llama import Config, Model
+from matryoshka.core.models.llama import Model, read_config
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.tree import Tokens
 from matryoshka.core.models.weights import save_weights
@@ -75,7 +75,7 @@ def model_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config |= {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 96}
     config["max_position_embeddings"] = CONTEXT
     (folder / "config.json").write_text(json.dumps(config))
-    model = Model(Config.from_dict(config))
+    model = Model(read_config(config))
     draws = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -20,7 +20,7 @@ from matryoshka.core.records import (
     Sampling,
     Trajectory,
 )
-from matryoshka.tasks.rollout import Job, job_key, run_rollouts
+from matryoshka.tasks.rollout import Job, Setup, job_key, run_rollouts
 
 Play = Callable[[Example], Awaitable[str]]
 
@@ -89,7 +89,7 @@ def drive(
 ) -> tuple[PlayedTask, list[Trajectory]]:
     task, record = PlayedTask(play), Journal(journal)
     try:
-        return task, asyncio.run(run_rollouts(task, jobs, CONTROLLER, GENERATOR, record, limit, on_done))
+        return task, asyncio.run(run_rollouts(Setup(task, CONTROLLER, GENERATOR), jobs, record, limit, on_done))
     finally:
         record.close()
 
@@ -184,7 +184,7 @@ def test_a_disk_that_refuses_a_sync_stops_the_run(tmp_path: Path) -> None:
 
     record = Refusing(tmp_path / "j")
     with pytest.raises(OSError, match="no space"):
-        asyncio.run(run_rollouts(PlayedTask(slow), JOBS, CONTROLLER, GENERATOR, record, 2))
+        asyncio.run(run_rollouts(Setup(PlayedTask(slow), CONTROLLER, GENERATOR), JOBS, record, 2))
     record.close()
     assert 2 <= len(keys(tmp_path / "j")) < 40
 
@@ -260,7 +260,7 @@ def test_a_stop_lets_those_in_flight_end(tmp_path: Path) -> None:
 
         task, record = PlayedTask(sets), Journal(tmp_path / "j")
         with pytest.raises(RunStopped, match="of 40 episodes done"):
-            await run_rollouts(task, JOBS, CONTROLLER, GENERATOR, record, 8, stop=stop)
+            await run_rollouts(Setup(task, CONTROLLER, GENERATOR), JOBS, record, 8, stop=stop)
         record.close()
         assert 8 <= len(task.started) <= 12  # workers 0 to 3 had begun another one by then
         assert sorted(keys(tmp_path / "j")) == sorted(f"k{i}" for i in task.started)

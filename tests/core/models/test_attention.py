@@ -19,16 +19,19 @@ from matryoshka.core.models.attention import (
     Branches,
     Causal,
     Flex,
+    LayerAttention,
     Masked,
     block_mask,
     blocks,
     bucket,
     tree_attention,
 )
-from matryoshka.core.models.llama import Config, Model
+from matryoshka.core.models.llama import Model, read_config
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree
 from matryoshka.dpo.head import token_logps
 from matryoshka.lora.linear import LoraConfig, add_adapter, set_active, trainable_parameters
+
+LAYER = LayerAttention(0, 0.5)
 
 
 def random_tree(seed: int, header: int, questions: int, answers: int, most: int) -> TokenTree:
@@ -80,7 +83,7 @@ def test_blocks_cover_what_is_seen(tree: TokenTree, call: int) -> None:
     seen = torch.zeros_like(tree.attention_mask())
     for block in found:
         visible = torch.ones(block.stop - block.start, len(block.keys_K), dtype=torch.bool)
-        visible[:, len(block.keys_K) - len(visible) :] = ~block.hidden_QQ
+        visible[:, len(block.keys_K) - len(visible) :] = ~block.hidden_QL
         seen[block.start : block.stop, block.keys_K] = visible
     assert seen.equal(tree.attention_mask())
 
@@ -115,13 +118,13 @@ def test_branches_are_the_dense_mask(costs: tuple[int, int], rows: int) -> None:
     for seed in range(4):
         tree = random_tree(seed, header=7, questions=3, answers=3, most=6)
         leaves = [x.requires_grad_() for x in inputs(len(tree.ids_T), rows=rows, seed=seed)]
-        outs = [attend(0, *leaves) for attend in (Branches(tree), Masked(tree.attention_mask()))]
+        outs = [attend(LAYER, *leaves) for attend in (Branches(tree), Masked(tree))]
         grad = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
         ours, theirs = ((out, *torch.autograd.grad(out, leaves, grad)) for out in outs)
         for one, two in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
         with torch.no_grad():  # the reference pass has the same bits
-            assert Branches(tree)(0, *leaves).equal(outs[0])
+            assert Branches(tree)(LAYER, *leaves).equal(outs[0])
 
 
 def test_gradients_of_branches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,14 +132,14 @@ def test_gradients_of_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "CALL", 0)
     tree = random_tree(0, header=2, questions=2, answers=2, most=2)
     attend = Branches(tree)
-    assert len(attend.blocks) > 3
+    assert len(attend.blocks(None)) > 3
     leaves = [x.requires_grad_() for x in inputs(len(tree.ids_T))]
-    assert torch.autograd.gradcheck(lambda *x: attend(0, *x), leaves)
+    assert torch.autograd.gradcheck(lambda *x: attend(LAYER, *x), leaves)
 
 
 def adapted_model(dtype: torch.dtype) -> Model:
     """Return a small Llama whose base is rounded to bf16, then cast to `dtype`, with an adapter in at least fp32."""
-    config = Config.from_dict(
+    config = read_config(
         {
             "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
@@ -272,8 +275,8 @@ def test_flex_attention_is_the_dense_mask(seed: int, monkeypatch: pytest.MonkeyP
     q, k, v = inputs(len(tree.ids_T), seed=seed)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", UserWarning)  # that it is slow uncompiled
-        out = Flex(tree, torch.device("cpu"))(0, q, k, v)
-    torch.testing.assert_close(out, Masked(tree.attention_mask())(0, q, k, v), rtol=0, atol=1e-12)
+        out = Flex(tree, torch.device("cpu"))(LAYER, q, k, v)
+    torch.testing.assert_close(out, Masked(tree)(LAYER, q, k, v), rtol=0, atol=1e-12)
 
 
 def test_one_compilation_a_length() -> None:
@@ -282,13 +285,13 @@ def test_one_compilation_a_length() -> None:
     out of compiled blocks, too.
     """
     GRAPHS.clear()
-    outside: Any = torch.compiler.disable(lambda attend, *x: attend(0, *x))  # type: ignore[no-untyped-call]
+    outside: Any = torch.compiler.disable(lambda attend, *x: attend(LAYER, *x))  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for seed, length in product(range(2), range(1, 10)):
             tree = random_tree(seed, header=0, questions=1, answers=3, most=30).padded(length * BLOCK)
             q, k, v = inputs(len(tree.ids_T), torch.float32)
             out = outside(Flex(tree, torch.device("cpu"), backend="eager"), q, k, v)
-            torch.testing.assert_close(out, Masked(tree.attention_mask())(0, q, k, v), rtol=0, atol=1e-5)
+            torch.testing.assert_close(out, Masked(tree)(LAYER, q, k, v), rtol=0, atol=1e-5)
     assert GRAPHS == {(length * BLOCK, False): 1 for length in range(1, 10)}
 
 
@@ -324,16 +327,16 @@ def test_flex_attention_on_a_gpu(dtype: torch.dtype) -> None:
         values = [torch.randn(shape, generator=draws).to(dtype) for shape in shapes]
         grad = torch.randn(1, 8, 1024, 64, generator=draws).to(device)
 
-        dense, flex = Masked(tree.attention_mask().to(device)), Flex(tree, device)
+        dense, flex = Masked(tree, device), Flex(tree, device)
         found = []
         for attend, of in ((dense, torch.float64), (dense, dtype), (flex, dtype)):
             leaves = [x.to(device, of).requires_grad_() for x in values]
-            out = attend(0, *leaves)
+            out = attend(LAYER, *leaves)
             found.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(of))])
         truth, theirs, ours = found
         for exact, one, two in zip(truth, theirs, ours, strict=True):
             assert rms([two - exact]) <= 1.5 * rms([one - exact]) + 1e-3
         with torch.no_grad():
-            out = flex(0, *(x.to(device) for x in values))
+            out = flex(LAYER, *(x.to(device) for x in values))
             torch.testing.assert_close(out, ours[0])
     assert GRAPHS == {(1024, True): 1, (1024, False): 1}

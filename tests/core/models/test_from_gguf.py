@@ -175,8 +175,8 @@ def test_errors_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(ValueError, match=r"tiny\.gguf: truncated or not a GGUF file"):
             convert_gguf(path, out)
     for changed, message in (
-        ({"architecture": "qwen2"}, r"general\.architecture is 'qwen2', expected 'llama'"),
-        ({"pre": "llama-bpe"}, r"tokenizer\.ggml\.pre is 'llama-bpe', expected 'smollm'"),
+        ({"architecture": "mamba"}, r"general\.architecture is 'mamba', expected one of \['gemma3', 'llama', 'qwen2'"),
+        ({"pre": "tekken"}, r"tokenizer\.ggml\.pre is 'tekken', expected one of \['llama-bpe', 'qwen2', 'smollm'\]"),
     ):
         with pytest.raises(ValueError, match=message):
             convert_gguf(write_tiny(path, tensors, **changed), out)

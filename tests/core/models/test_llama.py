@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from matryoshka.core.models.llama import LORA_TARGETS, Config, Model, RMSNorm, rope_frequencies
+from matryoshka.core.models.decoder import Config, RMSNorm
+from matryoshka.core.models.llama import LORA_TARGETS, Model, read_config
 from matryoshka.core.models.load import load_model
 
 BASE: dict[str, Any] = {
@@ -54,9 +55,15 @@ def pair(config: dict[str, Any], dtype: torch.dtype) -> tuple[Model, Any]:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**copy.deepcopy(config))).eval()  # it edits dicts
     randomise(theirs)
-    ours = Model(Config.from_dict(config))
+    ours = Model(read_config(config))
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if k in ours.state_dict()}, strict=True)
     return ours.to(dtype).eval(), theirs.to(dtype)
+
+
+def rope_frequencies(config: Config) -> Tensor:
+    (rotary,) = set(config.rotary)
+    assert rotary is not None
+    return rotary.frequencies()
 
 
 def logits(model: Model, ids: Tensor) -> Tensor:
@@ -80,14 +87,14 @@ def test_logits_are_those_of_transformers(variant: dict[str, Any]) -> None:
 
 def test_rope_types_differ() -> None:
     """Oracle: the equations; a scaling that was read but not applied would leave the frequencies as they are."""
-    plain = rope_frequencies(Config.from_dict(BASE))
+    plain = rope_frequencies(read_config(BASE))
     expected = torch.tensor([10000.0 ** (-i / 8) for i in (0, 2, 4, 6)], dtype=torch.float64)
     torch.testing.assert_close(plain, expected, rtol=1e-14, atol=0)
-    linear = rope_frequencies(Config.from_dict({**BASE, "rope_scaling": {"type": "linear", "factor": 4.0}}))
+    linear = rope_frequencies(read_config({**BASE, "rope_scaling": {"type": "linear", "factor": 4.0}}))
     torch.testing.assert_close(linear, plain / 4, rtol=1e-14, atol=0)
     # Original context 100: wavelengths 2 pi, 62.8, 628, 6283 are below 100 / 4, between, above 100, above.
     scaled = {**LLAMA3, "original_max_position_embeddings": 100}
-    llama3 = rope_frequencies(Config.from_dict({**BASE, "rope_scaling": scaled}))
+    llama3 = rope_frequencies(read_config({**BASE, "rope_scaling": scaled}))
     smooth = (100 / (2 * math.pi * 10) - 1) / (4 - 1)
     middle = (1 - smooth) * 0.1 / 8 + smooth * 0.1
     torch.testing.assert_close(
@@ -149,7 +156,7 @@ def test_meta_reference_model(scaled: bool, monkeypatch: pytest.MonkeyPatch) -> 
     config = {**BASE, "intermediate_size": width, "rope_theta": 500000.0}
     if scaled:
         config["rope_scaling"] = {**LLAMA3, "original_max_position_embeddings": 8192}
-    ours = Model(Config.from_dict(config))
+    ours = Model(read_config(config))
     randomise(ours)
     weights = {_meta_name(name): _meta_rows(name, weight) for name, weight in ours.state_dict().items()}
     theirs.load_state_dict(weights, strict=True)
@@ -206,7 +213,7 @@ def test_rms_norm_by_hand() -> None:
 
 def test_float64_stays_float64() -> None:
     """Oracle: causality and float64 rounding. An fp32 step anywhere would leave errors above 1e-9."""
-    model = Model(Config.from_dict({**BASE, "tie_word_embeddings": True}))
+    model = Model(read_config({**BASE, "tie_word_embeddings": True}))
     randomise(model)
     model = model.double()
     ids = torch.randint(0, 67, (1, 40), generator=torch.Generator().manual_seed(4))
@@ -229,7 +236,7 @@ def test_float64_stays_float64() -> None:
 
 def test_what_follows_changes_nothing_before() -> None:
     """Oracle: causality, to the bit of a float64 sum; and positions given equal positions left out."""
-    model = Model(Config.from_dict(BASE)).double()
+    model = Model(read_config(BASE)).double()
     randomise(model)
     ids = torch.randint(0, 67, (2, 12), generator=torch.Generator().manual_seed(6))
     other = ids.clone()
@@ -244,7 +251,7 @@ def test_what_follows_changes_nothing_before() -> None:
 
 def test_names_are_the_checkpoints() -> None:
     """Oracle: by hand, the names of a Hugging Face Llama with a tied head; LoRA targets are linear layers in it."""
-    model = Model(Config.from_dict({**BASE, "num_hidden_layers": 1, "tie_word_embeddings": True}))
+    model = Model(read_config({**BASE, "num_hidden_layers": 1, "tie_word_embeddings": True}))
     layer = "model.layers.0."
     attention = [f"{layer}self_attn.{name}_proj.weight" for name in "qkvo"]
     mlp = [f"{layer}mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
@@ -257,19 +264,19 @@ def test_names_are_the_checkpoints() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; Llama uses 'silu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"rope_type 'yarn' is not supported; choose from \["),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type 'dynamic' is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; Llama is computed with 'silu'"),
+        ({"rope_scaling": {"rope_type": "axial"}}, r"rope_type 'axial' is not supported; choose from \["),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type 'dynamic' needs 'factor'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs 'factor'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type 'llama3' needs 'low_freq_factor'"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-        ({"head_dim": 5}, "head_dim 5 is odd"),
+        ({"head_dim": 5}, "5 numbers of a head are to be rotated, expected an even number"),
     ],
 )
 def test_what_is_not_computed_is_refused(change: dict[str, Any], message: str) -> None:
     """Oracle: the message, which names the setting."""
     with pytest.raises(ValueError, match=message):
-        Config.from_dict({**BASE, **change})
+        read_config({**BASE, **change})
 
 
 @pytest.mark.parametrize(
@@ -278,4 +285,4 @@ def test_what_is_not_computed_is_refused(change: dict[str, Any], message: str) -
 def test_a_missing_field_is_named(name: str) -> None:
     """Oracle: the message."""
     with pytest.raises(ValueError, match=f"field '{name}' is missing"):
-        Config.from_dict({key: value for key, value in BASE.items() if key != name})
+        read_config({key: value for key, value in BASE.items() if key != name})

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from matryoshka.core import models
-from matryoshka.core.models import load
 from matryoshka.core.models.load import load_model, model_architecture, read_config
 from matryoshka.core.models.weights import save_weights
 
@@ -68,10 +66,8 @@ def test_a_new_architecture_is_one_file(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "probe.py").write_text(
         "import torch\n"
         "LORA_TARGETS = ()\n"
-        "class Config:\n"
-        "    @classmethod\n"
-        "    def from_dict(cls, data):\n"
-        "        return data['size']\n"
+        "def read_config(data):\n"
+        "    return data['size']\n"
         "class Model(torch.nn.Module):\n"
         "    def __init__(self, size):\n"
         "        super().__init__()\n"
@@ -80,15 +76,20 @@ def test_a_new_architecture_is_one_file(tmp_path: Path, monkeypatch: pytest.Monk
         "    def init_buffers(self, device):\n"
         "        self.table = torch.arange(3.0, device=device)\n"
     )
-    monkeypatch.setattr(load, "MODELS", tmp_path)
-    monkeypatch.setattr(models, "__path__", [str(tmp_path)])
+    monkeypatch.setenv("MATRYOSHKA_CONTROLLERS", str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "probe", "size": 3}')
     save_weights({"norm.weight": torch.tensor([1.0, 2.0, 3.0])}, tmp_path)
     model = load_model(tmp_path)
     filled: Any = model
     assert filled.norm.weight.tolist() == [1.0, 2.0, 3.0]
     assert filled.table.tolist() == [0.0, 1.0, 2.0]
-    with pytest.raises(ValueError, match=r"expected one of \['probe'\]"):
+    with pytest.raises(ValueError, match=r"expected one of \['gemma2', .*'probe'.*docs/controllers.md shows how"):
+        model_architecture({"model_type": "gpt2"}, tmp_path)
+    (tmp_path / "llama.py").write_text("LORA_TARGETS = ()\n")
+    with pytest.raises(ValueError, match=r"computes model_type 'llama' already; rename one"):
+        model_architecture({"model_type": "llama"}, tmp_path)
+    monkeypatch.setenv("MATRYOSHKA_CONTROLLERS", str(tmp_path / "absent"))
+    with pytest.raises(FileNotFoundError, match="MATRYOSHKA_CONTROLLERS: .*absent is no folder"):
         model_architecture({"model_type": "llama"}, tmp_path)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from matryoshka.core.models import attention
 from matryoshka.core.models.attention import Attend, Branches, Masked
-from matryoshka.core.models.llama import Config, Model
+from matryoshka.core.models.llama import Model, read_config
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree, padded_size, tree_size
 from matryoshka.core.training.train import Totals
 from matryoshka.dpo.head import token_logps
@@ -22,7 +22,7 @@ VOCAB = 11
 
 def tiny_model() -> Model:
     """Return a float64 Llama with a random adapter on every projection."""
-    config = Config.from_dict(
+    config = read_config(
         {
             "vocab_size": VOCAB, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
             "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True,
@@ -114,7 +114,7 @@ def test_log_probs_and_gradients_are_those_of_single_sequences(sequences: list[T
         return
     wanted = torch.autograd.grad(torch.stack(values).sum(), list(PARAMETERS.values()))
 
-    logps_S = logps_of(tree, Masked(tree.attention_mask()) if call is None else branches(tree, call))
+    logps_S = logps_of(tree, Masked(tree) if call is None else branches(tree, call))
     torch.testing.assert_close(logps_S, torch.cat(expected), rtol=0, atol=1e-10)
     sums = tree.sum_by_sequence(logps_S)
     torch.testing.assert_close(sums, torch.stack([logps.sum() for logps in expected]), rtol=0, atol=1e-10)
@@ -228,7 +228,7 @@ def test_order_of_sequences_does_not_matter() -> None:
     for name in ("ids_T", "positions_T", "parent_T", "end_T"):
         assert torch.equal(getattr(one, name), getattr(two, name))
     with torch.no_grad():
-        sums = [tree.sum_by_sequence(logps_of(tree, Masked(tree.attention_mask()))) for tree in (one, two)]
+        sums = [tree.sum_by_sequence(logps_of(tree, Masked(tree))) for tree in (one, two)]
     torch.testing.assert_close(sums[1], sums[0][order], rtol=0, atol=0)
 
 
@@ -259,7 +259,7 @@ def test_padding_changes_nothing() -> None:
     assert padded.attention_mask()[:4, :4].equal(tree.attention_mask())
     assert padded.attention_mask()[4:].int().tolist() == torch.eye(7, dtype=torch.int32)[4:].tolist()
     with torch.no_grad():
-        one, two = (logps_of(x, Masked(x.attention_mask())) for x in (tree, padded))
+        one, two = (logps_of(x, Masked(x)) for x in (tree, padded))
     torch.testing.assert_close(two, one, rtol=0, atol=1e-12)
     assert tree.padded(4).ids_T.equal(tree.ids_T)
     with pytest.raises(ValueError, match="4 tokens cannot be padded to 3"):

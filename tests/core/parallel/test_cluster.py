@@ -24,10 +24,10 @@ ROOT = 11 * 12 + 12
 
 
 def model_of(data: dict[str, Any]) -> Any:
-    from matryoshka.core.models.llama import Config, Model
+    from matryoshka.core.models.llama import Model, read_config
 
     with torch.device("meta"):
-        return Model(Config.from_dict(data))
+        return Model(read_config(data))
 
 
 def tiny(**settings: Any) -> Job:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from matryoshka.benchmarks.measure import peak_bytes
 from matryoshka.core.models.activations import POLICIES, CompiledBlocks, activations, run_block
 from matryoshka.core.models.attention import blocks, tree_attention
-from matryoshka.core.models.llama import Config, Model, rope_frequencies
+from matryoshka.core.models.llama import Model, read_config
 from matryoshka.core.models.norm_rope_swiglu import rope_tables
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree
 from matryoshka.core.training import memory
@@ -33,7 +33,7 @@ WIDE: dict[str, Any] = {
     "num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True,
 }  # fmt: skip
 LONG = WIDE | {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 128, "num_hidden_layers": 12}
-LLAMA3_8B = Config.from_dict(
+LLAMA3_8B = read_config(
     {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -43,7 +43,7 @@ LLAMA3_8B = Config.from_dict(
 
 def trained(config: dict[str, Any], dtype: torch.dtype, **lora: Any) -> tuple[Any, Any]:
     """Return a random model with an adapter, and its trainable parameters, which have their gradients already."""
-    model = Model(Config.from_dict(config))
+    model = Model(read_config(config))
     draws = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.05, generator=draws)
@@ -130,13 +130,13 @@ def test_kept_bytes_are_those_that_the_graph_holds(lora: dict[str, Any]) -> None
         held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    tables = rope_tables(tree.positions_T[None], rope_frequencies(model.config), torch.float64)
+    tables = rope_tables(tree.positions_T[None], model.config.rotary[0].frequencies(), torch.float64)
     attend = tree_attention(tree, CPU)
     x = torch.zeros(1, tokens, 96, dtype=torch.float64).normal_().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = x
-        for index, block in enumerate(model.model.layers):
-            out = run_block(block, out, *tables, attend, index)
+        for layer, block in zip(model.config.attention, model.model.layers, strict=True):
+            out = run_block(block, out, *tables, attend, layer)
     for tensor in (*model.parameters(), *tables):
         held.pop(tensor.untyped_storage().data_ptr(), None)
     small = 0
@@ -199,7 +199,7 @@ def test_a_quantised_base_by_hand() -> None:
     config = WIDE | {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 2}
     model, plain = trained(config, torch.float32)
     assert plan_memory("none", model, plain, 10, free=GIB).scratch == 0
-    packed = Model(Config.from_dict(config))
+    packed = Model(read_config(config))
     quantize_linears(packed)
     add_adapter(packed, "policy", LoraConfig(rank=8), seed=0)
     set_active(packed, "policy")
@@ -314,7 +314,7 @@ def test_predicted_peaks_on_a_gpu(policy: str) -> None:
         "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
     }  # fmt: skip
     with torch.device("meta"):
-        model: Any = Model(Config.from_dict(config)).to(torch.bfloat16)
+        model: Any = Model(read_config(config)).to(torch.bfloat16)
     model = model.to_empty(device=device)
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.02)

@@ -1,0 +1,67 @@
+"""A checked reader of JSON from elsewhere: a value or one clear ValueError, never another exception or a flood of
+memory.
+
+Numbers that no field of ours can hold (1e999, NaN, a thousand digits) become infinity or NaN, so that a reply with one
+odd number can still be read; `as_count` is what fields that count something are read with.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+MAX_DIGITS = 20  # an integer with more digits counts nothing that exists
+# Python keeps an empty object of two bytes in 64 bytes and one with a key in 184: bounded, these stay below ten times
+# the text, with a few MiB for small ones.
+MAX_CONTAINERS = 20_000
+MAX_VALUES = 250_000
+MAX_COUNT = 10**12
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def read_json(data: bytes | str) -> Any:
+    """Return the value that `data`, UTF-8, holds. Raises ValueError, saying what is wrong, where that is not JSON, is
+    nested too deeply or holds too many values.
+    """
+    text = data if isinstance(data, str) else data.decode("latin-1")  # a byte is a character, so that one can count
+    if text.count("[") + text.count("{") > MAX_CONTAINERS or text.count(",") > MAX_VALUES:
+        raise ValueError(f"more than {MAX_CONTAINERS:,} objects and lists, or {MAX_VALUES:,} values")
+    try:
+        return json.loads(data, parse_int=_integer)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeDecodeError as err:
+        raise ValueError(f"not UTF-8 (byte {err.start + 1})") from None
+    except json.JSONDecodeError as err:
+        raise ValueError(f"malformed JSON ({err.msg}, line {err.lineno}, column {err.colno})") from None
+
+
+def as_count(value: Any) -> int | None:
+    """Return `value` as a number of things, None if it is none: negative, a fraction, not finite, too large, no number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_COUNT:
+        return None
+    return int(value) if value == int(value) else None
+
+
+def as_text(value: Any) -> str | None:
+    """Return `value` if it is a text, with U+FFFD for each half of a surrogate pair, which no file can hold."""
+    return _LONE_SURROGATE.sub("\ufffd", value) if isinstance(value, str) else None
+
+
+def all_values(value: Any, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield (key, value) of every object in `value`, however deep; nothing of what stands under a key in `skip`."""
+    waiting = [value]
+    while waiting:
+        match waiting.pop():
+            case dict() as found:
+                rows = [(key, item) for key, item in found.items() if key not in skip]
+                yield from rows
+                waiting += [item for _, item in rows]
+            case list() as items:
+                waiting += items
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= MAX_DIGITS else math.copysign(math.inf, -1 if digits[0] == "-" else 1)

@@ -1,0 +1,61 @@
+"""`config.json` as one architecture reads it: every field by name, with errors that say which one is wrong.
+
+A field that shapes the computation is read, or it is `fixed`: any other value than the one that the file computes is
+refused by name. Fields that shape nothing (token ids, initialisation, versions) are not looked at.
+"""
+
+from typing import Any
+
+REQUIRED = object()
+
+
+class Fields:
+    """The fields of a `config.json`; `family` is the architecture's name in messages."""
+
+    def __init__(self, data: dict[str, Any], family: str) -> None:
+        self.data = data
+        self.family = family
+
+    def get(self, name: str, default: Any = REQUIRED) -> Any:
+        """Return a field, or `default` where it is missing or null.
+
+        Raises ValueError where it is missing and there is no default.
+        """
+        value = self.data.get(name)
+        if value is None and default is REQUIRED:
+            raise ValueError(f"config.json: field {name!r} is missing; a {self.family} config has it")
+        return default if value is None else value
+
+    def integer(self, name: str, default: Any = REQUIRED) -> int:
+        """Return a field that is a positive whole number. Raises ValueError for anything else."""
+        value = self.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"config.json: {name} is {value!r}, expected a whole number of at least 1")
+        return value
+
+    def number(self, name: str, default: Any = REQUIRED) -> float:
+        """Return a field that is a number above 0. Raises ValueError for anything else."""
+        return positive(name, self.get(name, default))
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """Return a field that is true or false. Raises ValueError for anything else."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"config.json: {name} is {value!r}, expected true or false")
+        return value
+
+    def fixed(self, **values: Any) -> None:
+        """Raise ValueError, naming the field, where one of `values` is present with another value (null is absent)."""
+        for name, expected in values.items():
+            if self.data.get(name) not in (None, expected):
+                raise ValueError(
+                    f"config.json: {name} {self.data[name]!r} is not supported; {self.family} is computed with "
+                    f"{expected!r}. Choose another model, or add it to the architecture's file (docs/controllers.md)"
+                )
+
+
+def positive(name: str, value: Any) -> float:
+    """Return a number above 0 as float. Raises ValueError, naming it, for anything else."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"config.json: {name} is {value!r}, expected a number above 0")
+    return float(value)

@@ -1,0 +1,37 @@
+"""Mistral 7B and its descendants: Llama whose layers all have a sliding window, where config.json asks for one."""
+
+from typing import Any
+
+from matryoshka.core.models.config_fields import Fields
+from matryoshka.core.models.decoder import (
+    MLP,
+    SEPARATE_PROJECTIONS,
+    Attention,
+    Block,
+    Config,
+    DecoderModel,
+    Defaults,
+    read_common,
+)
+
+LORA_TARGETS = SEPARATE_PROJECTIONS
+
+
+def read_config(data: dict[str, Any]) -> Config:
+    """Return what a `config.json` describes. Raises ValueError for a field that is missing or not computed here.
+
+    A `sliding_window` that is left out is 4096, one that is null is none: transformers reads it so.
+    """
+    fields = Fields(data, "Mistral")
+    fields.fixed(hidden_act="silu", layer_types=None)
+    config = read_common(fields, Defaults(max_position_embeddings=4096 * 32))
+    has_window = data.get("sliding_window", 4096) is not None
+    window = fields.integer("sliding_window", 4096) if has_window else None
+    return config.with_attention([window] * config.num_hidden_layers)
+
+
+class Model(DecoderModel):
+    """A Mistral language model."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, lambda config: Block(config, Attention(config), MLP(config)))

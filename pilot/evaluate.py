@@ -43,7 +43,7 @@ def num_tokens(episodes: Sequence[Trajectory]) -> int:
 
 
 def evaluate_with(run: Run, generator: str) -> list[Condition]:
-    """Return every condition with another generator in place of the run's own; `with_generator` says what names one."""
+    """Return every condition with another generator in place of the run's own; see `with_generator` for its name."""
     config = with_generator(run.config, generator)
     with open_generator(config, run.folder, run.ranks, run.runner, run.cache) as other:
         return evaluate(replace(run, config=config, generator=other), f"transfer {generator}")

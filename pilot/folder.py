@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, which configuration it was started with, and what a kill left behind in it."""
+"""A run's folder: its lock, the configuration that it was started with, its caches, and how long its stages took."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from matryoshka.pilot.config import RunConfig
 RUNS = Path("runs")  # where the commands keep runs
 CONFIG = "config.toml"
 
-# Settings that a run may be continued with another value of.
+# Settings whose value may change when a run is continued.
 _PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "total_timeout_s")
 FREE_TO_CHANGE = (
     *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints", "controller.vllm."),
@@ -24,7 +24,7 @@ FREE_TO_CHANGE = (
     *("task.isolation:", "task.sandbox_command:"),
     *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
 )
-DECISIVE = "controller.vllm.dtype:"  # of those; what is drawn depends on it
+DECISIVE = "controller.vllm.dtype:"  # the exception among those: the samples depend on it
 
 
 def claim(config: RunConfig, folder: Path, stack: ExitStack) -> tuple[bool, list[str]]:
@@ -47,9 +47,10 @@ def cache_path(folder: Path, node: str = "") -> Path:
 
 
 def deal_caches(folder: Path, num_nodes: int) -> None:
-    """Put all machines' caches of an earlier start into the first one's, and give the others a copy of its answers.
+    """Collect all machines' caches of an earlier start in the first machine's, and copy its answers to the others.
 
-    Nobody else may use them: it is the work of whoever holds the lock. What a kill in here counts twice, it overstates.
+    The caller holds the run's lock, and no process uses the caches. If the process is killed here, spending may be
+    counted twice, never too low.
     """
     others = sorted(folder.glob("cache.node-*.sqlite"))
     if num_nodes == 1 and not others:
@@ -90,8 +91,8 @@ class StageSeconds:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a kill left half-written; nobody else writes here while we hold the lock."""
-    for path in list(folder.rglob(".*.tmp")):
+    """Remove what a kill left half-written; while we hold the lock, no other process writes here."""
+    for path in [*folder.rglob(".*.tmp"), *folder.rglob(".*.old")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -38,7 +38,7 @@ def with_generator(config: RunConfig, name: str) -> RunConfig:
 
 
 def _served_identity(serve: ServeConfig) -> str:
-    """Return what the answers of a server of our own are kept under, which changes with its weights."""
+    """Return the name that answers of our own server are cached under; it changes with the model's weights."""
     model = Path(serve.model)
     if serve.engine == "llama.cpp":
         return f"{model.name}+{file_digest(model)[:16]}"

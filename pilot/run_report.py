@@ -1,4 +1,4 @@
-"""What a run writes about itself: report.json, .md and .html, summary.json, verdicts, scores, and transfer.json."""
+"""The files in which a run reports its results: report.json, .md, .html, summary, verdicts, scores, transfer.json."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, evaluate_with, trained_ro
 from matryoshka.pilot.stages import is_trained
 from matryoshka.tasks.sandbox_backends import SCRIPT, in_words, sandbox_of
 
-SPLIT_TITLES = {"test": "held-out problems", "held_out": "families held out whole"}
+SPLIT_TITLES = {"test": "held-out problems", "held_out": "held-out families"}
 
 
 def write_run_report(run: Run, conditions: Sequence[Condition], counts: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _report_input(
             "left_out": left_out(run),
             "validation": validation,
             "seconds": run.seconds.as_dict(),
-            **({} if run.account is None else {"black box": run.account.as_dict()}),
+            **({} if run.account is None else {"generator": run.account.as_dict()}),
         },
     )
 
@@ -173,7 +173,7 @@ def notes(run: Run, validation: dict[str, Any]) -> list[str]:
     """Return what a reader must know to judge the numbers."""
     lines = [
         f"Chosen on {len(run.task.examples('validation'))} validation problems: {validation['chosen']}. The held-out "
-        "problems were used for nothing but this report.",
+        "problems were used for this report alone.",
         "Guidance and code are decoded greedily in evaluation.",
     ]
     if missing := left_out(run):

@@ -166,7 +166,7 @@ def open_vllm(
 ) -> Vllm:
     """Return vLLM as the controller's sampler; its server starts with the first request that there is for it.
 
-    show: takes what is to be told of its start.
+    show: is called with a text about the server's start, for the terminal.
 
     Raises ValueError for adapters that vLLM does not serve, where its command is missing, and for a server of our own
     that several processes would have to share.
@@ -199,7 +199,7 @@ def _end_with_input() -> None:
 
 @contextmanager
 def running_server(config: ServeConfig, deterministic: bool, log: Path) -> Iterator[str]:
-    """Start a server for `config` in a process of its own and yield its base URL; it ends with the block or with us.
+    """Start a server for `config` in a process of its own and yield its base URL; it ends with the block.
 
     Raises ValueError with the end of its log when it does not come up.
     """
@@ -215,10 +215,10 @@ def running_server(config: ServeConfig, deterministic: bool, log: Path) -> Itera
     else:
         command += ["--max-rows", str(config.max_rows)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads or os.cpu_count() or 1)}
-    environment["OMP_WAIT_POLICY"] = "passive"  # spinning threads starve whoever shares their cores
+    environment["OMP_WAIT_POLICY"] = "passive"  # spinning threads starve the other processes of this machine
     log.parent.mkdir(parents=True, exist_ok=True)
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    # A session of its own: a terminal's Ctrl-C is a wish to the run, whose episodes in flight still ask the server.
+    # A session of its own: a terminal's Ctrl-C asks the run to stop, and its requests still have to be answered.
     with (
         log.open("ab") as errors,
         subprocess.Popen(command, stderr=errors, env=environment, start_new_session=True, **pipes) as process,

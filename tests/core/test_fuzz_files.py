@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from matryoshka.core.config import load_toml, to_toml
 from matryoshka.core.files import read_jsonl
-from matryoshka.core.models.load import load_model
+from matryoshka.core.models.load import architecture_files, empty_model, load_model
 from matryoshka.core.records import Message
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import TrainConfig
@@ -216,6 +216,19 @@ def test_tokenizer_files(tiny_dir: Path, tmp_path: Path, data: st.DataObject) ->
         tokenizer = Tokenizer.load(folder)
         tokenizer.decode(tokenizer.encode("Hi there"))
         tokenizer.render((Message("user", "Hi"), Message("assistant", "Yo")))
+
+
+@fuzz(1000)
+@given(data=st.data())
+def test_configurations_of_a_model(tiny_dir: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """Oracle: as above; a model that is built has the layers that its file says."""
+    good = json.loads((tiny_dir / "config.json").read_text())
+    good |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "head_dim": 8, "attention_bias": False}
+    good["model_type"] = data.draw(st.sampled_from(sorted(architecture_files())))
+    content = data.draw(altered(good))
+    (tmp_path / "config.json").write_bytes(content)
+    with only_clear_errors(tmp_path):
+        assert len(empty_model(tmp_path).blocks) == json.loads(content)["num_hidden_layers"]
 
 
 @fuzz(1000)

@@ -26,14 +26,18 @@ EXCHANGE_S = 0.2  # how often the ranks tell each other how far they are
 
 
 def rollout_settings(config: RunConfig, greedy: bool) -> RolloutSettings:
-    """Return the settings of an episode: the controller greedy or at the collection temperature, the generator greedy.
+    """Return the settings of an episode: of evaluation (`greedy`, unless [evaluate] has a temperature) or collection.
+
+    The generator is always greedy.
     """
-    rollout = config.rollout
+    table = config.evaluate if greedy else config.collect
+    own = {name: value for name, value in vars(table).items() if value is not None}
+    if greedy:
+        own = {"temperature": 0.0, "top_p": 1.0, **own}
+    rollout = replace(config.rollout, **own)
     return RolloutSettings(
         controller=Sampling(
-            temperature=0.0 if greedy else rollout.temperature,
-            top_p=1.0 if greedy else rollout.top_p,
-            max_tokens=rollout.guidance_tokens,
+            temperature=rollout.temperature, top_p=rollout.top_p, max_tokens=rollout.guidance_tokens
         ),
         generator=Sampling(max_tokens=rollout.code_tokens),
         protocol=rollout.protocol,

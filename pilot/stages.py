@@ -45,6 +45,11 @@ def warm_up(run: Run) -> str:
     config, stage = run.config.warmup, policy_before(run.config, 1)
     if not stage or is_trained(run, stage):
         return stage
+    if config.source == "adapter":
+        if run.world.is_first:
+            copy_folder(Path(run.config.controller.adapter), run.policies.folder(stage))
+        run.ranks.barrier()
+        return stage
     if config.source == "file":
         items = read_conversations(Path(config.data), run.tokenizer)
     elif config.source == "generator":

@@ -12,39 +12,19 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from matryoshka.core.protocols import Controller, GeneratorError, RunStopped
-from matryoshka.core.records import Example, RolloutSettings, Sampling, Trajectory, content_key, from_json, to_json
+from matryoshka.core.records import Example, RolloutSettings, Trajectory, content_key, from_json, to_json
 from matryoshka.core.redaction import to_redacted_json
 from matryoshka.core.signals import Interrupted, async_stop_event
-from matryoshka.pilot.config import RunConfig
+from matryoshka.inference.local_controller import TokenSampler
+from matryoshka.pilot.config import RunConfig, rollout_settings
 from matryoshka.pilot.context import Run, Scheme
 from matryoshka.pilot.progress import Progress
 from matryoshka.pilot.ranks import deal
 from matryoshka.pilot.ray import run_on_ray
+from matryoshka.tasks.find import own_class
 from matryoshka.tasks.rollout import Job, Setup, failures, job_key, recorded, run_rollouts
 
 EXCHANGE_S = 0.2  # how often the ranks tell each other how far they are
-
-
-def rollout_settings(config: RunConfig, greedy: bool) -> RolloutSettings:
-    """Return the settings of an episode: of evaluation (`greedy`, unless [evaluate] has a temperature) or collection.
-
-    The generator is always greedy.
-    """
-    table = config.evaluate if greedy else config.collect
-    own = {name: value for name, value in vars(table).items() if value is not None}
-    if greedy:
-        own = {"temperature": 0.0, "top_p": 1.0, **own}
-    rollout = replace(config.rollout, **own)
-    return RolloutSettings(
-        controller=Sampling(
-            temperature=rollout.temperature, top_p=rollout.top_p, max_tokens=rollout.guidance_tokens
-        ),
-        generator=Sampling(max_tokens=rollout.code_tokens),
-        protocol=rollout.protocol,
-        inner_attempts=rollout.inner_attempts,
-        outer_turns=rollout.outer_turns,
-        overlong=config.overlong,
-    )
 
 
 def sampled_settings(config: RunConfig, seed: int, samples: int) -> list[RolloutSettings]:
@@ -56,9 +36,12 @@ def sampled_settings(config: RunConfig, seed: int, samples: int) -> list[Rollout
 
 def policy_scheme(run: Run, stage: str) -> Scheme:
     """Return the scheme of the trained policy of `stage` ("": the base model), with greedy decoding."""
-    name = run.policies.name(stage)
-    settings = rollout_settings(run.config, greedy=True)
-    return Scheme(name, lambda run, sampler: run.policies.controller(stage, sampler), settings)
+
+    def controller(run: Run, sampler: TokenSampler) -> Controller:
+        policy, scheme = run.policies.controller(stage, sampler), run.config.controller.scheme
+        return own_class(scheme, "[controller] scheme")(policy) if scheme else policy
+
+    return Scheme(run.policies.name(stage), controller, rollout_settings(run.config, greedy=True))
 
 
 def run_episodes(
@@ -76,7 +59,7 @@ def run_episodes(
     these ids. Raises RunStopped when the budget is spent, Interrupted on SIGINT or SIGTERM; the other errors are those
     of `_run_stage`.
     """
-    examples = [example for split in splits for example in run.task.examples(split)][:first]
+    examples = [example for split in splits for example in run.problems[split]][:first]
     examples = [example for example in examples if only is None or example.id in only]
     with run.seconds.timed(label or f"{scheme.name} {'+'.join(splits)}"), run.open_sampler() as sampler:
         stage = Stage(run, label or scheme.name, scheme, scheme.make(run, sampler))
@@ -131,7 +114,7 @@ async def _run_stage(stage: Stage, jobs: Sequence[Job]) -> list[Trajectory]:
     for text in ranks.texts(json.dumps(failed)):
         known |= {key: from_json(Trajectory, row) for key, row in json.loads(text).items()}
     found = [known[job.key] if job.key in known else recorded(journal, job.key) for job in jobs]
-    lost = [trajectory for trajectory in found if trajectory.info.get("verdict") == "failed"]
+    lost = [trajectory for trajectory in found if trajectory.info.verdict == "failed"]
     if len(lost) > max_failed_share * len(found):
         raise GeneratorError(failures(lost, len(found), max_failed_share))
     return found
@@ -156,7 +139,7 @@ async def _run_share(
     def on_done(job: Job, trajectory: Trajectory) -> None:
         nonlocal ended, right
         ended, right = ended + 1, right + (trajectory.reward > 0.5)
-        if trajectory.info.get("verdict") == "failed":
+        if trajectory.info.verdict == "failed":
             _note_failure(stage, job, trajectory)
         show()
 
@@ -220,7 +203,7 @@ def _note_failure(stage: Stage, job: Job, trajectory: Trajectory) -> None:
         "stage": stage.label,
         "example": job.example.id,
         "draw": job.settings.controller.draw,
-        "error": trajectory.info.get("error"),
+        "error": trajectory.info.error,
         "key": job.key,
     }
     with path.open("a", encoding="utf-8") as handle:

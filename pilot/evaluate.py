@@ -12,20 +12,15 @@ from matryoshka.core.records import Trajectory, stable_seed
 from matryoshka.eval.baselines import GeneratorGuidance, NoGuidance, ScriptedGuidance
 from matryoshka.eval.report import Condition
 from matryoshka.inference.local_controller import TokenSampler
-from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.config import RunConfig, rollout_settings
 from matryoshka.pilot.context import Run, Scheme
-from matryoshka.pilot.episodes import policy_scheme, rollout_settings, run_episodes
+from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.generator import open_generator, with_generator
 from matryoshka.pilot.stages import is_trained
 
 HELD_OUT_SPLITS = ("test", "held_out")
 ALIASES = {"none": "no_guidance", "gold": "gold_guidance", "wrong": "wrong_guidance", "own": "own_guidance"}
 Schemes = dict[str, tuple[str, Scheme]]  # condition -> (title, scheme)
-BASELINES = {
-    "rag_1": "one retrieved entry (RAG)",
-    "rag_4": "four retrieved entries (RAG)",
-    "other_4": "four entries of another user",
-}
 
 
 def evaluate(
@@ -36,7 +31,7 @@ def evaluate(
     for name, (title, scheme) in conditions.items():
         stage = f"{label} {name}"
         episodes = run_episodes(run, scheme, splits, label=stage)
-        calls = sum(t.info["calls"] for t in episodes)
+        calls = sum(t.info.calls for t in episodes)
         seconds = run.seconds.as_dict()[stage]
         found.append(Condition(name, title, episodes, seconds, calls, num_tokens(episodes)))
     return found
@@ -80,8 +75,8 @@ def policy_conditions(run: Run, policies: Sequence[str], stack: ExitStack) -> Sc
             found[slug(policy)] = (policy, policy_scheme(run, str(folder)))
         else:
             raise ValueError(
-                f"evaluate: policy {policy!r} is neither a condition ({', '.join(known)}) nor an adapter folder, a stage "
-                "as RUN:STAGE, a model folder, URL#MODEL or a TOML file of another model"
+                f"evaluate: policy {policy!r} is neither a condition ({', '.join(known)}) nor an adapter folder, a "
+                "stage as RUN:STAGE, a model folder, URL#MODEL or a TOML file of another model"
             )
     return found
 
@@ -101,7 +96,7 @@ def num_tokens(episodes: Sequence[Trajectory]) -> int:
     """Return the tokens, prompts included, that controller and generator took for `episodes`."""
     usage = [turn.action.usage for t in episodes for turn in t.turns]
     controller = sum(u.prompt_tokens + u.completion_tokens for u in usage)
-    generator: int = sum(t.info["prompt_tokens"] + t.info["completion_tokens"] for t in episodes)
+    generator: int = sum(t.info.prompt_tokens + t.info.completion_tokens for t in episodes)
     return controller + generator
 
 
@@ -115,7 +110,7 @@ def evaluate_with(run: Run, generator: str) -> list[Condition]:
 
 def schemes(run: Run) -> Schemes:
     """Return the conditions of the report: name -> (title, scheme), from no guidance to the last round."""
-    config, examples = run.config, [e for split in HELD_OUT_SPLITS for e in run.task.examples(split)]
+    config, examples = run.config, [e for split in HELD_OUT_SPLITS for e in run.problems[split]]
     one_plan = replace(rollout_settings(config, greedy=True), outer_turns=1)  # fixed guidance has no second plan
     found = {"no_guidance": ("no guidance", Scheme("no-guidance", _fixed(NoGuidance()), one_plan))}
     gold = [guidance for example in examples if (guidance := run.task.gold_guidance(example)) is not None]
@@ -124,16 +119,17 @@ def schemes(run: Run) -> Schemes:
         if len(set(gold)) > 1:  # where all problems have one guidance, there is no wrong one
             other = wrong_guidance(gold, config.seed)
             tables = [("wrong_guidance", "wrong guidance (another problem's)", other), *tables]
-        for name, title, table in tables:
-            prompts = [run.task.first_prompt(example) for example in examples]
-            controller = ScriptedGuidance(f"{name}-{config.seed}", dict(zip(prompts, table, strict=True)))
+        prompts = [run.task.first_prompt(example) for example in examples]
+        for name, title, texts in tables:
+            controller = ScriptedGuidance(f"{name}-{config.seed}", dict(zip(prompts, texts, strict=True)))
             found[name] = (title, Scheme(name, _fixed(controller), one_plan))
-    if config.warmup.source == "generator" or config.task.name == "lamp":
+    if config.warmup.source == "generator" or run.task.compares_own_guidance:
         found["own_guidance"] = _own_guidance(config)
-    for name in examples[0].fields.get("baselines", {}):  # guidance that the task itself knows without a controller
-        known = {run.task.first_prompt(example): example.fields["baselines"][name] for example in examples}
-        fixed = _fixed(ScriptedGuidance(f"{name}-{config.seed}", known))
-        found[name] = (BASELINES[name], Scheme(name, fixed, one_plan))
+    known = {run.task.first_prompt(example): run.task.baselines(example) for example in examples}
+    for place, baseline in enumerate(run.task.baselines(examples[0])):
+        table = {prompt: baselines[place].guidance for prompt, baselines in known.items()}
+        fixed = _fixed(ScriptedGuidance(f"{baseline.name}-{config.seed}", table))
+        found[baseline.name] = (baseline.label, Scheme(baseline.name, fixed, one_plan))
     found["untrained"] = ("untrained controller", policy_scheme(run, ""))
     if is_trained(run, "warmup"):
         found["warmup"] = ("after warm-up (SFT)", policy_scheme(run, "warmup"))

@@ -92,10 +92,11 @@ def _report(run: Run, conditions: Sequence[Condition], splits: Sequence[str]) ->
         title=f"Evaluation {run.config.name}",
         command=typed_command(),
         config=to_json(run.config),
-        hardware={name: value for name, value in machine.items() if name not in ("versions", "commit", "python")},
+        hardware={name: value for name, value in machine.items() if name not in ("versions", "commit", "python")}
+        | run.task.facts(),
         versions={"python": machine["python"], **machine["versions"], "commit": machine["commit"]},
         conditions=conditions,
-        examples=[example for split in splits for example in run.task.examples(split)],
+        examples=[example for split in splits for example in run.problems[split]],
         comparisons=[(first, other) for other in others],
         metrics={condition.name: run.task.score(condition.trajectories) for condition in conditions},
         counts={"left_out": left_out(run)},

@@ -12,6 +12,7 @@ from matryoshka.core.config import diff, load_toml
 from matryoshka.core.files import folder_lock, write_folder, write_json
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.pilot.config import RunConfig
+from matryoshka.tasks.find import task_class
 
 RUNS = Path("runs")  # where the commands keep runs
 CONFIG = "config.toml"
@@ -20,8 +21,7 @@ CONFIG = "config.toml"
 _PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "total_timeout_s")
 FREE_TO_CHANGE = (
     *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints", "controller.vllm."),
-    *("executor:", "ray_tasks:", "parallel.", "task.lamp.embeddings_cache:"),
-    *("task.isolation:", "task.sandbox_command:"),
+    *("executor:", "ray_tasks:", "parallel."),
     *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
 )
 DECISIVE = "controller.vllm.dtype:"  # the exception among those: the samples depend on it
@@ -33,7 +33,8 @@ def claim(config: RunConfig, folder: Path, stack: ExitStack) -> tuple[bool, list
     _sweep(folder)
     saved = (folder / CONFIG).exists()
     changed = diff(load_toml(RunConfig, folder / CONFIG), config) if saved else []
-    if changes := [line for line in changed if not line.startswith(FREE_TO_CHANGE) or line.startswith(DECISIVE)]:
+    free = (*FREE_TO_CHANGE, *(f"task.options.{name}:" for name in task_class(config.task.name).free_options))
+    if changes := [line for line in changed if not line.startswith(free) or line.startswith(DECISIVE)]:
         raise ValueError(
             f"{folder}: was started with another configuration: {'; '.join(changes)}. "
             "Take the old values to continue, or another name to start afresh"

@@ -17,9 +17,9 @@ from matryoshka.inference.llama_cpp import file_digest
 from matryoshka.inference.spending import Budget, total
 from matryoshka.lora.files import adapter_hash
 from matryoshka.pilot.config import RunConfig, ServeConfig
-from matryoshka.pilot.problems import scripted_generator
 from matryoshka.pilot.ranks import Ranks
 from matryoshka.pilot.serving import running_server
+from matryoshka.tasks.find import own_class, task_class
 
 
 def with_generator(config: RunConfig, name: str) -> RunConfig:
@@ -49,6 +49,15 @@ def _served_identity(serve: ServeConfig) -> str:
     return f"{model.name}+{adapter_hash(serve.adapter_folder) if serve.adapter_folder else 'base'}"
 
 
+def scripted_generator(config: RunConfig) -> Generator:
+    """Return the generator that [serve] scripted names: one of the task's, or a class of the user's own."""
+    name = config.serve.scripted
+    if ":" in name:
+        generator: Generator = own_class(name, "[serve] scripted")()
+        return generator
+    return task_class(config.task.name).scripted_generator(name)
+
+
 @contextmanager
 def open_generator(
     config: RunConfig, folder: Path, ranks: Ranks, runner: asyncio.Runner, cache: Path
@@ -59,7 +68,7 @@ def open_generator(
     server's log. cache: the file of answers. Raises ValueError, GeneratorError for a generator that cannot work.
     """
     if config.serve.scripted:
-        yield scripted_generator(config.task, config.serve.scripted)
+        yield scripted_generator(config)
         return
     world, client = ranks.world, config.generator
     with ExitStack() as stack:

@@ -68,7 +68,7 @@ async def run_on_ray(
             if kind == "episodes":
                 for key, row in body:
                     trajectory = done[key] = from_json(Trajectory, row)
-                    if trajectory.info.get("verdict") != "failed":
+                    if trajectory.info.verdict != "failed":
                         journal.append(key, {"trajectory": row}, sync=False)
                     on_done(by_key[key], trajectory)
                 await asyncio.to_thread(journal.sync)

@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from matryoshka.core.redaction import read_secret
+from matryoshka.core.terminal import EscapingFormatter
 from matryoshka.core.text.tokenizer import Tokenizer
+from matryoshka.inference import server
 from matryoshka.inference.http_client import HttpClient
 from matryoshka.inference.llama_cpp import LlamaConfig, check_gguf, start_llama
 from matryoshka.inference.vllm import Vllm
@@ -28,13 +32,14 @@ from matryoshka.pilot.progress import StatusLine
 def serve(
     model: Path,
     engine: Literal["local", "vllm", "llama.cpp"] = "local",
-    adapter: tuple[str, ...] = (),
+    adapter: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = (),
     name: str = "",
     host: str = "127.0.0.1",
     port: int = 8000,
     threads: int = 0,
     max_rows: int = 64,
     api_key_env: str = "",
+    allow_anonymous: bool = False,
     deterministic: bool = False,
     with_parent: bool = False,
     lora_rank: int = 0,
@@ -48,13 +53,14 @@ def serve(
         engine: What computes: "local" is the pure-PyTorch sampler; "vllm" starts vLLM, which has no threads,
             max_rows or deterministic; "llama.cpp" serves a GGUF file (the extra `llama`) and has no adapters or
             max_rows.
-        adapter: Adapters as NAME=FOLDER, served under NAME.
+        adapter: Adapters as NAME=FOLDER, served under NAME; several after one flag, or a flag for each.
         name: What the base model is served as; default its folder's name.
         host: Address to listen on.
         port: 0 takes any free port; the first line printed says which.
         threads: CPU threads, 0 for as many as there are cores.
         max_rows: Rows decoded together.
         api_key_env: Environment variable with the key that callers must send; empty asks for none.
+        allow_anonymous: Let other machines use the model without a key, where host is not loopback.
         deterministic: One request at a time, answers repeatable bit for bit.
         with_parent: End when standard input closes, as it does when the parent process dies.
         lora_rank: Engine vllm alone: of adapters to be loaded while it runs, as a pilot's are; 0 is that of the ones
@@ -64,8 +70,10 @@ def serve(
     """
     if with_parent:
         threading.Thread(target=_end_with_input, daemon=True).start()
+    server.check_exposure(host, api_key_env or None, allow_anonymous)
+    adapters = tuple(pair for pairs in adapter for pair in pairs)
     if engine == "llama.cpp":
-        if adapter or lora_rank or max_rows != 64:
+        if adapters or lora_rank or max_rows != 64:
             raise ValueError("serve: engine llama.cpp has no adapter, lora_rank or max_rows; its limit is llama.slots")
         slots = 1 if deterministic else llama.slots
         _serve_llama(model, name or model.stem, host, port, threads, api_key_env, replace(llama, slots=slots))
@@ -74,36 +82,41 @@ def serve(
         if threads or max_rows != 64 or deterministic or vllm.base_url:
             raise ValueError("serve: threads, max_rows and deterministic are of engine local, and base_url starts none")
         vllm = replace(vllm, port=port, api_key_env=api_key_env, flags=(*vllm.flags, "--host", host))
-        asyncio.run(_serve_vllm(model, adapter, name or model.name, vllm, lora_rank))
+        asyncio.run(_serve_vllm(model, adapters, name or model.name, vllm, lora_rank))
         return
     if lora_rank:
         raise ValueError("serve: lora_rank is of engine vllm; engine local serves the adapters given, of any rank")
     import torch
 
     from matryoshka.core.models.load import load_model
-    from matryoshka.inference import server
     from matryoshka.inference.local_controller import LocalEngine
     from matryoshka.inference.sampler import Sampler
     from matryoshka.lora.files import load_adapter
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    log = logging.StreamHandler()
+    log.setFormatter(EscapingFormatter("%(asctime)s %(name)s %(message)s"))  # requests put text of their own in there
+    logging.basicConfig(level=logging.INFO, handlers=[log])
     count = threads or os.cpu_count() or 1
     torch.set_num_threads(count)
     key = _callers_key(api_key_env)
     network = load_model(model)
     names: dict[str, str | None] = {name or model.name: None}
-    for pair in adapter:
+    loaded: dict[Path, str] = {}  # one copy of each folder, under a name without the dots that modules do not take
+    for pair in adapters:
         label, equals, folder = pair.partition("=")
         if not equals or label in names:
             raise ValueError(f"serve: adapter {pair!r}; expected NAME=FOLDER with a name that is not taken")
-        load_adapter(network, label, Path(folder))
-        names[label] = label
+        place = Path(folder).resolve()
+        if place not in loaded:
+            load_adapter(network, f"adapter{len(loaded)}", Path(folder))
+            loaded[place] = f"adapter{len(loaded)}"
+        names[label] = loaded[place]
 
     def ready(real: int) -> None:
         print(f"http://{host}:{real}/v1", flush=True)
 
     with Sampler(network, Tokenizer.load(model), max_rows, deterministic, count) as sampler:
-        asyncio.run(server.serve(LocalEngine(sampler, names), host, port, key, ready))
+        asyncio.run(server.serve(LocalEngine(sampler, names), host, port, key, ready, allow_anonymous))
 
 
 def _callers_key(name: str) -> str | None:

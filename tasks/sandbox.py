@@ -33,7 +33,7 @@ from matryoshka.tasks.sandbox_backends import (
 READY = b"ready\n"
 # The child keeps its error to so many characters. The parent cuts it again, because a program may forge the message.
 ERROR_CHARACTERS = 2000
-END_S = 1.0  # for a program that has closed its line to end by itself, so that the reason of its end is known
+END_S = 3.0  # for a program that has closed its line to end by itself, so that the reason of its end is known
 _FENCE = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
 
 _slots: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}

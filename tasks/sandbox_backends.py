@@ -110,11 +110,12 @@ class LocalSandbox:
     """Runs scripts on this machine, each in a child that a server forks; one server for each script.
 
     isolation: "auto" takes what this kernel has, and says once what is missing; "required" refuses to start without
-    Landlock and seccomp; "none" keeps limits and the empty environment alone.
+    Landlock and seccomp; "none" keeps limits and the empty environment alone. use_bubblewrap: add namespaces, where
+    bubblewrap is installed.
     """
 
-    def __init__(self, isolation: Isolation = "auto") -> None:
-        self._isolation = isolation
+    def __init__(self, isolation: Isolation = "auto", use_bubblewrap: bool = True) -> None:
+        self._isolation, self._use_bubblewrap = isolation, use_bubblewrap
         self._servers: dict[Path, _Server] = {}
         self._lock = threading.Lock()
         self._has_warned = False
@@ -175,6 +176,8 @@ class LocalSandbox:
             return _Server([], script, is_bounded=False)
         sandbox_boundary.hide_memory()  # keys may lie in the memory and the environment of this process
         try:
+            if not self._use_bubblewrap:
+                raise OSError("bubblewrap was not asked for")
             server = _Server(_bubblewrap(script), script, is_bounded=True)
             server.boundary["namespaces"] = True
         except (OSError, RuntimeError) as err:
@@ -188,7 +191,7 @@ class LocalSandbox:
             )
         if server.problems and not self._has_warned:
             self._has_warned = True
-            _log.warning("sandbox: generated programs run with less than the whole boundary: %s", server.problems)
+            _log.warning("sandbox: programs run behind less than the whole boundary: %s", "; ".join(server.problems))
         return server
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from matryoshka.tasks.sandbox import ERROR_CHARACTERS, Outcome, extract_code, run_solution
-from matryoshka.tasks.sandbox_backends import SCRIPT, SERVER, STDOUT_BYTES, CommandSandbox, LocalSandbox
+from matryoshka.tasks.sandbox_backends import SCRIPT, SERVER, STDOUT_BYTES, CommandSandbox, LocalSandbox, in_words
 
 MEMORY = 256 * 2**20
 
@@ -326,14 +327,25 @@ def test_what_a_program_leaves_behind_without_a_boundary_is_ended() -> None:
         assert not Path(f"/proc/{outcome.value}").exists()
 
 
-def test_the_boundary_asked_for_is_the_boundary_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the same machine, told to have no tables of system calls: "required" refuses, "auto" says what is off."""
-    holds = LocalSandbox("required")
-    assert holds.start(SCRIPT)["seccomp"] is True
-    holds.close()
-    monkeypatch.setattr("matryoshka.tasks.sandbox_backends.SERVER", SERVER.with_name("sandbox_nowhere.py"))
-    with pytest.raises(RuntimeError, match="sandbox_nowhere"):
-        LocalSandbox("auto").start(SCRIPT)
+def test_the_boundary_asked_for_is_the_boundary_or_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Oracle: a server that knows no system calls: "required" refuses, "auto" runs and says once what is off."""
+    for name in ("sandbox_server.py", "sandbox_child.py"):
+        shutil.copy(SERVER.with_name(name), tmp_path)
+    boundary = SERVER.with_name("sandbox_boundary.py").read_text()
+    (tmp_path / "sandbox_boundary.py").write_text(boundary.replace('"x86_64"', '"x"').replace('"aarch64"', '"y"'))
+    monkeypatch.setattr("matryoshka.tasks.sandbox_backends.SERVER", tmp_path / "sandbox_server.py")
+    with pytest.raises(ValueError, match="isolation 'required': no tables of system calls for"):
+        LocalSandbox("required").start(SCRIPT)
+    sandbox = LocalSandbox("auto")
+    holds = sandbox.start(SCRIPT)
+    sandbox.start(SCRIPT.with_name("sandbox_child.py"))
+    assert (holds["landlock"], holds["seccomp"]) == (0, False)
+    assert caplog.text.count("Landlock and seccomp are off") == 1
+    assert "Landlock and seccomp are off" in in_words(holds)
+    assert asyncio.run(run_solution("def solution(): return 7", 5.0, MEMORY, sandbox=sandbox)).value == 7
+    sandbox.close()
 
 
 def test_a_command_is_a_sandbox_too() -> None:

@@ -77,6 +77,14 @@ class Ended:
         return f"exited (code {self.code})" if self.code >= 0 else f"was killed ({_signal_name(-self.code)})"
 
 
+def printable(text: str) -> str:
+    """Return `text` as any file, terminal and request can take it.
+
+    Lone surrogates, which UTF-8 cannot encode, and control characters but line breaks and tabs become "?".
+    """
+    return "".join(c if c in "\n\t" or c.isprintable() else "?" for c in text)
+
+
 class Process(Protocol):
     """A running script. reader, writer: our end of its line."""
 
@@ -290,7 +298,7 @@ class _LocalProcess:
             if report is None:
                 raise RuntimeError(f"sandbox: a killed process has not ended after {KILL_S:g} s")
         what, _, code = report.decode().partition(" ")
-        printed = os.pread(self._printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace")
+        printed = printable(os.pread(self._printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace"))
         self._ended = Ended(None if is_killed or what != "ended" else int(code), printed)
         if what != "ended":
             raise RuntimeError(f"sandbox: the process was not made, or its server ended: {report.decode()}")
@@ -364,7 +372,7 @@ class _CommandProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             await self._process.wait()
-            printed = os.pread(self._printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace")
+            printed = printable(os.pread(self._printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace"))
             self._ended = Ended(code, printed)
         return self._ended
 
@@ -449,6 +457,14 @@ def _working_folder() -> Iterator[str]:
     try:
         yield folder
     finally:
+        try:
+            os.rmdir(folder)  # nearly always empty
+        except FileNotFoundError:
+            return
+        except OSError:
+            pass
+        else:
+            return
         # Not shutil.rmtree: it recurses, and a generated program may nest folders deeper than Python's stack.
         if subprocess.run(["rm", "-rf", "--", folder], check=False).returncode:
             _log.warning("sandbox: could not remove %s, which a generated program filled", folder)

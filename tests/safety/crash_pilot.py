@@ -1,8 +1,8 @@
 """Runs one pilot again and again, each time in a fork that is killed or meets a fault of its disk, until it is done.
 
 Arguments: the configuration file, the mode ("kills" or "faults"), how many at most, and a seed. Forks of one process
-that has imported everything start in milliseconds. "kills": SIGKILL after a random time. "faults": each start gets one
-fsync or rename further than the one before and meets the next kind of fault there. The last line printed is JSON: the
+that has imported everything start in milliseconds. "kills": SIGKILL after a random time. "faults": each start meets the
+next kind of fault at one of its first 30 fsyncs and renames, drawn from the seed. The last line printed is JSON: the
 number of starts, and of ends by kind.
 """
 
@@ -17,7 +17,7 @@ from collections import Counter
 from matryoshka.scripts import cli
 from matryoshka.tests.safety.faults import KINDS, install
 
-LONGEST_S = 600.0
+FURTHEST = 30
 
 
 def start(config: str, kind: str, at: int, errors: str) -> int:
@@ -50,7 +50,7 @@ def main() -> None:
     for number in range(most + 1):
         is_last = number == most
         kind = KINDS[number % len(KINDS)] if mode == "faults" and not is_last else ""
-        child = start(config, kind, 2 + number % 3, errors)
+        child = start(config, kind, draws.randint(1, FURTHEST), errors)
         if mode == "kills" and not is_last:
             time.sleep(draws.uniform(0.05, 1.5) * draws.choice((0.3, 1.0, 2.0)))
             os.kill(child, signal.SIGKILL)

@@ -47,14 +47,14 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path, controller_dir: 
 
 
 @pytest.mark.slow
-def test_a_disk_that_fails_at_every_fsync_changes_nothing(
+def test_a_disk_that_fails_again_and_again_changes_nothing(
     tmp_path: Path, controller_dir: Path, generator: Generator
 ) -> None:
-    """Oracle: the undisturbed run; each start gets two to four operations further and meets the next kind of fault."""
+    """Oracle: the undisturbed run; each start meets a fault at another of its operations, the four kinds in turn."""
     runs = Runs(tmp_path, generator)
     whole = small("faults-whole", controller_dir, generator.url("faults-whole"))
     runs.finish(whole)
-    ends = crash(runs, "faults", controller_dir, "faults", 400, 0)
-    assert ends["exit 2"] >= 5 and ends["killed"] >= 5
+    ends = crash(runs, "faults", controller_dir, "faults", 60, 0)
+    assert ends["exit 2"] >= 3 and ends["killed"] >= 3
     assert_equal_runs(runs.folder(small("faults", controller_dir, "")), runs.folder(whole))
     assert "No space left on device" in (tmp_path / "faults.toml.err").read_text()

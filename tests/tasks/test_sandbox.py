@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from matryoshka.tasks.sandbox import ERROR_CHARACTERS, Outcome, extract_code, ru
 from matryoshka.tasks.sandbox_backends import SCRIPT, SERVER, STDOUT_BYTES, CommandSandbox, LocalSandbox, in_words
 
 MEMORY = 256 * 2**20
+INTERPRETER = getattr(sys, "_base_executable", None) or sys.executable
 
 
 def run(code: str, timeout_s: float = 5.0, memory_bytes: int = MEMORY) -> Outcome:
@@ -325,6 +327,47 @@ def test_what_a_program_leaves_behind_without_a_boundary_is_ended() -> None:
         assert "BlockingIOError" in str(outcome.error)
     else:
         assert not Path(f"/proc/{outcome.value}").exists()
+
+
+@pytest.mark.parametrize("isolation", ["auto", "none"])
+def test_no_process_outlives_a_killed_caller(isolation: str) -> None:
+    """Oracle: the kernel's list, after SIGKILL to a process of ours whose program would sleep for a minute."""
+    code = (
+        "import asyncio, os, sys\nfrom matryoshka.tasks.sandbox import run_solution\n"
+        "from matryoshka.tasks.sandbox_backends import SCRIPT, LocalSandbox\n"
+        f"sandbox = LocalSandbox({isolation!r})\nsandbox.start(SCRIPT)\nprint('started', flush=True)\n"
+        "program = 'import time\\ndef solution(): time.sleep(60)'\n"
+        "asyncio.run(run_solution(program, 60.0, 2**28, sandbox=sandbox))\n"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert caller.stdout is not None and caller.stdout.readline() == b"started\n"
+    deadline = time.monotonic() + 60
+    while len(below := descendants_of(caller.pid)) < 2 or not below[-1][1]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    caller.kill()
+    caller.wait()
+    caller.stdout.close()
+    while any(Path(f"/proc/{pid}/cwd").exists() for pid, _ in below):
+        assert time.monotonic() < deadline, below
+        time.sleep(0.05)
+
+
+def descendants_of(pid: int) -> list[tuple[int, bool]]:
+    """Return the processes below one, each with whether its parent is a server: such a one runs a program."""
+    found: list[tuple[int, bool]] = []
+    waiting = [pid]
+    while waiting:
+        parent = waiting.pop(0)
+        try:
+            command = Path(f"/proc/{parent}/cmdline").read_bytes()
+            numbers = [int(n) for n in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+        except OSError:
+            continue
+        is_server = command.startswith(os.fsencode(os.path.realpath(INTERPRETER))) and parent != pid
+        found += [(number, is_server) for number in numbers]
+        waiting += numbers
+    return found
 
 
 def test_the_boundary_asked_for_is_the_boundary_or_an_error(

@@ -139,7 +139,7 @@ def test_the_values_that_take_the_most_memory(item: str, count: int) -> None:
 
 @pytest.mark.slow
 def test_a_client_survives_every_reply(tmp_path: Path) -> None:
-    """Oracle: each call over a real connection is answered or raises GeneratorError or ValueError; accounts only grow."""
+    """Oracle: each call over a connection is answered or raises GeneratorError or ValueError; accounts only grow."""
     cases: list[tuple[int, bytes]] = []
 
     @settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))

@@ -7,7 +7,6 @@ that was in flight.
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ import torch
 from matryoshka.core.config import to_toml
 from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.files import Journal, SharedJournal, UnwrittenJournal, write_json, write_text
+from matryoshka.core.machine import usable_cores
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.protocols import Controller, Generator, Task
 from matryoshka.core.records import Messages, RolloutSettings
@@ -27,6 +27,7 @@ from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.inference.sampler import Sampler
 from matryoshka.inference.spending import GeneratorAccount
 from matryoshka.inference.vllm import Vllm
+from matryoshka.lora.files import read_config
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.environment import environment
 from matryoshka.pilot.folder import CONFIG, StageSeconds, cache_path, claim, deal_caches
@@ -155,6 +156,9 @@ def assemble(config: RunConfig, folder: Path, cache: Path, ranks: Ranks, stack: 
     The cheap parts are checked first, so that a missing key or file is reported before a model is loaded.
     """
     world = World(device=torch.device(config.controller.device)) if ranks.world == ALONE else ranks.world
+    if config.controller.adapter:  # it is trained further as it is
+        with ranks.all_or_none():
+            config = replace(config, lora=read_config(Path(config.controller.adapter)))
     runner = stack.enter_context(asyncio.Runner())
     with ranks.all_or_none():
         tokenizer = Tokenizer.load(Path(config.controller.path))
@@ -165,7 +169,7 @@ def assemble(config: RunConfig, folder: Path, cache: Path, ranks: Ranks, stack: 
         task = open_task(config, count_tokens)
         problems = load_problems(task)
     generator = stack.enter_context(open_generator(config, folder, ranks, runner, cache))
-    threads = config.controller.threads or max(1, (os.cpu_count() or 1) // world.local_size)
+    threads = config.controller.threads or max(1, usable_cores() // world.local_size)
     torch.set_num_threads(threads)
     vllm = None
     with ranks.all_or_none():

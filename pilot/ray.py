@@ -17,6 +17,7 @@ from typing import Any
 
 from matryoshka.core.config import to_toml
 from matryoshka.core.files import UnwrittenJournal
+from matryoshka.core.machine import usable_cores
 from matryoshka.core.protocols import Controller, GeneratorError, RunStopped
 from matryoshka.core.records import Trajectory, from_json, to_json
 from matryoshka.core.redaction import redact_output
@@ -108,7 +109,7 @@ async def run_on_ray(
 def _config_of_task(run: Run, index: int, count: int) -> RunConfig:
     """Return the configuration of task `index` of `count`: the driver's generator with a part of the limits."""
     num_machines = len(machines())
-    threads = max(1, (os.cpu_count() or 1) // -(-count // num_machines))  # tasks on one machine share its cores
+    threads = max(1, usable_cores() // -(-count // num_machines))  # tasks on one machine share its cores
     controller = replace(run.config.controller, threads=run.config.controller.threads or threads)
     config, generator = replace(run.config, controller=controller), getattr(run.generator, "config", None)
     if generator is None:

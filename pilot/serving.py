@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from matryoshka.core.machine import usable_cores
 from matryoshka.core.redaction import read_secret
 from matryoshka.core.terminal import EscapingFormatter
 from matryoshka.core.text.tokenizer import Tokenizer
@@ -96,7 +97,7 @@ def serve(
     log = logging.StreamHandler()
     log.setFormatter(EscapingFormatter("%(asctime)s %(name)s %(message)s"))  # requests put text of their own in there
     logging.basicConfig(level=logging.INFO, handlers=[log])
-    count = threads or os.cpu_count() or 1
+    count = threads or usable_cores()
     torch.set_num_threads(count)
     key = _callers_key(api_key_env)
     network = load_model(model)
@@ -134,7 +135,7 @@ def _serve_llama(
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    key, count = _callers_key(api_key_env), threads or os.cpu_count() or 1
+    key, count = _callers_key(api_key_env), threads or usable_cores()
     server = start_llama(model, name, host, port, count, key, config)
     print(f"{server.listening_address}/v1", flush=True)
     stop.wait()
@@ -227,7 +228,7 @@ def running_server(config: ServeConfig, deterministic: bool, log: Path) -> Itera
             command += [f"--llama.{field.name.replace('_', '-')}", str(getattr(config.llama, field.name))]
     else:
         command += ["--max-rows", str(config.max_rows)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads or os.cpu_count() or 1)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads or usable_cores())}
     environment["OMP_WAIT_POLICY"] = "passive"  # spinning threads starve the other processes of this machine
     log.parent.mkdir(parents=True, exist_ok=True)
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -12,13 +12,13 @@ A program can write a number to its line itself. It gains nothing: it may return
 import asyncio
 import json
 import math
-import os
 import re
 import sys
 import textwrap
 import time
 from dataclasses import dataclass
 
+from matryoshka.core.machine import usable_cores
 from matryoshka.tasks.sandbox_backends import (
     LINE_BYTES,
     SCRIPT,
@@ -162,4 +162,4 @@ def default_slots() -> asyncio.Semaphore:
     loop = asyncio.get_running_loop()
     for closed in [other for other in _slots if other.is_closed()]:
         del _slots[closed]
-    return _slots.setdefault(loop, asyncio.Semaphore(os.cpu_count() or 1))
+    return _slots.setdefault(loop, asyncio.Semaphore(usable_cores()))

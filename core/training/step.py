@@ -180,7 +180,7 @@ def fill_cache(
 
 
 def _passes(plans: Sequence[Plan], batch: Sequence[Item], world: World) -> Iterator[tuple[Sequence[Item], bool]]:
-    """Yield what this rank passes over, and whether it counts, as often as on the rank with the most micro-batches."""
+    """Yield each micro-batch of this rank and whether it counts; dummy items make their number equal on all ranks."""
     own = plans[world.rank].micro_batches
     yield from ((items, True) for items in own)
     for _ in range(max(len(plan.micro_batches) for plan in plans) - len(own)):
@@ -188,7 +188,7 @@ def _passes(plans: Sequence[Plan], batch: Sequence[Item], world: World) -> Itera
 
 
 def _idle(batch: Sequence[Item]) -> tuple[Item]:
-    """Return an item as short as can be, with as many sequences as the batch's have."""
+    """Return a dummy item: two tokens a sequence, and as many sequences as an item of the batch has."""
     item = batch[0]
     firsts = [sequence.mask.index(1) for sequence in item.sequences]
     pairs = [s.ids[first - 1 : first + 1] for s, first in zip(item.sequences, firsts, strict=True)]

@@ -223,7 +223,7 @@ def free_share(device: torch.device, world: World) -> int:
 
 
 def _fingerprint(config: TrainConfig, objective: Objective, items: Sequence[Item], start: str) -> str:
-    """Return a hash of all that decides the result, so not of checkpoints, nor of how the batch is cut up and kept."""
+    """Return a hash of everything that decides the result; checkpoints and micro-batches are not among it."""
     free: dict[str, Any] = {"save_every": 0, "keep_checkpoints": 1, "max_checkpoint_gb": 0.0}
     free |= {"save_asynchronously": True, "rank_timeout_s": TIMEOUT_S, "micro_batch_tokens": 1, "activations": "auto"}
     decisive = dataclasses.replace(config, **free)

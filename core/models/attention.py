@@ -96,8 +96,21 @@ def _dense(
     return out.view(q_BNTH.shape).to(q_BNTH.dtype)
 
 
-def tree_attention(tree: TokenTree, device: torch.device) -> Attend:
-    """Return the attention of `tree` for tensors on `device`. On CUDA the tree has a multiple of BLOCK tokens."""
+BACKENDS = ("auto", "varlen")
+
+
+def tree_attention(tree: TokenTree, device: torch.device, backend: str = "auto") -> Attend:
+    """Return the attention of `tree` for tensors on `device`. On CUDA the tree has a multiple of BLOCK tokens.
+
+    backend: "auto" is Branches on a CPU and Flex on CUDA; "varlen" is FlashAttention over sequences of any length
+    (`varlen.py`), which on a CPU is its slow twin. Raises ValueError for another one.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention: backend {backend!r} is unknown; choose from {BACKENDS}")
+    if backend == "varlen":
+        from matryoshka.core.models.varlen import Varlen  # it imports this module
+
+        return Varlen(tree, device)
     return Flex(tree, device) if device.type == "cuda" else Branches(tree)
 
 

@@ -70,7 +70,8 @@ class ChatFormat:
         self._vocabulary = vocabulary
         self._where = vocabulary.where.parent
         self._template = _compile(source, f"{self._where}: chat template", date)
-        self._variables = {"tools": None, "documents": None, "date_string": date.strftime("%d %b %Y"), **names}
+        self._variables: dict[str, Any] = {"tools": None, "documents": None, **names}
+        self._variables.setdefault("date_string", date.strftime("%d %b %Y"))
         if thinking is not None:
             self._variables["enable_thinking"] = thinking
         self._ids = vocabulary.special_ids

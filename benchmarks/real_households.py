@@ -31,7 +31,8 @@ from matryoshka.pilot.context import Run, Scheme, open_run
 from matryoshka.pilot.environment import environment
 from matryoshka.pilot.episodes import run_episodes
 from matryoshka.pilot.evaluate import schemes
-from matryoshka.pilot.stages import collect, train_round, train_star, warm_up, write_pairs
+from matryoshka.pilot.stages import collect, is_trained, policy_before, train_round, train_star, warm_up, write_pairs
+from matryoshka.tasks.alfworld.options import AlfworldOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -109,7 +110,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 def configuration(options: Options, seed: int, size: str, file: Path) -> RunConfig:
     """Return the configuration of one seed."""
-    config = load_toml(RunConfig, options.config, {"seed": seed, "task.alfworld.data": options.data})
+    config = load_toml(RunConfig, options.config, {"seed": seed, "task.options.data": options.data})
     name = file.stem
     games = QUICK_GAMES if options.quick else options.games or config.task.test
     return replace(
@@ -130,12 +131,13 @@ def run_react(config: RunConfig, root: Path, outcomes: Outcomes, path: Path) -> 
     """Let the generator act by itself, without a controller, in the style of ReAct; recorded in `outcomes`."""
     if len(outcomes.table.get("react", {}).get("", {})) >= config.task.test:
         return
-    games = replace(config.task.alfworld, mode="react")
+    assert isinstance(config.task.options, AlfworldOptions)
+    acting = replace(config.task.options, prompts="full", mode="react")
     config = replace(
         config,
         name="real-households-react",
         rounds=0,
-        task=replace(config.task, prompts="full", alfworld=games),
+        task=replace(config.task, options=acting),
         rollout=replace(config.rollout, code_tokens=REACT_TOKENS),
     )
     with open_run(config, root, cache=root / "answers.sqlite") as run:
@@ -155,7 +157,7 @@ def run_seed(options: Options, config: RunConfig, root: Path, outcomes: Outcomes
         unpack_adapters(root, folder)
     with open_run(config, folder, cache=root / "answers.sqlite") as run:
         if not (options.quick or options.transfer):
-            outcomes.training[seed] = train(run)
+            outcomes.training[seed] = train(run, outcomes.training.get(seed))
         for name, (_, scheme) in ordered(schemes(run)):
             if name in FIXED and len(outcomes.table.get(name, {}).get("", {})) >= config.task.test:
                 continue
@@ -163,8 +165,14 @@ def run_seed(options: Options, config: RunConfig, root: Path, outcomes: Outcomes
             outcomes.save(path)
 
 
-def train(run: Run) -> dict[str, Any]:
-    """Run warm-up, rounds and STaR as far as they are not done, and return what they took and used."""
+def train(run: Run, known: dict[str, Any] | None) -> dict[str, Any]:
+    """Run warm-up, rounds and STaR as far as they are not done, and return what they took and used.
+
+    known: what an earlier run returned; where every stage is trained, it is returned and nothing is sampled.
+    """
+    stages = [policy_before(run.config, round) for round in range(1, run.config.rounds + 2)]
+    if known and all(is_trained(run, stage) for stage in [*stages, *(["star"] if run.config.star else [])]):
+        return known
     warm_up(run)
     collected: list[Trajectory] = []
     rows: dict[str, Any] = {}
@@ -178,7 +186,7 @@ def train(run: Run) -> dict[str, Any]:
             train_star(run, collected)
     return {
         **rows,
-        "round_calls": sum(episode.info["calls"] for episode in collected),
+        "round_calls": sum(episode.info.calls for episode in collected),
         "wins": sum(episode.reward > 0.5 for episode in collected),
         "seconds": run.seconds.as_dict(),
     }

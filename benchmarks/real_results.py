@@ -24,6 +24,9 @@ TITLES = {
     "round_3": "after round 3",
     "gold_guidance": "gold plan",
 }
+PRICE = (0.15, 0.60)
+"""USD for a million tokens read and written, at which costs are stated: a small hosted model's (gpt-4o-mini). The
+generator here runs on the machine itself and costs nothing."""
 FIXED = ("no_guidance", "react", "wrong_guidance", "own_guidance", "untrained", "gold_guidance")
 """Conditions that do not depend on the seed of the training: they are evaluated once."""
 
@@ -50,20 +53,25 @@ class Outcomes:
     """Seed -> what its training took and used: calls, tokens and seconds by stage, wins and pairs."""
 
     def add(self, condition: str, seed: str, episodes: Sequence[Trajectory], seconds: float) -> None:
-        """Record the episodes of a condition over the test games."""
+        """Record the episodes of a condition over the test games.
+
+        seconds: that they took; the longest time stays, since episodes that are read back take none.
+        """
         rows = {
             episode.example_id: GameOutcome(
                 episode.reward > 0.5,
-                episode.info["verdict"],
-                episode.info["task_type"],
-                episode.info["calls"],
-                episode.info["prompt_tokens"],
-                episode.info["completion_tokens"],
+                episode.info.verdict,
+                episode.example_id.split("/")[-2].partition("-")[0],  # SPLIT/TYPE-THING-.../TRIAL
+                episode.info.calls,
+                episode.info.prompt_tokens,
+                episode.info.completion_tokens,
             )
             for episode in episodes
         }
-        self.table.setdefault(condition, {})["" if condition in FIXED else seed] = rows
-        self.seconds.setdefault(condition, {})["" if condition in FIXED else seed] = round(seconds, 1)
+        seed = "" if condition in FIXED else seed
+        self.table.setdefault(condition, {})[seed] = rows
+        times = self.seconds.setdefault(condition, {})
+        times[seed] = max(times.get(seed, 0.0), round(seconds, 1))
 
     @property
     def seeds(self) -> list[str]:
@@ -153,6 +161,8 @@ def condition_rows(outcomes: Outcomes) -> list[dict[str, Any]]:
                 "calls": round(_mean([episode.calls for episode in episodes]), 2),
                 "prompt_tokens": round(_mean([episode.prompt_tokens for episode in episodes]), 1),
                 "completion_tokens": round(_mean([episode.completion_tokens for episode in episodes]), 1),
+                "usd_per_1000": round(1000 * _mean([_price(episode) for episode in episodes]), 3),
+                "seconds": round(_mean(list(outcomes.seconds.get(name, {}).values()) or [0.0]) / len(games), 1),
             }
         )
     return rows
@@ -201,11 +211,15 @@ def _markdown(result: Mapping[str, Any]) -> str:
     about = result["about"]
     lines = [f"# {about['title']}", "", about["summary"], ""]
     lines += [f"{result['games']} test games, seeds {', '.join(result['seeds']) or 'none complete'}.", ""]
-    lines += ["| condition | success | by seed | calls | tokens read | tokens written |", "|---|---|---|---|---|---|"]
+    lines += ["| condition | success | by seed | calls | tokens read | written | seconds | USD for 1,000 games |"]
+    lines += ["|---" * 8 + "|"]
     for row in result["conditions"]:
         seeds = " / ".join(f"{value:.3f}" for value in row["by_seed"])
         costs = f"{row['calls']:.2f} | {row['prompt_tokens']:.0f} | {row['completion_tokens']:.0f}"
+        costs += f" | {row['seconds']:.1f} | {row['usd_per_1000']:.3f}"
         lines.append(f"| {row['title']} | {row['success']:.3f} | {seeds} | {costs} |")
+    read, written = PRICE
+    lines += ["", f"Costs are those of one game, at {read} and {written} USD for a million tokens read and written."]
     lines += ["", "| difference | points | 95% interval | p | p (Holm) | by seed |", "|---|---|---|---|---|---|"]
     for row in result["comparisons"]:
         interval = f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
@@ -248,6 +262,11 @@ def _page(result: Mapping[str, Any]) -> str:
         f"<body style='font-family:sans-serif;max-width:60em;margin:2em auto'><h1>{title}</h1>"
         f"<table>{bars}</table><pre style='white-space:pre-wrap'>{body}</pre></body></html>\n"
     )
+
+
+def _price(episode: GameOutcome) -> float:
+    """Return the USD of one episode at the stated price."""
+    return (PRICE[0] * episode.prompt_tokens + PRICE[1] * episode.completion_tokens) / 1e6
 
 
 def _mean(values: Sequence[float]) -> float:

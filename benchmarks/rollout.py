@@ -21,22 +21,20 @@ from matryoshka.benchmarks import loopback
 from matryoshka.benchmarks.loopback import Loopback
 from matryoshka.benchmarks.result import BenchResult, Row
 from matryoshka.core.files import Journal
-from matryoshka.core.protocols import Controller, Generator
+from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
 from matryoshka.core.records import (
     Example,
     Message,
     Messages,
-    Metric,
-    PairRule,
     RolloutSettings,
     Sample,
     Sampling,
     Trajectory,
-    Turn,
 )
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
 from matryoshka.inference.http_client import HttpClient
+from matryoshka.tasks.episode import Episode
 from matryoshka.tasks.rollout import Job, Setup, job_key, run_rollouts
 
 MEMORY_LIMIT_MIB = 400
@@ -81,13 +79,10 @@ class Config:
             raise ValueError("bench: concurrency, waves, rate_requests and rate_concurrency must be at least 1")
 
 
-class Additions:
-    """A core.protocols.Task of one controller turn and one black-box call; right if the answer is the sum."""
+class Additions(Task):
+    """A task of one controller turn and one black-box call; right if the answer is the sum."""
 
     name = "additions"
-    version = 1
-    pair_rule = PairRule()
-    main_metric = "accuracy"
 
     def examples(self, split: str) -> Sequence[Example]:
         return []
@@ -95,22 +90,16 @@ class Additions:
     def first_prompt(self, example: Example) -> Messages:
         return (Message("user", example.fields["question"]),)
 
-    def gold_guidance(self, example: Example) -> str | None:
-        return None
-
     async def rollout(
         self, example: Example, controller: Controller, generator: Generator, settings: RolloutSettings
     ) -> Trajectory:
-        prompt = self.first_prompt(example)
-        (guidance,) = await controller.propose(prompt, 1, settings.controller)
-        asked = (Message("system", PREAMBLE + guidance.text), *prompt)
-        reply = await generator.complete(asked, settings.generator)
-        right = reply.text == str(example.fields["answer"])
-        verdict = "right" if right else "wrong"
-        return Trajectory(self.name, example.id, (Turn(prompt, None, guidance),), float(right), {"verdict": verdict})
-
-    def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]:
-        return {}
+        episode = Episode(self.name, example, controller, generator, settings)
+        prompt, right = self.first_prompt(example), False
+        with episode:
+            guidance = await episode.propose(prompt)
+            reply = await episode.complete((Message("system", PREAMBLE + guidance.text), *prompt))
+            right = reply.text == str(example.fields["answer"])
+        return episode.trajectory(float(right), "right" if right else "wrong")
 
 
 class AtOnce:
@@ -161,7 +150,7 @@ def _with_faults(config: Config, folder: Path) -> list[Row]:
 
 def _episodes(config: Config, waves: int, server: Loopback, folder: Path, again: bool = False) -> dict[str, Any]:
     """Return rate and details of running waves x concurrency episodes; `again`: and once more over the same cache."""
-    task, controller, count = Additions(), AtOnce(), waves * config.concurrency
+    task, controller, count = Additions(None, TaskSetting({})), AtOnce(), waves * config.concurrency
     examples = [
         Example(str(i), {"question": loopback.question(i, 7 * i), "answer": 8 * i}) for i in range(1, count + 1)
     ]

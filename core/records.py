@@ -104,15 +104,49 @@ class Turn:
     feedback: str = ""
 
 
+Verdict = typing.Literal["right", "wrong", "error", "failed"]
+VERDICTS: tuple[Verdict, ...] = typing.get_args(Verdict)
+
+
+@dataclass(frozen=True)
+class EpisodeInfo:
+    """What an episode reports besides its turns and its reward; `tasks.episode.Episode` alone makes one.
+
+    verdict: "right"; "wrong"; "error", the last attempt gave no answer; "failed", a black-box call failed for good.
+    controller, generator: their names; a controller's carries the hash of its adapter. seed, draw: of the controller's
+    sampling. attempts: programs, or whatever the task counts as tries. calls, prompt_tokens, completion_tokens: of the
+    black box. cut: guidances that were cut at max_tokens. overlong: a later prompt did not fit the context, so that the
+    episode ended there. prediction: the answer, None where there is none. error: what ended the last attempt, or the
+    call that failed. score: a graded result, on tasks that have one. measures: the task's own figures by name.
+    """
+
+    verdict: Verdict
+    protocol: str
+    controller: str
+    generator: str
+    seed: int = 0
+    draw: int = 0
+    attempts: int = 0
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cut: int = 0
+    overlong: bool = False
+    prediction: str | int | float | None = None
+    error: str | None = None
+    score: float | None = None
+    measures: dict[str, float] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Trajectory:
-    """One episode. info: attempts, protocol, seeds, adapter hash, cost, prediction, verdict."""
+    """One episode: what was said in it, what it was worth, and what else is known of it."""
 
     task: str
     example_id: str
     turns: tuple[Turn, ...]
     reward: float
-    info: dict[str, Any] = field(default_factory=dict)
+    info: EpisodeInfo
 
 
 @dataclass(frozen=True)
@@ -133,7 +167,7 @@ class Preference:
 class PairRule:
     """What a task says about making pairs: kind "binary" (1 over 0) or "ranked" (gap > margin); cap per example.
 
-    scores: names in an episode's info whose mean rank among the example's episodes takes the reward's place.
+    scores: names of an episode's measures whose mean rank among the example's episodes takes the reward's place.
     """
 
     kind: str = "binary"
@@ -205,8 +239,12 @@ def _parse(kind: Any, data: Any, where: str) -> Any:
         options = typing.get_args(kind)
         if data is None and type(None) in options:
             return None
-        (only,) = [option for option in options if option is not type(None)]
-        return _parse(only, data, where)
+        exact = [option for option in options if type(data) is option]
+        return _parse((exact or [option for option in options if option is not type(None)])[0], data, where)
+    if origin is typing.Literal:
+        if data not in typing.get_args(kind):
+            raise ValueError(f"{where}: expected one of {typing.get_args(kind)}, got {data!r:.60}")
+        return data
     if origin is tuple:
         if not isinstance(data, list | tuple):
             raise ValueError(f"{where}: expected a list, got {type(data).__name__}")

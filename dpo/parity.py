@@ -93,11 +93,14 @@ def check_samples(
 def check_policy(
     model: LanguageModel, trajectories: Sequence[Trajectory], controller: str, bound: float, seed: int
 ) -> Difference | None:
-    """Check NUM_CHECKED random ones of the samples that `controller` drew, as `check_samples` does."""
+    """Check NUM_CHECKED random ones of the samples that `controller` drew, as `check_samples` does.
+
+    The name of a control scheme ends with that of the policy whose samples it gives.
+    """
     drawn = [
         (trajectory.example_id, turn.prompt_ids, turn.action)
         for trajectory in trajectories
-        if trajectory.info.get("controller") == controller
+        if trajectory.info.controller.endswith(controller)
         for turn in trajectory.turns
         if turn.prompt_ids is not None and turn.action.logprobs is not None
     ]

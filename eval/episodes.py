@@ -10,8 +10,8 @@ import json
 import zlib
 from typing import Any
 
-from matryoshka.core.records import Trajectory, Turn
-from matryoshka.eval.summary import VERDICTS, ReportInput
+from matryoshka.core.records import VERDICTS, Trajectory, Turn
+from matryoshka.eval.summary import ReportInput
 
 
 def pack(data: ReportInput) -> str:
@@ -35,7 +35,7 @@ def pack(data: ReportInput) -> str:
     def record(trajectory: Trajectory) -> list[Any]:
         info = trajectory.info
         turns = [turn(item) for item in trajectory.turns]
-        return [VERDICTS.index(info["verdict"]), text(info.get("prediction")), text(info.get("error")), turns]
+        return [VERDICTS.index(info.verdict), text(info.prediction), text(info.error), turns]
 
     by_id = [{t.example_id: t for t in condition.trajectories} for condition in data.conditions]
     members = [frozenset(ids) for ids in data.groups.values()]

@@ -10,7 +10,7 @@ from typing import Any
 
 from matryoshka.core.files import write_json, write_text
 from matryoshka.core.records import to_json
-from matryoshka.eval import html, markdown
+from matryoshka.eval import markdown, page
 from matryoshka.eval.summary import Condition, ReportInput, Table, summarise
 
 __all__ = ["Condition", "ReportInput", "write_report"]
@@ -22,14 +22,14 @@ def write_report(data: ReportInput, folder: Path) -> None:
     Raises ValueError for what `summary.summarise` refuses and for training rows without a step.
     """
     tables = summarise(data)
-    page, text = html.render(data, tables), markdown.render(data, tables)
+    html, text = page.render(data, tables), markdown.render(data, tables)
     write_json(folder / "report.json", _json(data, tables))
     write_text(folder / "report.md", text)
-    write_text(folder / "report.html", page)
+    write_text(folder / "report.html", html)
 
 
 def _json(data: ReportInput, tables: tuple[Table, ...]) -> Any:
-    verdicts = {c.name: {t.example_id: t.info["verdict"] for t in c.trajectories} for c in data.conditions}
+    verdicts = {c.name: {t.example_id: t.info.verdict for t in c.trajectories} for c in data.conditions}
     return _finite(
         {
             "title": data.title,

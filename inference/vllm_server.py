@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from matryoshka.core.redaction import read_secret
+from matryoshka.core.terminal import printable
 from matryoshka.inference import vllm_guard
 from matryoshka.inference.http_client import HttpClient, TransportError
 
@@ -207,7 +208,7 @@ class VllmServer:
         if self.log is None or not self.log.exists():
             return []
         lines = self.log.read_bytes()[where:].decode("utf-8", "replace").splitlines()
-        return [line[:TAIL_WIDTH] for line in lines[-TAIL_LINES:]]
+        return [printable(line[:TAIL_WIDTH]) for line in lines[-TAIL_LINES:]]
 
     def _launch(self) -> None:
         port = self.config.port or _free_port()

@@ -15,11 +15,6 @@ from matryoshka.pilot.generator import open_generator, with_generator
 from matryoshka.pilot.stages import is_trained
 
 HELD_OUT_SPLITS = ("test", "held_out")
-BASELINES = {
-    "rag_1": "one retrieved entry (RAG)",
-    "rag_4": "four retrieved entries (RAG)",
-    "other_4": "four entries of another user",
-}
 
 
 def evaluate(run: Run, label: str = "evaluate") -> list[Condition]:
@@ -28,7 +23,7 @@ def evaluate(run: Run, label: str = "evaluate") -> list[Condition]:
     for name, (title, scheme) in schemes(run).items():
         stage = f"{label} {name}"
         episodes = run_episodes(run, scheme, HELD_OUT_SPLITS, label=stage)
-        calls = sum(t.info["calls"] for t in episodes)
+        calls = sum(t.info.calls for t in episodes)
         seconds = run.seconds.as_dict()[stage]
         conditions.append(Condition(name, title, episodes, seconds, calls, num_tokens(episodes)))
     return conditions
@@ -38,12 +33,12 @@ def num_tokens(episodes: Sequence[Trajectory]) -> int:
     """Return the tokens, prompts included, that controller and generator took for `episodes`."""
     usage = [turn.action.usage for t in episodes for turn in t.turns]
     controller = sum(u.prompt_tokens + u.completion_tokens for u in usage)
-    generator: int = sum(t.info["prompt_tokens"] + t.info["completion_tokens"] for t in episodes)
+    generator: int = sum(t.info.prompt_tokens + t.info.completion_tokens for t in episodes)
     return controller + generator
 
 
 def evaluate_with(run: Run, generator: str) -> list[Condition]:
-    """Return every condition with another generator in place of the run's own; `with_generator` says what names one."""
+    """Return every condition with another generator in place of the run's own; see `with_generator` for its name."""
     config = with_generator(run.config, generator)
     with open_generator(config, run.folder, run.ranks, run.runner, run.cache) as other:
         return evaluate(replace(run, config=config, generator=other), f"transfer {generator}")
@@ -51,7 +46,7 @@ def evaluate_with(run: Run, generator: str) -> list[Condition]:
 
 def schemes(run: Run) -> dict[str, tuple[str, Scheme]]:
     """Return the conditions of the report: name -> (title, scheme), from no guidance to the last round."""
-    config, examples = run.config, [e for split in HELD_OUT_SPLITS for e in run.task.examples(split)]
+    config, examples = run.config, [e for split in HELD_OUT_SPLITS for e in run.problems[split]]
     one_plan = replace(rollout_settings(config, greedy=True), outer_turns=1)  # fixed guidance has no second plan
     found = {"no_guidance": ("no guidance", Scheme("no-guidance", _fixed(NoGuidance()), one_plan))}
     gold = [guidance for example in examples if (guidance := run.task.gold_guidance(example)) is not None]
@@ -60,17 +55,18 @@ def schemes(run: Run) -> dict[str, tuple[str, Scheme]]:
         if len(set(gold)) > 1:  # where all problems have one guidance, there is no wrong one
             other = wrong_guidance(gold, config.seed)
             tables = [("wrong_guidance", "wrong guidance (another problem's)", other), *tables]
-        for name, title, table in tables:
-            prompts = [run.task.first_prompt(example) for example in examples]
-            controller = ScriptedGuidance(f"{name}-{config.seed}", dict(zip(prompts, table, strict=True)))
+        prompts = [run.task.first_prompt(example) for example in examples]
+        for name, title, texts in tables:
+            controller = ScriptedGuidance(f"{name}-{config.seed}", dict(zip(prompts, texts, strict=True)))
             found[name] = (title, Scheme(name, _fixed(controller), one_plan))
-    if config.warmup.source == "generator" or config.task.name == "lamp":
+    if config.warmup.source == "generator" or run.task.compares_own_guidance:
         own = Scheme("own-guidance", lambda run, _: GeneratorGuidance(run.generator), one_plan)
         found["own_guidance"] = ("the generator's own guidance", own)
-    for name in examples[0].fields.get("baselines", {}):  # guidance that the task itself knows without a controller
-        known = {run.task.first_prompt(example): example.fields["baselines"][name] for example in examples}
-        fixed = _fixed(ScriptedGuidance(f"{name}-{config.seed}", known))
-        found[name] = (BASELINES[name], Scheme(name, fixed, one_plan))
+    known = {run.task.first_prompt(example): run.task.baselines(example) for example in examples}
+    for place, baseline in enumerate(run.task.baselines(examples[0])):
+        table = {prompt: baselines[place].guidance for prompt, baselines in known.items()}
+        fixed = _fixed(ScriptedGuidance(f"{baseline.name}-{config.seed}", table))
+        found[baseline.name] = (baseline.label, Scheme(baseline.name, fixed, one_plan))
     found["untrained"] = ("untrained controller", policy_scheme(run, ""))
     if is_trained(run, "warmup"):
         found["warmup"] = ("after warm-up (SFT)", policy_scheme(run, "warmup"))

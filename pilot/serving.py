@@ -11,10 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
+
+from matryoshka.core.machine import usable_cores
 from matryoshka.core.redaction import read_secret
+from matryoshka.core.terminal import EscapingFormatter
 from matryoshka.core.text.tokenizer import Tokenizer
+from matryoshka.inference import server
 from matryoshka.inference.http_client import HttpClient
 from matryoshka.inference.llama_cpp import LlamaConfig, check_gguf, start_llama
 from matryoshka.inference.vllm import Vllm
@@ -28,13 +33,14 @@ from matryoshka.pilot.progress import StatusLine
 def serve(
     model: Path,
     engine: Literal["local", "vllm", "llama.cpp"] = "local",
-    adapter: tuple[str, ...] = (),
+    adapter: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = (),
     name: str = "",
     host: str = "127.0.0.1",
     port: int = 8000,
     threads: int = 0,
     max_rows: int = 64,
     api_key_env: str = "",
+    allow_anonymous: bool = False,
     deterministic: bool = False,
     with_parent: bool = False,
     lora_rank: int = 0,
@@ -48,13 +54,14 @@ def serve(
         engine: What computes: "local" is the pure-PyTorch sampler; "vllm" starts vLLM, which has no threads,
             max_rows or deterministic; "llama.cpp" serves a GGUF file (the extra `llama`) and has no adapters or
             max_rows.
-        adapter: Adapters as NAME=FOLDER, served under NAME.
+        adapter: Adapters as NAME=FOLDER, served under NAME; several after one flag, or a flag for each.
         name: What the base model is served as; default its folder's name.
         host: Address to listen on.
         port: 0 takes any free port; the first line printed says which.
         threads: CPU threads, 0 for as many as there are cores.
         max_rows: Rows decoded together.
         api_key_env: Environment variable with the key that callers must send; empty asks for none.
+        allow_anonymous: Let other machines use the model without a key, where host is not loopback.
         deterministic: One request at a time, answers repeatable bit for bit.
         with_parent: End when standard input closes, as it does when the parent process dies.
         lora_rank: Engine vllm alone: of adapters to be loaded while it runs, as a pilot's are; 0 is that of the ones
@@ -64,8 +71,10 @@ def serve(
     """
     if with_parent:
         threading.Thread(target=_end_with_input, daemon=True).start()
+    server.check_exposure(host, api_key_env or None, allow_anonymous)
+    adapters = tuple(pair for pairs in adapter for pair in pairs)
     if engine == "llama.cpp":
-        if adapter or lora_rank or max_rows != 64:
+        if adapters or lora_rank or max_rows != 64:
             raise ValueError("serve: engine llama.cpp has no adapter, lora_rank or max_rows; its limit is llama.slots")
         slots = 1 if deterministic else llama.slots
         _serve_llama(model, name or model.stem, host, port, threads, api_key_env, replace(llama, slots=slots))
@@ -74,36 +83,41 @@ def serve(
         if threads or max_rows != 64 or deterministic or vllm.base_url:
             raise ValueError("serve: threads, max_rows and deterministic are of engine local, and base_url starts none")
         vllm = replace(vllm, port=port, api_key_env=api_key_env, flags=(*vllm.flags, "--host", host))
-        asyncio.run(_serve_vllm(model, adapter, name or model.name, vllm, lora_rank))
+        asyncio.run(_serve_vllm(model, adapters, name or model.name, vllm, lora_rank))
         return
     if lora_rank:
         raise ValueError("serve: lora_rank is of engine vllm; engine local serves the adapters given, of any rank")
     import torch
 
     from matryoshka.core.models.load import load_model
-    from matryoshka.inference import server
     from matryoshka.inference.local_controller import LocalEngine
     from matryoshka.inference.sampler import Sampler
     from matryoshka.lora.files import load_adapter
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    count = threads or os.cpu_count() or 1
+    log = logging.StreamHandler()
+    log.setFormatter(EscapingFormatter("%(asctime)s %(name)s %(message)s"))  # requests put text of their own in there
+    logging.basicConfig(level=logging.INFO, handlers=[log])
+    count = threads or usable_cores()
     torch.set_num_threads(count)
     key = _callers_key(api_key_env)
     network = load_model(model)
     names: dict[str, str | None] = {name or model.name: None}
-    for pair in adapter:
+    loaded: dict[Path, str] = {}  # one copy of each folder, under a name without the dots that modules do not take
+    for pair in adapters:
         label, equals, folder = pair.partition("=")
         if not equals or label in names:
             raise ValueError(f"serve: adapter {pair!r}; expected NAME=FOLDER with a name that is not taken")
-        load_adapter(network, label, Path(folder))
-        names[label] = label
+        place = Path(folder).resolve()
+        if place not in loaded:
+            load_adapter(network, f"adapter{len(loaded)}", Path(folder))
+            loaded[place] = f"adapter{len(loaded)}"
+        names[label] = loaded[place]
 
     def ready(real: int) -> None:
         print(f"http://{host}:{real}/v1", flush=True)
 
     with Sampler(network, Tokenizer.load(model), max_rows, deterministic, count) as sampler:
-        asyncio.run(server.serve(LocalEngine(sampler, names), host, port, key, ready))
+        asyncio.run(server.serve(LocalEngine(sampler, names), host, port, key, ready, allow_anonymous))
 
 
 def _callers_key(name: str) -> str | None:
@@ -121,7 +135,7 @@ def _serve_llama(
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    key, count = _callers_key(api_key_env), threads or os.cpu_count() or 1
+    key, count = _callers_key(api_key_env), threads or usable_cores()
     server = start_llama(model, name, host, port, count, key, config)
     print(f"{server.listening_address}/v1", flush=True)
     stop.wait()
@@ -166,7 +180,7 @@ def open_vllm(
 ) -> Vllm:
     """Return vLLM as the controller's sampler; its server starts with the first request that there is for it.
 
-    show: takes what is to be told of its start.
+    show: is called with a text about the server's start, for the terminal.
 
     Raises ValueError for adapters that vLLM does not serve, where its command is missing, and for a server of our own
     that several processes would have to share.
@@ -199,7 +213,7 @@ def _end_with_input() -> None:
 
 @contextmanager
 def running_server(config: ServeConfig, deterministic: bool, log: Path) -> Iterator[str]:
-    """Start a server for `config` in a process of its own and yield its base URL; it ends with the block or with us.
+    """Start a server for `config` in a process of its own and yield its base URL; it ends with the block.
 
     Raises ValueError with the end of its log when it does not come up.
     """
@@ -214,11 +228,11 @@ def running_server(config: ServeConfig, deterministic: bool, log: Path) -> Itera
             command += [f"--llama.{field.name.replace('_', '-')}", str(getattr(config.llama, field.name))]
     else:
         command += ["--max-rows", str(config.max_rows)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads or os.cpu_count() or 1)}
-    environment["OMP_WAIT_POLICY"] = "passive"  # spinning threads starve whoever shares their cores
+    environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads or usable_cores())}
+    environment["OMP_WAIT_POLICY"] = "passive"  # spinning threads starve the other processes of this machine
     log.parent.mkdir(parents=True, exist_ok=True)
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    # A session of its own: a terminal's Ctrl-C is a wish to the run, whose episodes in flight still ask the server.
+    # A session of its own: a terminal's Ctrl-C asks the run to stop, and its requests still have to be answered.
     with (
         log.open("ab") as errors,
         subprocess.Popen(command, stderr=errors, env=environment, start_new_session=True, **pipes) as process,

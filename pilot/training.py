@@ -1,4 +1,4 @@
-"""Training of the policy: what the pilot's stages and `matryoshka sft | dpo` share."""
+"""Training of a policy, as the pilot's stages and `matryoshka sft | dpo` share it."""
 
 import math
 import os

@@ -2,7 +2,7 @@
 
 What is fetched, from where and with which checksum stands in `manifest.json` in the target folder, a file that its user
 may edit: LaMP publishes no checksums, so the first download records them, and every later one must give the same bytes.
-The invariant: a file under its own name is whole and has the manifest's checksum; what has come so far is in `.part`.
+The invariant: a file under its final name is complete and has the manifest's checksum; a partial one is in `.part`.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ def data(
 ) -> None:
     """Fetch the questions and gold answers of a task's train and dev splits into `out`/LaMP_<task>.
 
-    Run it again to go on after an interruption; what is whole is only checked.
+    Run it again after an interruption to continue; complete files are only checked.
 
     Args:
         name: The benchmark, "lamp".
@@ -129,7 +129,7 @@ def _download(url: str, path: Path) -> None:
 def _length(answer: HTTPResponse, url: str) -> int:
     length = answer.headers.get("Content-Length")
     if length is None:
-        raise ValueError(f"{url}: the server does not say how long the file is, so a broken download would look whole")
+        raise ValueError(f"{url}: the server sends no Content-Length, without which a broken download goes unnoticed")
     return int(length)
 
 

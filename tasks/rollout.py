@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from matryoshka.core.files import Journal
 from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped, Task
 from matryoshka.core.records import Example, RolloutSettings, Trajectory, content_key, from_json, to_json
+from matryoshka.tasks.episode import Episode
 
 # While others are still to come, a share of failed episodes says something only after this many.
 MIN_EPISODES = 20
@@ -92,7 +93,7 @@ async def run_rollouts(
                 stopped.append(err)
                 return
             ended += 1
-            if trajectory.info.get("verdict") == "failed":
+            if trajectory.info.verdict == "failed":
                 failed.append(trajectory)
             else:
                 journal.append(job.key, {"trajectory": to_json(trajectory)}, sync=False)
@@ -143,11 +144,10 @@ async def _keep_synced(journal: Journal, all_ended: asyncio.Event) -> None:
 async def _episode(setup: Setup, job: Job) -> Trajectory:
     """Return the episode of `job`; a GeneratorError that the task let through makes it a failed one."""
     task, controller, generator = setup.task, setup.controller, setup.generator
-    try:
+    episode = Episode(task.name, job.example, controller, generator, job.settings)
+    with episode:
         return await task.rollout(job.example, controller, generator, job.settings)
-    except GeneratorError as err:
-        info = {"verdict": "failed", "error": str(err), "controller": controller.name, "generator": generator.name}
-        return Trajectory(task.name, job.example.id, (), 0.0, info)
+    return episode.trajectory(0.0, "failed")
 
 
 def recorded(journal: Journal, key: str) -> Trajectory:
@@ -160,7 +160,7 @@ def recorded(journal: Journal, key: str) -> Trajectory:
 
 def failures(failed: Sequence[Trajectory], ended: int, max_failed_share: float) -> str:
     """Return what to say of too many failed episodes among `ended`: their share and the commonest reason."""
-    (reason, count), *_ = Counter(str(trajectory.info.get("error")) for trajectory in failed).most_common(1)
+    (reason, count), *_ = Counter(str(trajectory.info.error) for trajectory in failed).most_common(1)
     return (
         f"rollouts: {len(failed)} of {ended} episodes failed, more than {max_failed_share:.0%}; most often ({count} "
         f"times): {reason}. All others are recorded: mend the cause and run again to go on from there"

@@ -77,6 +77,14 @@ class Ended:
         return f"exited (code {self.code})" if self.code >= 0 else f"was killed ({_signal_name(-self.code)})"
 
 
+def printable(text: str) -> str:
+    """Return `text` as any file, terminal and request can take it.
+
+    Lone surrogates, which UTF-8 cannot encode, and control characters but line breaks and tabs become "?".
+    """
+    return "".join(c if c in "\n\t" or c.isprintable() else "?" for c in text)
+
+
 class Process(Protocol):
     """A running script. reader, writer: our end of its line."""
 
@@ -110,11 +118,12 @@ class LocalSandbox:
     """Runs scripts on this machine, each in a child that a server forks; one server for each script.
 
     isolation: "auto" takes what this kernel has, and says once what is missing; "required" refuses to start without
-    Landlock and seccomp; "none" keeps limits and the empty environment alone.
+    Landlock and seccomp; "none" keeps limits and the empty environment alone. use_bubblewrap: add namespaces, where
+    bubblewrap is installed.
     """
 
-    def __init__(self, isolation: Isolation = "auto") -> None:
-        self._isolation = isolation
+    def __init__(self, isolation: Isolation = "auto", use_bubblewrap: bool = True) -> None:
+        self._isolation, self._use_bubblewrap = isolation, use_bubblewrap
         self._servers: dict[Path, _Server] = {}
         self._lock = threading.Lock()
         self._has_warned = False
@@ -175,6 +184,8 @@ class LocalSandbox:
             return _Server([], script, is_bounded=False)
         sandbox_boundary.hide_memory()  # keys may lie in the memory and the environment of this process
         try:
+            if not self._use_bubblewrap:
+                raise OSError("bubblewrap was not asked for")
             server = _Server(_bubblewrap(script), script, is_bounded=True)
             server.boundary["namespaces"] = True
         except (OSError, RuntimeError) as err:
@@ -188,7 +199,7 @@ class LocalSandbox:
             )
         if server.problems and not self._has_warned:
             self._has_warned = True
-            _log.warning("sandbox: generated programs run with less than the whole boundary: %s", server.problems)
+            _log.warning("sandbox: programs run behind less than the whole boundary: %s", "; ".join(server.problems))
         return server
 
 
@@ -287,7 +298,7 @@ class _LocalProcess:
             if report is None:
                 raise RuntimeError(f"sandbox: a killed process has not ended after {KILL_S:g} s")
         what, _, code = report.decode().partition(" ")
-        printed = os.pread(self._printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace")
+        printed = printable(os.pread(self._printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace"))
         self._ended = Ended(None if is_killed or what != "ended" else int(code), printed)
         if what != "ended":
             raise RuntimeError(f"sandbox: the process was not made, or its server ended: {report.decode()}")
@@ -361,7 +372,7 @@ class _CommandProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             await self._process.wait()
-            printed = os.pread(self._printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace")
+            printed = printable(os.pread(self._printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace"))
             self._ended = Ended(code, printed)
         return self._ended
 
@@ -446,6 +457,14 @@ def _working_folder() -> Iterator[str]:
     try:
         yield folder
     finally:
+        try:
+            os.rmdir(folder)  # nearly always empty
+        except FileNotFoundError:
+            return
+        except OSError:
+            pass
+        else:
+            return
         # Not shutil.rmtree: it recurses, and a generated program may nest folders deeper than Python's stack.
         if subprocess.run(["rm", "-rf", "--", folder], check=False).returncode:
             _log.warning("sandbox: could not remove %s, which a generated program filled", folder)

@@ -21,6 +21,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 SPACE = "\u2581"  # what sentencepiece writes for a space
+LONG_TEXT = 10_000  # characters, some 30 ms
 ALL_BYTES = bytes(range(256))
 UNPRINTABLE = [b for b in range(256) if not (33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255)]
 # Byte-level BPE writes a printable byte as that character and the n-th other byte as U+0100 + n.
@@ -294,7 +295,14 @@ def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _plain(backend: tokenizers.Tokenizer) -> Callable[[str], list[int]]:
-    return lambda text: list(backend.encode(text, add_special_tokens=False).ids)
+    def encode(text: str) -> list[int]:
+        if len(text) < LONG_TEXT:
+            return list(backend.encode(text, add_special_tokens=False).ids)
+        # A megabyte takes three seconds. `encode` holds Python's lock meanwhile, and a server's event loop would stand
+        # still; the batch function gives the lock back, for the price of waking its threads.
+        return list(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+    return encode
 
 
 def _spell_byte_level(content: str) -> bytes:

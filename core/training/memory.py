@@ -8,16 +8,15 @@ blocks keep less.
 """
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from matryoshka.core.distributed import own
+from matryoshka.core.machine import available_memory
 from matryoshka.core.models.activations import POLICIES, CompiledBlocks, activations
 from matryoshka.core.models.attention import PIECE
 from matryoshka.core.models.language_model import LanguageModel, ModelConfig
@@ -30,7 +29,6 @@ GIB = 2**30
 MARGIN = 0.1  # of the free memory
 HEAD_WORKSPACE = {"cuda": 400 * 2**20}  # what the head's tiles may take
 HEAD_WORKSPACE_ELSEWHERE = 32 * 2**20
-MEMINFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")  # where Linux tells
 
 
 @dataclass(frozen=True)
@@ -110,25 +108,11 @@ def scratch_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return how much more memory tensors on `device` can take: of a GPU's, with what the allocator has in its cache;
-    else of the host's, within the control group's limit (where the system does not tell: half of what it has)."""
+    """Return how many more bytes tensors on `device` can take, on a GPU with the cache of torch's allocator."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if not MEMINFO.is_file():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    available = int(_table(MEMINFO)["MemAvailable:"]) * 1024
-    limit = CONTROL_GROUP / "memory.max"
-    if limit.is_file() and (most := limit.read_text().strip()) != "max":
-        used = int((CONTROL_GROUP / "memory.current").read_text())
-        cache = int(_table(CONTROL_GROUP / "memory.stat")["inactive_file"])  # given back when memory is short
-        available = min(available, int(most) - used + cache)
-    return available
-
-
-def _table(path: Path) -> dict[str, str]:
-    """Return the first two columns of a table of the kernel's."""
-    return {line.split()[0]: line.split()[1] for line in path.read_text().splitlines()}
+    return available_memory()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import re
 
 from matryoshka.tasks.lamp.task_specs import Kind
 
-Prediction = str | float | None
+Prediction = str | int | float | None
 
 
 def parse(kind: Kind, reply: str) -> Prediction:

@@ -8,7 +8,7 @@ against the worst, at most two pairs a question; ties, and summaries of equal te
 
 from dataclasses import dataclass, field
 
-from matryoshka.core.records import PairRule
+from matryoshka.core.records import PairRule, Verdict
 from matryoshka.tasks.lamp.answer_parsing import Prediction, parse
 from matryoshka.tasks.lamp.metrics import error, rouge, sentence_bleu
 from matryoshka.tasks.lamp.task_specs import Kind
@@ -20,28 +20,29 @@ PAIRS_PER_QUESTION = 2
 class Judgement:
     """A reply, read and scored. verdict: "right", "wrong", or "error" where the reply says nothing.
 
-    scores: what a task with graded answers is measured by: "score" (its main metric on this question) and, in LaMP-4,
-    "rouge_l" and "bleu" (0 to 1), the pair rule's.
+    score: the main metric on this question, where answers are graded. measures: in LaMP-4 "rouge_l" and "bleu" (0 to
+    1), which the pair rule reads.
     """
 
     prediction: Prediction
-    verdict: str
+    verdict: Verdict
     reward: float
-    scores: dict[str, float] = field(default_factory=dict)
+    score: float | None = None
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 def judge(kind: Kind, reply: str, gold: str) -> Judgement:
     """Return what `reply` is worth against `gold`."""
     prediction = parse(kind, reply)
-    verdict = "error" if prediction is None else "right" if _same(kind, prediction, gold) else "wrong"
+    verdict: Verdict = "error" if prediction is None else "right" if _same(kind, prediction, gold) else "wrong"
     if kind.name == "3":
         closeness = 1 - error(prediction, gold) / 4
-        return Judgement(prediction, verdict, max(0.0, closeness), {"score": closeness})
+        return Judgement(prediction, verdict, max(0.0, closeness), closeness)
     if kind.labels:
         return Judgement(prediction, verdict, float(verdict == "right"))
     text = str(prediction or "")
     rouge_l, bleu = rouge(text, gold)["rouge_l"], sentence_bleu(text, gold) / 100
-    return Judgement(prediction, verdict, (rouge_l + bleu) / 2, {"score": rouge_l, "rouge_l": rouge_l, "bleu": bleu})
+    return Judgement(prediction, verdict, (rouge_l + bleu) / 2, rouge_l, {"rouge_l": rouge_l, "bleu": bleu})
 
 
 def pair_rule(kind: Kind, cap: int = PAIRS_PER_QUESTION) -> PairRule:

@@ -130,7 +130,8 @@ def test_the_table_is_over_complete_seeds(tmp_path: Path) -> None:
     result = write_results(outcomes, {"title": "T", "summary": "S <b>"}, "Prose.", tmp_path / "real")
     assert result["points_per_thousand_calls"] == 100.0
     text = (tmp_path / "real.md").read_text()
-    assert "| after warm-up | 0.250 | 0.250 / 0.250 | 1.00 | 300 | 50 |" in text and text.endswith("Prose.\n")
+    assert "| after warm-up | 0.250 | 0.250 / 0.250 | 1.00 | 300 | 50 | 0.0 | 0.075 |" in text
+    assert text.endswith("Prose.\n")
     assert "after round 2 minus after warm-up | +50.0" in text
     assert "S &lt;b&gt;" in (tmp_path / "real.html").read_text()
     outcomes.save(tmp_path / "outcomes.json")

@@ -15,33 +15,24 @@ from typing import Any
 import openai
 import pytest
 
+from matryoshka.core.config import load_toml
 from matryoshka.core.models.from_gguf import smollm2_gguf
 from matryoshka.core.models.load import load_model
 from matryoshka.core.records import Message, Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
+from matryoshka.inference.generators import OpenAIGenerator
 from matryoshka.inference.local_controller import LocalController, LocalEngine
 from matryoshka.inference.sampler import Sampler
-from matryoshka.lora.files import load_adapter, save_adapter
-from matryoshka.lora.linear import LoraConfig, add_adapter
-from matryoshka.pilot.config import ServeConfig
+from matryoshka.lora.files import load_adapter
+from matryoshka.pilot.config import RunConfig, ServeConfig
+from matryoshka.pilot.generator import open_generator
+from matryoshka.pilot.ranks import Ranks
 from matryoshka.pilot.serving import running_server, serve
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import command, environment
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPT = (Message("user", "Name a number."),)
-
-
-@pytest.fixture(scope="module")
-def adapter_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that is far from the identity."""
-    folder = tmp_path_factory.mktemp("serving") / "adapter"
-    model = load_model(tiny_dir)
-    add_adapter(model, "loud", LoraConfig(rank=2, targets=("o_proj", "down_proj")), seed=1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data += 0.5
-    save_adapter(model, "loud", folder, "tiny")
-    return folder
 
 
 @contextmanager
@@ -93,6 +84,17 @@ def test_the_openai_client_gets_what_the_sampler_draws(tiny_dir: Path, adapter_d
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_one_adapter_folder_under_two_names(tiny_dir: Path, adapter_dir: Path) -> None:
+    """Oracle: both names answer alike, and unlike the base model; a flag for each, and a name with a dot, are taken."""
+    flags = ("--adapter", f"loud-v1.0={adapter_dir}", "--adapter", f"training={adapter_dir}", f"keys={adapter_dir}")
+    with serving("--model", str(tiny_dir), "--name", "base", *flags) as (_, url):
+        names = ("base", "loud-v1.0", "training", "keys")
+        with openai.OpenAI(base_url=url, api_key="none") as client:
+            assert tuple(model.id for model in client.models.list().data) == names
+        said = {name: ask(url, name, temperature=0.0) for name in names}
+    assert said["loud-v1.0"] == said["training"] == said["keys"] != said["base"]
+
+
 def test_a_key_is_asked_for_and_sigterm_ends_it(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: 401 without the key, an answer with it, status 0 after SIGTERM."""
     monkeypatch.setenv("MATRYOSHKA_TEST_SERVE_KEY", "secret")
@@ -112,6 +114,8 @@ def test_a_key_is_asked_for_and_sigterm_ends_it(tiny_dir: Path, monkeypatch: pyt
         (["--model", "MODEL", "--adapter", "loud"], "adapter 'loud'; expected NAME=FOLDER"),
         (["--model", "MODEL", "--name", "a", "--adapter", "a=folder"], "with a name that is not taken"),
         (["--model", "MODEL", "--adapter", "a=absent"], "absent/adapter_config.json: no such file"),
+        (["--model", "MODEL", "--host", "0.0.0.0"], "can be reached from other machines, and no API key is set"),
+        (["--model", "MODEL", "--engine", "vllm", "--host", "0.0.0.0"], "and no API key is set"),
         (["--model", "MODEL", "--api-key-env", "MATRYOSHKA_TEST_NO_SUCH_KEY"], "MATRYOSHKA_TEST_NO_SUCH_KEY is empty"),
     ],
 )
@@ -251,3 +255,37 @@ def test_settings_of_another_engine_are_refused(tmp_path: Path, capsys: pytest.C
         with running_server(absent, False, tmp_path / "log"):
             pass
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_copies_of_a_server_share_the_requests(tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: the generator has two endpoints with names of the same model while it is open, all requests are answered,
+    nothing answers at either address afterwards, and answers are kept under the model's name, not under a port.
+    """
+    serving = ServeConfig(model=str(tiny_dir), name="tiny", copies=2)
+    config = load_toml(RunConfig, ROOT / "configs" / "demo.toml")
+    config = replace(config, serve=serving, generator=replace(config.generator, concurrency=1))
+
+    async def answers(generator: OpenAIGenerator) -> list[Sample]:
+        asked = [(Message("user", f"Name number {number}."),) for number in range(8)]
+        return await asyncio.gather(*(generator.complete(prompt, Sampling(max_tokens=4)) for prompt in asked))
+
+    with asyncio.Runner() as runner:
+        with open_generator(config, tmp_path, Ranks(), runner, tmp_path / "cache.sqlite") as generator:
+            assert isinstance(generator, OpenAIGenerator) and len(generator.endpoints) == 2
+            assert generator.name == f"tiny@{tiny_dir.name}+base"
+            assert len(runner.run(answers(generator))) == 8
+            urls = [endpoint.base_url for endpoint in generator.endpoints]
+    log = (tmp_path / "generator.log").read_text()
+    for url in urls:
+        assert ask_is_refused(url), log
+
+
+def ask_is_refused(url: str) -> bool:
+    """Return whether nothing answers at `url` any more."""
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=5) as client:
+        try:
+            client.models.list()
+        except openai.APIConnectionError:
+            return True
+    return False

@@ -5,20 +5,21 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from matryoshka.core.files import Journal
-from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped
+from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped, Task
 from matryoshka.core.records import (
+    EpisodeInfo,
     Example,
     Messages,
-    Metric,
-    PairRule,
     RolloutSettings,
     Sample,
     Sampling,
     Trajectory,
+    Verdict,
 )
 from matryoshka.tasks.rollout import Job, Setup, job_key, run_rollouts
 
@@ -44,13 +45,10 @@ class Nobody:
         return 0
 
 
-class PlayedTask:
+class PlayedTask(Task):
     """A task whose episode is the given coroutine: it returns the verdict."""
 
     name = "played"
-    version = 1
-    pair_rule = PairRule()
-    main_metric = "accuracy"
 
     def __init__(self, play: Play) -> None:
         self.play = play
@@ -62,18 +60,13 @@ class PlayedTask:
     def first_prompt(self, example: Example) -> Messages:
         return ()
 
-    def gold_guidance(self, example: Example) -> str | None:
-        return None
-
     async def rollout(
         self, example: Example, controller: Controller, generator: Generator, settings: RolloutSettings
     ) -> Trajectory:
         self.started.append(example.id)
         verdict = await self.play(example)
-        return Trajectory(self.name, example.id, (), float(verdict == "right"), {"verdict": verdict, "error": "why"})
-
-    def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]:
-        return {}
+        info = EpisodeInfo(cast(Verdict, verdict), "label_free", "c", "g", error="why")
+        return Trajectory(self.name, example.id, (), float(verdict == "right"), info)
 
 
 CONTROLLER, GENERATOR = Nobody("controller-1"), Nobody("generator-1")
@@ -201,10 +194,10 @@ def test_a_failed_episode_is_returned_but_tried_again_on_resume(raised: bool, tm
         return "failed"
 
     _, runs = drive(fails, tmp_path / "j", JOBS[:4])
-    assert [run.info["verdict"] for run in runs] == ["right", "right", "failed", "right"]
-    assert runs[2].info["error"] == ("429" if raised else "why") and runs[2].reward == 0.0
+    assert [run.info.verdict for run in runs] == ["right", "right", "failed", "right"]
+    assert runs[2].info.error == ("429" if raised else "why") and runs[2].reward == 0.0
     task, again = drive(right, tmp_path / "j", JOBS[:4])
-    assert task.started == ["2"] and [run.info["verdict"] for run in again] == ["right"] * 4
+    assert task.started == ["2"] and [run.info.verdict for run in again] == ["right"] * 4
 
 
 def test_too_many_failures_stop_the_run_and_it_can_go_on(tmp_path: Path) -> None:
@@ -227,7 +220,7 @@ def test_failures_within_the_allowed_share_do_not_stop_the_run(tmp_path: Path) -
         return "failed" if example.fields["i"] % 5 == 4 else "right"
 
     _, runs = drive(every_fifth, tmp_path / "j", limit=1)
-    assert sum(run.info["verdict"] == "failed" for run in runs) == 8
+    assert sum(run.info.verdict == "failed" for run in runs) == 8
 
 
 def test_a_spent_budget_lets_the_others_end(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from matryoshka.core.models.attention import Attend, LayerAttention
+from matryoshka.core.models.layer_attention import Attend, LayerAttention
 
 
 class ModelConfig(Protocol):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from matryoshka.core.models.attention import LayerAttention
+from matryoshka.core.models.layer_attention import LayerAttention
 from matryoshka.core.models.tree import TokenTree
 
 # flash_attn_varlen_func's own signature, as far as it is used.

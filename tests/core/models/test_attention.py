@@ -19,13 +19,13 @@ from matryoshka.core.models.attention import (
     Branches,
     Causal,
     Flex,
-    LayerAttention,
     Masked,
     block_mask,
     blocks,
     bucket,
     tree_attention,
 )
+from matryoshka.core.models.layer_attention import LayerAttention
 from matryoshka.core.models.llama import Model, read_config
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree
 from matryoshka.dpo.head import token_logps
@@ -149,7 +149,8 @@ def test_the_specification_by_hand() -> None:
     for layer in LAYERS:
         out = Masked(tree)(layer, q, k, v)
         for token in range(len(parent)):
-            path, at = [], token
+            path: list[int] = []
+            at = token
             while at >= 0 and len(path) < (layer.window or len(parent)):
                 path.append(at)
                 at = parent[at]

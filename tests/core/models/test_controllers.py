@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from matryoshka.core.models.attention import Attend, Branches, Flex, Masked
+from matryoshka.core.models.attention import Branches, Flex, Masked
 from matryoshka.core.models.language_model import LanguageModel
+from matryoshka.core.models.layer_attention import Attend
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree
 from matryoshka.core.models.weights import save_weights

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from matryoshka.core.models.attention import LayerAttention, Masked, tree_attention
+from matryoshka.core.models.attention import Masked, tree_attention
+from matryoshka.core.models.layer_attention import LayerAttention
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree, packed_sequences
 from matryoshka.core.models.varlen import Varlen, sequences_of
 

@@ -1,4 +1,4 @@
-"""A batch of token sequences as a forest: what they share at their beginnings stands, and is computed, once.
+"""A batch of token sequences as a forest, in which a beginning that several share stands, and is computed, once.
 
 Each node is one token with its position and its parent; attention sees ancestors only, so log-probs and gradients equal
 those of the sequences one at a time (held in float64 by a test). A sequence's last token is only ever predicted, never

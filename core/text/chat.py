@@ -25,6 +25,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
+from matryoshka.core.json_input import shown
 from matryoshka.core.records import Messages
 from matryoshka.core.text.bounded_template import BoundedEnvironment
 from matryoshka.core.text.vocabulary import Vocabulary
@@ -170,7 +171,8 @@ class ChatFormat:
         ids = [id for _, _, id in self._pieces(after) if id is not None]
         if not closed.startswith(prompt) or not found or not ids or self._special.search(before):
             raise ValueError(f"{self._where}: the chat template must put an assistant message right after the "
-                             f"generation prompt and close it with a special token; got {prompt!r} and then {closed!r}")
+                             f"generation prompt and close it with a special token; got {shown(prompt)} and "
+                             f"then {shown(closed)}")
         return ids[0]
 
     def _pieces(self, text: str) -> Iterator[tuple[int, str, int | None]]:

@@ -25,6 +25,7 @@ BENCHES: dict[str, str] = {
     "lamp": "LaMP's files into prompts on one core, and the memory that a large file takes",
     "ranks": "training steps on gloo ranks: bytes, peak memory and time against what `matryoshka plan` predicts",
     "serve": "tokens a second of our sampler and of vLLM at 1, 8 and 32 concurrent requests",
+    "sandbox": "generated programs: runs a second, start-up and cost of the boundary, and what a long soak leaves",
     "env": "household games on one core: our ALFWorld engine against the stock environment",
 }
 

@@ -23,7 +23,7 @@ from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.tasks.lamp.data import outputs_beside, read_items
 from matryoshka.tasks.lamp.prompts import summarise
 from matryoshka.tasks.lamp.retrieval import bm25
-from matryoshka.tasks.lamp.task import make_example
+from matryoshka.tasks.lamp.splits import make_example
 from matryoshka.tasks.lamp.task_specs import KINDS, kind_of
 
 WORDS_PER_ENTRY, ENTRIES = 40, 300  # about the published means of news histories

@@ -24,7 +24,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from matryoshka.inference.http1 import HttpError, Request, Response, json_response, serve_http
+from aiohttp import web
+
+from matryoshka.inference.http_server import HttpError, json_response, serve_http
 
 MODEL = "additions"
 _SUM = re.compile(r"What is (\d+) \+ (\d+)\?$")
@@ -80,12 +82,8 @@ def stats(url: str) -> dict[str, int]:
     return counts
 
 
-async def _serve(state: _State, request: Request) -> Response:
-    if request.path == "/v1/stats":
-        return json_response(200, dict(state.counts))
-    if request.path == "/v1/models":
-        return json_response(200, {"object": "list", "data": [{"id": MODEL}]})
-    config, key = state.config, hashlib.sha256(request.body).digest()
+async def _complete(state: _State, data: bytes) -> web.Response:
+    config, key = state.config, hashlib.sha256(data).digest()
     state.counts["requests"] += 1
     state.counts["asked again"] += key in state.answered
     state.attempts[key] += 1
@@ -102,15 +100,15 @@ async def _serve(state: _State, request: Request) -> Response:
     if draw < config.hang_share + config.error_share:
         state.counts["errors"] += 1
         raise HttpError(500, "an error of the server")
-    body = json.loads(request.body)
+    body = json.loads(data)
     found = _SUM.search(body["messages"][-1]["content"])
     text = str(int(found[1]) + int(found[2])) if found else "I only add."
     state.counts["answers"] += 1
     state.answered.add(key)
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    usage = {"prompt_tokens": len(request.body) // 4, "completion_tokens": 8}
+    usage = {"prompt_tokens": len(data) // 4, "completion_tokens": 8}
     answer: dict[str, Any] = {"id": "x", "object": "chat.completion", "created": 0, "model": MODEL}
-    return json_response(200, {**answer, "choices": [choice], "usage": usage})
+    return json_response({**answer, "choices": [choice], "usage": usage})
 
 
 def main() -> None:
@@ -124,13 +122,25 @@ def main() -> None:
 
     threading.Thread(target=end_with_input, daemon=True).start()
 
-    async def handle(request: Request) -> Response:
-        return await _serve(state, request)
+    async def stats(request: web.Request) -> web.Response:
+        return json_response(dict(state.counts))
+
+    async def models(request: web.Request) -> web.Response:
+        return json_response({"object": "list", "data": [{"id": MODEL}]})
+
+    async def complete(request: web.Request) -> web.Response:
+        return await _complete(state, await request.read())
+
+    routes = [
+        web.route("GET", "/v1/stats", stats),
+        web.route("GET", "/v1/models", models),
+        web.route("POST", "/v1/chat/completions", complete),
+    ]
 
     def ready(port: int) -> None:
         print(f"http://127.0.0.1:{port}/v1", flush=True)
 
-    asyncio.run(serve_http(handle, "127.0.0.1", 0, ready))
+    asyncio.run(serve_http(routes, "127.0.0.1", 0, ready))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item
 from matryoshka.dpo.data import text_completion
 from matryoshka.tasks.pal import synthetic_problems as words
-from matryoshka.tasks.pal.compact import COMPACT
-from matryoshka.tasks.pal.prompts import FULL, HEADER, PromptStyle
+from matryoshka.tasks.pal.prompts import COMPACT, FULL, HEADER, PromptStyle
 
 STYLES = {style.name: style for style in (FULL, COMPACT)}
 SENTENCE_END = re.compile(r"(?<=[.?!])\s+")

@@ -32,6 +32,7 @@ from matryoshka.pilot.environment import environment
 from matryoshka.pilot.episodes import run_episodes
 from matryoshka.pilot.evaluate import schemes
 from matryoshka.pilot.stages import collect, is_trained, policy_before, train_round, train_star, warm_up, write_pairs
+from matryoshka.tasks.alfworld.options import AlfworldOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -125,7 +126,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 def configuration(options: Options, seed: int, size: str, file: Path) -> RunConfig:
     """Return the configuration of one seed."""
-    config = load_toml(RunConfig, options.config, {"seed": seed, "task.alfworld.data": options.data})
+    config = load_toml(RunConfig, options.config, {"seed": seed, "task.options.data": options.data})
     name = file.stem
     games = QUICK_GAMES if options.quick else options.games or config.task.test
     return replace(
@@ -146,12 +147,13 @@ def run_react(config: RunConfig, root: Path, outcomes: Outcomes, path: Path) -> 
     """Let the generator act by itself, without a controller, in the style of ReAct; recorded in `outcomes`."""
     if len(outcomes.table.get("react", {}).get("", {})) >= config.task.test:
         return
-    games = replace(config.task.alfworld, mode="react")
+    assert isinstance(config.task.options, AlfworldOptions)
+    acting = replace(config.task.options, prompts="full", mode="react")
     config = replace(
         config,
         name="real-households-react",
         rounds=0,
-        task=replace(config.task, prompts="full", alfworld=games),
+        task=replace(config.task, options=acting),
         rollout=replace(config.rollout, code_tokens=REACT_TOKENS),
     )
     with open_run(config, root, cache=root / "answers.sqlite") as run:
@@ -202,7 +204,7 @@ def train(run: Run, known: dict[str, Any] | None) -> dict[str, Any]:
             train_star(run, collected)
     return {
         **rows,
-        "round_calls": sum(episode.info["calls"] for episode in collected),
+        "round_calls": sum(episode.info.calls for episode in collected),
         "wins": sum(episode.reward > 0.5 for episode in collected),
         "seconds": run.seconds.as_dict(),
     }

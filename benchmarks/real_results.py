@@ -60,11 +60,11 @@ class Outcomes:
         rows = {
             episode.example_id: GameOutcome(
                 episode.reward > 0.5,
-                episode.info["verdict"],
-                episode.info["task_type"],
-                episode.info["calls"],
-                episode.info["prompt_tokens"],
-                episode.info["completion_tokens"],
+                episode.info.verdict,
+                episode.example_id.split("/")[-2].partition("-")[0],  # SPLIT/TYPE-THING-.../TRIAL
+                episode.info.calls,
+                episode.info.prompt_tokens,
+                episode.info.completion_tokens,
             )
             for episode in episodes
         }

@@ -1,4 +1,4 @@
-"""`matryoshka bench rollout`: the driver of episodes and the black-box client against a slow server on this machine.
+"""`matryoshka bench rollout`: the driver of episodes and the generator's client against a slow server on this machine.
 
 Episodes are real ones as far as driver, journal, cache and client go; the controller answers at once and nothing is
 executed, so what is measured is how well waiting is overlapped. Little's law gives the ideal: concurrency / latency
@@ -21,28 +21,29 @@ from matryoshka.benchmarks import loopback
 from matryoshka.benchmarks.loopback import Loopback
 from matryoshka.benchmarks.result import BenchResult, Row
 from matryoshka.core.files import Journal
-from matryoshka.core.protocols import Controller, Generator
+from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
 from matryoshka.core.records import (
     Example,
     Message,
     Messages,
-    Metric,
-    PairRule,
     RolloutSettings,
     Sample,
     Sampling,
     Trajectory,
-    Turn,
 )
 from matryoshka.inference.cache import ResponseCache
-from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
-from matryoshka.inference.http_client import HttpClient
+from matryoshka.inference.generator_config import EndpointConfig, GeneratorConfig
+from matryoshka.inference.generators import OpenAIGenerator
+from matryoshka.inference.openai_transport import OpenAITransport
+from matryoshka.tasks.episode import Episode
 from matryoshka.tasks.rollout import Job, Setup, job_key, run_rollouts
 
 MEMORY_LIMIT_MIB = 400
 # About the length of a PAL prompt; the question comes last.
 PREAMBLE = "Write nothing but the result. " * 60
-CLIENTS = ("aiohttp", "openai", "openai-aiohttp")
+NAMES = {"ours": "openai over aiohttp (ours)", "aiohttp": "aiohttp alone", "openai": "openai over httpx"}
+CLIENTS = tuple(NAMES)
+CONNECTIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,10 @@ class Config:
             raise ValueError("bench: concurrency, waves, rate_requests and rate_concurrency must be at least 1")
 
 
-class Additions:
-    """A core.protocols.Task of one controller turn and one black-box call; right if the answer is the sum."""
+class Additions(Task):
+    """A task of one controller turn and one black-box call; right if the answer is the sum."""
 
     name = "additions"
-    version = 1
-    pair_rule = PairRule()
-    main_metric = "accuracy"
 
     def examples(self, split: str) -> Sequence[Example]:
         return []
@@ -95,22 +93,16 @@ class Additions:
     def first_prompt(self, example: Example) -> Messages:
         return (Message("user", example.fields["question"]),)
 
-    def gold_guidance(self, example: Example) -> str | None:
-        return None
-
     async def rollout(
         self, example: Example, controller: Controller, generator: Generator, settings: RolloutSettings
     ) -> Trajectory:
-        prompt = self.first_prompt(example)
-        (guidance,) = await controller.propose(prompt, 1, settings.controller)
-        asked = (Message("system", PREAMBLE + guidance.text), *prompt)
-        reply = await generator.complete(asked, settings.generator)
-        right = reply.text == str(example.fields["answer"])
-        verdict = "right" if right else "wrong"
-        return Trajectory(self.name, example.id, (Turn(prompt, None, guidance),), float(right), {"verdict": verdict})
-
-    def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]:
-        return {}
+        episode = Episode(self.name, example, controller, generator, settings)
+        prompt, right = self.first_prompt(example), False
+        with episode:
+            guidance = await episode.propose(prompt)
+            reply = await episode.complete((Message("system", PREAMBLE + guidance.text), *prompt))
+            right = reply.text == str(example.fields["answer"])
+        return episode.trajectory(float(right), "right" if right else "wrong")
 
 
 class AtOnce:
@@ -161,7 +153,7 @@ def _with_faults(config: Config, folder: Path) -> list[Row]:
 
 def _episodes(config: Config, waves: int, server: Loopback, folder: Path, again: bool = False) -> dict[str, Any]:
     """Return rate and details of running waves x concurrency episodes; `again`: and once more over the same cache."""
-    task, controller, count = Additions(), AtOnce(), waves * config.concurrency
+    task, controller, count = Additions(None, TaskSetting({})), AtOnce(), waves * config.concurrency
     examples = [
         Example(str(i), {"question": loopback.question(i, 7 * i), "answer": 8 * i}) for i in range(1, count + 1)
     ]
@@ -173,6 +165,7 @@ def _episodes(config: Config, waves: int, server: Loopback, folder: Path, again:
             generator = OpenAIGenerator(_generator_config(config, url), cache)
             keys = [job_key(task, example, settings, controller, generator) for example in examples]
             jobs = [Job(key, example, settings) for key, example in zip(keys, examples, strict=True)]
+            await generator.check()  # as a pilot does
             try:
                 started = time.perf_counter()
                 done = await run_rollouts(Setup(task, controller, generator), jobs, journal, config.concurrency)
@@ -233,41 +226,40 @@ def _rate(config: Config, client: str) -> Row:
                 count = share * config.rate_concurrency
                 return count / (time.perf_counter() - wall), 1000 * (time.process_time() - cpu) / count
 
-        try:
-            rate, cpu_ms = asyncio.run(measure())
-        except ImportError as err:
-            return Row(f"client {client}", None, "1/s", {"note": f"not installed: {err.name}"})
-    ours = " (ours)" if client == "aiohttp" else ""
-    return Row(f"client {client}{ours}", rate, "1/s", {"cpu_ms_per_request": cpu_ms, "per_core": 1000 / cpu_ms})
+        rate, cpu_ms = asyncio.run(measure())
+    return Row(f"client {NAMES[client]}", rate, "1/s", {"cpu_ms_per_request": cpu_ms, "per_core": 1000 / cpu_ms})
 
 
 @asynccontextmanager
 async def _client(client: str, url: str, body: dict[str, Any]) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-    """Yield a function that asks once and reads the answer. Raises ImportError when the client is not installed."""
-    if client == "aiohttp":
-        http = HttpClient()
+    """Yield a function that asks once and reads the answer."""
+    data, path = json.dumps(body).encode(), f"{url}/chat/completions"
+    if client == "ours":
+        transport = OpenAITransport(EndpointConfig(url, "", loopback.MODEL, "openai", "", CONNECTIONS), "")
 
         async def ask() -> None:
-            reply = await http.request(
-                "POST", f"{url}/chat/completions", {"Content-Type": "application/json"}, json.dumps(body).encode(), 60.0
-            )
-            json.loads(reply.text)["choices"]
+            json.loads((await transport.chat(data, 60.0)).body)["choices"]
 
         try:
             yield ask
         finally:
-            await http.aclose()
-        return
-    import openai
+            await transport.aclose()
+    elif client == "aiohttp":
+        import aiohttp
 
-    options: dict[str, Any] = {}
-    if client == "openai-aiohttp":
-        import aiohttp  # noqa: F401
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONNECTIONS)) as session:
 
-        options["http_client"] = openai.DefaultAioHttpClient()
-    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=60.0, **options) as peer:
+            async def ask_aiohttp() -> None:
+                async with session.post(path, data=data, headers={"Content-Type": "application/json"}) as reply:
+                    json.loads(await reply.read())["choices"]
 
-        async def ask_peer() -> None:
-            await peer.chat.completions.create(**body)
+            yield ask_aiohttp
+    else:
+        import openai
 
-        yield ask_peer
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=60.0) as peer:
+
+            async def ask_peer() -> None:
+                await peer.chat.completions.create(**body)
+
+            yield ask_peer

@@ -1,11 +1,10 @@
 """`matryoshka bench serve`: tokens a second of our sampler and of vLLM, at several numbers of concurrent requests.
 
-One run, one model, the same prompts and seeds; the two take turns at each level, so that what else runs on the machine
-meets both. Ours is called in this process, vLLM through its server; in a pilot they are used so.
+Both get the same model, prompts and seeds, and take turns at each level, so that other load of the machine meets both.
+Ours is called in this process and vLLM through its server, as in a pilot.
 """
 
 import asyncio
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from matryoshka.benchmarks.result import BenchResult, Row
+from matryoshka.core.machine import usable_cores
 from matryoshka.core.models.load import load_model
 from matryoshka.core.records import Message, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ class Config:
 
 def run(config: Config) -> BenchResult:
     """Return tokens a second of both at each level; ratio: the worst level's, ours over vLLM's."""
-    threads = config.threads or os.cpu_count() or 1
+    threads = config.threads or usable_cores()
     torch.set_num_threads(threads)
     tokenizer, model = Tokenizer.load(config.model), load_model(config.model, DTYPES[config.dtype], config.device)
     rank = 0 if config.adapter is None else read_config(config.adapter).rank
@@ -85,7 +85,7 @@ def run(config: Config) -> BenchResult:
                     ("our sampler", ours, None if config.adapter is None else "adapter"),
                 )
                 for _, sampler, adapter in pairs:
-                    await rate(sampler, adapter, min(2, most), 99)  # what only the first request pays for
+                    await rate(sampler, adapter, min(2, most), 99)  # costs that only the first request has
                 for count in config.concurrency:
                     for wave in range(config.waves):
                         for label, sampler, adapter in pairs:

@@ -2,7 +2,7 @@
 
     python -m matryoshka.benchmarks.train_demo_generator --model models/smollm2-135m-instruct
 
-It is a product of this file, `tasks/pal/step_language.py` and a seed; its figures are in
+It is a product of this file, `benchmarks/generator_lessons.py` and a seed; its figures are in
 `inference/demo_generator/README.md`.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from matryoshka.benchmarks.generator_lessons import Lesson, lessons
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.tree import Tokens
 from matryoshka.core.text.tokenizer import Tokenizer
@@ -19,15 +20,14 @@ from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT
 from matryoshka.lora.files import save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter, set_active, trainable_parameters
-from matryoshka.tasks.pal import compact
-from matryoshka.tasks.pal.step_language import Lesson, lessons
+from matryoshka.tasks.pal.prompts import COMPACT
 
 OUT = Path(__file__).resolve().parent.parent / "inference" / "demo_generator"
 
 
 def item(tokenizer: Tokenizer, lesson: Lesson) -> Item:
     """Return a training item: the prompt's ids, then program and end of turn, which alone are scored."""
-    prompt = tokenizer.render(compact.code(lesson.question, lesson.steps), add_generation_prompt=True).ids
+    prompt = tokenizer.render(COMPACT.code(lesson.question, lesson.steps), add_generation_prompt=True).ids
     answer = (*tokenizer.encode(lesson.program), tokenizer.eos_id)
     return Item((Tokens((*prompt, *answer), (0,) * len(prompt) + (1,) * len(answer)),), lesson.question)
 

@@ -4,7 +4,8 @@ pydantic checks the values, tomllib reads TOML and tomli-w writes it. A field is
 an Optional whose default is None (in TOML its key is absent), a nested dataclass (a table) or a tuple of dataclasses
 (an array of tables, [[name]]). A key that a table leaves out takes the default that the enclosing dataclass gives it.
 No value is coerced, except an integer where a float is expected. `load_toml` of what `to_toml` wrote gives the same
-configuration.
+configuration. A field of type `object` holds a dataclass that another field chooses: its class is given a table, and
+its __post_init__ parses that.
 """
 
 import dataclasses
@@ -31,6 +32,14 @@ EXPECTED = {  # pydantic's types of error -> words
     "tuple_type": "expected a list",
     "dataclass_type": "expected a table",
 }
+
+
+class ConfigError(ValueError):
+    """A value that cannot be used. key: its dotted name; problem: what is wrong with it."""
+
+    def __init__(self, where: str, key: str, problem: str) -> None:
+        super().__init__(f"{where}: {key}: {problem}" if key else f"{where}: {problem}")
+        self.key, self.problem = key, problem
 
 
 def load_toml(cls: type[C], path: Path | str, overrides: Mapping[str, Any] | None = None) -> C:
@@ -69,8 +78,12 @@ def apply_overrides(config: C, overrides: Sequence[str]) -> C:
     return parse(type(config), data, "configuration", values)
 
 
-def parse(cls: type[C], data: Mapping[str, Any], source: str, overridden: Mapping[str, Any] | None = None) -> C:
+def parse(
+    cls: type[C], data: Mapping[str, Any], source: str, overridden: Mapping[str, Any] | None = None, prefix: str = ""
+) -> C:
     """Return the `cls` that nested tables describe. source: the file that errors name; overridden: keys not from it.
+
+    prefix: the key of the table that `data` is.
 
     Raises ValueError as `load_toml`.
     """
@@ -81,9 +94,11 @@ def parse(cls: type[C], data: Mapping[str, Any], source: str, overridden: Mappin
     except ValidationError as err:
         first = min(err.errors(), key=lambda error: error["type"] == "missing")  # a misspelt key may seem missing
         key, problem = _key(first["loc"][1:]), _problem(cls, first)
+        if isinstance(inner := first.get("ctx", {}).get("error"), ConfigError):
+            key, problem = _join(key, inner.key), inner.problem
         ours = any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in overridden or {})
         where = "override" if ours else source
-        raise ValueError(f"{where}: {key}: {problem}" if key else f"{where}: {problem}") from err
+        raise ConfigError(where, _join(prefix, key) if prefix else key, problem) from err
     except (TypeError, RecursionError) as err:
         raise ValueError(f"{source}: {err}") from err
 
@@ -127,7 +142,8 @@ def _filled(cls: Any, data: Any) -> Any:
             continue
         value = _filled(kind, filled[f.name])
         if dataclasses.is_dataclass(default) and isinstance(value, dict):
-            value = _merged(_plain(default), value)
+            chosen = {key for key, kind in typing.get_type_hints(type(default)).items() if kind is object}
+            value = _merged({key: v for key, v in _plain(default).items() if key not in chosen}, value)
         filled[f.name] = value
     return filled
 
@@ -253,7 +269,7 @@ def _refuse_dates(value: Any) -> Any:
 
 
 def _key(loc: Sequence[str | int]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part:.60}" for part in loc).removeprefix(".")
 
 
 def _join(key: str, name: str) -> str:

@@ -3,17 +3,39 @@
 Texts go through `redact`, so no file that is written here holds a known secret.
 """
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from matryoshka.core.json_input import parse_json
 from matryoshka.core.redaction import redact, to_redacted_json
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+BROKEN = (errno.EIO, errno.EROFS)
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def explains_disk_errors(path: Path) -> Iterator[None]:
+    """Let an error of a disk say where it was met and how to go on; of a full one, how much is free."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno not in FULL + BROKEN:
+            raise
+        remedy = "mend the disk, or move the folder to another one,"
+        if err.errno in FULL:
+            free = shutil.disk_usage(path.parent).free
+            remedy = f"{free / 2**20:.1f} MiB are free there; free some space, or raise the quota,"
+        what = f"{path}: {os.strerror(err.errno)}; {remedy} and give the same command again: what is recorded is kept"
+        raise OSError(err.errno, what) from err
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -22,11 +44,12 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     folder = os.open(path.parent, os.O_RDONLY)  # later it may have another name: who waits for the file may rename it
     try:
-        write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-        os.fsync(folder)
+        with explains_disk_errors(path):
+            write(temporary)
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+            os.fsync(folder)
     finally:
         os.close(folder)
         temporary.unlink(missing_ok=True)
@@ -44,13 +67,14 @@ def write_folder(target: Path, replace: bool = True) -> Iterator[Path]:
     for left_by_a_kill in (temporary, old):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
     try:
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            fsync(path)
-        if replace and target.exists():
-            os.rename(target, old)
-        os.rename(temporary, target)
-        fsync(target.parent)
+        with explains_disk_errors(target):
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                fsync(path)
+            if replace and target.exists():
+                os.rename(target, old)
+            os.rename(temporary, target)
+            fsync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
@@ -96,19 +120,23 @@ def read_jsonl(path: Path) -> list[Any]:
 class Journal:
     """Append-only JSONL file keyed by content: what was recorded once is never recorded again.
 
-    A last line without its newline is what a kill leaves behind: it is cut off when the journal is opened.
-    Any other unreadable line is an error that names its number.
+    A last line without its newline is what a kill leaves behind: it is cut off when the journal is opened, and `torn`
+    counts it. Any other unreadable line is an error that names its number.
     """
+
+    torn: int = 0
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: dict[str, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._handle: IO[bytes] = path.open("a+b")
+        self._handle: IO[bytes] = path.open("a+b", buffering=0)
         self._handle.seek(0)
         data = self._handle.read()
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
+            self.torn = 1
+            _log.warning("%s: dropped 1 torn last line (%d bytes), which a kill left", path, len(data) - whole)
             self._handle.truncate(whole)
         self.rows.update(_journal_rows(path, data[:whole], 1))
 
@@ -120,15 +148,24 @@ class Journal:
         if key in self.rows:
             raise ValueError(f"{self.path}: key {key} is recorded already")
         row = {"key": key, **row}
-        self._handle.write(to_redacted_json(row, ensure_ascii=False).encode() + b"\n")
-        self._handle.flush()
+        line = to_redacted_json(row, ensure_ascii=False).encode() + b"\n"
+        whole = os.fstat(self._handle.fileno()).st_size
+        try:
+            with explains_disk_errors(self.path):
+                while line:
+                    line = line[self._handle.write(line) :]  # a disk that is nearly full takes a part
+        except OSError:
+            with suppress(OSError):  # where this fails, the torn line is dropped at the next start
+                self._handle.truncate(whole)
+            raise
         self.rows[key] = row
         if sync:
             self.sync()
 
     def sync(self) -> None:
         """Return when the disk holds what was appended; it may run in another thread than `append`."""
-        os.fsync(self._handle.fileno())
+        with explains_disk_errors(self.path):
+            os.fsync(self._handle.fileno())
 
     def refresh(self) -> None:
         """Take in what other processes recorded; no other process writes to this journal."""

@@ -1,8 +1,11 @@
 """The three interfaces that meet in a rollout: white-box controller, black-box generator, task."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
+from matryoshka.core.intervals import wilson
 from matryoshka.core.records import (
     Example,
     Messages,
@@ -13,6 +16,8 @@ from matryoshka.core.records import (
     Sampling,
     Trajectory,
 )
+
+T = TypeVar("T")
 
 
 class Controller(Protocol):
@@ -55,31 +60,115 @@ class ContextError(ValueError):
     """A prompt and its completion that do not fit the model's context together."""
 
 
-class Task(Protocol):
-    """A benchmark: its problems, its loop, its scores.
-
-    main_metric: the name in `score` that choices are made by, higher being better. Every episode's info has protocol,
-    verdict ("right", "wrong", "error", "failed"), calls, prompt_tokens and completion_tokens; every example's fields
-    have "question" and "answer", which the report shows.
+@dataclass(frozen=True)
+class TaskSetting:
+    """What a run tells its task. sizes: how many problems of each split ("warmup", "train", "validation", "test",
+    "held_out") the run takes. seed: the run's. count_tokens: of a prompt in the controller's context. gold_warmup: the
+    warm-up teaches gold guidance, so each of its problems needs some.
     """
 
-    name: str
-    version: int
-    pair_rule: PairRule
-    main_metric: str
+    sizes: Mapping[str, int]
+    seed: int = 0
+    count_tokens: Callable[[Messages], int] = lambda prompt: 0
+    gold_warmup: bool = True
 
-    def examples(self, split: str) -> Sequence[Example]: ...
+    def part(self, rows: Sequence[T], split: str) -> Sequence[T]:
+        """Return those of all `rows` that belong to `split`, the splits taking their sizes one after the other.
+
+        Raises ValueError if there are fewer rows than the splits need together.
+        """
+        if len(rows) < (needed := sum(self.sizes.values())):
+            raise ValueError(f"[task] the splits take {needed} problems, but there are {len(rows)}")
+        names = list(self.sizes)
+        start = sum(self.sizes[name] for name in names[: names.index(split)])
+        return rows[start : start + self.sizes[split]]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Guidance that a task knows without any controller. label: what the report calls this condition."""
+
+    name: str
+    label: str
+    guidance: str
+
+
+class Task(Protocol):
+    """A benchmark: its problems, its loop, its scores. A subclass writes `examples`, `first_prompt` and `rollout`.
+
+    options: the task's own settings, [task.options]; a subclass that has some annotates the attribute with their
+    dataclass. name: part of every episode's key, so tasks with other prompts have other names; by default the
+    class's. version: raised when the loop or its prompts change. label: what a summary calls the task. main_metric: the
+    name in `score` that choices are made by, higher being better. compares_own_guidance: the report has a condition in
+    which the generator guides itself. free_options: options that a run may be continued with other values of.
+    headline: keys of a run's summary that are printed once more, alone, as its last line.
+    Every example has the fields "question" and "answer", which the report shows.
+    """
+
+    options: object
+    setting: TaskSetting
+    name: str = ""
+    version: int = 1
+    label: str = ""
+    pair_rule: PairRule = PairRule()
+    main_metric: str = "accuracy"
+    compares_own_guidance: bool = False
+    free_options: tuple[str, ...] = ()
+    headline: tuple[str, ...] = ()
+
+    def __init__(self, options: Any, setting: TaskSetting) -> None:
+        """options: of the type that the class annotates. Raises ValueError for options that cannot work together."""
+        self.options, self.setting = options, setting
+        self.name = self.name or type(self).__name__
+        self.label = self.label or self.name
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """Return the problems of `split`, as many as the setting says. No id occurs in two splits.
+
+        Raises ValueError, FileNotFoundError for problems that are missing, malformed or too few.
+        """
+        ...
 
     def first_prompt(self, example: Example) -> Messages:
         """Return what the controller sees first; it decides whether the example fits the context."""
         ...
 
-    def gold_guidance(self, example: Example) -> str | None:
-        """Return guidance known to be right, for warm-up and as the ceiling of the report; None where none is known."""
-        ...
-
     async def rollout(
         self, example: Example, controller: Controller, generator: Generator, settings: RolloutSettings
-    ) -> Trajectory: ...
+    ) -> Trajectory:
+        """Return one episode; `matryoshka.tasks.episode.Episode` asks the models and makes the record."""
+        ...
 
-    def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]: ...
+    def gold_guidance(self, example: Example) -> str | None:
+        """Return guidance known to be right, for warm-up and as the ceiling of the report; None where none is known."""
+        return None
+
+    def baselines(self, example: Example) -> Sequence[Baseline]:
+        """Return what else the generator is to be compared with on this example, by the same names on every example."""
+        return ()
+
+    def group(self, example: Example) -> str:
+        """Return the kind of problem that the report counts apart, "" for none."""
+        return ""
+
+    def facts(self) -> dict[str, str]:
+        """Return what a reader of the report must know of where the task runs, by name."""
+        return {}
+
+    def check(self, settings: RolloutSettings) -> None:
+        """Raise ValueError for settings that the loop does not have; it is called before anything is run."""
+        return None
+
+    def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]:
+        """Return the metrics of episodes: by default "accuracy" and "failed", the share that failed for good.
+
+        A failed episode counts as one that is not right. Raises ValueError for no trajectories.
+        """
+        counts = Counter(trajectory.info.verdict for trajectory in trajectories)
+        n = len(trajectories)
+        return {"accuracy": wilson(counts["right"], n), "failed": wilson(counts["failed"], n)}
+
+    @classmethod
+    def scripted_generator(cls, name: str) -> Generator:
+        """Return the generator of this task that is a script, not a model. Raises ValueError for an unknown `name`."""
+        raise ValueError(f"[serve] scripted {name!r}: {cls.__name__} has no scripted generator")

@@ -1,8 +1,9 @@
 """Preference pairs from scored episodes: by prompt over all rounds, deduplicated, capped, seeded.
 
-Both sides are what the controller itself wrote, token for token. Every guidance of an episode that was followed by a
+Both sides are the controller's own texts, token for token. Every guidance of an episode that was followed by a
 new plan failed (reward 0); the last one has the episode's reward. A text cut by length is never chosen. An episode
-whose black-box call failed for good says nothing of its guidance and is left out.
+whose black-box call failed for good says nothing of its guidance. It is left out with the other draws of its group, the
+episodes of one policy on one example with one seed: a group that an outage has thinned out would bias the pairs.
 """
 
 import random
@@ -16,11 +17,13 @@ from matryoshka.core.records import Messages, PairRule, Preference, Sample, Traj
 
 @dataclass
 class PairCounts:
-    """What became of the samples: episodes left out because a call failed for good, samples that were scored, distinct
-    texts, samples cut by length, prompts, prompts with both sides, pairs.
+    """What became of the samples: episodes whose call failed for good, episodes left out with them since they are of
+    the same group, samples that were scored, distinct texts, samples cut by length, prompts, prompts with both sides,
+    pairs.
     """
 
     failed: int = 0
+    left_out: int = 0
     samples: int = 0
     distinct: int = 0
     cut_by_length: int = 0
@@ -35,7 +38,7 @@ class PairCounts:
 @dataclass
 class _Candidate:
     sample: Sample
-    prompt_ids: tuple[int, ...] | None
+    prompt_ids: Sequence[int] | None
     rewards: list[float] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
 
@@ -55,10 +58,12 @@ def make_pairs(trajectories: Sequence[Trajectory], rule: PairRule, seed: int) ->
     if rule.kind not in ("binary", "ranked"):
         raise ValueError(f"pairs: rule {rule.kind!r} is unknown; choose 'binary' or 'ranked'")
     counts = PairCounts()
+    thinned = {_group(trajectory) for trajectory in trajectories if _failed(trajectory)}
+    whole = [trajectory for trajectory in trajectories if _group(trajectory) not in thinned]
     counts.failed = sum(map(_failed, trajectories))
-    trajectories = [trajectory for trajectory in trajectories if not _failed(trajectory)]
+    counts.left_out = len(trajectories) - len(whole) - counts.failed
     prompts: dict[tuple[str, Messages], dict[str, _Candidate]] = defaultdict(dict)
-    for trajectory, last_reward in zip(trajectories, _rewards(trajectories, rule.scores), strict=True):
+    for trajectory, last_reward in zip(whole, _rewards(whole, rule.scores), strict=True):
         for index, turn in enumerate(trajectory.turns):
             reward = last_reward if index == len(trajectory.turns) - 1 else 0.0
             counts.samples += 1
@@ -68,7 +73,7 @@ def make_pairs(trajectories: Sequence[Trajectory], rule: PairRule, seed: int) ->
             if candidate.sample.finish_reason == "length":
                 candidate.sample = turn.action
             candidate.rewards.append(reward)
-            candidate.sources.append({name: trajectory.info.get(name) for name in ("controller", "draw")})
+            candidate.sources.append({"controller": trajectory.info.controller, "draw": trajectory.info.draw})
     counts.prompts = len(prompts)
     by_example: dict[str, list[Preference]] = defaultdict(list)
     for (example_id, prompt), group in prompts.items():
@@ -84,7 +89,7 @@ def make_pairs(trajectories: Sequence[Trajectory], rule: PairRule, seed: int) ->
 
 
 def _rewards(trajectories: Sequence[Trajectory], scores: Sequence[str]) -> list[float]:
-    """Return each episode's reward or, where `scores` are named, their mean rank among the example's episodes.
+    """Return each episode's reward or, where `scores` are named, the mean rank of these measures in its example.
 
     A rank is the share of the example's other episodes that the score beats, ties counted half: 0 worst, 1 best.
     """
@@ -95,17 +100,17 @@ def _rewards(trajectories: Sequence[Trajectory], scores: Sequence[str]) -> list[
         groups[trajectory.example_id].append(trajectory)
 
     def rank(trajectory: Trajectory, name: str) -> float:
-        own = float(trajectory.info[name])
-        rivals = [float(rival.info[name]) for rival in groups[trajectory.example_id]]
+        own = trajectory.info.measures[name]
+        rivals = [rival.info.measures[name] for rival in groups[trajectory.example_id]]
         beaten = sum((value < own) + 0.5 * (value == own) for value in rivals) - 0.5
         return beaten / max(1, len(rivals) - 1)
 
     return [sum(rank(trajectory, name) for name in scores) / len(scores) for trajectory in trajectories]
 
 
-def winners(trajectories: Sequence[Trajectory]) -> list[tuple[tuple[int, ...] | None, Messages, Sample, str]]:
+def winners(trajectories: Sequence[Trajectory]) -> list[tuple[Sequence[int] | None, Messages, Sample, str]]:
     """Return (prompt ids, prompt, sample, example id) of each distinct guidance that won and is whole: STaR's data."""
-    found: dict[str, tuple[tuple[int, ...] | None, Messages, Sample, str]] = {}
+    found: dict[str, tuple[Sequence[int] | None, Messages, Sample, str]] = {}
     for trajectory in trajectories:
         turn = trajectory.turns[-1] if trajectory.turns else None
         if turn is not None and trajectory.reward > 0.5 and turn.action.finish_reason == "stop":
@@ -115,7 +120,11 @@ def winners(trajectories: Sequence[Trajectory]) -> list[tuple[tuple[int, ...] | 
 
 
 def _failed(trajectory: Trajectory) -> bool:
-    return trajectory.info.get("verdict") == "failed"
+    return trajectory.info.verdict == "failed"
+
+
+def _group(trajectory: Trajectory) -> tuple[str, str, int]:
+    return trajectory.example_id, trajectory.info.controller, trajectory.info.seed
 
 
 def _matches(ranked: Sequence[_Candidate], rule: PairRule) -> list[tuple[_Candidate, _Candidate]]:

@@ -1,8 +1,9 @@
-"""Whether what samples and what trains agree on the log-probs of the same tokens.
+"""A check that sampler and trainer agree on the log-probs of the same tokens.
 
-They are two programs over one set of weights. Where they differ by more than rounding, the samples are another policy's
-than the one that training starts from, and every preference pair is about the wrong model: another adapter was served,
-a prompt was rendered by another template, log-probs were tempered. So a few samples are looked at before each training.
+They are two programs over one set of weights. If they differ by more than rounding, the samples come from another
+policy than the one that training starts from, and every preference pair is about the wrong model: another adapter was
+served, a prompt was rendered by another template, or log-probs were tempered. So a few samples are compared before each
+training.
 """
 
 import math
@@ -93,11 +94,14 @@ def check_samples(
 def check_policy(
     model: LanguageModel, trajectories: Sequence[Trajectory], controller: str, bound: float, seed: int
 ) -> Difference | None:
-    """Check NUM_CHECKED random ones of the samples that `controller` drew, as `check_samples` does."""
+    """Check NUM_CHECKED random ones of the samples that `controller` drew, as `check_samples` does.
+
+    The name of a control scheme ends with that of the policy whose samples it gives.
+    """
     drawn = [
         (trajectory.example_id, turn.prompt_ids, turn.action)
         for trajectory in trajectories
-        if trajectory.info.get("controller") == controller
+        if trajectory.info.controller.endswith(controller)
         for turn in trajectory.turns
         if turn.prompt_ids is not None and turn.action.logprobs is not None
     ]

@@ -1,18 +1,17 @@
-"""Reference log-probs on disk: a content-addressed cache, so that what a frozen policy said once is not asked again.
+"""Reference log-probs on disk: a content-addressed cache, so that those of a frozen policy are computed once.
 
 Epochs after the first, learning rates that are tried in turn and runs that start over need no reference pass. The key
 of a sequence is the hash of everything that its log-probs follow from: the base model's files, the reference adapter,
 dtype, device and kernels, token ids and mask. Rows are never replaced, so a run that is continued reads what it read
-before. What packing changes in the last bits is not in the key: a row holds the rounding of the batch that it was first
-computed in.
+before. The key leaves out packing, which changes the last bits: a row holds the rounding of the batch in which it was
+first computed.
 """
 
 import hashlib
 import random
-import sqlite3
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from matryoshka.core.database import Schema, database_errors, open_database, transaction
 from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.tree import Tokens
@@ -31,8 +31,12 @@ from matryoshka.lora.linear import LoraLinear
 
 KERNELS = 1  # raise it with any change to the code that moves log-probs by more than rounding
 APPLICATION_ID = 0x4D545246  # in SQLite's header: this file is ours
+SCHEMA = Schema(
+    name="cache of reference log-probs",
+    application_id=APPLICATION_ID,
+    statements=("CREATE TABLE logps (key BLOB PRIMARY KEY, row BLOB NOT NULL, crc INTEGER NOT NULL)",),
+)
 NUM_VERIFIED = 4  # items that are computed again when a run begins
-BUSY_S = 30.0
 # Root mean square over an item's tokens that other packings and kernels may differ by, in nats.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2}
 
@@ -78,26 +82,7 @@ class ReferenceLogps:
         self.path = path
         self._digest, self._tolerance, self._device = digest, TOLERANCE[dtype], device
         self._dtype = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._errors():
-            self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
-        try:
-            with self._errors():
-                self._open()
-        except ValueError:
-            self._db.close()
-            raise
-
-    def _open(self) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-        with self._db:  # commits, or rolls back on an error
-            (application,) = self._db.execute("PRAGMA application_id").fetchone()
-            (num_tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            if num_tables == 0 and application == 0:
-                self._db.execute("CREATE TABLE logps (key BLOB PRIMARY KEY, row BLOB NOT NULL, crc INTEGER NOT NULL)")
-                self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            elif application != APPLICATION_ID:
-                raise ValueError(f"{self.path}: an SQLite file of another program; choose another path for the cache")
+        self._db = open_database(path, SCHEMA)
 
     def __enter__(self) -> Self:
         return self
@@ -169,20 +154,8 @@ class ReferenceLogps:
             key, row = self._key(sequence), part.numpy().astype(self._dtype).tobytes()
             values.append((key, row, zlib.crc32(key + row)))
         with self._errors():
-            self._db.execute("BEGIN IMMEDIATE")
-            with self._db:
+            with transaction(self._db):
                 self._db.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?)", values)
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as err:  # locked, read-only, disk full, a folder
-            raise ValueError(f"{self.path}: cannot use the cache of reference log-probs: {err}") from err
-        except sqlite3.ProgrammingError:  # closed: the caller's mistake, not the file's
-            raise
-        except sqlite3.DatabaseError as err:
-            raise ValueError(
-                f"{self.path}: not a readable cache of reference log-probs ({err}); it was left as it is: move it away "
-                "to start anew"
-            ) from err
+    def _errors(self) -> AbstractContextManager[None]:
+        return database_errors(self.path, SCHEMA)

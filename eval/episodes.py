@@ -1,8 +1,8 @@
 """Packs every episode of a report into one compact string that a page can carry and unpack by itself.
 
 Equal texts are stored once and the whole is deflated, so 1000 examples under 8 conditions stay within a few megabytes.
-The result is base64: whatever a model wrote, the packed text holds no character that HTML reads as markup. Nothing
-is cut. Prompts are left out; they are in trajectories.jsonl.
+The result is base64, so the packed text holds no character that HTML reads as markup. Nothing is cut. Prompts are left
+out; they are in trajectories.jsonl.
 """
 
 import base64
@@ -10,8 +10,8 @@ import json
 import zlib
 from typing import Any
 
-from matryoshka.core.records import Trajectory, Turn
-from matryoshka.eval.summary import VERDICTS, ReportInput
+from matryoshka.core.records import VERDICTS, Trajectory, Turn
+from matryoshka.eval.summary import ReportInput
 
 
 def pack(data: ReportInput) -> str:
@@ -35,7 +35,7 @@ def pack(data: ReportInput) -> str:
     def record(trajectory: Trajectory) -> list[Any]:
         info = trajectory.info
         turns = [turn(item) for item in trajectory.turns]
-        return [VERDICTS.index(info["verdict"]), text(info.get("prediction")), text(info.get("error")), turns]
+        return [VERDICTS.index(info.verdict), text(info.prediction), text(info.error), turns]
 
     by_id = [{t.example_id: t for t in condition.trajectories} for condition in data.conditions]
     members = [frozenset(ids) for ids in data.groups.values()]

@@ -1,41 +1,23 @@
-"""Small plots as inline SVG: an interval in a table cell, its axis, a training curve. No library, no scripts.
+"""Computes the coordinates of the report's plots: an interval in a table cell and its axis, a training curve.
 
-Colours and fonts come from the page's style sheet through classes, so the plots follow its light and dark modes. They
-draw and label what they are given; every text goes through `escape`.
+`templates/plots.html` draws them as inline SVG, without a library and without scripts.
 """
 
 import math
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
 
-WIDTH, HEIGHT, PAD = 280, 34, 14  # an interval cell, in pixels: the height of a table row, so that rules meet
+WIDTH, PAD = 280, 14  # an interval cell, in pixels
 CURVE_WIDTH, CURVE_HEIGHT = 250, 110
 MAX_POINTS = 300
 
 Scale = tuple[float, float]
 
 
-def interval(value: float, low: float, high: float, scale: Scale, ticks: Sequence[float], label: str) -> str:
-    """Return a table-cell plot: a dot at `value`, a line over [low, high], a faint rule at each tick.
-
-    `label` is read aloud in the picture's stead.
-    """
-    x, x_low, x_high = (_place(v, scale) for v in (value, low, high))
-    return (
-        f'<svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{escape(label)}">'
-        + "".join(_rule(tick, scale) for tick in ticks)
-        + f'<line class="range" x1="{x_low}" x2="{x_high}" y1="{HEIGHT / 2}" y2="{HEIGHT / 2}"/>'
-        + f'<circle class="dot" cx="{x}" cy="{HEIGHT / 2}" r="4"/></svg>'
-    )
-
-
-def axis(scale: Scale, ticks: Sequence[float], labels: Sequence[str]) -> str:
-    """Return the axis that belongs above a column of `interval` cells."""
-    marks = "".join(
-        f'<text x="{_place(tick, scale)}" y="11" text-anchor="middle">{escape(text)}</text>'
-        for tick, text in zip(ticks, labels, strict=True)
-    )
-    return f'<svg width="{WIDTH}" height="16" aria-hidden="true">{marks}</svg>'
+def place(value: float, scale: Scale) -> float:
+    """Return the horizontal place of `value` in an interval cell."""
+    low, high = scale
+    return round(PAD + (value - low) / (high - low) * (WIDTH - 2 * PAD), 1)
 
 
 def fitted_scale(low: float, high: float) -> tuple[Scale, tuple[float, ...]]:
@@ -49,8 +31,26 @@ def fitted_scale(low: float, high: float) -> tuple[Scale, tuple[float, ...]]:
     return (first * step, last * step), tuple(i * step for i in range(first, last + 1))
 
 
-def curve(steps: Sequence[float], values: Sequence[float], label: str) -> str:
-    """Return a line plot of finite `values` over `steps`; longer series than MAX_POINTS are averaged in equal runs.
+@dataclass(frozen=True)
+class Curve:
+    """A line plot. points: of the line. x_ticks: (x, text anchor, text); y_ticks: (y, text); left, right: the plot's.
+    """
+
+    points: Sequence[tuple[float, float]]
+    x_ticks: Sequence[tuple[float, str, str]]
+    y_ticks: Sequence[tuple[float, str]]
+    left: float = 46.0  # room for the labels of the vertical axis
+    right: float = CURVE_WIDTH - 8.0
+    width: int = CURVE_WIDTH
+    height: int = CURVE_HEIGHT
+
+    @property
+    def path(self) -> str:
+        return " ".join(f"{x:g},{y:g}" for x, y in self.points)
+
+
+def curve(steps: Sequence[float], values: Sequence[float]) -> Curve:
+    """Return a plot of finite `values` over `steps`; longer series than MAX_POINTS are averaged in equal runs.
 
     Raises ValueError if the lengths differ or nothing is given.
     """
@@ -58,42 +58,23 @@ def curve(steps: Sequence[float], values: Sequence[float], label: str) -> str:
         raise ValueError(f"plots: got {len(steps)} steps and {len(values)} values; expected as many of both, some")
     run = math.ceil(len(values) / MAX_POINTS)
     xs, ys = _averaged(steps, run), _averaged(values, run)
-    (left, right), (bottom, top) = _span(xs), _span(ys)
-    edge, floor = 46.0, CURVE_HEIGHT - 18.0  # room for the labels of either axis
+    (first, last), (bottom, top) = _span(xs), _span(ys)
+    floor = CURVE_HEIGHT - 18.0  # room for the labels of the horizontal axis
 
     def point(x: float, y: float) -> tuple[float, float]:
-        across = edge + (x - left) / (right - left) * (CURVE_WIDTH - edge - 8)
+        across = Curve.left + (x - first) / (last - first) * (Curve.right - Curve.left)
         return round(across, 1), round(floor - (y - bottom) / (top - bottom) * (floor - 8), 1)
 
-    points = [point(x, y) for x, y in zip(xs, ys, strict=True)]
-    path = " ".join(f"{x:g},{y:g}" for x, y in points)
-    parts = []
-    for tick in (bottom, (bottom + top) / 2, top):
-        y = point(left, tick)[1]
-        parts.append(f'<line class="rule" x1="{edge:g}" x2="{CURVE_WIDTH - 8}" y1="{y:g}" y2="{y:g}"/>')
-        parts.append(f'<text x="{edge - 5:g}" y="{y + 3.5:g}" text-anchor="end">{short(tick)}</text>')
-    for tick, anchor in ((xs[0], "start"), (xs[-1], "end")):
-        x = point(tick, bottom)[0]
-        parts.append(f'<text x="{x:g}" y="{CURVE_HEIGHT - 3}" text-anchor="{anchor}">{tick:,.6g}</text>')
-    parts.append(f'<polyline class="line" points="{path}"/>')
-    parts.append(f'<circle class="dot" cx="{points[-1][0]:g}" cy="{points[-1][1]:g}" r="3"/>')
-    size = f'viewBox="0 0 {CURVE_WIDTH} {CURVE_HEIGHT}"'
-    return f'<svg class="curve" {size} role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    return Curve(
+        points=[point(x, y) for x, y in zip(xs, ys, strict=True)],
+        x_ticks=[(point(x, bottom)[0], anchor, f"{x:,.6g}") for x, anchor in ((xs[0], "start"), (xs[-1], "end"))],
+        y_ticks=[(point(first, y)[1], short(y)) for y in (bottom, (bottom + top) / 2, top)],
+    )
 
 
 def short(value: float) -> str:
     """Return three significant digits and no needless exponent, e.g. "0.693", "52,000", "8.4e-06"."""
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.3g}"
-
-
-def _place(value: float, scale: Scale) -> float:
-    low, high = scale
-    return round(PAD + (value - low) / (high - low) * (WIDTH - 2 * PAD), 1)
-
-
-def _rule(tick: float, scale: Scale) -> str:
-    x = _place(tick, scale)
-    return f'<line class="{"rule zero" if tick == 0 else "rule"}" x1="{x}" x2="{x}" y1="0" y2="{HEIGHT}"/>'
 
 
 def _averaged(values: Sequence[float], run: int) -> list[float]:

@@ -1,7 +1,7 @@
-"""Writes what a run found: report.json for programs, report.md for a terminal, report.html to read every episode.
+"""Writes a report: report.json for programs, report.md for a terminal, report.html to read every episode.
 
-All three say the same numbers, from one protocol and one set of examples; `summary` checks that and refuses otherwise,
-before anything is written.
+All three have the same numbers, from one protocol and one set of examples. `summary` checks that before anything is
+written.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 
 from matryoshka.core.files import write_json, write_text
 from matryoshka.core.records import to_json
-from matryoshka.eval import html, markdown
+from matryoshka.eval import markdown, page
 from matryoshka.eval.summary import Condition, ReportInput, Table, summarise
 
 __all__ = ["Condition", "ReportInput", "write_report"]
@@ -19,17 +19,17 @@ __all__ = ["Condition", "ReportInput", "write_report"]
 def write_report(data: ReportInput, folder: Path) -> None:
     """Write report.json, report.md and report.html into `folder`, each atomically.
 
-    Raises ValueError for what `summary.summarise` refuses and for training rows without a step.
+    Raises ValueError as `summary.summarise` does, and for training rows without a step.
     """
     tables = summarise(data)
-    page, text = html.render(data, tables), markdown.render(data, tables)
+    html, text = page.render(data, tables), markdown.render(data, tables)
     write_json(folder / "report.json", _json(data, tables))
     write_text(folder / "report.md", text)
-    write_text(folder / "report.html", page)
+    write_text(folder / "report.html", html)
 
 
 def _json(data: ReportInput, tables: tuple[Table, ...]) -> Any:
-    verdicts = {c.name: {t.example_id: t.info["verdict"] for t in c.trajectories} for c in data.conditions}
+    verdicts = {c.name: {t.example_id: t.info.verdict for t in c.trajectories} for c in data.conditions}
     return _finite(
         {
             "title": data.title,

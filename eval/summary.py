@@ -1,6 +1,6 @@
-"""What a report says in numbers: conditions over the same examples, their tables and their paired comparisons.
+"""The numbers of a report: conditions over the same examples, their tables and their paired comparisons.
 
-It computes and refuses; it formats nothing. The invariant: every number of one report comes from one protocol and one
+Nothing is formatted here. The invariant: every number of one report comes from one protocol and one
 set of examples, each answered exactly once by every condition. An episode counts as right only if its verdict is
 "right": one that raised an error, or whose generator failed for good, stays in the denominator.
 """
@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from matryoshka.core.intervals import bootstrap, wilson
-from matryoshka.core.records import Example, Metric, Trajectory
+from matryoshka.core.records import VERDICTS, Example, Metric, Trajectory
 from matryoshka.eval.statistics import Paired, PairedScores, paired_difference, paired_scores
 
 PROTOCOLS = {"label_free": "label-free", "oracle": "oracle"}
-VERDICTS = ("right", "wrong", "error", "failed")
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class ReportInput:
 class Row:
     """One condition in one table. executable: share of episodes with an answer; the cost only over all examples.
 
-    score: the mean of the episodes' graded scores, where every episode of the report has one (info "score").
+    score: the mean of the episodes' graded scores, on a task that has them.
     """
 
     name: str
@@ -96,12 +95,16 @@ class Table:
     rows: tuple[Row, ...]
     differences: tuple[Difference, ...]
 
+    def label(self, name: str) -> str:
+        """Return the label of the condition `name`."""
+        return next(row.label for row in self.rows if row.name == name)
+
 
 def summarise(data: ReportInput) -> tuple[Table, ...]:
     """Return the table over all examples and then one for each group.
 
-    Raises ValueError for mixed or unknown protocols, unknown verdicts, conditions over other examples than
-    `data.examples` (naming the ids), repeated names or ids, and groups or comparisons of what is not there.
+    Raises ValueError for mixed or unknown protocols, conditions over other examples than `data.examples` (naming the
+    ids), repeated names or ids, and groups or comparisons of examples or conditions that are not there.
     """
     verdicts, protocol = _check(data)
     everything = tuple(example.id for example in data.examples)
@@ -112,7 +115,7 @@ def summarise(data: ReportInput) -> tuple[Table, ...]:
 
 def unsolved(condition: Condition) -> list[str]:
     """Return "id (verdict)" of every episode that was not right, in the order of the episodes."""
-    episodes = ((t.example_id, t.info["verdict"]) for t in condition.trajectories)
+    episodes = ((t.example_id, t.info.verdict) for t in condition.trajectories)
     return [f"{example_id} ({verdict})" for example_id, verdict in episodes if verdict != "right"]
 
 
@@ -139,7 +142,7 @@ def _table(
     scores = _scores(data, ids)
     for condition in data.conditions:
         seen = [verdicts[condition.name][example_id] for example_id in ids]
-        counts = {verdict: seen.count(verdict) for verdict in VERDICTS}
+        counts: dict[str, int] = {verdict: seen.count(verdict) for verdict in VERDICTS}
         rows.append(
             Row(
                 condition.name,
@@ -167,13 +170,23 @@ def _table(
 
 
 def _scores(data: ReportInput, ids: Sequence[str]) -> dict[str, list[float]]:
-    """Return condition name -> the graded score of each of `ids`; {} unless every episode has one."""
-    found: dict[str, dict[str, Any]] = {
-        c.name: {t.example_id: t.info.get("score") for t in c.trajectories} for c in data.conditions
-    }
-    if any(score is None for row in found.values() for score in row.values()):
+    """Return condition name -> the graded score of each of `ids`; {} unless all conditions have them."""
+    found = {c.name: graded_scores(c.trajectories) for c in data.conditions}
+    if not all(found.values()):
         return {}
-    return {name: [float(row[example_id]) for example_id in ids] for name, row in found.items()}
+    return {name: [row[example_id] for example_id in ids] for name, row in found.items()}
+
+
+def graded_scores(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Return example id -> graded score of each episode; {} for a task whose episodes are only right or wrong.
+
+    A failed episode without a score has 0, as it has reward 0.
+    """
+    scores = {t.example_id: t.info.score for t in trajectories if t.info.score is not None}
+    missing = [t for t in trajectories if t.info.score is None]
+    if not scores or any(t.info.verdict != "failed" for t in missing):
+        return {}
+    return scores | {t.example_id: 0.0 for t in missing}
 
 
 def _mean(scores: Sequence[float]) -> Metric:
@@ -215,12 +228,7 @@ def _verdicts(condition: Condition, expected: set[str]) -> dict[str, str]:
     _refuse_repeats(f"condition {condition.name!r}: episode", (t.example_id for t in condition.trajectories))
     verdicts: dict[str, str] = {}
     for trajectory in condition.trajectories:
-        verdict = trajectory.info.get("verdict")
-        if verdict not in VERDICTS:
-            raise ValueError(
-                f"{where}, example {trajectory.example_id!r}: verdict is {verdict!r}; expected one of {VERDICTS}"
-            )
-        verdicts[trajectory.example_id] = verdict
+        verdicts[trajectory.example_id] = trajectory.info.verdict
     missing, foreign = sorted(expected - set(verdicts)), sorted(set(verdicts) - expected)
     if missing or foreign:
         parts = [f"is missing {_listed(missing)}"] * bool(missing) + [f"has also {_listed(foreign)}"] * bool(foreign)
@@ -234,7 +242,7 @@ def _protocol(conditions: Sequence[Condition]) -> str:
     used: dict[str, str] = {}
     for condition in conditions:
         for trajectory in condition.trajectories:
-            protocol = trajectory.info.get("protocol")
+            protocol = trajectory.info.protocol
             if protocol not in PROTOCOLS:
                 raise ValueError(
                     f"report: condition {condition.name!r}, example {trajectory.example_id!r}: protocol is "

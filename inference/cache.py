@@ -8,23 +8,31 @@ wants a local disk. Answers are never replaced: the first one stays. No request,
 """
 
 import json
-import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from matryoshka.core.database import Schema, database_errors, open_database, transaction
 from matryoshka.core.records import Messages, Sample, Sampling, Usage, content_key, from_json, to_json
 from matryoshka.inference.accounts import FROM_ANSWERS, PRICES, TABLES, Accounts, Spending, add
 
 APPLICATION_ID = 0x4D54524B  # in SQLite's header: this file is ours
 VERSION = 3  # 1 had only the answers, 2 no prices
-BUSY_S = 30.0
 
 _ANSWERS = (
     "CREATE TABLE answers (key TEXT PRIMARY KEY, generator TEXT NOT NULL, sample TEXT NOT NULL,"
     " created REAL NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)"
+)
+
+
+SCHEMA = Schema(
+    name="response cache",
+    application_id=APPLICATION_ID,
+    statements=(_ANSWERS, *TABLES, PRICES),
+    version=VERSION,
+    upgrades={1: (*TABLES, FROM_ANSWERS, PRICES), 2: (PRICES,)},
 )
 
 
@@ -51,42 +59,14 @@ class ResponseCache:
     def __init__(self, path: Path) -> None:
         """Open or create `path`. Raises ValueError, leaving the file as it is, when it is not such a cache."""
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._errors():
-            self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
+        self._db = open_database(path, SCHEMA)
         self._accounts = Accounts(self._db)
-        try:
-            with self._errors():
-                self._open()
-        except ValueError:
-            self._db.close()
-            raise
-
-    def _open(self) -> None:
-        """Check the file, or lay it out if it is empty, under the write lock: two processes may come at once."""
-        self._db.execute("PRAGMA synchronous = NORMAL")
-        with self._transaction():
-            (application,) = self._db.execute("PRAGMA application_id").fetchone()
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            (num_tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            if num_tables == 0 and application == 0:
-                for statement in (_ANSWERS, *TABLES, PRICES):
-                    self._db.execute(statement)
-                self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                self._db.execute(f"PRAGMA user_version = {VERSION}")
-            elif application != APPLICATION_ID:
-                raise ValueError(f"{self.path}: an SQLite file of another program; choose another path for the cache")
-            elif version in (1, 2):
-                for statement in (*TABLES, FROM_ANSWERS, PRICES) if version == 1 else (PRICES,):
-                    self._db.execute(statement)
-                self._db.execute(f"PRAGMA user_version = {VERSION}")
-            elif version != VERSION:
-                raise ValueError(
-                    f"{self.path}: a response cache of version {version}, expected {VERSION}; choose another path"
-                )
-        (mode,) = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
+        with self._errors():
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            (mode,) = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
-            raise ValueError(f"{self.path}: this file system holds no WAL database; put the cache on a local disk")
+            self._db.close()
+            raise ValueError(f"{path}: this file system holds no WAL database; put the cache on a local disk")
 
     def get(self, key: str) -> Sample | None:
         """Return the answer under `key`, or None. Raises ValueError when the file is damaged."""
@@ -103,7 +83,7 @@ class ResponseCache:
         text = json.dumps(to_json(sample))
         usage = sample.usage
         row = (key, generator, text, time.time(), usage.prompt_tokens, usage.completion_tokens)
-        with self._errors(), self._transaction():
+        with self._errors(), transaction(self._db):
             self._db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
             self._accounts.answered(generator, usage)
             self._accounts.release(key)
@@ -112,7 +92,7 @@ class ResponseCache:
 
     def claim(self, key: str, generator: str = "") -> bool:
         """Return whether `key` is now ours to ask: False while a living process, this one included, is asking it."""
-        with self._errors(), self._transaction():
+        with self._errors(), transaction(self._db):
             return self._accounts.claim(key, generator)
 
     def release(self, key: str) -> None:
@@ -126,7 +106,7 @@ class ResponseCache:
         fits: told of the tokens by generator, of all that this file knows. Otherwise nothing is held, and what others
         hold is returned: no tokens if nothing is on its way that could cost less.
         """
-        with self._errors(), self._transaction():
+        with self._errors(), transaction(self._db):
             self._accounts.bury()
             committed = self._accounts.committed()
             if not fits({**committed, generator: add(committed.get(generator, Usage()), most)}):
@@ -136,20 +116,20 @@ class ResponseCache:
 
     def unhold(self, key: str, generator: str, cost: Usage) -> None:
         """End the hold of `key`, whose attempt may have cost `cost`, no answer having said what."""
-        with self._errors(), self._transaction():
+        with self._errors(), transaction(self._db):
             if cost != Usage():
                 self._accounts.lost(generator, cost)
             self._accounts.hold(key, Usage())
 
     def spending(self, generator: str) -> Spending:
         """Return what `generator` was asked and at most cost; what a killed process held counts as lost."""
-        with self._errors(), self._transaction():
+        with self._errors(), transaction(self._db):
             self._accounts.bury()
             return self._accounts.spending(generator)
 
     def committed(self) -> dict[str, Usage]:
         """Return the tokens that are spent and held, by generator."""
-        with self._errors(), self._transaction():
+        with self._errors(), transaction(self._db):
             self._accounts.bury()
             return self._accounts.committed()
 
@@ -172,7 +152,7 @@ class ResponseCache:
         with self._errors():
             self._db.execute("ATTACH ? AS other", (str(path),))
             try:
-                with self._transaction():
+                with transaction(self._db):
                     self._db.execute("INSERT OR IGNORE INTO answers SELECT * FROM other.answers")
                     self._accounts.take_in("other")
             finally:
@@ -185,7 +165,7 @@ class ResponseCache:
             self._db.execute("VACUUM INTO ?", (str(path),))
         copy = ResponseCache(path)
         try:
-            with copy._errors(), copy._transaction():
+            with copy._errors(), transaction(copy._db):
                 for table in ("spent", "claims"):
                     copy._db.execute(f"DELETE FROM {table}")
             copy._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -238,22 +218,5 @@ class ResponseCache:
         except ValueError as err:
             raise ValueError(f"{self.path}: the answer under key {key} is damaged: {err}") from err
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Hold the write lock; commit at the end, or roll back on an error."""
-        self._db.execute("BEGIN IMMEDIATE")
-        with self._db:
-            yield
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as err:  # locked, read-only, disk full, a folder
-            raise ValueError(f"{self.path}: cannot use the response cache: {err}") from err
-        except sqlite3.ProgrammingError:  # closed, or another thread: the caller's mistake, not the file's
-            raise
-        except sqlite3.DatabaseError as err:
-            raise ValueError(
-                f"{self.path}: not a readable response cache ({err}); it was left as it is: move it away to start anew"
-            ) from err
+    def _errors(self) -> AbstractContextManager[None]:
+        return database_errors(self.path, SCHEMA)

@@ -23,7 +23,6 @@ _WHOLE = {"stop", "eos", "eos_token", "stop_sequence", "stop_token", "end_turn",
 _CUT = {"length", "max_tokens", "max_output_tokens", "model_length"}
 _FILTERED = {"content_filter", "content_filtered", "safety", "sensitive", "recitation", "prohibited_content"}
 _TOOL = {"tool_calls", "function_call", "tool_use"}
-_THOUGHTS = {"thinking", "reasoning", "redacted_thinking"}  # parts of an answer that are not its text
 # Azure reports with an otherwise good answer that its filter did not run.
 _NOT_ABOUT_THE_ANSWER = ("content_filter_results", "content_filter_result", "prompt_filter_results")
 
@@ -181,6 +180,8 @@ def parse_answer(body: bytes) -> Answer:
     if ended in _CUT and not (content or "").strip():
         what += " and has no content: all tokens went into thinking; raise max_tokens"
         raise AttemptError(what, "prompt", billed)
+    if content is None and isinstance(message.get("content"), list):  # asked again, it would be billed again
+        raise AttemptError("the answer has no text among its parts", "prompt", billed)
     if content is None:
         raise AttemptError(f"the message has no content (finish_reason {finish_reason!r:.80})", "passing", billed)
     usage = billed.usage if billed.is_exact else Usage()
@@ -198,10 +199,9 @@ def _content(message: dict[str, Any]) -> tuple[str | None, str]:
     if isinstance(content, list):
         texts = []
         for part in content:
-            kind = part["type"]
-            if kind == "refusal":
+            if part.get("type") == "refusal":
                 refused.append(str(as_text(part.get("refusal"))))
-            elif kind not in _THOUGHTS:
+            elif part.get("type") == "text":
                 texts.append(part["text"])
         content = "".join(texts) if texts else None
     elif content is not None and not isinstance(content, str):
@@ -240,7 +240,7 @@ def refusal(reply: Reply, sent: Collection[str] = ()) -> AttemptError:
     """Return what a reply that is no 200 means; `sent` are the names of the request's fields."""
     message, codes, param = _error_of(reply.body)
     status = reply.status
-    reason = f"{status} {message}"
+    reason = f"{status} {message or reply.body[:1200].decode('utf-8', 'replace').strip()[:300]}"
     blame = _blame(message, codes, param, sent)
     if _NO_MONEY in codes or status in (401, 402, 404, 405, 410) or (status == 403 and blame != "prompt"):
         return AttemptError(reason, "endpoint", status=status)
@@ -288,12 +288,11 @@ def _error_of(body: bytes) -> tuple[str, list[str], str]:
     """Return the message, the codes and the parameter of an error's body, in any of the forms that servers send."""
     try:
         data = read_json(body)
-    except ValueError:
-        return body[:1200].decode("utf-8", "replace").strip()[:300], [], ""
+    except ValueError:  # a page or plain text
+        return re.sub("<[^>]*>", " ", body[:1200].decode("utf-8", "replace")).strip()[:300], [], ""
     if isinstance(data, list) and data:  # Gemini's
         data = data[0]
-    message, codes, param = _told(data.get("error", data) if isinstance(data, dict) else data)
-    return message or body[:1200].decode("utf-8", "replace").strip()[:300], codes, param
+    return _told(data.get("error", data) if isinstance(data, dict) else data)
 
 
 def _told(error: Any) -> tuple[str, list[str], str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from matryoshka.core.models.attention import LayerAttention
+from matryoshka.core.models.layer_attention import LayerAttention
 
 
 @dataclass
@@ -55,7 +55,7 @@ class CachedAttention:
             for layer, old in enumerate(tensors):
                 _, heads, _, size = old.shape
                 new = old.new_zeros(room, heads, capacity, size)  # zeros: 0 x garbage could be nan
-                new[: self.rows, :, : self.capacity] = old[: self.rows]
+                new[: self.rows, :, : self.capacity] = old[: self.rows, :, : self.capacity]
                 tensors[layer] = new
         self.room, self.capacity = room, capacity
 
@@ -89,6 +89,7 @@ class CachedAttention:
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for tensor, new in zip(mine, theirs, strict=True):
                 tensor[rows : rows + other.rows, :, :used] = new[: other.rows, :, :used]
+                tensor[rows : rows + other.rows, :, used:] = 0  # rows that left may have left NaN here: 0 x NaN is NaN
         self.lengths_B = torch.cat((self.lengths_B, other.lengths_B))
 
     def begin(self, new_tokens: int) -> None:

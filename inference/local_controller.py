@@ -11,19 +11,19 @@ from matryoshka.inference.sampler import Sampler
 
 
 class TokenSampler(Protocol):
-    """What draws a white-box model's tokens: `inference.sampler.Sampler`, or `inference.vllm.Vllm`."""
+    """A sampler of a white-box model's tokens: `inference.sampler.Sampler`, or `inference.vllm.Vllm`."""
 
     tokenizer: Tokenizer
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: str | None = None) -> Sample:
-        """Return one draw with token ids and log-probs; equal (prompt, seed, draw) give equal seeds."""
+        """Return one draw with token ids and log-probs; the seed is a function of prompt, seed and draw."""
         ...
 
 
 class LocalController:
     """A core.protocols.Controller: `sampler`'s model under `adapter` (None: the base model).
 
-    name must change when the weights change: it is part of what a recorded episode is found by.
+    name must change when the weights change, because recorded episodes are found by it.
     """
 
     def __init__(self, sampler: TokenSampler, adapter: str | None, name: str) -> None:
@@ -45,7 +45,7 @@ class LocalController:
 
 
 class LocalEngine:
-    """What `inference/server.py` serves: names mapped to the sampler's adapters (None: the base model)."""
+    """The engine of `inference/server.py`: it maps served names to the sampler's adapters (None: the base model)."""
 
     def __init__(self, sampler: Sampler, adapters: Mapping[str, str | None]) -> None:
         self.tokenizer = sampler.tokenizer
@@ -55,6 +55,9 @@ class LocalEngine:
 
     def models(self) -> list[str]:
         return list(self._adapters)
+
+    def illness(self) -> str:
+        return self._sampler.illness
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, model: str) -> Sample:
         """Return one draw of `model`, which must be one of `models()`."""

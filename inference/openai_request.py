@@ -1,7 +1,7 @@
 """From the JSON of an OpenAI request to a checked Job: the prompts' token ids and one Sampling.
 
 Nothing is drawn here. Parameters that are not honoured are refused unless they have their neutral value, so an answer
-is always drawn as asked; a null counts as not given. Every refusal names the parameter and what would be taken.
+is always drawn as asked; a null counts as not given. Every refusal names the parameter and the values that are taken.
 """
 
 import json
@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from matryoshka.core.records import Message, Messages, Sampling
-from matryoshka.inference.http1 import HttpError
+from matryoshka.inference.http_server import HttpError
 
 if TYPE_CHECKING:
     from matryoshka.inference.server import Engine
 
 MAX_N = 128
-MAX_DRAWS = 1024  # answers to one request: prompts times n
+MAX_ANSWERS = 1024  # to one request: prompts times n
+MAX_STOPS, MAX_STOP_CHARS = 16, 1000  # every stop string is looked for after every token
+MAX_MESSAGES = 512  # the time to render a chat grows with their square
+MAX_CHARS_PER_TOKEN = 16  # a text of more characters for each token of the context is not even tokenized
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat answer may fill the context
 
 _HONOURED = {"model", "max_tokens", "temperature", "top_p", "stop", "seed", "n", "logprobs"}
@@ -29,9 +32,13 @@ _NEUTRAL: dict[str, tuple[Any, str]] = {
     "top_logprobs": (0, "only the drawn tokens' log-probs are kept"),
     "response_format": ({"type": "text"}, "output is not constrained"),
     "tools": ([], "tool calls are not implemented"),
-    "echo": (False, "the prompt is not scored"),
+    "echo": (False, "the prompt is not scored, so that log-likelihood tasks of evaluation clients cannot be served"),
     "best_of": (1, "every draw is returned"),
     "suffix": ("", "insertion is not implemented"),
+    # Parameters of vLLM that common clients send along.
+    "top_k": (-1, "only top_p truncates"),
+    "min_p": (0, "only top_p truncates"),
+    "repetition_penalty": (1, "penalties are not implemented"),
 }
 
 
@@ -62,6 +69,7 @@ def chat_job(engine: "Engine", data: dict[str, Any]) -> Job:
     _check_names(data, _HONOURED | {"messages", "max_completion_tokens"})
     model = _model(engine, data)
     messages = _messages(data)
+    _check_length("messages", sum(len(message.content) for message in messages), engine)
     try:
         prompt = tuple(engine.tokenizer.render(messages, add_generation_prompt=True).ids)
     except ValueError as err:  # the chat template takes no such roles, or not in this order
@@ -90,8 +98,8 @@ def _job(
     engine: "Engine", data: dict[str, Any], model: str, prompts: list[tuple[int, ...]], max_tokens: int, logprobs: bool
 ) -> Job:
     n = _integer(data, "n", 1, 1, MAX_N)
-    if len(prompts) * n > MAX_DRAWS:
-        raise _invalid("n", f"{len(prompts)} prompts times n {n} is more than {MAX_DRAWS} answers; split the request")
+    if len(prompts) * n > MAX_ANSWERS:
+        raise _invalid("n", f"{len(prompts)} prompts times n {n} is more than {MAX_ANSWERS} answers; split the request")
     for prompt in prompts:
         if not prompt:
             raise _invalid("prompt", "the prompt has no tokens")
@@ -138,14 +146,18 @@ def _model(engine: "Engine", data: dict[str, Any]) -> str:
 
 def _messages(data: dict[str, Any]) -> Messages:
     rows = data.get("messages")
-    if not isinstance(rows, list) or not rows:
-        raise _invalid("messages", f"expected a non-empty list, got {_show(rows)}")
+    if not isinstance(rows, list) or not 0 < len(rows) <= MAX_MESSAGES:
+        got = f"{len(rows)} messages" if isinstance(rows, list) else _show(rows)
+        raise _invalid("messages", f"expected a list of 1 to {MAX_MESSAGES} messages, got {got}")
     messages = []
     for index, row in enumerate(rows):
         where = f"messages[{index}]"
         if not isinstance(row, dict):
             raise _invalid(where, f"expected an object with role and content, got {_show(row)}")
-        if unknown := sorted(key for key, value in row.items() if value is not None and key not in ("role", "content")):
+        given = {key for key, value in row.items() if value is not None}
+        if row.get("type") == "text":  # some evaluation clients mark whole messages as they mark parts
+            given.remove("type")
+        if unknown := sorted(given - {"role", "content"}):
             raise _invalid(where, f"key {unknown[0][:80]!r} is not supported; known: role, content")
         role = row.get("role")
         if role not in ("system", "user", "assistant"):
@@ -177,6 +189,8 @@ def _prompts(engine: "Engine", data: dict[str, Any]) -> list[tuple[int, ...]]:
     for row in rows:
         if not isinstance(row, str) and not (isinstance(row, list) and all(_is_id(item) for item in row)):
             raise _invalid("prompt", f"expected a string or token ids, got {_show(row)}")
+        if isinstance(row, str):
+            _check_length("prompt", len(row), engine)
         try:  # text that is not Unicode (half a surrogate pair) and ids outside the vocabulary end here
             ids = engine.tokenizer.encode_prompt(row) if isinstance(row, str) else row
             engine.tokenizer.decode(ids)
@@ -184,6 +198,12 @@ def _prompts(engine: "Engine", data: dict[str, Any]) -> list[tuple[int, ...]]:
             raise _invalid("prompt", str(err)) from err
         prompts.append(tuple(ids))
     return prompts
+
+
+def _check_length(param: str, chars: int, engine: "Engine") -> None:
+    if chars > MAX_CHARS_PER_TOKEN * engine.context_length:
+        message = f"{param}: {chars} characters do not fit the context length of {engine.context_length} tokens"
+        raise HttpError(400, f"{message}; shorten the prompt", param, "context_length_exceeded")
 
 
 def _is_id(value: Any) -> bool:
@@ -195,6 +215,9 @@ def _stop(data: dict[str, Any]) -> tuple[str, ...]:
     strings = [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, list) or not all(isinstance(item, str) and item for item in strings):
         raise _invalid("stop", f"expected a non-empty string or a list of them, got {_show(stop)}")
+    if len(strings) > MAX_STOPS or max(map(len, strings), default=0) > MAX_STOP_CHARS:
+        limits = f"at most {MAX_STOPS} strings of {MAX_STOP_CHARS} characters"
+        raise _invalid("stop", f"expected {limits}, got {len(strings)} of up to {max(map(len, strings))}")
     return tuple(strings)
 
 

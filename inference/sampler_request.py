@@ -1,6 +1,6 @@
-"""One draw that is wanted: what is checked before it starts, what ends it, and how its answer reaches who waits for it.
+"""A request for one draw: the checks before it starts, the conditions that end it, and the delivery of its outcome.
 
-No tensors here: `inference/sampler.py` computes, this file knows prompts, text and event loops.
+There are no tensors here: `inference/sampler.py` computes, this file knows prompts, text and event loops.
 """
 
 import asyncio
@@ -14,12 +14,11 @@ from matryoshka.core.records import Sample, Sampling, Usage
 from matryoshka.core.text.tokenizer import TextStream
 
 MIN_PREFIX = 8  # shorter common beginnings are not worth a cache of their own
-MIN_TEMPERATURE = 1e-4  # below, logits divided by it overflow; 0 is greedy
 
 
 @dataclass(eq=False)
 class Request:
-    """One draw that is wanted, and what has been drawn so far."""
+    """One draw that is wanted, and the tokens drawn so far. uniforms: the random numbers of these tokens."""
 
     prompt: tuple[int, ...]
     sampling: Sampling
@@ -30,6 +29,13 @@ class Request:
     random: random.Random
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    uniforms: list[float] = field(default_factory=list)
+
+    def uniform(self) -> float:
+        """Return the random number of the next token, the same one until that token is drawn."""
+        if len(self.uniforms) == len(self.ids):
+            self.uniforms.append(self.random.random())
+        return self.uniforms[-1]
 
 
 def finished_sample(request: Request, stop_ids: Sequence[int]) -> Sample | None:
@@ -51,10 +57,10 @@ def finished_sample(request: Request, stop_ids: Sequence[int]) -> Sample | None:
 
 
 def common_prefix(oldest: Request, waiting: Sequence[Request]) -> tuple[int, list[Request]]:
-    """Return the prefix length to share and who shares it: the length that saves the most tokens over all waiting.
+    """Return the prefix length to share and the requests that share it: the length that saves the most tokens.
 
-    A prompt's last token is always left to the tail, since its logits are needed. Length 0: everybody of the same
-    adapter goes, nothing is shared.
+    A prompt's last token is always left to the tail, since its logits are needed. With length 0 all requests of the
+    same adapter go together and share nothing.
     """
     peers = [request for request in waiting if request.adapter == oldest.adapter]
     common = {}
@@ -82,8 +88,8 @@ def check_context(prompt_tokens: int, max_tokens: int, context_length: int) -> N
 
 def check_sampling(sampling: Sampling) -> None:
     """Raise ValueError naming the setting that is out of range."""
-    if not (sampling.temperature == 0 or MIN_TEMPERATURE <= sampling.temperature < math.inf):
-        raise ValueError(f"temperature {sampling.temperature} must be 0 (greedy) or at least {MIN_TEMPERATURE}")
+    if not 0 <= sampling.temperature < math.inf:
+        raise ValueError(f"temperature {sampling.temperature} must be 0 (greedy) or a positive number")
     if not 0 < sampling.top_p <= 1:
         raise ValueError(f"top_p {sampling.top_p} must lie in (0, 1]")
     if sampling.max_tokens < 1:
@@ -93,7 +99,7 @@ def check_sampling(sampling: Sampling) -> None:
 
 
 def answer(request: Request, outcome: Sample | Exception) -> None:
-    """Hand the answer to whoever waits in the request's event loop, if somebody still does."""
+    """Hand the outcome to the request's event loop, unless the caller has left."""
 
     def settle() -> None:
         if request.future.done():
@@ -105,10 +111,5 @@ def answer(request: Request, outcome: Sample | Exception) -> None:
 
     try:
         request.loop.call_soon_threadsafe(settle)
-    except RuntimeError:  # the loop is closed: nobody waits any more
+    except RuntimeError:  # the loop is closed, and with it every caller is gone
         pass
-
-
-def fail(requests: Sequence[Request], err: Exception) -> None:
-    for request in requests:
-        answer(request, err)

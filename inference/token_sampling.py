@@ -1,6 +1,6 @@
 """Next tokens from logits: greedy or nucleus sampling, each row with its own temperature, top-p and random numbers.
 
-A row's draw depends on its own seed and logits alone, never on what shares its batch. Shapes: B rows, V vocabulary.
+A row's draw depends on its own seed and logits alone, not on the rest of its batch. Shapes: B rows, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -18,24 +18,34 @@ def draw_tokens(
 
     uniforms: one number in [0, 1) per row; a sampled row takes the first token at which the cumulative probability
     passes it (tokens in id order; in order of falling probability where top_p < 1 truncates the tail). unknown_V: true
-    at ids that are never drawn (what a padded embedding has beyond the vocabulary); they stay in the softmax.
+    at ids that are never drawn (rows of a padded embedding beyond the vocabulary); they stay in the softmax.
+    A row with NaN or infinity among its logits gets an arbitrary id and the log-prob NaN; other rows do not notice.
     """
+    normalizer_B = logits_BV.logsumexp(-1)
+    finite_B = normalizer_B.isfinite()
+    if not finite_B.all():
+        # An index drawn from NaN would lie outside the vocabulary, which on CUDA ends the process.
+        logits_BV = logits_BV.masked_fill(~finite_B[:, None], 0.0)
+        normalizer_B = normalizer_B.masked_fill(~finite_B, float("nan"))
     open_BV = logits_BV if unknown_V is None else logits_BV.masked_fill(unknown_V, float("-inf"))
     highest_B, ids_B = open_BV.max(-1)
+    # Logits are shifted so that the highest is 0: divided by a tiny temperature the others go to -inf, and the draw to
+    # the greedy token. The temperature itself must not become 0 in the logits' dtype, or 0 / 0 would be NaN.
+    least = torch.finfo(logits_BV.dtype).tiny
     for row, sampling in enumerate(samplings):
         if sampling.temperature > 0 and sampling.top_p < 1:
-            scaled_V = (open_BV[row] - highest_B[row]) / sampling.temperature
+            scaled_V = (open_BV[row] - highest_B[row]) / max(sampling.temperature, least)
             ids_B[row] = _nucleus(scaled_V, sampling.top_p, uniforms[row])
     plain = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0 and sampling.top_p >= 1]
     if plain:
         rows = torch.tensor(plain, device=logits_BV.device)
-        temperatures = logits_BV.new_tensor([samplings[row].temperature for row in plain])
+        temperatures = logits_BV.new_tensor([max(samplings[row].temperature, least) for row in plain])
         # cumsum of exp(z - max): the normaliser is its last entry, so no separate softmax pass is needed.
         scaled = (open_BV[rows] - highest_B[rows, None]) / temperatures[:, None]
         uniform_B1 = logits_BV.new_tensor([uniforms[row] for row in plain])[:, None]
         ids_B[rows] = _passing(scaled.exp_().cumsum(-1), uniform_B1).squeeze(1)
     chosen_B = logits_BV.gather(1, ids_B[:, None]).squeeze(1)
-    return ids_B, chosen_B - logits_BV.logsumexp(-1)
+    return ids_B, chosen_B - normalizer_B
 
 
 def _nucleus(logits_V: Tensor, top_p: float, uniform: float) -> Tensor:

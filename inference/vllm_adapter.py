@@ -1,7 +1,8 @@
 """Whether vLLM serves an adapter folder as it was trained: looked at before anything is sent, told in plain words.
 
 vLLM ignores keys of adapter_config.json that it does not know, so that an adapter may load and compute something else.
-`lora.files.read_config` refuses what neither of us computes; here is what we train and vLLM does not serve.
+`lora.files.read_config` refuses adapters that neither program computes; this file refuses those that we train and vLLM
+does not serve.
 """
 
 from collections.abc import Mapping
@@ -13,8 +14,8 @@ from matryoshka.inference.vllm_server import max_lora_rank
 from matryoshka.lora.files import CONFIG, PREFIX, WEIGHTS, read_config
 from matryoshka.lora.linear import LoraConfig
 
-# The projections of a Llama block. vLLM takes embeddings and heads for some models only.
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# The projections of the blocks that we train, fused ones too. vLLM takes embeddings and heads for some models only.
+TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 
 def check_config(config: LoraConfig, where: str = "vllm") -> None:

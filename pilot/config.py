@@ -1,17 +1,23 @@
 """The configuration of a pilot run: one TOML file, every value with its default, unknown keys refused."""
 
-from dataclasses import dataclass, field
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from matryoshka.core.config import parse, to_toml
 from matryoshka.core.parallel.layout import ParallelConfig
+from matryoshka.core.records import RolloutSettings, Sampling
 from matryoshka.core.training.train import TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.inference.generators import GeneratorConfig
 from matryoshka.inference.llama_cpp import LlamaConfig
 from matryoshka.inference.vllm_server import VllmConfig
 from matryoshka.lora.linear import LoraConfig
-from matryoshka.tasks.sandbox_backends import MIN_MEMORY_BYTES, Isolation
+from matryoshka.tasks.find import options_class, own_class, task_class
+
+SPLITS = ("warmup", "train", "validation", "test", "held_out")
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,8 @@ class ControllerConfig:
 
     path: str
     """A Hugging Face folder."""
+    adapter: str = ""
+    """An adapter folder to start from: it is the untrained policy, and the reference of the first training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the base model's weights."""
     quantization: Literal["none", "nf4"] = "none"
@@ -38,14 +46,21 @@ class ControllerConfig:
     tune: Literal["adapter", "full"] = "adapter"
     """What is trained: an adapter, or all weights in float32 ("full"). A policy is then a model folder, as large as the
     model; [lora] is not used, and vLLM is started again for every policy."""
+    scheme: str = ""
+    """A control scheme of your own, FILE.py:CLASS or PACKAGE.MODULE:CLASS, which is made of every policy and gives
+    guidance in its place (examples/own_scheme.py)."""
     vllm: VllmConfig = VllmConfig()
     """How vLLM serves the controller."""
 
     def __post_init__(self) -> None:
+        if self.scheme:
+            own_class(self.scheme, "scheme")
         if self.engine == "vllm" and self.deterministic:
             raise ValueError("deterministic is of the local engine; what vLLM draws depends on its batches' rounding")
         if self.tune != "full":
             return
+        if self.adapter:
+            raise ValueError(f"tune = 'full': adapter {self.adapter!r} is for a frozen base; merge it into the model")
         if self.quantization != "none":
             what = f"quantization {self.quantization!r} is for a frozen base"
             raise ValueError(f"tune = 'full': {what}; leave it out, or train an adapter")
@@ -70,7 +85,8 @@ class ServeConfig:
     """A generator of our own to start beside the run, which ends with the run."""
 
     scripted: str = ""
-    """The name of one of the task's scripted generators, which then answers in this process; [generator] is not used.
+    """One of the task's scripted generators, or your own as FILE.py:CLASS, which answers in this process in place of
+    [generator].
     """
     model: str = ""
     """A model folder or, for engine llama.cpp, a GGUF file; "" starts none: the endpoint of [generator] is used."""
@@ -107,104 +123,60 @@ class ServeConfig:
 
 
 @dataclass(frozen=True)
-class AlfworldConfig:
-    """Households. data: a folder of games, ALFWorld's own layout or <split>.jsonl.xz; "" makes our own from the seed.
-
-    train_split (warm-up and validation too), test_split, held_out_split: where the games of [task] come from. size:
-    of our own. types: of tasks, () for all six. mode: the generator writes programs, or acts itself ("react").
-    backend: our engine or the package textworld. verbs: "old" is ALFWorld before 0.4.0. max_steps: commands in one
-    household. asks: questions that one program may ask.
-    """
-
-    data: str = ""
-    train_split: str = "train"
-    test_split: str = "valid_seen"
-    held_out_split: str = "valid_unseen"
-    size: Literal["small", "medium", "large"] = "medium"
-    types: tuple[str, ...] = ()
-    mode: Literal["program", "react"] = "program"
-    backend: Literal["engine", "textworld"] = "engine"
-    verbs: Literal["current", "old"] = "current"
-    max_steps: int = 50
-    asks: int = 5
-    games_seed: int = -1
-    """The seed that draws the games; -1 is the run's own seed. Runs of several seeds over the same games set it."""
-
-
-@dataclass(frozen=True)
-class LampConfig:
-    """Which LaMP task, and what of a user's history is shown.
-
-    entries: profile entries retrieved, 0 for the published number. prompt_tokens: the controller's whole prompt in its
-    own tokens. entry_characters: of one entry. show_question: put the question into the controller's prompt, which the
-    published one leaves out. retrieved: entries that the generator sees besides the summary. retrieval "recency" needs
-    dated entries, "dense" an OpenAI-compatible embeddings endpoint (embeddings_cache: a file that keeps what it
-    answered, "" for none). meteor: score headlines by METEOR too (WordNet).
-    """
-
-    task: Literal["1", "2N", "2M", "3", "4"] = "2N"
-    retrieval: Literal["bm25", "recency", "dense"] = "bm25"
-    entries: int = 0
-    prompt_tokens: int = 4000
-    entry_characters: int = 2000
-    show_question: bool = False
-    retrieved: int = 0
-    meteor: bool = False
-    embeddings_url: str = ""
-    embeddings_model: str = ""
-    embeddings_key_env: str = "OPENAI_API_KEY"
-    embeddings_cache: str = "data/embeddings.sqlite"
-
-    def __post_init__(self) -> None:
-        for name, least in (("entries", 0), ("prompt_tokens", 1), ("entry_characters", 1), ("retrieved", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
-
-
-@dataclass(frozen=True)
 class TaskConfig:
-    """The problems. name "words": made from the seed; "gsm8k": read from JSONL files; "alfworld": see [task.alfworld];
-    "lamp": made from the seed, or read from the questions files train_file and test_file, see [task.lamp].
+    """The task, how many of its problems the run takes, and the task's own options."""
 
-    warmup, train, validation, test, held_out: how many of each ("words": any number; "gsm8k": warm-up and validation
-    are cut from the training file). Training rewards come from `train`; choices are made on `validation`.
-    timeout_s, memory_mb: limits of one generated program. isolation: the kernel's boundary around generated programs
-    (SECURITY.md). "auto" takes what this machine has and says what is missing, "required" refuses to start without
-    Landlock and seccomp, "none" keeps limits alone. sandbox_command: a command that programs run through instead, such
-    as docker run --rm -i --network=none python:3.12-slim; () for none.
-    """
-
-    name: Literal["words", "gsm8k", "alfworld", "lamp"] = "words"
-    prompts: Literal["brief", "compact", "full"] = "compact"
+    name: str = "pal"
+    """A task of `matryoshka.tasks`, or your own as FILE.py:CLASS or PACKAGE.MODULE:CLASS."""
     warmup: int = 48
+    """Problems of the warm-up."""
     train: int = 120
+    """Training problems, whose episodes make the preference pairs."""
     validation: int = 60
+    """Validation problems, by which the learning rate and the round are chosen."""
     test: int = 160
+    """Test problems, which are used for the report alone."""
     held_out: int = 0
-    train_file: str = ""
-    test_file: str = ""
-    timeout_s: float = 5.0
-    memory_mb: int = 512
-    isolation: Isolation = "auto"
-    sandbox_command: tuple[str, ...] = ()
-    alfworld: AlfworldConfig = AlfworldConfig()
-    lamp: LampConfig = LampConfig()
+    """Further test problems of kinds that no other split has, on tasks that have some."""
+    options: object = None
+    """Options of the chosen task."""
 
     def __post_init__(self) -> None:
         for name, least in (("warmup", 0), ("train", 1), ("validation", 1), ("test", 1), ("held_out", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"task: {name} {getattr(self, name)} must be at least {least}")
-        if self.memory_mb * 2**20 < MIN_MEMORY_BYTES:
-            raise ValueError(f"task: memory_mb {self.memory_mb} must be at least {MIN_MEMORY_BYTES // 2**20}")
+        kind = options_class(task_class(self.name))
+        given = {} if self.options is None else self.options
+        if isinstance(given, Mapping):
+            object.__setattr__(self, "options", parse(kind, given, f"the task {self.name!r}", prefix="options"))
+        elif type(given) is not kind:
+            raise ValueError(f"task: the options of {self.name!r} are {kind.__name__}; got {type(given).__name__}")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Problems by split."""
+        return {split: getattr(self, split) for split in SPLITS}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process cannot import the class of a user's own options, but it can find the task by its file, in
+        # whatever folder it runs.
+        file, colon, attribute = self.name.rpartition(":")
+        name = f"{Path(file).resolve()}:{attribute}" if colon and file.endswith(".py") else self.name
+        return _task_config, (name, self.sizes, to_toml(self.options))
+
+
+def _task_config(name: str, sizes: dict[str, int], options: str) -> TaskConfig:
+    return TaskConfig(name, **sizes, options=tomllib.loads(options))
 
 
 @dataclass(frozen=True)
 class WarmupConfig:
     """The warm-up: supervised training before the first round."""
 
-    source: Literal["gold", "file", "generator", "none"] = "gold"
+    source: Literal["gold", "file", "generator", "adapter", "none"] = "gold"
     """What it learns from: "gold", the examples' own guidance; "file", your rows in `data`; "generator", what the
-    generator itself proposed in episodes that succeeded; "none" leaves the warm-up out."""
+    generator itself proposed in episodes that succeeded. "adapter" takes [controller] adapter as the policy of the
+    warm-up, and the base model is then the untrained policy. "none" leaves the warm-up out."""
     data: str = ""
     """A JSONL file of conversations, for source "file"."""
     samples: int = 4
@@ -243,6 +215,26 @@ class RolloutConfig:
     max_failed_share: float = 0.2
     """The run stops when more than this share of the episodes fail because calls of the generator failed for good
     (judged from 20 episodes on)."""
+
+
+@dataclass(frozen=True)
+class EpisodeConfig:
+    """Settings of [rollout] that are different in collection or in evaluation; a key left out is as in [rollout]."""
+
+    temperature: float | None = None
+    """Temperature of the controller; evaluation is greedy where this is left out."""
+    top_p: float | None = None
+    """Nucleus of the controller's sampling; evaluation has none where this is left out."""
+    guidance_tokens: int | None = None
+    """Most tokens of one guidance."""
+    code_tokens: int | None = None
+    """Most tokens of one answer of the generator."""
+    protocol: Literal["label_free", "oracle"] | None = None
+    """What retries see: execution errors only, or also whether the answer was wrong."""
+    inner_attempts: int | None = None
+    """Attempts of the generator under one guidance."""
+    outer_turns: int | None = None
+    """Guidances in one episode: the first plan and re-plans after failures."""
 
 
 @dataclass(frozen=True)
@@ -306,10 +298,16 @@ class RunConfig:
     """The warm-up."""
     rollout: RolloutConfig = RolloutConfig()
     """How episodes run."""
+    collect: EpisodeConfig = EpisodeConfig()
+    """How collection differs from [rollout]."""
+    evaluate: EpisodeConfig = EpisodeConfig()
+    """How evaluation and the choice on validation problems differ from [rollout]."""
     dpo: DpoConfig = DpoConfig()
     """Preference training."""
 
     def __post_init__(self) -> None:
+        if self.warmup.source == "adapter" and not self.controller.adapter:
+            raise ValueError("[warmup] source = 'adapter', but [controller] adapter names no folder; name the adapter")
         if self.rounds < 0:
             raise ValueError(f"rounds {self.rounds} must not be negative")
         is_cut = self.parallel.layout in ("shard", "hybrid")
@@ -325,3 +323,25 @@ class RunConfig:
             )
         if self.ray_tasks < 0:
             raise ValueError(f"ray_tasks {self.ray_tasks} must not be negative; 0 is one for each GPU or machine")
+
+
+def rollout_settings(config: RunConfig, greedy: bool) -> RolloutSettings:
+    """Return the settings of an episode: of evaluation (`greedy`, unless [evaluate] has a temperature) or collection.
+
+    The generator is always greedy.
+    """
+    table = config.evaluate if greedy else config.collect
+    own = {name: value for name, value in vars(table).items() if value is not None}
+    if greedy:
+        own = {"temperature": 0.0, "top_p": 1.0, **own}
+    rollout = replace(config.rollout, **own)
+    return RolloutSettings(
+        controller=Sampling(
+            temperature=rollout.temperature, top_p=rollout.top_p, max_tokens=rollout.guidance_tokens
+        ),
+        generator=Sampling(max_tokens=rollout.code_tokens),
+        protocol=rollout.protocol,
+        inner_attempts=rollout.inner_attempts,
+        outer_turns=rollout.outer_turns,
+        overlong=config.overlong,
+    )

@@ -7,7 +7,6 @@ that was in flight.
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ import torch
 from matryoshka.core.config import to_toml
 from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.files import Journal, SharedJournal, UnwrittenJournal, write_json, write_text
+from matryoshka.core.machine import usable_cores
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.protocols import Controller, Generator, Task
 from matryoshka.core.records import Messages, RolloutSettings
@@ -27,12 +27,13 @@ from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.inference.sampler import Sampler
 from matryoshka.inference.spending import GeneratorAccount
 from matryoshka.inference.vllm import Vllm
+from matryoshka.lora.files import read_config
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.environment import environment
 from matryoshka.pilot.folder import CONFIG, StageSeconds, cache_path, claim, deal_caches
 from matryoshka.pilot.generator import open_generator
 from matryoshka.pilot.policies import Policies, open_policies
-from matryoshka.pilot.problems import load_splits, make_task
+from matryoshka.pilot.problems import Problems, fitting_problems, load_problems, open_task
 from matryoshka.pilot.progress import StatusLine
 from matryoshka.pilot.ranks import Ranks
 from matryoshka.pilot.ray_cluster import joined_cluster
@@ -54,6 +55,8 @@ class Run:
     cache: Path
     """The file of the generator's answers."""
     task: Task
+    problems: Problems
+    """The problems of each split that fit the controller's context."""
     skipped_problems: Mapping[str, int]
     """How many problems of each split do not fit the controller's context and are left out."""
     generator: Generator
@@ -153,27 +156,31 @@ def assemble(config: RunConfig, folder: Path, cache: Path, ranks: Ranks, stack: 
     The cheap parts are checked first, so that a missing key or file is reported before a model is loaded.
     """
     world = World(device=torch.device(config.controller.device)) if ranks.world == ALONE else ranks.world
+    if config.controller.adapter:  # it is trained further as it is
+        with ranks.all_or_none():
+            config = replace(config, lora=read_config(Path(config.controller.adapter)))
     runner = stack.enter_context(asyncio.Runner())
     with ranks.all_or_none():
-        splits = load_splits(config)
+        tokenizer = Tokenizer.load(Path(config.controller.path))
+
+        def count_tokens(prompt: Messages) -> int:
+            return len(tokenizer.render(prompt, add_generation_prompt=True).ids)
+
+        task = open_task(config, count_tokens)
+        problems = load_problems(task)
     generator = stack.enter_context(open_generator(config, folder, ranks, runner, cache))
-    threads = config.controller.threads or max(1, (os.cpu_count() or 1) // world.local_size)
+    threads = config.controller.threads or max(1, usable_cores() // world.local_size)
     torch.set_num_threads(threads)
     vllm = None
     with ranks.all_or_none():
         policies = open_policies(config, folder, world, trains)
-        tokenizer = Tokenizer.load(Path(config.controller.path))
         context = policies.model.config.max_position_embeddings
         if config.controller.engine == "vllm":
             line = stack.enter_context(StatusLine())
             vllm = open_vllm(config, tokenizer, folder / "vllm.log", world.size, line.show)
             stack.callback(lambda: runner.run(vllm.aclose()))
             context = min(context, config.controller.vllm.context or context)
-
-        def count_tokens(prompt: Messages) -> int:
-            return len(tokenizer.render(prompt, add_generation_prompt=True).ids)
-
-        task, skipped = make_task(config, splits, count_tokens, context)
+        problems, skipped = fitting_problems(config, task, problems, context)
     if skipped:
         logger.warning("problems that exceed the context are left out of everything: %s", skipped)
     return Run(
@@ -183,6 +190,7 @@ def assemble(config: RunConfig, folder: Path, cache: Path, ranks: Ranks, stack: 
         runner=runner,
         cache=cache,
         task=task,
+        problems=problems,
         skipped_problems=skipped,
         generator=generator,
         policies=policies,

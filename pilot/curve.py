@@ -1,9 +1,9 @@
 """A pilot over several seeds, and what its policies gain stage by stage: the learning curve with its intervals.
 
-Each seed has its own problems, adapters and episodes in a run directory of its own, so the whole can be stopped and
-continued. Pooled shares treat the held-out problems of all seeds as one sample; the seeds themselves stand beside them,
-since training differs between seeds as problems alone do not. Where a task's answers are graded, mean scores stand for
-shares and sign-flip tests for exact McNemar tests.
+Each seed has its own problems, adapters and episodes in its own run folder, so the series can be stopped and continued.
+Pooled shares treat the held-out problems of all seeds as one sample; the share of each seed is listed, too, since
+training differs between seeds more than a sample of problems does. Where a task grades its answers, mean scores take
+the place of shares, and sign-flip tests that of exact McNemar tests.
 """
 
 import json

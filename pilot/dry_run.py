@@ -1,9 +1,8 @@
-"""One rank of a cluster that is not there: the model is built, cut and run without memory and without peers.
+"""One rank of a simulated cluster: the model is built, sharded and run without memory and without other ranks.
 
-torch's fake tensors have shapes and no numbers, its fake process group answers every collective at once. What remains
-is what torch would do: which collectives run with how many bytes, and what is held at the highest point, as
-`FSDPMemTracker` counts it. The rank is the first of all; it computes as on a CPU, so that the head's workspace and what
-attention holds are a CPU's.
+torch's fake tensors have shapes and no numbers, and its fake process group answers every collective at once. They show
+what torch would do: which collectives run with how many bytes, and the peak memory, as `FSDPMemTracker` counts it. The
+rank is rank 0. It computes as on a CPU, so the workspaces of head and attention are a CPU's.
 """
 
 import time
@@ -43,18 +42,18 @@ POLICY = "policy"
 def dry_run(
     model: type[LanguageModel], config: Any, job: Job, cluster: Cluster, layout: str, policy: str, with_peak: bool
 ) -> dict[str, Any]:
-    """Return what the first rank does in one micro-batch and the sum after it, under `layout` and activation `policy`.
+    """Return what rank 0 does in one micro-batch and the sum after it, under `layout` and activation `policy`.
 
     stored_bytes; collectives by kind, with count and sent_bytes; peak_bytes by category and "total", {} without
-    with_peak (it takes minutes) and for a model that is not cut; seconds, that it took here. model, config: the
-    architecture and what it takes. Raises ValueError for a base in four bits, and under torchrun.
+    with_peak (which takes minutes) and for a model that is not sharded; seconds that the dry run took here. model,
+    config: the architecture and its configuration. Raises ValueError for a base in four bits, and under torchrun.
     """
     if any(weight.packed for weight in job.weights):
         raise ValueError("plan: a dry run has no base in four bits; leave --quantization or --dry-run out")
     began = time.perf_counter()
-    cut = layout != "replicate"
-    with _nobody(cluster) as world:
-        mesh = make_mesh(Layout(layout, shards_of(layout, cluster), ""), world) if cut else None
+    is_sharded = layout != "replicate"
+    with _simulated_world(cluster) as world:
+        mesh = make_mesh(Layout(layout, shards_of(layout, cluster), ""), world) if is_sharded else None
         with FakeTensorMode():
             done = _first_rank(model, config, job, policy, with_peak, world, mesh)
     return done | {"seconds": time.perf_counter() - began}
@@ -83,7 +82,7 @@ def _first_rank(
         set_active(built, POLICY)
         trained = list(trainable_parameters(built, POLICY).values())
     optimizer = torch.optim.AdamW(trained, foreach=False)
-    for parameter in trained:  # a first step makes the moments that a later one finds
+    for parameter in trained:  # the first step allocates the moments
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
@@ -97,8 +96,8 @@ def _first_rank(
 
 
 @contextmanager
-def _nobody(cluster: Cluster) -> Iterator[World]:
-    """Be the first rank of a cluster that is not there."""
+def _simulated_world(cluster: Cluster) -> Iterator[World]:
+    """Opens a simulated World as rank 0, using torch's fake process group."""
     if dist.is_initialized():
         raise ValueError("plan: a dry run stands in for a cluster; start it without torchrun")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=cluster.size)
@@ -118,7 +117,7 @@ def _build(model: type[LanguageModel], config: Any, dtype: torch.dtype) -> Langu
 
 
 def _micro_batch(model: LanguageModel, job: Job, policy: str, reference: bool) -> None:
-    """Run the passes of one micro-batch as the trainer does, on tokens that all count."""
+    """Run the passes of one micro-batch as the trainer does; every token is scored."""
     ids_BT = torch.zeros(1, job.micro_batch_tokens, dtype=torch.long)
 
     def logps() -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The episodes of one stage of a run: its jobs by content key, shared among the ranks, shown, and ended by a signal.
+"""The episodes of one stage of a run: keyed by content, shared among the ranks, shown on a progress line, stoppable.
 
 Each rank records the episodes that it ran in a journal of its own and reads those of the others when all ranks are
 done. A recorded episode is never run again, whatever the number of ranks was then and is now.
@@ -12,35 +12,19 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from matryoshka.core.protocols import Controller, GeneratorError, RunStopped
-from matryoshka.core.records import Example, RolloutSettings, Sampling, Trajectory, content_key, from_json, to_json
+from matryoshka.core.records import Example, RolloutSettings, Trajectory, content_key, from_json, to_json
 from matryoshka.core.redaction import to_redacted_json
 from matryoshka.core.signals import Interrupted, async_stop_event
-from matryoshka.pilot.config import RunConfig
+from matryoshka.inference.local_controller import TokenSampler
+from matryoshka.pilot.config import RunConfig, rollout_settings
 from matryoshka.pilot.context import Run, Scheme
 from matryoshka.pilot.progress import Progress
 from matryoshka.pilot.ranks import deal
 from matryoshka.pilot.ray import run_on_ray
+from matryoshka.tasks.find import own_class
 from matryoshka.tasks.rollout import Job, Setup, failures, job_key, recorded, run_rollouts
 
-STEP_S = 0.2  # how often the ranks tell each other how far they are
-
-
-def rollout_settings(config: RunConfig, greedy: bool) -> RolloutSettings:
-    """Return the settings of an episode: the controller greedy or at the collection temperature, the generator greedy.
-    """
-    rollout = config.rollout
-    return RolloutSettings(
-        controller=Sampling(
-            temperature=0.0 if greedy else rollout.temperature,
-            top_p=1.0 if greedy else rollout.top_p,
-            max_tokens=rollout.guidance_tokens,
-        ),
-        generator=Sampling(max_tokens=rollout.code_tokens),
-        protocol=rollout.protocol,
-        inner_attempts=rollout.inner_attempts,
-        outer_turns=rollout.outer_turns,
-        overlong=config.overlong,
-    )
+EXCHANGE_S = 0.2  # how often the ranks tell each other how far they are
 
 
 def sampled_settings(config: RunConfig, seed: int, samples: int) -> list[RolloutSettings]:
@@ -52,9 +36,12 @@ def sampled_settings(config: RunConfig, seed: int, samples: int) -> list[Rollout
 
 def policy_scheme(run: Run, stage: str) -> Scheme:
     """Return the scheme of the trained policy of `stage` ("": the base model), with greedy decoding."""
-    name = run.policies.name(stage)
-    settings = rollout_settings(run.config, greedy=True)
-    return Scheme(name, lambda run, sampler: run.policies.controller(stage, sampler), settings)
+
+    def controller(run: Run, sampler: TokenSampler) -> Controller:
+        policy, scheme = run.policies.controller(stage, sampler), run.config.controller.scheme
+        return own_class(scheme, "[controller] scheme")(policy) if scheme else policy
+
+    return Scheme(run.policies.name(stage), controller, rollout_settings(run.config, greedy=True))
 
 
 def run_episodes(
@@ -72,7 +59,7 @@ def run_episodes(
     these ids. Raises RunStopped when the budget is spent, Interrupted on SIGINT or SIGTERM; the other errors are those
     of `_run_stage`.
     """
-    examples = [example for split in splits for example in run.task.examples(split)][:first]
+    examples = [example for split in splits for example in run.problems[split]][:first]
     examples = [example for example in examples if only is None or example.id in only]
     with run.seconds.timed(label or f"{scheme.name} {'+'.join(splits)}"), run.open_sampler() as sampler:
         stage = Stage(run, label or scheme.name, scheme, scheme.make(run, sampler))
@@ -115,19 +102,19 @@ async def _run_stage(stage: Stage, jobs: Sequence[Job]) -> list[Trajectory]:
     mine = deal(pending, [job.example.id for job in pending], ranks.world.size)[ranks.world.rank]
     with Progress(stage.label, len(pending), ranks.world.is_first) as progress, async_stop_event() as stop:
         outcome, done = await _run_share(stage, mine, progress, stop)
-    told = ranks.texts(str(outcome or ""))
+    outcomes = ranks.texts(str(outcome or ""))
     if outcome is not None:
         raise outcome
-    if others := [f"rank {rank}: {text}" for rank, text in enumerate(told) if text]:
-        raise RunStopped(f"{stage.label}: stopped, and all that ended is recorded; {others[0]}")
+    if others := [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if text]:
+        raise RunStopped(f"{stage.label}: stopped, and all episodes that ended are recorded; {others[0]}")
     journal.refresh()
     known = {job.key: trajectory for job, trajectory in zip(mine, done, strict=True)}
-    # A failed episode is in no journal, so that it is tried again; whoever reports needs it all the same.
+    # A failed episode is in no journal, so that a restart runs it again, but this stage's result needs it.
     failed = {key: to_json(trajectory) for key, trajectory in known.items() if key not in journal.rows}
     for text in ranks.texts(json.dumps(failed)):
         known |= {key: from_json(Trajectory, row) for key, row in json.loads(text).items()}
     found = [known[job.key] if job.key in known else recorded(journal, job.key) for job in jobs]
-    lost = [trajectory for trajectory in found if trajectory.info.get("verdict") == "failed"]
+    lost = [trajectory for trajectory in found if trajectory.info.verdict == "failed"]
     if len(lost) > max_failed_share * len(found):
         raise GeneratorError(failures(lost, len(found), max_failed_share))
     return found
@@ -139,7 +126,7 @@ async def _run_share(
     """Return why this rank's `jobs` are not all done, None if they are, and their trajectories, once all ranks end."""
     run, ranks = stage.run, stage.run.ranks
     ended = right = 0
-    of_others = (0, 0)  # ended and right, when the ranks last spoke
+    of_others = (0, 0)  # ended and right of the other ranks, when they last said
     is_done, by_others, is_alone = asyncio.Event(), False, False
     outcome: Exception | None = None
     done: list[Trajectory] = []
@@ -152,12 +139,12 @@ async def _run_share(
     def on_done(job: Job, trajectory: Trajectory) -> None:
         nonlocal ended, right
         ended, right = ended + 1, right + (trajectory.reward > 0.5)
-        if trajectory.info.get("verdict") == "failed":
+        if trajectory.info.verdict == "failed":
             _note_failure(stage, job, trajectory)
         show()
 
-    async def keep_step() -> None:
-        """Tell the other ranks how far we are until all are done; one that stops, stops all."""
+    async def exchange_progress() -> None:
+        """Tell the other ranks how far this one is until all are done; a rank that stops, stops all."""
         nonlocal of_others, by_others, is_alone
         while ranks.world.size > 1:
             own = [ended, right, is_done.is_set(), stop.is_set() or outcome is not None]
@@ -175,14 +162,14 @@ async def _run_share(
             if sums[2] == ranks.world.size:
                 return
             with suppress(TimeoutError):
-                async with asyncio.timeout(STEP_S):
+                async with asyncio.timeout(EXCHANGE_S):
                     await is_done.wait()
 
     async def stop_sending() -> None:
         await stop.wait()
         run.stop_sending()
 
-    steps, stopping = asyncio.create_task(keep_step()), asyncio.create_task(stop_sending())
+    exchange, stopping = asyncio.create_task(exchange_progress()), asyncio.create_task(stop_sending())
     try:
         if run.config.executor == "ray":
             done = await run_on_ray(run, stage.scheme, jobs, on_done, stop)
@@ -194,21 +181,21 @@ async def _run_share(
         if not (isinstance(err, RunStopped) and stop.is_set()):  # the cause of `stop` is reported instead
             outcome = err
     except BaseException:
-        steps.cancel()
+        exchange.cancel()
         raise
     finally:
         stopping.cancel()
     is_done.set()
-    await steps
+    await exchange
     if is_alone:
-        raise Interrupted(f"{stage.label}: another rank is gone; all that ended here is recorded")
+        raise Interrupted(f"{stage.label}: another rank is dead; all episodes that ended here are recorded")
     if outcome is None and stop.is_set() and not by_others:
-        outcome = Interrupted(f"{stage.label}: stopped by signal; all that ended is recorded")
+        outcome = Interrupted(f"{stage.label}: stopped by signal; all episodes that ended are recorded")
     return outcome, done
 
 
 def _note_failure(stage: Stage, job: Job, trajectory: Trajectory) -> None:
-    """Append why an episode failed to the file beside the journal, which it is not in, so as to be tried again."""
+    """Append why an episode failed to a file beside the journal; it is not in the journal, so that it is run again."""
     journal = stage.run.journal.path
     path = journal.with_name(journal.name.replace("trajectories", "failed", 1))
     row = {
@@ -216,7 +203,7 @@ def _note_failure(stage: Stage, job: Job, trajectory: Trajectory) -> None:
         "stage": stage.label,
         "example": job.example.id,
         "draw": job.settings.controller.draw,
-        "error": trajectory.info.get("error"),
+        "error": trajectory.info.error,
         "key": job.key,
     }
     with path.open("a", encoding="utf-8") as handle:

@@ -1,8 +1,8 @@
-"""`matryoshka estimate`: what a configuration will cost, from a few training examples that are really run.
+"""What a configuration will cost, estimated from a few training examples that are really run.
 
-The black box is really asked, with the untrained controller's guidance, and the answers are kept in the run's cache.
-How many episodes the whole run has follows from the configuration; each is taken to cost what these did on average.
-Equal requests, which a run asks once, are counted each: rather too much than too little.
+The generator is really called, with the untrained controller's guidance, and its answers are kept in the run's cache.
+The number of the whole run's episodes follows from the configuration; each is assumed to cost what these cost on
+average. Equal requests are counted each time although a run sends them once, so the estimate is rather too high.
 """
 
 import math
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.core.records import Trajectory, Usage
-from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.config import RunConfig, rollout_settings
 from matryoshka.pilot.context import Run, open_run
-from matryoshka.pilot.episodes import policy_scheme, rollout_settings, run_episodes
+from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, schemes
 
 EXAMPLES = 20
@@ -52,18 +52,18 @@ def extrapolate(run: Run, done: Sequence[Trajectory]) -> dict[str, Any]:
     """Return the episodes of each stage of the whole run, and calls, tokens and dollars at what `done` cost each."""
     episodes = num_episodes(run)
     total = sum(episodes.values())
-    infos = [trajectory.info for trajectory in done if trajectory.info["verdict"] != "failed"]
-    usages = [Usage(info["prompt_tokens"], info["completion_tokens"]) for info in infos]
+    infos = [trajectory.info for trajectory in done if trajectory.info.verdict != "failed"]
+    usages = [Usage(info.prompt_tokens, info.completion_tokens) for info in infos]
     if not usages:
-        raise ValueError("estimate: all episodes failed; the black box did not answer")
+        raise ValueError("estimate: all episodes failed, since the generator did not answer; check [generator]")
     if run.account is not None and not any(usage != Usage() for usage in usages):
-        raise ValueError("estimate: the black box says nothing of tokens (`usage`), so what it costs is not known")
+        raise ValueError("estimate: the generator's answers do not report tokens (`usage`), so their cost is unknown")
     tokens = Average.of([usage.prompt_tokens + usage.completion_tokens for usage in usages])
     price = None if run.account is None else run.account.price
     usd = None if price is None else Average.of([price.usd(usage) for usage in usages])
     return {
         "episodes": episodes,
-        "calls": total * statistics.fmean(info["calls"] for info in infos),
+        "calls": total * statistics.fmean(info.calls for info in infos),
         "tokens": total * tokens.value,
         "tokens_error": total * tokens.error,
         "usd": None if usd is None else total * usd.value,
@@ -75,12 +75,12 @@ def extrapolate(run: Run, done: Sequence[Trajectory]) -> dict[str, Any]:
 def num_episodes(run: Run) -> dict[str, int]:
     """Return how many episodes the stages of the whole run have, most of them with at least one black-box call."""
     config = run.config
-    sizes = {split: len(run.task.examples(split)) for split in ("train", "validation", *HELD_OUT_SPLITS)}
+    sizes = {split: len(run.problems[split]) for split in ("train", "validation", *HELD_OUT_SPLITS)}
     rates = len(config.dpo.learning_rates) or 1
     # Of the conditions, those with a trained policy are not there yet.
     trained = config.rounds + (config.warmup.source != "none") + (config.star and config.rounds > 0)
     return {
-        "warm-up": len(run.task.examples("warmup")) * config.warmup.samples * (config.warmup.source == "generator"),
+        "warm-up": len(run.problems["warmup"]) * config.warmup.samples * (config.warmup.source == "generator"),
         "collect": config.rounds * sizes["train"] * config.rollout.samples,
         "bootstrap, at most": config.rounds * sizes["train"] * config.rollout.bootstrap,
         "choose": (config.rounds * rates + config.rounds + 1) * sizes["validation"],

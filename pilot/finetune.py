@@ -1,7 +1,6 @@
 """SFT and preference training on a user's own file, of an adapter or of all weights: `matryoshka sft | dpo --data`."""
 
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from matryoshka.core.distributed import World, open_world
+from matryoshka.core.machine import usable_cores
 from matryoshka.core.models.load import empty_model
 from matryoshka.core.parallel.layout import ParallelConfig
 from matryoshka.core.text.tokenizer import Tokenizer
@@ -94,7 +94,7 @@ def finetune(
 def _finetune(
     settings: SftCommand, preference: Preference | None, reference_cache: Path | None, world: World
 ) -> dict[str, Any] | None:
-    torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // world.local_size))
+    torch.set_num_threads(settings.threads or max(1, usable_cores() // world.local_size))
     tokenizer = Tokenizer.load(settings.model)
     items = (read_conversations if preference is None else read_preferences)(settings.data, tokenizer)
     items, skipped = fitting(items, empty_model(settings.model).config.max_position_embeddings, settings.overlong)

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, which configuration it was started with, and what a kill left behind in it."""
+"""A run's folder: its lock, the configuration that it was started with, its caches, and how long its stages took."""
 
 import json
 import os
@@ -12,19 +12,19 @@ from matryoshka.core.config import diff, load_toml
 from matryoshka.core.files import folder_lock, write_folder, write_json
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.pilot.config import RunConfig
+from matryoshka.tasks.find import task_class
 
 RUNS = Path("runs")  # where the commands keep runs
 CONFIG = "config.toml"
 
-# Settings that a run may be continued with another value of.
+# Settings whose value may change when a run is continued.
 _PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "total_timeout_s")
 FREE_TO_CHANGE = (
     *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints", "controller.vllm."),
-    *("executor:", "ray_tasks:", "parallel.", "task.lamp.embeddings_cache:"),
-    *("task.isolation:", "task.sandbox_command:"),
+    *("executor:", "ray_tasks:", "parallel."),
     *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
 )
-DECISIVE = "controller.vllm.dtype:"  # of those; what is drawn depends on it
+DECISIVE = "controller.vllm.dtype:"  # the exception among those: the samples depend on it
 
 
 def claim(config: RunConfig, folder: Path, stack: ExitStack) -> tuple[bool, list[str]]:
@@ -33,7 +33,8 @@ def claim(config: RunConfig, folder: Path, stack: ExitStack) -> tuple[bool, list
     _sweep(folder)
     saved = (folder / CONFIG).exists()
     changed = diff(load_toml(RunConfig, folder / CONFIG), config) if saved else []
-    if changes := [line for line in changed if not line.startswith(FREE_TO_CHANGE) or line.startswith(DECISIVE)]:
+    free = (*FREE_TO_CHANGE, *(f"task.options.{name}:" for name in task_class(config.task.name).free_options))
+    if changes := [line for line in changed if not line.startswith(free) or line.startswith(DECISIVE)]:
         raise ValueError(
             f"{folder}: was started with another configuration: {'; '.join(changes)}. "
             "Take the old values to continue, or another name to start afresh"
@@ -47,9 +48,10 @@ def cache_path(folder: Path, node: str = "") -> Path:
 
 
 def deal_caches(folder: Path, num_nodes: int) -> None:
-    """Put all machines' caches of an earlier start into the first one's, and give the others a copy of its answers.
+    """Collect all machines' caches of an earlier start in the first machine's, and copy its answers to the others.
 
-    Nobody else may use them: it is the work of whoever holds the lock. What a kill in here counts twice, it overstates.
+    The caller holds the run's lock, and no process uses the caches. If the process is killed here, spending may be
+    counted twice, never too low.
     """
     others = sorted(folder.glob("cache.node-*.sqlite"))
     if num_nodes == 1 and not others:
@@ -90,8 +92,8 @@ class StageSeconds:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a kill left half-written; nobody else writes here while we hold the lock."""
-    for path in list(folder.rglob(".*.tmp")):
+    """Remove what a kill left half-written; while we hold the lock, no other process writes here."""
+    for path in [*folder.rglob(".*.tmp"), *folder.rglob(".*.old")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

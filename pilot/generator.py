@@ -17,17 +17,21 @@ from matryoshka.inference.llama_cpp import file_digest
 from matryoshka.inference.spending import Budget, total
 from matryoshka.lora.files import adapter_hash
 from matryoshka.pilot.config import RunConfig, ServeConfig
-from matryoshka.pilot.problems import scripted_generator
 from matryoshka.pilot.ranks import Ranks
 from matryoshka.pilot.serving import running_server
+from matryoshka.tasks.find import own_class, task_class
 
 
 def with_generator(config: RunConfig, name: str) -> RunConfig:
-    """Return `config` with another generator: a TOML file with the keys of [generator], or a name.
+    """Return `config` with another generator: URL#MODEL, a TOML file with the keys of [generator], or a name.
 
     A name is another scripted generator of the task, where [serve] names one, or another model at [generator].
     Raises ValueError where [serve] starts a model.
     """
+    if name.startswith(("http://", "https://")):
+        url, _, model = name.partition("#")
+        other = GeneratorConfig(url, model, api_key_env="")
+        return replace(config, generator=other, serve=ServeConfig())
     if name.endswith(".toml"):
         return replace(config, generator=load_toml(GeneratorConfig, name), serve=ServeConfig())
     if config.serve.scripted:
@@ -38,11 +42,20 @@ def with_generator(config: RunConfig, name: str) -> RunConfig:
 
 
 def _served_identity(serve: ServeConfig) -> str:
-    """Return what the answers of a server of our own are kept under, which changes with its weights."""
+    """Return the name that answers of our own server are cached under; it changes with the model's weights."""
     model = Path(serve.model)
     if serve.engine == "llama.cpp":
         return f"{model.name}+{file_digest(model)[:16]}"
     return f"{model.name}+{adapter_hash(serve.adapter_folder) if serve.adapter_folder else 'base'}"
+
+
+def scripted_generator(config: RunConfig) -> Generator:
+    """Return the generator that [serve] scripted names: one of the task's, or a class of the user's own."""
+    name = config.serve.scripted
+    if ":" in name:
+        generator: Generator = own_class(name, "[serve] scripted")()
+        return generator
+    return task_class(config.task.name).scripted_generator(name)
 
 
 @contextmanager
@@ -55,7 +68,7 @@ def open_generator(
     server's log. cache: the file of answers. Raises ValueError, GeneratorError for a generator that cannot work.
     """
     if config.serve.scripted:
-        yield scripted_generator(config.task, config.serve.scripted)
+        yield scripted_generator(config)
         return
     world, client = ranks.world, config.generator
     with ExitStack() as stack:

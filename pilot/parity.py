@@ -1,30 +1,36 @@
-"""`matryoshka parity`: log-probs of the same tokens from trainer, sampler and vLLM, with and without an adapter.
+"""Log-probs of the same tokens from trainer, sampler and vLLM, with and without an adapter, tempered or not.
 
-Each of the two draws answers to word problems; the trainer computes their log-probs again, and vLLM reads those that
-our sampler drew. What is beyond the bound of the dtype fails: with such samples a pilot would refuse to train.
+Sampler and vLLM draw answers to word problems; the trainer computes their log-probs again, and vLLM reads the answers
+of our sampler. A difference beyond the bound of the dtype is a failure: a pilot would refuse to train on such samples.
+Answers are drawn at temperature 1 and at 0.7 with top-p 0.9. The trainer knows neither, so that equal log-probs show
+that the returned ones are of the whole, untempered distribution.
 """
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from matryoshka.core.models.load import load_model
+from matryoshka.core.protocols import TaskSetting
 from matryoshka.core.records import Message, Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.dpo.data import completion
 from matryoshka.dpo.parity import Difference, difference, trainer_logps
+from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.inference.sampler import Sampler
 from matryoshka.inference.vllm import Vllm
 from matryoshka.inference.vllm_server import VllmConfig, VllmServer
 from matryoshka.lora.files import load_adapter, read_config
 from matryoshka.lora.linear import active
+from matryoshka.pilot.config import TaskConfig
 from matryoshka.pilot.progress import StatusLine
 from matryoshka.pilot.training import DTYPES
-from matryoshka.tasks.pal import synthetic_problems as words
+from matryoshka.tasks.find import task_class
+
+DRAWN_AT = ((1.0, 1.0), (0.7, 0.9))  # temperature, top-p
 
 
 @dataclass(frozen=True)
@@ -51,60 +57,78 @@ class ParityConfig:
     """How vLLM is started."""
 
 
-Drawn = list[tuple[tuple[int, ...], Sample]]
+@dataclass(frozen=True)
+class ParityRow:
+    """How far two programs are apart on the same tokens. sampling: how these were drawn; source: whose log-probs."""
+
+    adapter: str
+    sampling: str
+    source: str
+    against: str
+    difference: Difference
 
 
-def measure(config: ParityConfig) -> list[dict[str, Any]]:
-    """Return a row for each pair of programs and adapter: who against whom, and how far apart in nats."""
+@dataclass(frozen=True)
+class _Case:
+    """One adapter (None: the base model) under one way to draw, and its answers with their prompts."""
+
+    adapter: Path | None
+    sampling: Sampling
+    ours: list[Sample]
+    scores: list[tuple[float, ...]]
+    theirs: list[Sample]
+
+
+def measure(config: ParityConfig) -> list[ParityRow]:
+    """Return a row for each pair of programs, adapter and way to draw."""
     tokenizer, model = Tokenizer.load(config.model), load_model(config.model, DTYPES[config.dtype], config.device)
-    places: list[Path | None] = [None] if config.adapter is None else [None, config.adapter]
+    adapters: list[Path | None] = [None] if config.adapter is None else [None, config.adapter]
     if config.adapter is not None:
         load_adapter(model, "adapter", config.adapter)
     rank = 0 if config.adapter is None else read_config(config.adapter).rank
-    questions = [example.fields["question"] for example in words.load("test", config.samples, config.seed)]
+    task = TaskConfig()
+    setting = TaskSetting(dict.fromkeys(task.sizes, 0) | {"test": config.samples}, config.seed)
+    questions = [e.fields["question"] for e in task_class(task.name)(task.options, setting).examples("test")]
     prompts = [tokenizer.render((Message("user", text),), add_generation_prompt=True).ids for text in questions]
-    sampling = Sampling(temperature=1.0, max_tokens=config.tokens, seed=config.seed)
 
-    async def ours() -> list[Drawn]:
-        with Sampler(model, tokenizer) as sampler:
-            names = [None if place is None else "adapter" for place in places]
-            return [[(ids, await sampler.generate(ids, sampling, name)) for ids in prompts] for name in names]
+    async def answers(sampler: TokenSampler, sampling: Sampling, name: str | None) -> list[Sample]:
+        return list(await asyncio.gather(*(sampler.generate(ids, sampling, name) for ids in prompts)))
 
-    async def theirs(drawn: Sequence[Drawn]) -> tuple[list[list[tuple[float, ...]]], list[Drawn]]:
+    async def draw() -> list[_Case]:
         server = VllmServer(config.vllm, config.model, "controller", config.dtype, rank, config.log)
-        with StatusLine() as line:
+        cases = []
+        with StatusLine() as line, Sampler(model, tokenizer) as sampler:
             vllm = Vllm(server, tokenizer, rank, line.show)
             try:
-                names = [None if place is None else vllm.register(place) for place in places]
-                scores, samples = [], []
-                for name, rows in zip(names, drawn, strict=True):
-                    scoring = (vllm.score(ids, sample.token_ids or (), name) for ids, sample in rows)
-                    scores.append(list(await asyncio.gather(*scoring)))
-                    drawing = (vllm.generate(ids, sampling, name) for ids in prompts)
-                    samples.append(list(zip(prompts, await asyncio.gather(*drawing), strict=True)))
-                return scores, samples
+                for adapter in adapters:
+                    name = None if adapter is None else vllm.register(adapter)
+                    for temperature, top_p in DRAWN_AT:
+                        sampling = Sampling(temperature, top_p, config.tokens, seed=config.seed)
+                        ours = await answers(sampler, sampling, None if adapter is None else "adapter")
+                        pairs = zip(prompts, ours, strict=True)
+                        reading = (vllm.score(ids, sample.token_ids or (), name) for ids, sample in pairs)
+                        scores = list(await asyncio.gather(*reading))
+                        cases.append(_Case(adapter, sampling, ours, scores, await answers(vllm, sampling, name)))
             finally:
                 await vllm.aclose()
+        return cases
 
-    local = asyncio.run(ours())
-    scores, remote = asyncio.run(theirs(local))
     rows = []
-    for place, drawn, scored, served in zip(places, local, scores, remote, strict=True):
-        with active(model, None if place is None else "adapter"), torch.no_grad():
-            trained = [trainer_logps(model, completion(ids, sample)) for ids, sample in drawn]
-            trained_served = [trainer_logps(model, completion(ids, sample)) for ids, sample in served]
-        sampled = [sample.logprobs or () for _, sample in drawn]
-        for name, against, first, second in (
-            ("our sampler, drawing", "trainer", sampled, trained),
-            ("vLLM, reading (prompt_logprobs)", "trainer", scored, trained),
-            ("vLLM, reading (prompt_logprobs)", "our sampler, drawing", scored, sampled),
-            ("vLLM, drawing", "trainer", [sample.logprobs or () for _, sample in served], trained_served),
+    for case in asyncio.run(draw()):
+        with active(model, None if case.adapter is None else "adapter"), torch.no_grad():
+            trained, trained_theirs = (
+                [trainer_logps(model, completion(ids, sample)) for ids, sample in zip(prompts, samples, strict=True)]
+                for samples in (case.ours, case.theirs)
+            )
+        ours, theirs = ([sample.logprobs or () for sample in samples] for samples in (case.ours, case.theirs))
+        adapter = "none" if case.adapter is None else case.adapter.name
+        sampling = f"temperature {case.sampling.temperature:g}, top-p {case.sampling.top_p:g}"
+        for source, against, first, second in (
+            ("our sampler, drawing", "trainer", ours, trained),
+            ("vLLM, reading (prompt_logprobs)", "trainer", case.scores, trained),
+            ("vLLM, reading (prompt_logprobs)", "our sampler, drawing", case.scores, ours),
+            ("vLLM, drawing", "trainer", theirs, trained_theirs),
         ):
-            found = _all(first, second)
-            adapter = "none" if place is None else place.name
-            rows.append({"adapter": adapter, "log-probs": name, "against": against, **asdict(found)})
+            found = difference([x for row in first for x in row], [x for row in second for x in row])
+            rows.append(ParityRow(adapter, sampling, source, against, found))
     return rows
-
-
-def _all(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> Difference:
-    return difference([x for row in first for x in row], [x for row in second for x in row])

@@ -1,4 +1,4 @@
-"""`matryoshka plan`: whether a model trains on a cluster that nobody has tried yet, in which layout, and how fast.
+"""What is predicted of training on a cluster that has not been tried yet: the settings and the model's shapes.
 
 Predictions from shapes (`cluster.py`, `core/parallel/forecast.py`); nothing is loaded, no GPU is needed. `--dry-run`
 besides builds the model with fake tensors and runs the first rank's step with a fake process group

@@ -1,8 +1,8 @@
-"""What a stage's policy is on disk, in the model and to the sampler: an adapter of the controller, or all its weights.
+"""The policies of a run, on disk, in the model and for the sampler: adapters of the controller, or all its weights.
 
-A policy goes by its stage: "" is the model that the run was given, "warmup", "star", "round-2", "round-2/lr-1e-05" are
-folders of the run. What a stage has trained appears there whole and stays as it is, so that it is trained if it is
-there. All ranks call every method alike.
+A policy is named by its stage: "" is the model that the run was given; "warmup", "star", "round-2", "round-2/lr-1e-05"
+are folders of the run. Folders appear atomically and never change, so an existing folder means that training finished.
+All ranks call every method in the same order.
 """
 
 from collections.abc import Sequence
@@ -43,33 +43,49 @@ from matryoshka.pilot.training import (
 class Adapters:
     """Policies that are adapters of one base model: `<stage>/adapter` in PEFT's layout.
 
-    model: the base with the adapters in use. It lies on the ranks as [parallel] says where vLLM samples; our own
-    sampler needs all of it on each. Where vLLM samples and nothing is to be trained, it has no weights.
+    model: the base with the adapters in use. Where vLLM samples, the ranks hold it as [parallel] says; our own sampler
+    needs all of it on every rank. Where vLLM samples and nothing will be trained, it has no weights.
     """
 
     def __init__(self, config: RunConfig, root: Path, world: World, trains: bool) -> None:
-        """root: the run's folder. trains: whether anything is to be trained. Raises as `load_model` and `load_base`."""
+        """root: the run's folder. trains: whether anything will be trained. Raises as `load_model` and `load_base`."""
         self._config, self._root, self.world = config, root, world
         self._base = Path(config.controller.path)
+        self._first = Path(config.controller.adapter) if config.controller.adapter else None
+        if config.warmup.source == "adapter":  # it is the warm-up's policy, so that "" is the base model
+            self._first = None
         self.model = _load(config, world, trains)
-        # Not the model's: its weights may lie in the host's memory while it computes on a GPU.
+        # Not the device of the model's weights, which may lie in the host's memory while it computes on a GPU.
         self._device = torch.device("cpu") if self.model.head_weight.is_meta else world.device
 
     def folder(self, stage: str) -> Path:
-        """Return where the policy of `stage`, which is not "", lies once it is trained."""
-        return self._root / stage / "adapter"
+        """Return the folder that the policy of `stage` has once it is trained.
+
+        stage: also the path of an adapter folder from elsewhere, or of a stage of another run. "" has a folder only
+        where [controller] adapter names one.
+        """
+        if not stage and self._first is not None:
+            return self._first
+        folder = self._root / stage
+        return folder if (folder / adapters.CONFIG).is_file() else folder / "adapter"
+
+    def _has_adapter(self, stage: str) -> bool:
+        return bool(stage) or self._first is not None
 
     def name(self, stage: str) -> str:
         """Return the name of a trained policy, which changes with its weights."""
-        return f"{self._base.name}+{adapters.adapter_hash(self.folder(stage))}" if stage else self._base.name
+        if not self._has_adapter(stage):
+            return self._base.name
+        return f"{self._base.name}+{adapters.adapter_hash(self.folder(stage))}"
 
     def controller(self, stage: str, sampler: TokenSampler) -> Controller:
-        """Return the policy of `stage` as what `sampler` draws from, from now on."""
+        """Make `sampler` draw from the policy of `stage` and return the controller that asks it."""
         if isinstance(sampler, Vllm):
-            return LocalController(sampler, sampler.use(self.folder(stage or self._neutral())), self.name(stage))
-        if stage:
+            place = self.folder(stage) if self._has_adapter(stage) else self.folder(self._neutral())
+            return LocalController(sampler, sampler.use(place), self.name(stage))
+        if self._has_adapter(stage):
             self._load_policy(stage)
-        return LocalController(sampler, POLICY if stage else None, self.name(stage))
+        return LocalController(sampler, POLICY if self._has_adapter(stage) else None, self.name(stage))
 
     def computing(self, stage: str) -> AbstractContextManager[None]:
         """Return a context in which the model computes the policy of `stage`."""
@@ -79,7 +95,7 @@ class Adapters:
     def keep(self, before: str, stage: str) -> None:
         """Save the policy of `before` unchanged as `stage`'s."""
         self._load_policy(before)
-        self.world.barrier()  # nobody is still to ask whether it is trained
+        self.world.barrier()  # every rank has asked by now whether it is trained
         if self.world.is_first:
             adapters.save_adapter(self.model, POLICY, self.folder(stage), str(self._base))
         self.world.barrier()
@@ -87,27 +103,27 @@ class Adapters:
     def train(
         self, stage: str, start: str, items: Sequence[Item], config: TrainConfig, preference: Preference | None
     ) -> None:
-        """Train from the policy of `start`, the reference, and save what comes of it as `stage`'s; None is SFT."""
+        """Train from the policy of `start`, which is the reference, and save the result as `stage`'s; None is SFT."""
         self._load_policy(start)
         cache = self._root / "reference.sqlite" if self._config.dpo.reference_cache else None
         training = Training(
             self.model, self._base, items, config, preference, self._root / stage, stage, cache,
             self._config.tensorboard, self.world,
         )  # fmt: skip
-        train_policy(training, fresh=not start)
+        train_policy(training, fresh=not self._has_adapter(start))
 
     def _load_policy(self, stage: str) -> None:
         """Make POLICY the adapter of `stage` (a fresh one for the base model), alone in the model."""
         for name in {POLICY, REFERENCE} & adapter_names(self.model):
             remove_adapter(self.model, name)
-        if stage:
+        if self._has_adapter(stage):
             adapters.load_adapter(self.model, POLICY, self.folder(stage), self._device)
         else:
             seed = stable_seed("lora", self._config.seed)
             add_adapter(self.model, POLICY, self._config.lora, seed, self._device)
 
     def _neutral(self) -> str:
-        """Return a stage whose adapter changes nothing: vLLM serves it as the base model (`Vllm.generate` says why)."""
+        """Return a stage whose adapter changes nothing, which vLLM serves as the base model (see `Vllm.generate`)."""
         if not self.folder("untrained").exists():
             self.keep("", "untrained")
         return "untrained"
@@ -116,32 +132,33 @@ class Adapters:
 class Weights:
     """Policies that are all weights of the model: `<stage>/model`, an ordinary Hugging Face folder.
 
-    model: holds one policy at a time, and gets the weights of another one from its folder when they are wanted.
+    model: holds one policy at a time; the weights of another policy are read from its folder when it is needed.
     """
 
     def __init__(self, config: RunConfig, root: Path, world: World, trains: bool) -> None:
-        """root: the run's folder. trains: whether anything is to be trained. Raises as `load_model`."""
+        """root: the run's folder. trains: whether anything will be trained. Raises as `load_model`."""
         self._config, self._root, self.world = config, root, world
         self._base, self._dtype = Path(config.controller.path), DTYPES[config.controller.dtype]
         if trains or config.controller.engine == "local":
             self.model = load_model(self._base, self._dtype, world.device)
         else:
             self.model = empty_model(self._base)
-        self._loaded: str | None = ""  # whose weights these are; None: being trained
+        self._loaded: str | None = ""  # the stage whose weights the model holds; None while it is trained
         self._names = {"": self._base.name}
 
     def folder(self, stage: str) -> Path:
-        """Return where the policy of `stage` lies once it is trained."""
-        return self._root / stage / "model" if stage else self._base
+        """Return the folder that the policy of `stage` has once it is trained."""
+        folder = self._root / stage
+        return (folder if (folder / "config.json").is_file() else folder / "model") if stage else self._base
 
     def name(self, stage: str) -> str:
-        """Return the name of a trained policy, which changes with its weights; they are read once for it."""
+        """Return the name of a trained policy, which changes with its weights; it reads them once."""
         if stage not in self._names:
             self._names[stage] = f"{self._base.name}+{weights_hash(self.folder(stage))}"
         return self._names[stage]
 
     def controller(self, stage: str, sampler: TokenSampler) -> Controller:
-        """Return the policy of `stage` as what `sampler`, vLLM or one of `model`, draws from, from now on."""
+        """Make `sampler` draw from the policy of `stage` and return the controller that asks it."""
         if isinstance(sampler, Vllm):
             sampler.use_model(self.folder(stage))
         else:
@@ -156,16 +173,16 @@ class Weights:
     def keep(self, before: str, stage: str) -> None:
         """Save the policy of `before` unchanged as `stage`'s."""
         self._load_policy(before)
-        self.world.barrier()  # nobody is still to ask whether it is trained
+        self.world.barrier()  # every rank has asked by now whether it is trained
         save_model(self.model, self.folder(before), self.folder(stage), self._dtype, self.world)
 
     def train(
         self, stage: str, start: str, items: Sequence[Item], config: TrainConfig, preference: Preference | None
     ) -> None:
-        """Train from the policy of `start`, the reference, and save what comes of it as `stage`'s; None is SFT.
+        """Train from the policy of `start`, which is the reference, and save the result as `stage`'s; None is SFT.
 
-        The reference's log-probs are computed before and kept in a file of the round, for all its learning rates. What
-        they are found by covers the weight files of `start`, so that no other policy's are ever taken.
+        The reference's log-probs are computed before training and kept in a file of the round, for all its learning
+        rates. Their keys cover the weight files of `start`, so that another policy's are never used.
         """
         self._load_policy(start)
         self._loaded = None
@@ -203,7 +220,7 @@ def _load(config: RunConfig, world: World, trains: bool) -> LanguageModel:
 
 
 def _heaviest(config: RunConfig) -> TrainConfig:
-    """Return what the model's layout is planned for: the most that the run's trainings take, no item being known yet"""
+    """Return the settings that the model's layout is planned for: the most demanding of the run's trainings."""
     used = [config.dpo.train]
     if config.star or config.warmup.source != "none":
         used.append(config.warmup.train)

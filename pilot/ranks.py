@@ -1,6 +1,6 @@
-"""What the ranks of a run say to each other beside training: small sums and texts, over gloo whatever the devices are.
+"""Messages between the ranks of a run, beside training: small sums and texts, over gloo whatever the devices are.
 
-Every method is a collective: all ranks call it, in the same order. Alone, each is the identity.
+Every method is a collective: all ranks call it, in the same order. In a single process each is the identity.
 """
 
 import sys
@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The processes of a run, with a channel of their own, so that talk does not mix with gradients.
+    """The processes of a run, with a process group of their own, so that messages do not mix with gradients.
 
-    A rank that says nothing for TIMEOUT_S is taken for gone.
+    A rank that sends nothing for TIMEOUT_S is taken to be dead.
     """
 
     def __init__(self, world: World = ALONE) -> None:
@@ -40,27 +40,27 @@ class Ranks:
         return self.world.size // self.world.local_size
 
     def sums(self, numbers: Sequence[int]) -> list[int]:
-        """Return the sum over the ranks of each number. Raises RuntimeError when a rank is gone."""
+        """Return the sum over the ranks of each number. Raises RuntimeError when a rank is dead."""
         total = torch.tensor(numbers, dtype=torch.int64)
         if self.world.size > 1:
             dist.all_reduce(total, group=self._group)
         return [int(number) for number in total]
 
     def texts(self, text: str) -> list[str]:
-        """Return the text of every rank, in their order. Raises RuntimeError when a rank is gone."""
+        """Return the text of every rank, in rank order. Raises RuntimeError when a rank is dead."""
         data, rank, size = text.encode(), self.world.rank, self.world.size
         lengths = self.sums([len(data) if i == rank else 0 for i in range(size)])
-        both = torch.zeros(sum(lengths), dtype=torch.uint8)  # one row after the other, each filled by its rank alone
+        texts = torch.zeros(sum(lengths), dtype=torch.uint8)  # one after the other; each rank fills in its own
         if data:
             start = sum(lengths[:rank])
-            both[start : start + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        if size > 1 and len(both):
-            dist.all_reduce(both, group=self._group)
-        whole, ends = both.numpy().tobytes(), [sum(lengths[: i + 1]) for i in range(size)]
-        return [whole[end - length : end].decode() for end, length in zip(ends, lengths, strict=True)]
+            texts[start : start + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if size > 1 and len(texts):
+            dist.all_reduce(texts, group=self._group)
+        joined, ends = texts.numpy().tobytes(), [sum(lengths[: i + 1]) for i in range(size)]
+        return [joined[end - length : end].decode() for end, length in zip(ends, lengths, strict=True)]
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         self.sums([0])
 
     @contextmanager
@@ -85,14 +85,13 @@ class Ranks:
         texts = self.texts(text)
         if odd := [rank for rank, other in enumerate(texts) if other != texts[0]]:
             raise ValueError(
-                f"{what} of rank {odd[0]} are not those of rank 0: have all ranks the same code, data and "
-                "configuration, and a run directory on a file system that all of them share?"
+                f"{what} of rank {odd[0]} are not those of rank 0; give all ranks the same code, data and "
+                "configuration, and a run directory on a file system that all of them share"
             )
 
 
 def deal(items: Sequence[T], owners: Sequence[str], count: int) -> list[list[T]]:
-    """Return `items` in `count` shares: their owners take turns in the order that they come in, each with all its own.
-    """
+    """Return `items` in `count` shares: owner i of the list has all its items in share i modulo `count`."""
     order = {owner: i for i, owner in enumerate(dict.fromkeys(owners))}
     shares: list[list[T]] = [[] for _ in range(count)]
     for item, owner in zip(items, owners, strict=True):

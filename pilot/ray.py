@@ -1,9 +1,9 @@
 """Episodes as tasks of a Ray cluster (`--executor ray`): the same jobs, run elsewhere, recorded here.
 
-A task is one share of a stage's jobs. It opens what it needs in its own process (problems, client, model, sampler),
-keeps that for the next stage's task, and streams trajectories back; the driver alone writes the journal, so either
-executor continues what the other began. Every machine of the cluster sees the run's folder and the model under the same
-path and has the keys in its environment.
+A task runs one share of a stage's jobs. It opens the run in its own process (problems, client, model, sampler), keeps
+it open for the next stage's task, and streams trajectories back. The driver alone writes the journal, so each executor
+continues the work of the other. Every machine of the cluster must see the run's folder and the model under the same
+path and have the keys in its environment.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from typing import Any
 
 from matryoshka.core.config import to_toml
 from matryoshka.core.files import UnwrittenJournal
+from matryoshka.core.machine import usable_cores
 from matryoshka.core.protocols import Controller, GeneratorError, RunStopped
 from matryoshka.core.records import Trajectory, from_json, to_json
 from matryoshka.core.redaction import redact_output
@@ -51,7 +52,7 @@ async def run_on_ray(
 ) -> list[Trajectory]:
     """Return the trajectories of `jobs`, in their order, run as Ray tasks; raises as `run_rollouts` does.
 
-    A task that dies with its machine or by a signal ends the run with RuntimeError; what had come back is recorded.
+    A task that dies with its machine or by a signal ends the run with RuntimeError; the episodes received are recorded.
     """
     import ray
 
@@ -61,14 +62,14 @@ async def run_on_ray(
     file = run.folder / STOP
     file.unlink(missing_ok=True)
 
-    async def take(stream: Any) -> None:
-        """Record what a task sends until it ends; if not in order, the others are asked to end too."""
+    async def receive(stream: Any) -> None:
+        """Record the episodes that a task sends; if it ends without all of them, ask the other tasks to end, too."""
         async for reference in stream:
             kind, body = await reference
             if kind == "episodes":
                 for key, row in body:
                     trajectory = done[key] = from_json(Trajectory, row)
-                    if trajectory.info.get("verdict") != "failed":
+                    if trajectory.info.verdict != "failed":
                         journal.append(key, {"trajectory": row}, sync=False)
                     on_done(by_key[key], trajectory)
                 await asyncio.to_thread(journal.sync)
@@ -76,7 +77,7 @@ async def run_on_ray(
                 ends.append(_END[kind](body))
                 file.touch()
 
-    async def pass_on() -> None:
+    async def request_stop() -> None:
         await stop.wait()
         file.touch()
 
@@ -88,11 +89,11 @@ async def run_on_ray(
     streams = [
         task.remote(_config_of_task(run, i, len(shares)), driver, scheme, share) for i, share in enumerate(shares)
     ]
-    watch = asyncio.create_task(pass_on())
+    watch = asyncio.create_task(request_stop())
     try:
         async with asyncio.TaskGroup() as group:
             for stream in streams:
-                group.create_task(take(stream))
+                group.create_task(receive(stream))
     except BaseExceptionGroup as errors:
         file.touch()
         raise _cause(errors.exceptions[0]) from errors
@@ -108,7 +109,7 @@ async def run_on_ray(
 def _config_of_task(run: Run, index: int, count: int) -> RunConfig:
     """Return the configuration of task `index` of `count`: the driver's generator with a part of the limits."""
     num_machines = len(machines())
-    threads = max(1, (os.cpu_count() or 1) // -(-count // num_machines))  # tasks on one machine share its cores
+    threads = max(1, usable_cores() // -(-count // num_machines))  # tasks on one machine share its cores
     controller = replace(run.config.controller, threads=run.config.controller.threads or threads)
     config, generator = replace(run.config, controller=controller), getattr(run.generator, "config", None)
     if generator is None:
@@ -150,7 +151,7 @@ def _task(config: RunConfig, driver: Driver, scheme: Scheme, jobs: Sequence[Job]
         episodes = run_rollouts(setup, jobs, UnwrittenJournal(), run.limit, on_done, share, stop)
         return asyncio.create_task(episodes)
 
-    async def go_on(task: "asyncio.Task[list[Trajectory]]") -> None:
+    async def wait_for_episode(task: "asyncio.Task[list[Trajectory]]") -> None:
         while not ended and not task.done():
             await asyncio.wait({task}, timeout=POLL_S)
             if (driver.folder / STOP).exists() and not stop.is_set():
@@ -158,10 +159,10 @@ def _task(config: RunConfig, driver: Driver, scheme: Scheme, jobs: Sequence[Job]
                 run.stop_sending()
 
     with run.open_sampler() as sampler:
-        # The loop stands still while Ray takes what is yielded.
+        # The event loop stands still while Ray takes an item.
         task = run.runner.run(begin(scheme.make(run, sampler)))
         while ended or not task.done():
-            run.runner.run(go_on(task))
+            run.runner.run(wait_for_episode(task))
             if ended:
                 yield "episodes", ended[:]
                 ended.clear()

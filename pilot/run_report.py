@@ -1,23 +1,24 @@
-"""What a run writes about itself: report.json, .md and .html, summary.json, verdicts, scores, and transfer.json."""
+"""The files in which a run reports its results: report.json, .md, .html, summary, verdicts, scores, transfer.json."""
 
 import json
 from collections.abc import Sequence
 from typing import Any
 
 from matryoshka.core.files import read_jsonl, write_json
+from matryoshka.core.protocols import Task
 from matryoshka.core.records import Example, to_json
 from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.eval.statistics import Paired, PairedScores, paired_difference, paired_scores
+from matryoshka.eval.summary import graded_scores
 from matryoshka.lora.files import adapter_hash
-from matryoshka.pilot.config import EMBEDDED_ADAPTER, RunConfig
+from matryoshka.pilot.config import EMBEDDED_ADAPTER
 from matryoshka.pilot.context import Run
 from matryoshka.pilot.environment import environment, typed_command
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, evaluate_with, trained_rounds
 from matryoshka.pilot.stages import is_trained
-from matryoshka.tasks.sandbox_backends import SCRIPT, in_words, sandbox_of
 
-SPLIT_TITLES = {"test": "held-out problems", "held_out": "families held out whole"}
+SPLIT_TITLES = {"test": "held-out problems", "held_out": "held-out families"}
 
 
 def write_run_report(run: Run, conditions: Sequence[Condition], counts: dict[str, Any]) -> dict[str, Any]:
@@ -31,10 +32,10 @@ def write_run_report(run: Run, conditions: Sequence[Condition], counts: dict[str
     if not run.world.is_first:
         return summary
     write_report(_report_input(run, conditions, counts, validation), run.folder)
-    verdicts = {c.name: {t.example_id: t.info["verdict"] for t in c.trajectories} for c in conditions}
+    verdicts = {c.name: {t.example_id: t.info.verdict for t in c.trajectories} for c in conditions}
     write_json(run.folder / "verdicts.json", verdicts)
-    graded = {c.name: {t.example_id: t.info.get("score") for t in c.trajectories} for c in conditions}
-    if all(score is not None for row in graded.values() for score in row.values()):
+    graded = {c.name: graded_scores(c.trajectories) for c in conditions}
+    if all(graded.values()):
         write_json(run.folder / "scores.json", graded)
     write_json(run.folder / "summary.json", summary)
     return summary
@@ -43,10 +44,9 @@ def write_run_report(run: Run, conditions: Sequence[Condition], counts: dict[str
 def _report_input(
     run: Run, conditions: Sequence[Condition], counts: dict[str, Any], validation: dict[str, Any]
 ) -> ReportInput:
-    examples = [e for split in HELD_OUT_SPLITS for e in run.task.examples(split)]
-    groups = {split: [e.id for e in run.task.examples(split)] for split in HELD_OUT_SPLITS}
+    examples = [e for split in HELD_OUT_SPLITS for e in run.problems[split]]
+    groups = {split: [e.id for e in run.problems[split]] for split in HELD_OUT_SPLITS}
     machine = environment()
-    sandbox = sandbox_of(run.config.task.isolation, run.config.task.sandbox_command)
     stages = [path.parent for path in sorted(run.folder.glob("**/metrics.jsonl"))]
     by_split = {SPLIT_TITLES[split]: ids for split, ids in groups.items() if ids and groups["held_out"]}
     return ReportInput(
@@ -54,11 +54,11 @@ def _report_input(
         command=typed_command(),
         config=to_json(run.config),
         hardware={name: value for name, value in machine.items() if name not in ("versions", "commit", "python")}
-        | {"generated programs": in_words(sandbox.start(SCRIPT))},
+        | run.task.facts(),
         versions={"python": machine["python"], **machine["versions"], "commit": machine["commit"]},
         conditions=conditions,
         examples=examples,
-        groups=by_split | by_type(examples),
+        groups=by_split | by_group(run.task, examples),
         comparisons=_comparisons([condition.name for condition in conditions]),
         training={str(stage.relative_to(run.folder)): read_jsonl(stage / "metrics.jsonl") for stage in stages},
         notes=notes(run, validation),
@@ -69,7 +69,7 @@ def _report_input(
             "left_out": left_out(run),
             "validation": validation,
             "seconds": run.seconds.as_dict(),
-            **({} if run.account is None else {"black box": run.account.as_dict()}),
+            **({} if run.account is None else {"generator": run.account.as_dict()}),
         },
     )
 
@@ -107,12 +107,12 @@ def write_transfer(run: Run, generators: Sequence[str]) -> dict[str, dict[str, A
     return found
 
 
-def by_type(examples: Sequence[Example]) -> dict[str, list[str]]:
-    """Return the ids of examples by their field "task_type", where a task has types; {} where it has none."""
+def by_group(task: Task, examples: Sequence[Example]) -> dict[str, list[str]]:
+    """Return the ids of examples by their kind of problem; {} on a task that has no kinds."""
     groups: dict[str, list[str]] = {}
     for example in examples:
-        if "task_type" in example.fields:
-            groups.setdefault(example.fields["task_type"], []).append(example.id)
+        if group := task.group(example):
+            groups.setdefault(group, []).append(example.id)
     return groups
 
 
@@ -140,16 +140,17 @@ def summarise(run: Run, conditions: Sequence[Condition], last: str) -> dict[str,
     The means are accuracies with exact McNemar tests or, where every episode has a graded "score", scores with
     sign-flip tests. trained: the last condition; p: of it against the untrained one.
     """
-    ids = [example.id for example in run.task.examples("test")]
+    ids = [example.id for example in run.problems["test"]]
     rows = {condition.name: {t.example_id: t for t in condition.trajectories} for condition in conditions}
-    graded = all("score" in row[id].info for row in rows.values() for id in ids)
-    right = {name: [row[id].info["verdict"] == "right" for id in ids] for name, row in rows.items()}
-    values = {name: [float(row[id].info["score"]) for id in ids] for name, row in rows.items()} if graded else right
+    scored = {condition.name: graded_scores(condition.trajectories) for condition in conditions}
+    graded = all(scored.values())
+    right = {name: [row[id].info.verdict == "right" for id in ids] for name, row in rows.items()}
+    values = {name: [row[id] for id in ids] for name, row in scored.items()} if graded else right
 
     def compared(first: str) -> Paired | PairedScores:
         return paired_scores(values[first], values[last]) if graded else paired_difference(right[first], right[last])
 
-    summary: dict[str, Any] = {"task": task_label(run.config), "examples": len(ids)}
+    summary: dict[str, Any] = {"task": run.task.label, "examples": len(ids)}
     summary |= {name: round(sum(row) / len(row), 4) for name, row in values.items()}
     for first, key in (("untrained", "p_trained_vs_untrained"), ("warmup", "p_trained_vs_warmup")):
         if first in values:
@@ -164,16 +165,11 @@ def summarise(run: Run, conditions: Sequence[Condition], last: str) -> dict[str,
     return summary
 
 
-def task_label(config: RunConfig) -> str:
-    """Return the name of the task in a summary."""
-    return f"LaMP-{config.task.lamp.task}" if config.task.name == "lamp" else config.task.name
-
-
 def notes(run: Run, validation: dict[str, Any]) -> list[str]:
     """Return what a reader must know to judge the numbers."""
     lines = [
-        f"Chosen on {len(run.task.examples('validation'))} validation problems: {validation['chosen']}. The held-out "
-        "problems were used for nothing but this report.",
+        f"Chosen on {len(run.problems['validation'])} validation problems: {validation['chosen']}. The held-out "
+        "problems were used for this report alone.",
         "Guidance and code are decoded greedily in evaluation.",
     ]
     if missing := left_out(run):

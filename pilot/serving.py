@@ -1,164 +1,21 @@
-"""Models of ours behind an HTTP server: the `serve` command, and a server started beside a run that ends with it."""
+"""Servers of our own that belong to a run: of the generator, in a process of its own, and vLLM for the controller."""
 
-import asyncio
-import logging
 import os
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from matryoshka.core.redaction import read_secret
+from matryoshka.core.machine import usable_cores
 from matryoshka.core.text.tokenizer import Tokenizer
-from matryoshka.inference.http_client import HttpClient
-from matryoshka.inference.llama_cpp import LlamaConfig, check_gguf, start_llama
+from matryoshka.inference.llama_cpp import check_gguf
 from matryoshka.inference.vllm import Vllm
-from matryoshka.inference.vllm_adapter import check_adapter, check_config
-from matryoshka.inference.vllm_server import VllmConfig, VllmServer
-from matryoshka.lora.files import read_config
+from matryoshka.inference.vllm_adapter import check_config
+from matryoshka.inference.vllm_server import VllmServer
 from matryoshka.pilot.config import RunConfig, ServeConfig
-from matryoshka.pilot.progress import StatusLine
-
-
-def serve(
-    model: Path,
-    engine: Literal["local", "vllm", "llama.cpp"] = "local",
-    adapter: tuple[str, ...] = (),
-    name: str = "",
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    threads: int = 0,
-    max_rows: int = 64,
-    api_key_env: str = "",
-    deterministic: bool = False,
-    with_parent: bool = False,
-    lora_rank: int = 0,
-    vllm: VllmConfig = VllmConfig(),  # noqa: B008  it is frozen
-    llama: LlamaConfig = LlamaConfig(),  # noqa: B008  it is frozen
-) -> None:
-    """Serve a model and its adapters through an OpenAI-compatible HTTP API.
-
-    Args:
-        model: Hugging Face folder of a Llama-architecture model; for engine llama.cpp a GGUF file.
-        engine: What computes: "local" is the pure-PyTorch sampler; "vllm" starts vLLM, which has no threads,
-            max_rows or deterministic; "llama.cpp" serves a GGUF file (the extra `llama`) and has no adapters or
-            max_rows.
-        adapter: Adapters as NAME=FOLDER, served under NAME.
-        name: What the base model is served as; default its folder's name.
-        host: Address to listen on.
-        port: 0 takes any free port; the first line printed says which.
-        threads: CPU threads, 0 for as many as there are cores.
-        max_rows: Rows decoded together.
-        api_key_env: Environment variable with the key that callers must send; empty asks for none.
-        deterministic: One request at a time, answers repeatable bit for bit.
-        with_parent: End when standard input closes, as it does when the parent process dies.
-        lora_rank: Engine vllm alone: of adapters to be loaded while it runs, as a pilot's are; 0 is that of the ones
-            given here.
-        vllm: How vLLM is started; its output goes to standard error.
-        llama: How llama.cpp serves; its output goes to standard error.
-    """
-    if with_parent:
-        threading.Thread(target=_end_with_input, daemon=True).start()
-    if engine == "llama.cpp":
-        if adapter or lora_rank or max_rows != 64:
-            raise ValueError("serve: engine llama.cpp has no adapter, lora_rank or max_rows; its limit is llama.slots")
-        slots = 1 if deterministic else llama.slots
-        _serve_llama(model, name or model.stem, host, port, threads, api_key_env, replace(llama, slots=slots))
-        return
-    if engine == "vllm":
-        if threads or max_rows != 64 or deterministic or vllm.base_url:
-            raise ValueError("serve: threads, max_rows and deterministic are of engine local, and base_url starts none")
-        vllm = replace(vllm, port=port, api_key_env=api_key_env, flags=(*vllm.flags, "--host", host))
-        asyncio.run(_serve_vllm(model, adapter, name or model.name, vllm, lora_rank))
-        return
-    if lora_rank:
-        raise ValueError("serve: lora_rank is of engine vllm; engine local serves the adapters given, of any rank")
-    import torch
-
-    from matryoshka.core.models.load import load_model
-    from matryoshka.inference import server
-    from matryoshka.inference.local_controller import LocalEngine
-    from matryoshka.inference.sampler import Sampler
-    from matryoshka.lora.files import load_adapter
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    count = threads or os.cpu_count() or 1
-    torch.set_num_threads(count)
-    key = _callers_key(api_key_env)
-    network = load_model(model)
-    names: dict[str, str | None] = {name or model.name: None}
-    for pair in adapter:
-        label, equals, folder = pair.partition("=")
-        if not equals or label in names:
-            raise ValueError(f"serve: adapter {pair!r}; expected NAME=FOLDER with a name that is not taken")
-        load_adapter(network, label, Path(folder))
-        names[label] = label
-
-    def ready(real: int) -> None:
-        print(f"http://{host}:{real}/v1", flush=True)
-
-    with Sampler(network, Tokenizer.load(model), max_rows, deterministic, count) as sampler:
-        asyncio.run(server.serve(LocalEngine(sampler, names), host, port, key, ready))
-
-
-def _callers_key(name: str) -> str | None:
-    """Return the key in the environment variable `name`, None for "". Raises ValueError for an empty variable."""
-    key = read_secret(name) if name else None
-    if key == "":
-        raise ValueError(f"serve: environment variable {name} is empty; set the key that callers must send")
-    return key
-
-
-def _serve_llama(
-    model: Path, name: str, host: str, port: int, threads: int, api_key_env: str, config: LlamaConfig
-) -> None:
-    """Run llama.cpp until SIGTERM or SIGINT; print its URL when it answers."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    key, count = _callers_key(api_key_env), threads or os.cpu_count() or 1
-    server = start_llama(model, name, host, port, count, key, config)
-    print(f"{server.listening_address}/v1", flush=True)
-    stop.wait()
-
-
-async def _serve_vllm(model: Path, adapters: tuple[str, ...], name: str, config: VllmConfig, rank: int) -> None:
-    """Run vLLM until SIGTERM or SIGINT; print its URL when it answers."""
-    pairs = [pair.partition("=") for pair in adapters]
-    labels = [name, *(label for label, _, _ in pairs)]
-    if not all(equals for _, equals, _ in pairs) or len(set(labels)) < len(labels):
-        raise ValueError(f"serve: adapters {', '.join(adapters)}; expected NAME=FOLDER with names that are not taken")
-    rank = max((rank, *(read_config(Path(folder)).rank for _, _, folder in pairs)))
-    for _, _, folder in pairs:
-        check_adapter(Path(folder), rank)
-    modules = [f"{label}={Path(folder).absolute()}" for label, _, folder in pairs]
-    config = replace(config, flags=(*config.flags, *(("--lora-modules", *modules) if modules else ())))
-    server = VllmServer(config, model, name, "auto", rank, None)
-    client, stop, loop = HttpClient(), asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    with StatusLine() as line:
-        starting = asyncio.create_task(server.start(client, line.show))
-        stopping = asyncio.create_task(stop.wait())
-        try:
-            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if starting.done():
-                starting.result()
-                print(f"{server.url}/v1", flush=True)
-                while not stop.is_set():
-                    if not server.is_running:
-                        raise ValueError("serve: vLLM ended by itself; its last words are above")
-                    await asyncio.wait((stopping,), timeout=0.5)
-        finally:
-            for task in (starting, stopping):
-                task.cancel()
-            await client.aclose()
-            await server.stop()
 
 
 def open_vllm(
@@ -166,7 +23,7 @@ def open_vllm(
 ) -> Vllm:
     """Return vLLM as the controller's sampler; its server starts with the first request that there is for it.
 
-    show: takes what is to be told of its start.
+    show: is called with a text about the server's start, for the terminal.
 
     Raises ValueError for adapters that vLLM does not serve, where its command is missing, and for a server of our own
     that several processes would have to share.
@@ -190,16 +47,9 @@ def open_vllm(
     return Vllm(server, tokenizer, rank, show)
 
 
-def _end_with_input() -> None:
-    # Not through sys.stdin: a thread that waits in there holds its lock, and Python aborts at exit for want of it.
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 @contextmanager
 def running_server(config: ServeConfig, deterministic: bool, log: Path) -> Iterator[str]:
-    """Start a server for `config` in a process of its own and yield its base URL; it ends with the block or with us.
+    """Start a server for `config` in a process of its own and yield its base URL; it ends with the block.
 
     Raises ValueError with the end of its log when it does not come up.
     """
@@ -214,11 +64,11 @@ def running_server(config: ServeConfig, deterministic: bool, log: Path) -> Itera
             command += [f"--llama.{field.name.replace('_', '-')}", str(getattr(config.llama, field.name))]
     else:
         command += ["--max-rows", str(config.max_rows)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads or os.cpu_count() or 1)}
-    environment["OMP_WAIT_POLICY"] = "passive"  # spinning threads starve whoever shares their cores
+    environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads or usable_cores())}
+    environment["OMP_WAIT_POLICY"] = "passive"  # spinning threads starve the other processes of this machine
     log.parent.mkdir(parents=True, exist_ok=True)
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    # A session of its own: a terminal's Ctrl-C is a wish to the run, whose episodes in flight still ask the server.
+    # A session of its own: a terminal's Ctrl-C asks the run to stop, and its requests still have to be answered.
     with (
         log.open("ab") as errors,
         subprocess.Popen(command, stderr=errors, env=environment, start_new_session=True, **pipes) as process,

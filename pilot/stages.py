@@ -17,9 +17,9 @@ from matryoshka.dpo.data import completion, distinct, fitting, preference_items,
 from matryoshka.dpo.pairs import PairCounts, make_pairs, winners
 from matryoshka.dpo.parity import BOUNDS, check_policy
 from matryoshka.eval.baselines import GeneratorGuidance
-from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.config import RunConfig, rollout_settings
 from matryoshka.pilot.context import Run, Scheme
-from matryoshka.pilot.episodes import policy_scheme, rollout_settings, run_episodes, sampled_settings
+from matryoshka.pilot.episodes import policy_scheme, run_episodes, sampled_settings
 from matryoshka.pilot.folder import copy_folder
 
 logger = logging.getLogger(__name__)
@@ -45,12 +45,17 @@ def warm_up(run: Run) -> str:
     config, stage = run.config.warmup, policy_before(run.config, 1)
     if not stage or is_trained(run, stage):
         return stage
+    if config.source == "adapter":
+        if run.world.is_first:
+            copy_folder(Path(run.config.controller.adapter), run.policies.folder(stage))
+        run.ranks.barrier()
+        return stage
     if config.source == "file":
         items = read_conversations(Path(config.data), run.tokenizer)
     elif config.source == "generator":
         items = _generator_wins(run)
     else:
-        items = [_gold_item(run, example) for example in run.task.examples("warmup")]
+        items = [_gold_item(run, example) for example in run.problems["warmup"]]
     _train(run, stage, "", items, config.train, None)
     return stage
 
@@ -65,7 +70,7 @@ def _gold_item(run: Run, example: Example) -> Item:
 
 def _generator_wins(run: Run) -> list[Item]:
     """Return SFT items of the plans that the generator made for itself and succeeded with."""
-    config, examples = run.config.warmup, run.task.examples("warmup")
+    config, examples = run.config.warmup, run.problems["warmup"]
     settings = sampled_settings(run.config, stable_seed("warmup", run.config.seed), config.samples)
     episodes = run_episodes(run, generator_scheme(run.config), ["warmup"], settings, "warmup runs")
     kept: dict[str, list[Item]] = {example.id: [] for example in examples}
@@ -136,7 +141,11 @@ def _in_controller_tokens(run: Run, episode: Trajectory) -> Trajectory:
 
 def write_pairs(run: Run, trajectories: Sequence[Trajectory]) -> tuple[list[Preference], PairCounts]:
     """Return the preference pairs of all trajectories so far, having written them to preferences.jsonl."""
-    pairs, counts = make_pairs(trajectories, run.task.pair_rule, run.config.seed)
+    rule = replace(run.task.pair_rule, cap=run.config.dpo.pairs_per_example)
+    pairs, counts = make_pairs(trajectories, rule, run.config.seed)
+    if counts.left_out:
+        what = f"{counts.left_out} episodes, since other draws of their groups failed"
+        logger.warning("pairs: left out %s; a run that is started again completes the groups", what)
     if run.world.is_first:
         write_jsonl(run.folder / "preferences.jsonl", [to_json(pair) for pair in pairs])
     return pairs, counts

@@ -40,7 +40,7 @@ def cache(
         generator: Only the answers of this one (MODEL@URL, as stats shows it).
         older_than_days: What prune deletes: answers at least so old; 0 for all.
         out: The file that export writes.
-        prices: A TOML file of your own prices, for stats; default those that the run was told of.
+        prices: A TOML file of your own prices, for stats; default: the prices that the run used.
         as_json: stats as one JSON object.
     """
     file = path / "cache.sqlite" if path.is_dir() else path
@@ -68,10 +68,10 @@ def cache(
 
 def _stats(answers: ResponseCache, own_prices: Path | None) -> Iterator[dict[str, Any]]:
     prices, totals = load_prices(own_prices), answers.totals()
-    told = {} if own_prices else {name: Price(*pair) for name, pair in answers.prices().items()}
+    used = {} if own_prices else {name: Price(*pair) for name, pair in answers.prices().items()}
     for name in answers.generators():
         known, kept = answers.spending(name), totals.get(name)
-        price = told.get(name) or price_of(prices, name.partition("@")[0])
+        price = used.get(name) or price_of(prices, name.partition("@")[0])
         yield {
             "generator": name,
             "answers": kept.answers if kept else 0,

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import os
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from matryoshka.core.config import load_toml
 from matryoshka.core.protocols import GeneratorError, RunStopped
 from matryoshka.core.redaction import redact, redact_output
 from matryoshka.core.signals import Interrupted
+from matryoshka.core.terminal import printable
 
 DEBUG = "MATRYOSHKA_DEBUG"
 INTERRUPTED = 143  # what a shell reports of a process that SIGTERM ended
@@ -92,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(err, ValueError | OSError | GeneratorError) or os.environ.get(DEBUG) == "1":
             raise
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"{rank}error: {err}", file=sys.stderr)
+        lines = (printable(line) for line in str(err).splitlines())  # a server's answer or a file may be quoted in it
+        print(f"{rank}error: " + "\n".join(lines), file=sys.stderr)
         return 2
     return 0
 
@@ -108,19 +111,38 @@ def _tell_torchrun(err: Exception) -> None:
 
 
 def read_config(cls: Any, arguments: Sequence[str], program: str) -> Any:
-    """Return the `cls` that `--config FILE`, where given, and then the flags describe."""
+    """Return the `cls` that `--config FILE`, where given, and then the flags describe.
+
+    The task's name is read first, since it decides which flags `--task.options.*` there are.
+    """
     rest = list(arguments)
     from_file: dict[str, Any] = {}
+    task = _task_flag(arguments) if any(f.name == "task" for f in dataclasses.fields(cls)) else {}
     for index, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if option == "--config":
             if not equals and index + 1 == len(arguments):
                 raise ValueError("--config: expected a TOML file after it")
-            from_file["default"] = load_toml(cls, value if equals else arguments[index + 1])
+            from_file["default"] = load_toml(cls, value if equals else arguments[index + 1], task)
             del rest[index : index + (1 if equals else 2)]
             break
     description = f"{inspect.getdoc(cls)}\n\n--config FILE reads it from TOML first."
-    return tyro.cli(cls, prog=program, args=rest, description=description, **from_file)
+    if from_file or not task:
+        return tyro.cli(cls, prog=program, args=rest, description=description, **from_file)
+    kind: Any = typing.get_type_hints(cls)["task"]
+    chosen = ("task", kind, dataclasses.field(default=kind(task["task.name"])))
+    parser: Any = dataclasses.make_dataclass(cls.__name__, [chosen], bases=(cls,), frozen=True)
+    found = tyro.cli(parser, prog=program, args=rest, description=description)
+    return cls(**{f.name: getattr(found, f.name) for f in dataclasses.fields(cls)})
+
+
+def _task_flag(arguments: Sequence[str]) -> dict[str, str]:
+    """Return {"task.name": NAME} for the flag `--task.name NAME`, {} without it."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = argument.partition("=")
+        if option == "--task.name":
+            return {"task.name": value if equals else following}
+    return {}
 
 
 def _run(name: str, arguments: Sequence[str]) -> None:

@@ -129,7 +129,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
             "demo generator": "present" if embedded["demo generator"] else "no",
             data["folder"]: ", ".join(name for name in DATA_FOLDERS if data[name]) or "no task data (MATRYOSHKA_DATA)",
             **{
-                url: "nobody answers" if models is None else "serves " + ", ".join(models)
+                url: "no answer" if models is None else "serves " + ", ".join(models)
                 for url, models in report["servers"].items()
             },
             **{name: "set" if is_set else "not set" for name, is_set in report["keys"].items()},

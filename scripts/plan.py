@@ -60,8 +60,8 @@ def plan(config: PlanConfig) -> None:
         layout = config.layout or auto or found[-1].layout
         dry = _dry_run(architecture.Model, model_config, job, cluster, layout, config.peak)
     if config.json:
-        own = dataclasses.asdict(config)
-        result = {"plan": own, "parameters": size, "predicted": True, "layouts": [one.to_json() for one in found]}
+        settings, rows = dataclasses.asdict(config), [one.to_json() for one in found]
+        result = {"plan": settings, "parameters": size, "predicted": True, "layouts": rows}
         print(json.dumps(result | {"best": best and best.layout, "auto": auto, "reason": reason, "dry_run": dry}))
 
 
@@ -83,7 +83,7 @@ def _remedy(job: Job) -> str:
 def _dry_run(
     model: Any, model_config: Any, job: Job, cluster: Cluster, layout: str, with_peak: bool
 ) -> dict[str, Any]:
-    """Run the first rank of `layout` with nobody and print what it did beside what is predicted."""
+    """Run rank 0 of `layout` in a simulated cluster and print what it did beside the prediction."""
     from matryoshka.pilot.dry_run import dry_run  # takes as long to import as torch
 
     once = dataclasses.replace(job, micro_batches=1)

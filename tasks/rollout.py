@@ -1,9 +1,9 @@
 """Runs many episodes at once and records each as it ends: the driver of collection and evaluation.
 
 At most `limit` episodes are in flight, each a coroutine of its task, so a slow call delays nobody. A journal keyed by
-content makes a run resumable: what is recorded is read back, never run again. An episode whose black-box call failed
-for good (verdict "failed") is returned but not recorded as done, so that a resumed run tries it again; too many of
-them stop the run. A spent budget, or the user's wish to stop, ends the run in order: no episode begins, those in flight
+content makes a run resumable: recorded episodes are read back and never run again. An episode whose black-box call
+failed for good (verdict "failed") is returned but not recorded as done, so that a resumed run tries it again; too many
+of them stop the run. When the budget is spent or the user stops the run, no further episode begins, and those in flight
 go on as far as they can and are recorded.
 """
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from matryoshka.core.files import Journal
 from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped, Task
 from matryoshka.core.records import Example, RolloutSettings, Trajectory, content_key, from_json, to_json
+from matryoshka.tasks.episode import Episode
 
 # While others are still to come, a share of failed episodes says something only after this many.
 MIN_EPISODES = 20
@@ -92,7 +93,7 @@ async def run_rollouts(
                 stopped.append(err)
                 return
             ended += 1
-            if trajectory.info.get("verdict") == "failed":
+            if trajectory.info.verdict == "failed":
                 failed.append(trajectory)
             else:
                 journal.append(job.key, {"trajectory": to_json(trajectory)}, sync=False)
@@ -128,7 +129,7 @@ async def run_rollouts(
 async def _keep_synced(journal: Journal, all_ended: asyncio.Event) -> None:
     """Sync the journal to its disk as it grows, in a thread: all episodes would wait for it otherwise.
 
-    Raises OSError where the disk refuses, which it says once: a later sync may succeed without what was lost.
+    Raises OSError if the disk fails. The error appears once: a later sync may succeed although data was lost.
     """
     synced = len(journal.rows)
     while not all_ended.is_set():
@@ -143,15 +144,14 @@ async def _keep_synced(journal: Journal, all_ended: asyncio.Event) -> None:
 async def _episode(setup: Setup, job: Job) -> Trajectory:
     """Return the episode of `job`; a GeneratorError that the task let through makes it a failed one."""
     task, controller, generator = setup.task, setup.controller, setup.generator
-    try:
+    episode = Episode(task.name, job.example, controller, generator, job.settings)
+    with episode:
         return await task.rollout(job.example, controller, generator, job.settings)
-    except GeneratorError as err:
-        info = {"verdict": "failed", "error": str(err), "controller": controller.name, "generator": generator.name}
-        return Trajectory(task.name, job.example.id, (), 0.0, info)
+    return episode.trajectory(0.0, "failed")
 
 
 def recorded(journal: Journal, key: str) -> Trajectory:
-    """Return the trajectory that `journal` holds under `key`. Raises ValueError when the row is none."""
+    """Return the trajectory that `journal` holds under `key`. Raises ValueError if the row is not one."""
     try:
         return from_json(Trajectory, journal.rows[key].get("trajectory"))
     except ValueError as err:
@@ -160,7 +160,7 @@ def recorded(journal: Journal, key: str) -> Trajectory:
 
 def failures(failed: Sequence[Trajectory], ended: int, max_failed_share: float) -> str:
     """Return what to say of too many failed episodes among `ended`: their share and the commonest reason."""
-    (reason, count), *_ = Counter(str(trajectory.info.get("error")) for trajectory in failed).most_common(1)
+    (reason, count), *_ = Counter(str(trajectory.info.error) for trajectory in failed).most_common(1)
     return (
         f"rollouts: {len(failed)} of {ended} episodes failed, more than {max_failed_share:.0%}; most often ({count} "
         f"times): {reason}. All others are recorded: mend the cause and run again to go on from there"

@@ -12,13 +12,13 @@ A program can write a number to its line itself. It gains nothing: it may return
 import asyncio
 import json
 import math
-import os
 import re
 import sys
 import textwrap
 import time
 from dataclasses import dataclass
 
+from matryoshka.core.machine import usable_cores
 from matryoshka.tasks.sandbox_backends import (
     LINE_BYTES,
     SCRIPT,
@@ -28,12 +28,13 @@ from matryoshka.tasks.sandbox_backends import (
     ProcessLimits,
     Sandbox,
     local_sandbox,
+    printable,
 )
 
 READY = b"ready\n"
 # The child keeps its error to so many characters. The parent cuts it again, because a program may forge the message.
 ERROR_CHARACTERS = 2000
-END_S = 1.0  # for a program that has closed its line to end by itself, so that the reason of its end is known
+END_S = 3.0  # for a program that has closed its line to end by itself, so that the reason of its end is known
 _FENCE = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
 
 _slots: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
@@ -152,12 +153,8 @@ def _parse(message: bytes, ended: Ended) -> tuple[float | int | None, str | None
 
 
 def clean(error: str) -> str:
-    """Return the last ERROR_CHARACTERS of a child's error as text that any file and any request can hold.
-
-    Lone surrogates, which UTF-8 cannot encode, and control characters but line breaks and tabs become "?".
-    """
-    text = error[-ERROR_CHARACTERS:].encode("utf-8", "replace").decode()
-    return "".join(c if c in "\n\t" or c.isprintable() else "?" for c in text)
+    """Return the last ERROR_CHARACTERS of a child's error as any file, terminal and request can take them."""
+    return printable(error[-ERROR_CHARACTERS:])
 
 
 def default_slots() -> asyncio.Semaphore:
@@ -165,4 +162,4 @@ def default_slots() -> asyncio.Semaphore:
     loop = asyncio.get_running_loop()
     for closed in [other for other in _slots if other.is_closed()]:
         del _slots[closed]
-    return _slots.setdefault(loop, asyncio.Semaphore(os.cpu_count() or 1))
+    return _slots.setdefault(loop, asyncio.Semaphore(usable_cores()))

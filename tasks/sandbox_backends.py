@@ -1,9 +1,8 @@
-"""Where generated programs run: the interface of a sandbox, and two that have it.
+"""Where generated programs run: the interface of a sandbox, and the one of this machine.
 
 A sandbox starts a script of ours (`sandbox_child.py`, or another with `prepare()` and `main(line, memory_bytes)`) and
 joins it to us by a line of bytes; what travels there is the caller's business. `LocalSandbox` runs it behind the
-kernel's boundary on this machine. `CommandSandbox` runs it through a command, for instance in a Docker container, for
-programs that need packages or a stronger wall.
+kernel's boundary on this machine; `sandbox_command.py` has one that runs it through a command, such as `docker run`.
 """
 
 import asyncio
@@ -20,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -77,6 +77,14 @@ class Ended:
         return f"exited (code {self.code})" if self.code >= 0 else f"was killed ({_signal_name(-self.code)})"
 
 
+def printable(text: str) -> str:
+    """Return `text` as any file, terminal and request can take it.
+
+    Lone surrogates, which UTF-8 cannot encode, and control characters but line breaks and tabs become "?".
+    """
+    return "".join(c if c in "\n\t" or c.isprintable() else "?" for c in text)
+
+
 class Process(Protocol):
     """A running script. reader, writer: our end of its line."""
 
@@ -110,11 +118,12 @@ class LocalSandbox:
     """Runs scripts on this machine, each in a child that a server forks; one server for each script.
 
     isolation: "auto" takes what this kernel has, and says once what is missing; "required" refuses to start without
-    Landlock and seccomp; "none" keeps limits and the empty environment alone.
+    Landlock and seccomp; "none" keeps limits and the empty environment alone. use_bubblewrap: add namespaces, where
+    bubblewrap is installed.
     """
 
-    def __init__(self, isolation: Isolation = "auto") -> None:
-        self._isolation = isolation
+    def __init__(self, isolation: Isolation = "auto", use_bubblewrap: bool = True) -> None:
+        self._isolation, self._use_bubblewrap = isolation, use_bubblewrap
         self._servers: dict[Path, _Server] = {}
         self._lock = threading.Lock()
         self._has_warned = False
@@ -174,12 +183,17 @@ class LocalSandbox:
         if self._isolation == "none":
             return _Server([], script, is_bounded=False)
         sandbox_boundary.hide_memory()  # keys may lie in the memory and the environment of this process
-        try:
-            server = _Server(_bubblewrap(script), script, is_bounded=True)
-            server.boundary["namespaces"] = True
-        except (OSError, RuntimeError) as err:
-            server = _Server([], script, is_bounded=True)
-            server.boundary |= {"namespaces": False, "problems": [*server.problems, f"namespaces are off: {err}"]}
+        problem = ""
+        server = None
+        if self._use_bubblewrap:
+            try:
+                server = _Server(_bubblewrap(script), script, is_bounded=True)
+            except (OSError, RuntimeError) as err:
+                problem = f"namespaces are off: {err}"
+        has_namespaces = server is not None
+        server = server or _Server([], script, is_bounded=True)
+        problems = [*server.problems, *([problem] if problem else [])]
+        server.boundary |= {"namespaces": has_namespaces, "problems": problems}
         if not server.is_bounded and self._isolation == "required":
             server.close()
             raise ValueError(
@@ -188,7 +202,7 @@ class LocalSandbox:
             )
         if server.problems and not self._has_warned:
             self._has_warned = True
-            _log.warning("sandbox: generated programs run with less than the whole boundary: %s", server.problems)
+            _log.warning("sandbox: programs run behind less than the whole boundary: %s", "; ".join(server.problems))
         return server
 
 
@@ -245,7 +259,8 @@ class _Server:
 
     async def send(self, request: bytes, descriptors: list[int]) -> None:
         """Ask for a run. Raises RuntimeError if the server has ended."""
-        while True:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
             try:
                 socket.send_fds(self.control, [request], descriptors)
                 return
@@ -253,6 +268,7 @@ class _Server:
                 await asyncio.sleep(0.001)
             except OSError as err:
                 raise RuntimeError(f"sandbox: its server has ended (code {self._process.poll()}): {err}") from err
+        raise RuntimeError(f"sandbox: its server has taken no request for {START_S:g} s")
 
     def close(self) -> None:
         self.control.close()
@@ -287,7 +303,7 @@ class _LocalProcess:
             if report is None:
                 raise RuntimeError(f"sandbox: a killed process has not ended after {KILL_S:g} s")
         what, _, code = report.decode().partition(" ")
-        printed = os.pread(self._printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace")
+        printed = printable(os.pread(self._printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace"))
         self._ended = Ended(None if is_killed or what != "ended" else int(code), printed)
         if what != "ended":
             raise RuntimeError(f"sandbox: the process was not made, or its server ended: {report.decode()}")
@@ -306,100 +322,10 @@ class _LocalProcess:
             return None
 
 
-class CommandSandbox:
-    """Runs scripts through a command, such as ("docker", "run", "--rm", "-i", "--network=none", "python:3.11-slim").
-
-    The command is given a Python command line. Standard input and output are the line, standard error takes what the
-    program prints. The boundary is the command's business; memory and CPU are limited as elsewhere. Killing the command
-    must end the program: for Docker let it run under `timeout -s KILL`, since a container outlives its client.
-    """
-
-    def __init__(self, command: Sequence[str], python: str = "python3") -> None:
-        self._command, self._python = tuple(command), python
-
-    def start(self, script: Path) -> dict[str, object]:
-        """Return the command; we cannot know what it holds. Raises ValueError if there is no such program."""
-        if not self._command or shutil.which(self._command[0]) is None:
-            raise ValueError(f"sandbox: command {self._command}: no such program; install it, or use the local sandbox")
-        return {"isolation": "command", "command": list(self._command)}
-
-    @contextlib.asynccontextmanager
-    async def open(self, script: Path, limits: ProcessLimits) -> AsyncIterator["_CommandProcess"]:
-        """Run `script` in a process of the command."""
-        numbers = (str(n) for n in (limits.memory_bytes, limits.cpu_s, FILE_BYTES))
-        with tempfile.TemporaryFile() as printed:
-            process = await asyncio.create_subprocess_exec(
-                *(*self._command, self._python, "-I", "-S", "-X", "utf8", "-c", _carried(script), *numbers),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=printed,
-                limit=LINE_BYTES,
-                start_new_session=True,
-            )
-            running = _CommandProcess(process, printed)
-            try:
-                yield running
-            finally:
-                await running.end()
-                running.writer.close()
-
-
-class _CommandProcess:
-    def __init__(self, process: asyncio.subprocess.Process, printed: IO[bytes]) -> None:
-        assert process.stdout is not None and process.stdin is not None
-        self.reader, self.writer = process.stdout, process.stdin
-        self._process, self._printed = process, printed
-        self._ended: Ended | None = None
-
-    async def end(self, grace_s: float = 0.0) -> Ended:
-        """Return how the command ended."""
-        if self._ended is None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(grace_s):
-                    await self._process.wait()
-            code = self._process.returncode
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            await self._process.wait()
-            printed = os.pread(self._printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace")
-            self._ended = Ended(code, printed)
-        return self._ended
-
-
-# What `python -c` runs in a command: the modules that the script needs come with it, so the image needs none of ours.
-_CARRIED = """
-import os, sys
-for name, text in {modules!r}.items():
-    module = sys.modules[name] = type(sys)(name)
-    exec(compile(text, name, "exec"), module.__dict__)
-script = sys.modules[{script!r}]
-script.prepare()
-reading, writing = os.dup(0), os.dup(1)
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-os.dup2(2, 1)
-memory_bytes, cpu_s, file_bytes = map(int, sys.argv[1:])
-sys.modules["sandbox_child"].take_limits(memory_bytes, cpu_s, file_bytes)
-script.main(reading, writing, memory_bytes)
-os._exit(0)
-"""
-
-
-def _carried(script: Path) -> str:
-    """Return `script` with every module beside it that it may import, as one Python program."""
-    paths = [SCRIPT, *(path for path in (script.with_name("agent.py"), script) if path.is_file() and path != SCRIPT)]
-    modules = {path.stem: path.read_text(encoding="utf-8") for path in paths}
-    return _CARRIED.format(modules=modules, script=script.stem)
-
-
 @functools.cache
 def local_sandbox(isolation: Isolation = "auto") -> LocalSandbox:
     """Return this process's sandbox of a kind."""
     return LocalSandbox(isolation)
-
-
-def sandbox_of(isolation: Isolation, command: Sequence[str] = ()) -> Sandbox:
-    """Return the sandbox that a configuration names: one behind `command`, or this machine's."""
-    return CommandSandbox(command) if command else local_sandbox(isolation)
 
 
 def in_words(boundary: Mapping[str, object]) -> str:
@@ -446,6 +372,16 @@ def _working_folder() -> Iterator[str]:
     try:
         yield folder
     finally:
+        _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    """Remove a program's working folder, whatever the program made of it."""
+    try:
+        os.rmdir(folder)  # nearly always empty
+    except FileNotFoundError:
+        pass
+    except OSError:
         # Not shutil.rmtree: it recurses, and a generated program may nest folders deeper than Python's stack.
         if subprocess.run(["rm", "-rf", "--", folder], check=False).returncode:
             _log.warning("sandbox: could not remove %s, which a generated program filled", folder)

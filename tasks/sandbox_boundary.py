@@ -44,7 +44,7 @@ NUMBERS: dict[str, tuple[int, int | None]] = {
     "clock_nanosleep": (230, 115), "exit_group": (231, 94), "tgkill": (234, 131), "openat": (257, 56),
     "newfstatat": (262, 79), "readlinkat": (267, 78), "faccessat": (269, 48), "dup3": (292, 24),
     "prlimit64": (302, 261), "getrandom": (318, 278), "statx": (332, 291), "clone3": (435, 435),
-    "close_range": (436, 436), "faccessat2": (439, 439), "seccomp": (317, 277), "capset": (126, 91),
+    "close_range": (436, 436), "faccessat2": (439, 439), "seccomp": (317, 277),
     "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446),
 }  # fmt: skip
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # the column above, AUDIT_ARCH of the kernel
@@ -107,7 +107,8 @@ def drop_privileges() -> None:
     _libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))  # version 3, this process
     none = ctypes.create_string_buffer(24)
-    _checked("capset", ctypes.addressof(header), ctypes.addressof(none))
+    if _libc.capset(header, none) != 0:
+        raise BoundaryError(f"capset: {os.strerror(ctypes.get_errno())}")
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 

@@ -236,7 +236,7 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDWR)
     control = socket.socket(fileno=os.dup(os.dup(os.dup(os.dup(control_descriptor)))))
     os.dup2(null, LINE)
-    own = [os.path.dirname(os.path.abspath(script)), os.path.dirname(os.path.abspath(__file__))]
+    own = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.abspath(script))]
     sys.path[:0] = own
     boundary = Boundary(is_wanted)
     server = Server(control, boundary, script, null)

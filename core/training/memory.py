@@ -1,23 +1,22 @@
 """How much memory a training step takes, from shapes alone, and the fastest activation policy that fits.
 
-Counted is what torch's allocator holds at the highest point beyond the weights: gradients and moments of what is
-trained, what the blocks keep (`activations.py`), and what the backward pass of the last feed-forward layer adds
-while everything is still kept. Not counted: scratch space inside of libraries and the allocator's own slack, for which
-`MARGIN` stays free. The blocks are those of `core/models/llama.py` in eager mode with LoRA on all projections; compiled
-blocks keep less.
+The count is of what torch's allocator holds at its peak beyond the weights: gradients and moments of the trained
+parameters, the tensors that the blocks keep (`activations.py`), and those that the backward pass of the last
+feed-forward layer adds while all of these are still kept. It leaves out scratch space inside libraries and the
+allocator's own slack, for which `MARGIN` stays free. The blocks are those of `core/models/llama.py` in eager mode with
+LoRA on all projections; compiled blocks keep less.
 """
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from matryoshka.core.distributed import own
+from matryoshka.core.machine import available_memory
 from matryoshka.core.models.activations import POLICIES, CompiledBlocks, activations
 from matryoshka.core.models.attention import PIECE
 from matryoshka.core.models.language_model import LanguageModel, ModelConfig
@@ -30,7 +29,6 @@ GIB = 2**30
 MARGIN = 0.1  # of the free memory
 HEAD_WORKSPACE = {"cuda": 400 * 2**20}  # what the head's tiles may take
 HEAD_WORKSPACE_ELSEWHERE = 32 * 2**20
-MEMINFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")  # where Linux tells
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Footprint:
         numbers = 2 * hidden  # inputs of the two norms
         numbers += 2 * queries + 2 * keys  # queries and keys, rotated, values, and what o_proj reads
         numbers += 2 * inner  # gate and up
-        numbers += 7 * self.rank
+        numbers += 7 * self.rank + config.extra_kept
         if not recompute:
             numbers += 2 * hidden + inner  # outputs of the two norms and of SwiGLU
         if self.dora:
@@ -110,25 +108,11 @@ def scratch_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return how much more memory tensors on `device` can take: of a GPU's, with what the allocator has in its cache;
-    else of the host's, within the control group's limit (where the system does not tell: half of what it has)."""
+    """Return how many more bytes tensors on `device` can take, on a GPU with the cache of torch's allocator."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if not MEMINFO.is_file():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    available = int(_table(MEMINFO)["MemAvailable:"]) * 1024
-    limit = CONTROL_GROUP / "memory.max"
-    if limit.is_file() and (most := limit.read_text().strip()) != "max":
-        used = int((CONTROL_GROUP / "memory.current").read_text())
-        cache = int(_table(CONTROL_GROUP / "memory.stat")["inactive_file"])  # given back when memory is short
-        available = min(available, int(most) - used + cache)
-    return available
-
-
-def _table(path: Path) -> dict[str, str]:
-    """Return the first two columns of a table of the kernel's."""
-    return {line.split()[0]: line.split()[1] for line in path.read_text().splitlines()}
+    return available_memory()
 
 
 @dataclass(frozen=True)
@@ -148,15 +132,20 @@ class MemoryPlan:
 
     @property
     def policies(self) -> tuple[str, ...]:
-        """What "auto" chooses from: a host has nowhere to move its tensors to."""
+        """The policies that "auto" chooses from; a CPU has no other memory to offload to."""
         return POLICIES if self.device_type == "cuda" else POLICIES[:-1]
 
     def peak_bytes(self, tokens: int, policy: str) -> int:
         """Return the predicted peak of a micro-batch of `tokens` tokens, all of them scored."""
         workspace = HEAD_WORKSPACE.get(self.device_type, HEAD_WORKSPACE_ELSEWHERE)
         hidden = tokens * self.footprint.config.hidden_size * at_least_fp32(self.footprint.dtype).itemsize
-        scores = 0 if self.device_type == "cuda" else min(tokens, PIECE) * tokens
+        scores = 0 if self.device_type == "cuda" else min(tokens, PIECE) * self._keys(tokens)
         return self.footprint.step_bytes(tokens, policy, 2 * hidden + workspace, scores) + self.scratch
+
+    def _keys(self, tokens: int) -> int:
+        """Return how many keys a block of queries sees at most: all, unless every layer has a window."""
+        windows = [layer.window for layer in self.footprint.config.attention]
+        return min(tokens, max(tokens if window is None else window + PIECE for window in windows))
 
     def policy_for(self, tokens: int) -> str:
         """Return the policy for `tokens` tokens; "auto" takes the leanest where none fits."""

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from matryoshka.tasks.alfworld.playthrough import Session, StepsSpentError
 from matryoshka.tasks.sandbox import END_S, clean, default_slots, frame, limits_for
-from matryoshka.tasks.sandbox_backends import START_S, Process, Sandbox, local_sandbox
+from matryoshka.tasks.sandbox_backends import START_S, Process, Sandbox, local_sandbox, printable
 
 CHILD = Path(__file__).with_name("program_child.py")
 MAX_MESSAGE = 2**15
 # Commands and questions go into prompts and records, so the parent holds them to these numbers of characters.
 MAX_COMMAND, MAX_QUESTION = 500, 2000
+MAX_NOTES = 1000  # messages that need no answer: one for each step and one at the end
 MAX_REFUSED = 20  # requests beyond a limit, after which a program is not heard any more
 STDOUT_BYTES = 2**11
 
@@ -131,14 +132,17 @@ class _Play:
             self.error = f"RuntimeError: the program {ended.how} before its last step had ended"
 
     async def _converse(self, clock: asyncio.Timeout) -> None:
-        refused = asked = 0
+        refused = asked = notes = 0
         while not self._session.won:
             head = await self._reader.readexactly(5)
             kind, size = head[:1], int.from_bytes(head[1:], "big")
             if kind not in b"AQSMEF" or size > MAX_MESSAGE:
                 self.error = "RuntimeError: the program disturbed the line to its household"
                 return
-            text = (await self._reader.readexactly(size)).decode("utf-8", "replace")
+            text = printable((await self._reader.readexactly(size)).decode("utf-8", "replace"))
+            if kind in b"SM" and (notes := notes + 1) > MAX_NOTES:
+                self.error = "RuntimeError: the program disturbed the line to its household"
+                return
             if kind == b"S":
                 self.step = int(text) if text.isdecimal() and len(text) < 9 else self.step
             elif kind == b"M":

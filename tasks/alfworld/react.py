@@ -7,36 +7,32 @@ Source: Yao et al., "ReAct: Synergizing Reasoning and Acting in Language Models"
 import re
 from collections.abc import Awaitable, Callable
 
-from matryoshka.core.records import Call, Message, Messages, Sample
+from matryoshka.core.records import Message, Messages
 from matryoshka.tasks.alfworld.playthrough import Session
+from matryoshka.tasks.episode import Reply
 
 _ACTION = re.compile(r"^\s*(?:act(?:ion)?\s*:|>)\s*(.+)$", re.IGNORECASE | re.MULTILINE)
 REMINDER = "End your reply with a line that begins with 'Act: ' and a command."
 
 
 def action_in(reply: str) -> str:
-    """Return the first command of a reply, "" if there is none; what a model imagines after it does not count."""
+    """Return the first command of a reply, "" if there is none. Answers that the model imagines are ignored."""
     match = _ACTION.search(reply)
     return match[1].strip().strip("`'\"").rstrip(".").strip() if match else ""
 
 
-async def play(
-    prompt: Messages,
-    session: Session,
-    complete: Callable[[Messages, int], Awaitable[Sample]],
-    calls: list[Call],
-) -> None:
-    """Act in `session` until the task is done or no action is left; every call is added to `calls`.
+async def play(prompt: Messages, session: Session, complete: Callable[[Messages, int], Awaitable[Reply]]) -> None:
+    """Act in `session` until the task is done or no action is left.
 
     complete(prompt, n): the n-th reply. A reply without a command spends an action, as thinking does in ReAct.
     """
     number = 0
     while session.steps_left > 0:
-        sample = await complete(prompt, number)
-        command = action_in(sample.text)
+        reply = await complete(prompt, number)
+        command = action_in(reply.text)
         observation = session.act(command)
-        calls.append(Call(prompt, sample, f"> {command}\n{observation}"))
+        reply.outcome = f"> {command}\n{observation}"
         said = observation if command else f"{observation} {REMINDER}"
         # An empty reply would leave an assistant's turn without words, which some endpoints refuse.
-        prompt = (*prompt, Message("assistant", sample.text.strip() or "Act:"), Message("user", said))
+        prompt = (*prompt, Message("assistant", reply.text.strip() or "Act:"), Message("user", said))
         number += 1

@@ -1,14 +1,15 @@
-"""What an answer is worth, by task, and how pairs come of it.
+"""The reward of an answer, and the rule by which pairs are made, for each LaMP task.
 
-LaMP-1, 2N, 2M: 1 for the gold label, else 0; a right summary is preferred to a wrong one. LaMP-3: 1 - |error| / 4, an
-answer without a number being as far off as 1 or 5 can be; the smaller error is preferred. LaMP-4: the mean of ROUGE-L
-and BLEU; preferred is the better mean rank in the two among the samples of the same question. In every case the best
-against the worst, at most two pairs a question; ties, and summaries of equal text, make no pair.
+LaMP-1, 2N, 2M: 1 for the gold label, else 0; a summary with a right answer is preferred to one with a wrong answer.
+LaMP-3: 1 - |error| / 4; an answer without a number counts as the farther end of the scale; the smaller error is
+preferred. LaMP-4: the mean of ROUGE-L and BLEU; the better mean rank in the two, among the samples of the same
+question, is preferred. In every case the best is paired with the worst, at most two pairs a question. Ties, and
+summaries of equal text, make no pair.
 """
 
 from dataclasses import dataclass, field
 
-from matryoshka.core.records import PairRule
+from matryoshka.core.records import PairRule, Verdict
 from matryoshka.tasks.lamp.answer_parsing import Prediction, parse
 from matryoshka.tasks.lamp.metrics import error, rouge, sentence_bleu
 from matryoshka.tasks.lamp.task_specs import Kind
@@ -18,30 +19,31 @@ PAIRS_PER_QUESTION = 2
 
 @dataclass(frozen=True)
 class Judgement:
-    """A reply, read and scored. verdict: "right", "wrong", or "error" where the reply says nothing.
+    """A reply, read and scored. verdict: "right", "wrong", or "error" if the reply has no answer.
 
-    scores: what a task with graded answers is measured by: "score" (its main metric on this question) and, in LaMP-4,
-    "rouge_l" and "bleu" (0 to 1), the pair rule's.
+    score: the main metric on this question, where answers are graded. measures: in LaMP-4 "rouge_l" and "bleu" (0 to
+    1), which the pair rule reads.
     """
 
     prediction: Prediction
-    verdict: str
+    verdict: Verdict
     reward: float
-    scores: dict[str, float] = field(default_factory=dict)
+    score: float | None = None
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 def judge(kind: Kind, reply: str, gold: str) -> Judgement:
     """Return what `reply` is worth against `gold`."""
     prediction = parse(kind, reply)
-    verdict = "error" if prediction is None else "right" if _same(kind, prediction, gold) else "wrong"
+    verdict: Verdict = "error" if prediction is None else "right" if _same(kind, prediction, gold) else "wrong"
     if kind.name == "3":
         closeness = 1 - error(prediction, gold) / 4
-        return Judgement(prediction, verdict, max(0.0, closeness), {"score": closeness})
+        return Judgement(prediction, verdict, max(0.0, closeness), closeness)
     if kind.labels:
         return Judgement(prediction, verdict, float(verdict == "right"))
     text = str(prediction or "")
     rouge_l, bleu = rouge(text, gold)["rouge_l"], sentence_bleu(text, gold) / 100
-    return Judgement(prediction, verdict, (rouge_l + bleu) / 2, {"score": rouge_l, "rouge_l": rouge_l, "bleu": bleu})
+    return Judgement(prediction, verdict, (rouge_l + bleu) / 2, rouge_l, {"rouge_l": rouge_l, "bleu": bleu})
 
 
 def pair_rule(kind: Kind, cap: int = PAIRS_PER_QUESTION) -> PairRule:

@@ -1,95 +1,65 @@
-"""The LaMP loop: the controller sums up a user's history, the generator answers the user's question from the summary.
+"""Personalisation: the controller sums up a user's history, the generator answers a question from the summary (LaMP).
 
-One turn, one call. The controller sees what was retrieved from the history and, as published, not the question itself.
-The gold answer is read once, at the end, so both protocols are the same here.
+There is one turn with one call. The controller sees what was retrieved from the history and, as published, not the
+question itself. The gold answer is read once, at the end, so both protocols are the same here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from matryoshka.core.intervals import wilson
-from matryoshka.core.protocols import Controller, Generator, GeneratorError
-from matryoshka.core.records import Call, Example, Messages, Metric, RolloutSettings, Trajectory, Turn, content_key
-from matryoshka.tasks.lamp.answer_parsing import Prediction
-from matryoshka.tasks.lamp.data import Item
+from matryoshka.core.protocols import Baseline, Controller, Generator, Task, TaskSetting
+from matryoshka.core.records import Example, Messages, Metric, RolloutSettings, Trajectory, content_key
+from matryoshka.tasks.episode import Episode
 from matryoshka.tasks.lamp.metrics import meteor, metrics
-from matryoshka.tasks.lamp.prompts import Fitted, answer, joined, line, summarise
-from matryoshka.tasks.lamp.retrieval import Retriever
-from matryoshka.tasks.lamp.rewards import PAIRS_PER_QUESTION, judge, pair_rule
-from matryoshka.tasks.lamp.task_specs import Kind
+from matryoshka.tasks.lamp.options import LampOptions
+from matryoshka.tasks.lamp.prompts import Fitted, answer, summarise
+from matryoshka.tasks.lamp.rewards import judge, pair_rule
+from matryoshka.tasks.lamp.scripted_generator import ScriptedReader
+from matryoshka.tasks.lamp.splits import load_splits
+from matryoshka.tasks.lamp.task_specs import kind_of
 
 MAIN_METRIC = {"1": "accuracy", "2N": "accuracy", "2M": "accuracy", "3": "closeness", "4": "rouge_l"}
-RAG = (1, 4)  # entries that the retrieval baselines show the generator
+BASELINES = {
+    "rag_1": "one retrieved entry (RAG)",
+    "rag_4": "four retrieved entries (RAG)",
+    "other_4": "four entries of another user",
+}
 
 
-@dataclass(frozen=True)
-class Options:
-    """How prompts are built. prompt_tokens: of the controller's whole prompt. show_question: put the question into it.
+class LampTask(Task):
+    """The task "lamp": one of the five LaMP tasks, over made-up users or LaMP's own files.
 
-    retrieved: entries that the generator sees besides the summary.
+    The options that shape the prompts are part of the task's name, since other prompts are other episodes.
     """
 
-    prompt_tokens: int = 4000
-    show_question: bool = False
-    retrieved: int = 0
+    options: LampOptions
+    version = 2
+    compares_own_guidance = True
+    free_options = ("embeddings_cache",)
+    headline = ("task", "examples", "untrained", "trained", "p", "seconds")
 
-
-def make_example(kind: Kind, item: Item, retriever: Retriever, limit: int = 0, entry_characters: int = 2000) -> Example:
-    """Return the example of `item`, its history ranked for the question and cut to `limit` entries.
-
-    limit 0 is the published one. An entry's text is cut to entry_characters. fields: question; answer; entries: lines
-    best first; profile: entries that there were; cut: entries kept that were cut; baselines: name -> guidance.
-    """
-    documents = [" ".join(entry[name] for name in kind.texts) for entry in item.profile]
-    dates = [entry.get("date", "") for entry in item.profile]
-    ranking = retriever(kind.query(item.question), documents, dates)[: limit or kind.limit]
-    shown = [line(kind, item.profile[index], entry_characters) for index in ranking]
-    entries = [entry for entry, _ in shown]
-    fields = {
-        "question": item.question,
-        "answer": item.gold,
-        "entries": entries,
-        "profile": len(item.profile),
-        "cut": sum(cut for _, cut in shown),
-        "baselines": {f"rag_{k}": joined(entries[:k]) for k in RAG},
-    }
-    return Example(item.id, fields)
-
-
-class LampTask:
-    """One LaMP task over the examples of `splits`, which `make_example` made.
-
-    count_tokens: of a prompt in the controller's context. The options are part of the task's name, since other prompts
-    are other episodes. version: raised when the loop or its prompts change. with_meteor: score headlines by METEOR too.
-    """
-
-    def __init__(
-        self,
-        kind: Kind,
-        splits: Mapping[str, Sequence[Example]],
-        count_tokens: Callable[[Messages], int],
-        options: Options = Options(),
-        pairs_per_question: int = PAIRS_PER_QUESTION,
-        version: int = 1,
-        with_meteor: bool = False,
-    ) -> None:
-        self.name = f"lamp-{kind.name}-{content_key(options)[:8]}"
-        self.version = version
-        self.pair_rule = pair_rule(kind, pairs_per_question)
+    def __init__(self, options: LampOptions, setting: TaskSetting) -> None:
+        kind = self.kind = kind_of(options.task)
+        shape = {name: getattr(options, name) for name in ("prompt_tokens", "show_question", "retrieved")}
+        self.name = f"lamp-{kind.name}-{content_key(shape)[:8]}"
+        self.label = f"LaMP-{kind.name}"
+        self.pair_rule = pair_rule(kind)
         self.main_metric = MAIN_METRIC[kind.name]
-        self._kind = kind
-        self._splits = splits
-        self._count_tokens = count_tokens
-        self._options = options
-        self._meteor = with_meteor and kind.name == "4"
         self._fitted: dict[str, Fitted] = {}
-        self._golds = {example.id: example.fields["answer"] for rows in splits.values() for example in rows}
+        super().__init__(options, setting)
 
     def examples(self, split: str) -> Sequence[Example]:
-        """Return the questions of `split`. Raises ValueError listing the splits when it is unknown."""
-        if split not in self._splits:
-            raise ValueError(f"{self.name}: split {split!r} is unknown; choose from {sorted(self._splits)}")
+        """Return the questions of `split`, with the fields that `splits.make_example` describes."""
         return self._splits[split]
+
+    @cached_property
+    def _splits(self) -> Mapping[str, Sequence[Example]]:
+        return load_splits(self.options, self.setting.sizes, self.setting.seed)
+
+    @cached_property
+    def _golds(self) -> Mapping[str, str]:
+        return {example.id: example.fields["answer"] for rows in self._splits.values() for example in rows}
 
     def first_prompt(self, example: Example) -> Messages:
         """Return the request for a summary. Raises ValueError if prompt_tokens are too few for it without history."""
@@ -100,68 +70,68 @@ class LampTask:
         summary: str | None = example.fields.get("summary")
         return summary
 
+    def baselines(self, example: Example) -> Sequence[Baseline]:
+        """Return what the generator may be shown of the history without any controller."""
+        return [Baseline(name, BASELINES[name], text) for name, text in example.fields["baselines"].items()]
+
+    def check(self, settings: RolloutSettings) -> None:
+        """Raise ValueError for a loop that LaMP does not have."""
+        given = (settings.inner_attempts, settings.outer_turns, settings.protocol)
+        if given != (1, 1, "label_free"):
+            raise ValueError(
+                "[rollout] LaMP has one turn and one answer; expected inner_attempts 1, outer_turns 1 and protocol "
+                f"'label_free', got {given[0]}, {given[1]} and {given[2]!r}"
+            )
+
     async def rollout(
         self, example: Example, controller: Controller, generator: Generator, settings: RolloutSettings
     ) -> Trajectory:
-        """Return one episode on `example`, worth what `rewards.judge` says.
+        """Return one episode on `example`, whose reward `rewards.judge` gives.
 
-        A black-box call that fails for good ends it with reward 0 and verdict "failed"; it is never raised. info:
-        protocol; prediction (label, number or headline, None where there is none); error (of the failed call); verdict;
-        score, rouge_l, bleu (see `Judgement`); entries, dropped_entries, cut_entries (of the history, in the
-        controller's prompt); cut (1: the summary was cut at max_tokens: it is used, but not for training); controller,
-        generator (names); calls, prompt_tokens, completion_tokens (of the black box); draw.
+        Its prediction is a label, a number or a headline. measures: entries, dropped_entries and cut_entries of the
+        history, in the controller's prompt; for headlines rouge_l and bleu. A summary that was cut at max_tokens is
+        used, but is not for training.
         """
         fitted = self._fit(example)
         question, entries = example.fields["question"], example.fields["entries"]
-        turns: tuple[Turn, ...] = ()
-        failure, reply = None, ""
-        try:
-            (sample,) = await controller.propose(fitted.prompt, 1, settings.controller)
-            turns = (Turn(fitted.prompt, controller.prompt_ids(fitted.prompt), sample),)
-            request = answer(self._kind, question, sample.text.strip(), entries[: self._options.retrieved])
-            completion = await generator.complete(request, settings.generator)
-            reply = completion.text
-            turns = (replace(turns[0], calls=(Call(request, completion),)),)
-        except GeneratorError as err:  # the generator may be the controller too
-            failure = str(err)
-        judgement = judge(self._kind, reply, example.fields["answer"])
-        calls = [call for turn in turns for call in turn.calls]
-        info = {
-            "protocol": settings.protocol,
-            "prediction": judgement.prediction,
-            "error": failure,
-            "verdict": judgement.verdict if failure is None else "failed",
-            **judgement.scores,
+        episode = Episode(self.name, example, controller, generator, settings)
+        reply = ""
+        with episode:
+            guidance = await episode.propose(fitted.prompt)
+            request = answer(self.kind, question, guidance.text, entries[: self.options.retrieved])
+            reply = (await episode.complete(request)).text
+        judged = judge(self.kind, reply, example.fields["answer"])
+        measures = {
+            **judged.measures,
             "entries": len(entries) - fitted.dropped,
             "dropped_entries": fitted.dropped,
             "cut_entries": example.fields["cut"] + fitted.cut,
-            "cut": sum(turn.action.finish_reason == "length" for turn in turns),
-            "controller": controller.name,
-            "generator": generator.name,
-            "calls": len(calls),
-            "prompt_tokens": sum(call.sample.usage.prompt_tokens for call in calls),
-            "completion_tokens": sum(call.sample.usage.completion_tokens for call in calls),
-            "draw": settings.controller.draw,
         }
-        reward = judgement.reward if failure is None else 0.0
-        return Trajectory(self.name, example.id, turns, reward, info)
+        return episode.trajectory(
+            judged.reward, judged.verdict, judged.prediction, score=judged.score, measures=measures
+        )
 
     def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]:
         """Return the task's metrics (see `metrics.metrics`) and "failed", the share whose call failed for good.
 
         A failed episode counts as one without an answer. Raises ValueError for no trajectories.
         """
-        predictions: list[Prediction] = [trajectory.info.get("prediction") for trajectory in trajectories]
+        predictions = [trajectory.info.prediction for trajectory in trajectories]
         golds = [self._golds[trajectory.example_id] for trajectory in trajectories]
-        found = metrics(self._kind, predictions, golds)
-        if self._meteor:
+        found = metrics(self.kind, predictions, golds)
+        if self.options.meteor and self.kind.name == "4":
             found["meteor"] = meteor([str(prediction or "") for prediction in predictions], golds)
-        failed = sum(trajectory.info["verdict"] == "failed" for trajectory in trajectories)
+        failed = sum(trajectory.info.verdict == "failed" for trajectory in trajectories)
         return {**found, "failed": wilson(failed, len(golds))}
+
+    @classmethod
+    def scripted_generator(cls, name: str) -> Generator:
+        """Return the scripted reader `name`."""
+        return ScriptedReader(name)
 
     def _fit(self, example: Example) -> Fitted:
         if example.id not in self._fitted:
-            question = example.fields["question"] if self._options.show_question else ""
-            lines, budget = example.fields["entries"], self._options.prompt_tokens
-            self._fitted[example.id] = summarise(self._kind, lines, self._count_tokens, budget, question)
+            question = example.fields["question"] if self.options.show_question else ""
+            lines, budget = example.fields["entries"], self.options.prompt_tokens
+            self._fitted[example.id] = summarise(self.kind, lines, self.setting.count_tokens, budget, question)
         return self._fitted[example.id]

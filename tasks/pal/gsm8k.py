@@ -1,10 +1,12 @@
 """Reads word problems with numeric answers from JSONL files that the user has: GSM8K, PAL's form of it, GSM-Hard.
 
-Nothing is downloaded and nothing is skipped: a row that cannot be read is an error with its file and line.
+It downloads nothing and skips no row: a row that cannot be read is an error that names its file and line.
 """
 
+import re
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +17,68 @@ from matryoshka.tasks.pal.answers import parse_gold
 LARGEST = sys.float_info.max
 
 
+def load_splits(
+    train_file: Path, test_file: Path, sizes: Mapping[str, int], gold_warmup: bool
+) -> dict[str, Sequence[Example]]:
+    """Return the problems of each split in file order: warm-up, training and validation are cut from `train_file`.
+
+    gold_warmup: the warm-up takes annotated rows alone, for it teaches their steps; the other splits take the rest.
+    Raises FileNotFoundError, or ValueError for files that are malformed, too short or have questions in common.
+    """
+    train = _load(train_file, "train_file", sum(sizes[split] for split in ("warmup", "train", "validation")))
+    test = _load(test_file, "test_file", sizes["test"])[: sizes["test"]]
+    warmup = [example for example in train if "steps" in example.fields or not gold_warmup][: sizes["warmup"]]
+    if len(warmup) < sizes["warmup"]:
+        where = f"[task.options] train_file {train_file}"
+        raise ValueError(f"{where} has {len(warmup)} annotated problems but the warm-up takes {sizes['warmup']}")
+    taught = {example.id for example in warmup}
+    rest = [example for example in train if example.id not in taught][: sizes["train"] + sizes["validation"]]
+    if shared := (taught | {example.id for example in rest}) & {example.id for example in test}:
+        where = "both train_file and test_file; training would see test"
+        raise ValueError(f"[task.options] {len(shared)} questions stand in {where}")
+    train, validation = rest[: sizes["train"]], rest[sizes["train"] :]
+    return {"warmup": warmup, "train": train, "validation": validation, "test": test, "held_out": []}
+
+
 def load(path: Path) -> list[Example]:
-    """Return the problems of `path` in file order, with fields {"question": str, "answer": int | float}.
+    """Return the problems of `path` in file order: {"question": str, "answer": int | float} and perhaps "steps".
 
     Rows are {"question", "answer"} with an answer that ends `#### N` (GSM8K), or {"input", "target"} with a number as
-    target (PAL; GSM-Hard adds "code", which is not read). The id is a key of the question's text, the same in every
-    file; a question that comes again in one file gets an id of its own, so that every row counts.
+    target (PAL; GSM-Hard adds "code", which is not read). GSM8K's calculator annotations `<<48/2=24>>` become the gold
+    steps "What is 48/2?"; a row without any has none. The id is a key of the question's text, the same in every file; a
+    question that comes again in one file gets an id of its own, so that every row counts.
     Raises FileNotFoundError, or ValueError naming file and line.
     """
     examples: list[Example] = []
     seen: Counter[str] = Counter()
     for number, row in enumerate(read_jsonl(path), start=1):
         try:
-            question, answer = _parse(row)
+            fields = _parse(row)
         except ValueError as err:
             raise ValueError(f"{path}:{number}: {err}") from err
+        question = fields["question"]
         key = content_key(question, seen[question]) if seen[question] else content_key(question)
         seen[question] += 1
-        examples.append(Example(key, {"question": question, "answer": answer}))
+        examples.append(Example(key, fields))
     return examples
 
 
-def _parse(row: dict[str, Any]) -> tuple[str, float | int]:
+def _load(path: Path, key: str, count: int) -> list[Example]:
+    examples = load(path)
+    if len(examples) < count:
+        where = f"[task.options] {key} {path}"
+        raise ValueError(f"{where} has {len(examples)} problems but the configuration takes {count}")
+    return examples
+
+
+def _parse(row: dict[str, Any]) -> dict[str, Any]:
+    steps: list[str] = []
     if {"question", "answer"} <= row.keys():
         question, solution = row["question"], row["answer"]
         if not isinstance(solution, str):
             raise ValueError(f"'answer' is {type(solution).__name__}; expected a text that ends with '#### NUMBER'")
         answer: Any = parse_gold(solution)
+        steps = [f"What is {text}?" for text in re.findall(r"<<([^=<>]+)=[^<>]*>>", solution)]
     elif {"input", "target"} <= row.keys():
         question, answer = row["input"], row["target"]
         if isinstance(answer, bool) or not isinstance(answer, int | float) or not abs(answer) <= LARGEST:
@@ -52,4 +89,4 @@ def _parse(row: dict[str, Any]) -> tuple[str, float | int]:
         )
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"the question is {question!r}; expected a text")
-    return question, answer
+    return {"question": question, "answer": answer, **({"steps": steps} if steps else {})}

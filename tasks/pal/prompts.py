@@ -1,9 +1,12 @@
-"""What controller and generator are shown. A `PromptStyle` is five functions from texts to messages, nothing else.
+"""The prompts of controller and generator. A `PromptStyle` consists of four functions from texts to messages.
 
 `FULL` is the style for instruction-tuned models of a few billion parameters and more: a system message, three worked
 examples, the question. The guidance is a header line and one sub-question a line; the program answers each
 sub-question under a comment that repeats it. A retry and a new plan continue the conversation, so the model sees what
 it wrote and what really happened.
+`COMPACT` is the style for models of about a hundred million parameters: chat turns as exemplars, one sub-question a
+line. The controller sees two worked examples, which are in no split. The generator sees none: a model of this size is
+taught the format (see the embedded generator's README).
 """
 
 from collections.abc import Callable
@@ -130,3 +133,41 @@ def _replan(question: str, guidance: str, feedback: str) -> Messages:
 
 
 FULL = PromptStyle("full", _guidance, _code, _retry, _replan)
+
+# The style "compact".
+
+COMPACT_GUIDANCE_SYSTEM = "Split the problem into short steps."
+COMPACT_CODE_SYSTEM = "Write solution() from the steps."
+COMPACT_EXEMPLARS = (
+    (
+        "Sue sews 5 shirts. Each shirt needs 3 white and 4 black buttons. How many buttons does Sue need?",
+        "How many are 3 and 4 together?\nHow many for 5 times that?",
+    ),
+    (
+        "Max has 60 dollars. He buys 4 hammers at 9 dollars each. How many dollars are left?",
+        "How much for 4 at 9 dollars?\nHow much is left from 60 dollars?",
+    ),
+)
+
+
+def _compact_guidance(question: str) -> Messages:
+    shots = [turn for q, steps in COMPACT_EXEMPLARS for turn in (Message("user", q), Message("assistant", steps))]
+    return (Message("system", COMPACT_GUIDANCE_SYSTEM), *shots, Message("user", question))
+
+
+def _compact_code(question: str, guidance: str) -> Messages:
+    return (Message("system", COMPACT_CODE_SYSTEM), Message("user", f"{question}\n{guidance}".strip()))
+
+
+def _compact_retry(question: str, guidance: str, previous: str, error: str) -> Messages:
+    complaint = Message("user", f"It failed: {error}\nFix it.")
+    return (*_compact_code(question, guidance), Message("assistant", previous), complaint)
+
+
+def _compact_replan(question: str, previous: str, feedback: str) -> Messages:
+    again = Message("user", f"These steps failed: {feedback}\nWrite better steps.")
+    return (*_compact_guidance(question), Message("assistant", previous), again)
+
+
+COMPACT = PromptStyle("compact", _compact_guidance, _compact_code, _compact_retry, _compact_replan)
+STYLES = {style.name: style for style in (FULL, COMPACT)}

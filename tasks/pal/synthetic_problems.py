@@ -1,12 +1,13 @@
-"""Templated multi-step word problems with gold steps and gold programs: the embedded task, made anew from a seed.
+"""Makes multi-step word problems with gold steps and gold programs from templates and a seed.
 
-Families are in `families.py`. What keeps training and test apart: every wording (opening, event and question together)
-and every (family, numbers) tuple belongs to one split, by its hash; two families are held out whole. So no test wording
-and no (family, numbers) tuple occurs in training. The single clauses do: what is asked for is a new combination.
+Families are in `problem_templates.py`. Training and test are kept apart: every wording (opening, event and question
+together) and every (family, numbers) tuple belongs to one split, by its hash, and two families are held out whole. So
+no wording and no (family, numbers) tuple of the test occurs in training. Single clauses do, so a test problem is a new
+combination.
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matryoshka.core.records import Example, content_key, stable_seed
@@ -73,13 +74,20 @@ def problems(split: str, n: int, seed: int) -> list[Problem]:
     return list(found.values())
 
 
+def load_splits(sizes: Mapping[str, int], seed: int) -> dict[str, Sequence[Example]]:
+    """Return the problems of each split of a run; warm-up and training problems are different ones of "train"."""
+    both = load("train", sizes["warmup"] + sizes["train"], seed)
+    others = {split: load(split, sizes[split], seed) for split in ("validation", "test", "held_out")}
+    return {"warmup": both[: sizes["warmup"]], "train": both[sizes["warmup"] :], **others}
+
+
 def load(split: str, n: int, seed: int) -> list[Example]:
     """Return `problems` as examples with fields question, answer, steps, program, family, numbers."""
     return [problem.example() for problem in problems(split, n, seed)]
 
 
 def draw(family: Family, split: str, draws: random.Random) -> Problem | None:
-    """Return one problem, or None when what was drawn is unfit or belongs to another split."""
+    """Return one problem, or None if its numbers do not fit or it belongs to another split."""
     values = {key: draws.choice(choices) for key, choices in family.ranges.items()}
     if not family.fits(values) or partition(family.name, tuple(values.values())) != split:
         return None

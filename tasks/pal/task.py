@@ -1,4 +1,4 @@
-"""The PAL loop: the controller splits a word problem into sub-questions, the generator writes a program, we run it.
+"""Word problems with numeric answers: the controller splits one into questions, the generator writes a program (PAL).
 
 The inner loop lets the generator correct its program against the real error, the outer loop lets the controller write
 new guidance. Under protocol "label_free" neither loop sees the gold answer: the only thing that causes a retry is a
@@ -7,67 +7,65 @@ program that did not run. Under "oracle" a wrong answer causes one as well. The 
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
 
 from matryoshka.core.intervals import wilson
-from matryoshka.core.protocols import ContextError, Controller, Generator, GeneratorError
-from matryoshka.core.records import (
-    Call,
-    Example,
-    Messages,
-    Metric,
-    PairRule,
-    RolloutSettings,
-    Sample,
-    Trajectory,
-    Turn,
-)
+from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
+from matryoshka.core.records import Example, Messages, Metric, RolloutSettings, Trajectory, Verdict
+from matryoshka.tasks.episode import Episode
+from matryoshka.tasks.pal import gsm8k, synthetic_problems
 from matryoshka.tasks.pal.answers import same_answer
-from matryoshka.tasks.pal.prompts import PromptStyle
+from matryoshka.tasks.pal.prompts import STYLES
 from matryoshka.tasks.sandbox import Outcome, extract_code, run_solution
-from matryoshka.tasks.sandbox_backends import Sandbox
-
-PAIR_RULE = PairRule("binary", cap=4)
-
-
-def guidance_text(sample: Sample) -> str:
-    """Return what of the controller's completion goes into the generator's prompt: its text without outer blanks."""
-    return sample.text.strip()
+from matryoshka.tasks.sandbox_backends import SCRIPT, in_words
+from matryoshka.tasks.sandbox_config import SandboxConfig
 
 
-class PALTask:
-    """Word problems with numeric answers, solved by programs; examples have the fields "question" and "answer".
+@dataclass(frozen=True)
+class PalOptions:
+    """The options of the task "pal"."""
 
-    splits: the problems by split name. style: the prompts, also part of the task's name, since other prompts are
-    other episodes. timeout_s, memory_bytes: limits of one program. version: raised when the loop or its prompts change.
-    sandbox: where programs run, by default this machine's sandbox with isolation "auto".
+    prompts: Literal["compact", "full"] = "compact"
+    """Prompt style: "compact" for models of about a hundred million parameters, "full" for larger ones."""
+    train_file: str = ""
+    """GSM8K or GSM-Hard JSONL file for warm-up, training and validation; "" makes all problems from the seed."""
+    test_file: str = ""
+    """GSM8K or GSM-Hard JSONL file of the test problems; it goes with train_file."""
+    sandbox: SandboxConfig = SandboxConfig()
+    """Limits of one program, and the boundary around it."""
+
+
+class PALTask(Task):
+    """The task "pal": problems made from the seed ("words") or read from GSM8K files ("gsm8k"), solved by programs.
+
+    The prompt style is part of the task's name, since other prompts are other episodes.
     """
 
-    def __init__(
-        self,
-        splits: Mapping[str, Sequence[Example]],
-        style: PromptStyle,
-        timeout_s: float = 5.0,
-        memory_bytes: int = 512 * 2**20,
-        pair_rule: PairRule = PAIR_RULE,
-        version: int = 1,
-        sandbox: Sandbox | None = None,
-    ) -> None:
-        self.name = f"pal-{style.name}"
-        self.version = version
-        self.pair_rule = pair_rule
-        self.main_metric = "accuracy"
-        self.style = style
-        self._splits = splits
-        self._timeout_s = timeout_s
-        self._memory_bytes = memory_bytes
-        self._sandbox = sandbox
+    options: PalOptions
+    version = 2
+    free_options = ("sandbox.isolation", "sandbox.command")
+
+    def __init__(self, options: PalOptions, setting: TaskSetting) -> None:
+        self.style = STYLES[options.prompts]
+        self.sandbox = options.sandbox.sandbox()
+        self.name = f"pal-{self.style.name}"
+        self.label = "gsm8k" if options.train_file or options.test_file else "words"
+        super().__init__(options, setting)
 
     def examples(self, split: str) -> Sequence[Example]:
-        """Return the problems of `split`. Raises ValueError listing the splits when it is unknown."""
-        if split not in self._splits:
-            raise ValueError(f"{self.name}: split {split!r} is unknown; choose from {sorted(self._splits)}")
+        """Return the problems of `split`, with the fields "question", "answer" and, where they are known, "steps"."""
         return self._splits[split]
+
+    @cached_property
+    def _splits(self) -> Mapping[str, Sequence[Example]]:
+        options, setting = self.options, self.setting
+        if self.label == "gsm8k":
+            files = {name: _given(options, name) for name in ("train_file", "test_file")}
+            return gsm8k.load_splits(files["train_file"], files["test_file"], setting.sizes, setting.gold_warmup)
+        return synthetic_problems.load_splits(setting.sizes, setting.seed)
 
     def first_prompt(self, example: Example) -> Messages:
         """Return the request for sub-questions."""
@@ -78,88 +76,68 @@ class PALTask:
         steps = example.fields.get("steps")
         return None if steps is None else "\n".join(steps)
 
+    def check(self, settings: RolloutSettings) -> None:
+        """Raise ValueError if programs cannot be kept behind the boundary that was asked for."""
+        self.sandbox.start(SCRIPT)
+
+    def facts(self) -> dict[str, str]:
+        """Return the boundary that generated programs run behind."""
+        return {"generated programs": in_words(self.sandbox.start(SCRIPT))}
+
     async def rollout(
         self, example: Example, controller: Controller, generator: Generator, settings: RolloutSettings
     ) -> Trajectory:
         """Return one episode on `example`; reward 1.0 if the value of its last program is the gold answer, else 0.0.
 
-        A black-box call that fails for good ends the episode with reward 0 and verdict "failed"; it is never raised.
-        info: protocol; attempts (programs run); outer_turns (guidances asked for); overlong (a re-plan did not fit the
-        context, so none was made); cut (guidances cut at max_tokens: they run, but are not for training); prediction
-        (the last value, or None); error (of the last program, or of the failed call); verdict ("right", "wrong",
-        "error": the last program did not run, "failed"); controller, generator (names); calls, prompt_tokens,
-        completion_tokens (of the black box); draw.
+        Its prediction is that value. The verdict "error" means that the last program did not run. Guidance that was cut
+        at max_tokens is used, but is not for training.
         """
-        question = example.fields["question"]
-        turns: list[Turn] = []
+        question, limits = example.fields["question"], self.options.sandbox
+        episode = Episode(self.name, example, controller, generator, settings)
         outcome: Outcome | None = None
-        failure: str | None = None
-        overlong = False  # a re-plan did not fit the context
         prompt = self.first_prompt(example)
-        try:
-            for turn in range(settings.outer_turns):
-                try:
-                    (sample,) = await controller.propose(prompt, 1, settings.controller.again(turn, 0))
-                except ContextError:
-                    if turn == 0 or settings.overlong == "error":
-                        raise
-                    overlong = True
-                    break
-                turns.append(Turn(prompt, controller.prompt_ids(prompt), sample))
-                guidance = guidance_text(sample)
-                request = self.style.code(question, guidance)
-                complaint = ""
+        with episode:
+            for _ in range(settings.outer_turns):
+                guidance = await episode.propose(prompt)
+                request = self.style.code(question, guidance.text)
                 for attempt in range(settings.inner_attempts):
-                    reply = await generator.complete(request, settings.generator.again(turn, attempt))
+                    reply = await episode.complete(request, attempt)
                     code = extract_code(reply.text)
                     outcome = await run_solution(
-                        code, self._timeout_s, self._memory_bytes, sandbox=self._sandbox
+                        code, limits.timeout_s, limits.memory_bytes, sandbox=self.sandbox
                     )
-                    complaint = _complaint(outcome, example, settings.protocol)
-                    call = Call(request, reply, outcome.error or f"value {outcome.value}")
-                    turns[-1] = replace(turns[-1], calls=(*turns[-1].calls, call), feedback=complaint)
-                    if not complaint:
+                    reply.outcome = outcome.error or f"value {outcome.value}"
+                    guidance.feedback = _complaint(outcome, example, settings.protocol)
+                    if not guidance.feedback:
                         break
-                    request = self.style.retry(question, guidance, code, complaint)
-                if not complaint:
+                    request = self.style.retry(question, guidance.text, code, guidance.feedback)
+                if not guidance.feedback:
                     break
-                prompt = self.style.replan(question, guidance, complaint)
-        except GeneratorError as err:
-            failure = str(err)
-
-        prediction = outcome.value if outcome else None
+                prompt = self.style.replan(question, guidance.text, guidance.feedback)
+        prediction, error = (outcome.value, outcome.error) if outcome else (None, None)
         right = same_answer(prediction, example.fields["answer"])
-        calls = [call for turn_taken in turns for call in turn_taken.calls]
-        info = {
-            "protocol": settings.protocol,
-            "attempts": len(calls),
-            "outer_turns": len(turns),
-            "overlong": overlong,
-            "cut": sum(turn_taken.action.finish_reason == "length" for turn_taken in turns),
-            "prediction": prediction,
-            "error": outcome.error if failure is None and outcome else failure,
-            "verdict": _verdict(failure, prediction, right),
-            "controller": controller.name,
-            "generator": generator.name,
-            "calls": len(calls),
-            "prompt_tokens": sum(call.sample.usage.prompt_tokens for call in calls),
-            "completion_tokens": sum(call.sample.usage.completion_tokens for call in calls),
-            "draw": settings.controller.draw,
-        }
-        return Trajectory(self.name, example.id, tuple(turns), float(right), info)
+        verdict: Verdict = "error" if prediction is None else "right" if right else "wrong"
+        return episode.trajectory(float(right), verdict, prediction, error)
 
     def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]:
         """Return "accuracy", "executable" (the last program ran) and "failed" (a call failed for good), as shares.
 
         A failed episode counts as not right in accuracy, and its share is shown. Raises ValueError for no trajectories.
         """
-        verdicts = Counter(trajectory.info["verdict"] for trajectory in trajectories)
+        counts = Counter(trajectory.info.verdict for trajectory in trajectories)
         n = len(trajectories)
         return {
-            "accuracy": wilson(verdicts["right"], n),
-            "executable": wilson(verdicts["right"] + verdicts["wrong"], n),
-            "failed": wilson(verdicts["failed"], n),
+            "accuracy": wilson(counts["right"], n),
+            "executable": wilson(counts["right"] + counts["wrong"], n),
+            "failed": wilson(counts["failed"], n),
         }
+
+
+def _given(options: PalOptions, name: str) -> Path:
+    file = getattr(options, name)
+    if not file:
+        raise ValueError(f"[task.options] {name} is empty; give the path of a GSM8K or GSM-Hard JSONL file")
+    return Path(file)
 
 
 def _complaint(outcome: Outcome, example: Example, protocol: str) -> str:
@@ -169,11 +147,3 @@ def _complaint(outcome: Outcome, example: Example, protocol: str) -> str:
     if protocol == "oracle" and not same_answer(outcome.value, example.fields["answer"]):
         return f"It ran and returned {outcome.value}, but the answer is not correct."
     return ""
-
-
-def _verdict(failure: str | None, prediction: float | int | None, right: bool) -> str:
-    if failure is not None:
-        return "failed"
-    if prediction is None:
-        return "error"
-    return "right" if right else "wrong"

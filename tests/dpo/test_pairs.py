@@ -3,13 +3,24 @@
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka.core.records import Message, Messages, PairRule, Preference, Sample, Trajectory, Turn
+from matryoshka.core.records import (
+    EpisodeInfo,
+    Message,
+    Messages,
+    PairRule,
+    Preference,
+    Sample,
+    Trajectory,
+    Turn,
+    Verdict,
+)
 from matryoshka.dpo.pairs import make_pairs, winners
 
 BINARY = PairRule("binary", cap=4)
@@ -24,8 +35,11 @@ def turn(text: str, question: str = "q", finish_reason: str = "stop") -> Turn:
     return Turn(prompt(question), tuple(question.encode()), Sample(text, finish_reason, ids, (-1.0,) * len(ids)))
 
 
-def episode(example: str, reward: float, *turns: Turn, **info: Any) -> Trajectory:
-    return Trajectory("t", example, turns, reward, {"verdict": "right" if reward else "wrong", **info})
+def episode(
+    example: str, reward: float, *turns: Turn, verdict: Verdict | None = None, controller: str = "c", **info: Any
+) -> Trajectory:
+    verdict = verdict or ("right" if reward else "wrong")
+    return Trajectory("t", example, turns, reward, EpisodeInfo(verdict, "label_free", controller, "g", **info))
 
 
 def texts(pairs: Sequence[Preference]) -> list[tuple[str, str, str]]:
@@ -38,10 +52,11 @@ def test_one_pair_is_what_the_controller_said_token_for_token() -> None:
     (pair,), counts = make_pairs([won, lost], BINARY, 0)
     assert pair == Preference(
         prompt("q"), (ord("q"),), won.turns[0].action, lost.turns[0].action, 1.0, 0.0, "e",
-        {"chosen": [{"controller": "c", "draw": 0}], "rejected": [{"controller": None, "draw": 1}]},
+        {"chosen": [{"controller": "c", "draw": 0}], "rejected": [{"controller": "c", "draw": 1}]},
     )  # fmt: skip
     assert counts.as_dict() == {
-        "failed": 0, "samples": 2, "distinct": 2, "cut_by_length": 0, "prompts": 1, "prompts_with_both": 1, "pairs": 1
+        "failed": 0, "left_out": 0, "samples": 2, "distinct": 2, "cut_by_length": 0, "prompts": 1,
+        "prompts_with_both": 1, "pairs": 1,
     }  # fmt: skip
 
 
@@ -96,8 +111,24 @@ def test_only_the_last_guidance_of_an_episode_has_its_reward() -> None:
 def test_an_episode_whose_call_failed_says_nothing() -> None:
     """Oracle: by hand; a connection that broke is no loss of the guidance."""
     failed = [episode("e", 0.0, turn("unlucky"), verdict="failed"), episode("e", 0.0, verdict="failed")]
-    pairs, counts = make_pairs([episode("e", 1.0, turn("good")), *failed], BINARY, 0)
-    assert pairs == [] and (counts.failed, counts.samples) == (2, 1)
+    pairs, counts = make_pairs([episode("f", 1.0, turn("good")), *failed], BINARY, 0)
+    assert pairs == [] and (counts.failed, counts.left_out, counts.samples) == (2, 0, 1)
+
+
+def test_a_group_that_an_outage_thinned_out_makes_no_pairs() -> None:
+    """Oracle: by hand. Of eight draws the last four failed: what is left of the group is no fair sample of it, whatever
+    its rewards; the same example's draws of another round (seed) or policy, and other examples, stay.
+    """
+    thinned = [episode("e", float(i % 2), turn(f"t{i}"), seed=1, draw=i) for i in range(4)]
+    thinned += [episode("e", 0.0, seed=1, draw=i, verdict="failed") for i in range(4, 8)]
+    whole = [episode("f", float(i), turn(f"f{i}"), seed=1, draw=i) for i in range(2)]
+    later = [episode("e", float(i), turn(f"l{i}"), seed=2, draw=i) for i in range(2)]
+    other = [episode("e", float(i), turn(f"o{i}", "q2"), seed=1, draw=i, controller="d") for i in range(2)]
+    pairs, counts = make_pairs([*thinned, *whole, *later, *other], BINARY, 0)
+    assert sorted(texts(pairs)) == [("e", "l1", "l0"), ("e", "o1", "o0"), ("f", "f1", "f0")]
+    assert (counts.failed, counts.left_out, counts.samples) == (4, 4, 6)
+    complete = [replace(row, info=replace(row.info, verdict="wrong")) for row in thinned]
+    assert len(make_pairs(complete, BINARY, 0)[0]) == 4
 
 
 @pytest.mark.parametrize(
@@ -145,11 +176,12 @@ def test_ranked_pairs_have_a_gap_above_the_margin_and_the_widest_come_first() ->
 
 EPISODES = st.lists(
     st.builds(
-        lambda example, reward, spoken, failed: episode(
+        lambda example, reward, spoken, failed, seed: episode(
             example,
             reward,
             *(turn(text, question, reason) for text, question, reason in spoken),
-            verdict="failed" if failed else "any",
+            verdict="failed" if failed else None,
+            seed=seed,
         ),
         st.sampled_from("ef"),
         st.sampled_from([0.0, 0.5, 1.0]),
@@ -157,6 +189,7 @@ EPISODES = st.lists(
             st.tuples(st.sampled_from("abcd"), st.sampled_from("qr"), st.sampled_from(["stop", "length"])), max_size=3
         ),
         st.sampled_from([False, False, False, True]),
+        st.integers(0, 9),
     ),
     max_size=24,
 )
@@ -175,7 +208,7 @@ def test_invariants(rows: list[Trajectory], kind: str, cap: int, seed: int) -> N
     identities = [(p.example_id, p.prompt, p.chosen.text, p.rejected.text) for p in pairs]
     assert len(set(identities)) == len(pairs) == counts.pairs
     assert all(n <= cap for n in Counter(p.example_id for p in pairs).values())
-    spoken = {(r.example_id, t.prompt, t.action.text) for r in rows for t in r.turns if r.info["verdict"] != "failed"}
+    spoken = {(r.example_id, t.prompt, t.action.text) for r in rows for t in r.turns if r.info.verdict != "failed"}
     assert {(e, q, text) for e, q, *both in identities for text in both} <= spoken
     assert make_pairs(rows, rule, seed) == (pairs, counts)
     if len({t.prompt for r in rows for t in r.turns}) < 2:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from matryoshka.core.models.load import load_model
-from matryoshka.core.records import Message, Sample, Sampling, Trajectory, Turn
+from matryoshka.core.records import EpisodeInfo, Message, Sample, Sampling, Trajectory, Turn
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.dpo.data import completion
 from matryoshka.dpo.parity import BOUNDS, check_policy, check_samples, difference, trainer_logps
@@ -83,7 +83,7 @@ def test_a_policys_own_samples_are_looked_at(drawn: Any) -> None:
     model, ids, samples = drawn
 
     def trajectory(sample: Sample, name: str) -> Trajectory:
-        return Trajectory("t", "e", (Turn(PROMPT, ids, sample),), 1.0, {"controller": name})
+        return Trajectory("t", "e", (Turn(PROMPT, ids, sample),), 1.0, EpisodeInfo("right", "label_free", name, "g"))
 
     wrong = replace(samples[0], logprobs=(-50.0,) * len(samples[0].logprobs))
     rows = [*(trajectory(sample, "a") for sample in samples), trajectory(wrong, "b")]

@@ -5,26 +5,30 @@ from typing import Any
 
 import pytest
 
-from matryoshka.core.records import Call, Example, Message, Sample, Trajectory, Turn
+from matryoshka.core.records import Call, EpisodeInfo, Example, Message, Sample, Trajectory, Turn, Verdict
 from matryoshka.eval.report import Condition, ReportInput
 
 MakeInput = Callable[..., ReportInput]
 
 
-def trajectory(example_id: str, verdict: str, guidance: str, protocol: str = "label_free") -> Trajectory:
+def trajectory(example_id: str, verdict: Verdict, guidance: str, protocol: str = "label_free") -> Trajectory:
     """Return one episode; an "error" episode has two attempts."""
     asked = (Message("user", example_id),)
     call = Call(asked, Sample(f"def solution():\n    return {len(guidance)}"), f"value {len(guidance)}.0")
     calls = (call, call) if verdict == "error" else (call,)
-    info: dict[str, Any] = {"protocol": protocol, "verdict": verdict, "prediction": None, "error": None}
-    if verdict in ("right", "wrong"):
-        info["prediction"] = len(guidance)
-    else:
-        info["error"] = f"{verdict}: no answer"
+    answered = verdict in ("right", "wrong")
+    info = EpisodeInfo(
+        verdict,
+        protocol,
+        "c",
+        "g",
+        prediction=len(guidance) if answered else None,
+        error=None if answered else f"{verdict}: no answer",
+    )
     return Trajectory("pal", example_id, (Turn(asked, None, Sample(guidance), calls),), float(verdict == "right"), info)
 
 
-def condition(name: str, verdicts: Sequence[str], guidance: str, protocol: str = "label_free") -> Condition:
+def condition(name: str, verdicts: Sequence[Verdict], guidance: str, protocol: str = "label_free") -> Condition:
     """Return a condition over examples e0, e1, ..., one verdict each."""
     episodes = [trajectory(f"e{i}", verdict, guidance, protocol) for i, verdict in enumerate(verdicts)]
     return Condition(name, name.title(), episodes, seconds=2.5, calls=len(episodes) + 1, tokens=1234)

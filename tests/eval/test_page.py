@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import pytest
 
-from matryoshka.core.records import Call, Example, Message, Sample, Trajectory, Turn
+from matryoshka.core.records import Call, EpisodeInfo, Example, Message, Sample, Trajectory, Turn
 from matryoshka.eval import plots
 from matryoshka.eval.report import Condition, write_report
 
@@ -51,7 +51,7 @@ def unpacked(page: str) -> Any:
 
 def hostile(make_input: Any) -> Any:
     """Return an input with HOSTILE in every text that a model or a user can write."""
-    info = {"protocol": "label_free", "verdict": "wrong", "prediction": HOSTILE, "error": HOSTILE}
+    info = EpisodeInfo("wrong", "label_free", HOSTILE, HOSTILE, prediction=HOSTILE, error=HOSTILE)
     call = Call((Message("user", HOSTILE),), Sample(HOSTILE), HOSTILE)
     turn = Turn((Message("user", HOSTILE),), None, Sample(HOSTILE), (call,), HOSTILE)
     return make_input(
@@ -100,9 +100,9 @@ def test_the_page_carries_every_episode_whole(make_input: Any, tmp_path: Path) -
         assert groups == ([0] if example.id in ("e2", "e3") else [])
         for known, (verdict, prediction, error, turns) in zip(episodes_of, records, strict=True):
             episode = known[example.id]
-            assert packed["verdicts"][verdict] == episode.info["verdict"]
-            assert texts[prediction] == ("" if episode.info["prediction"] is None else str(episode.info["prediction"]))
-            assert texts[error] == (episode.info["error"] or "")
+            assert packed["verdicts"][verdict] == episode.info.verdict
+            assert texts[prediction] == ("" if episode.info.prediction is None else str(episode.info.prediction))
+            assert texts[error] == (episode.info.error or "")
             for turn, (guidance, cut, feedback, calls) in zip(episode.turns, turns, strict=True):
                 assert (texts[guidance], cut) == (turn.action.text, int(turn.action.finish_reason == "length"))
                 assert texts[feedback] == turn.feedback
@@ -202,7 +202,7 @@ def test_a_thousand_examples_under_eight_conditions_stay_small(make_input: Any, 
         return " ".join(rng.choices(words, k=n))
 
     examples = [Example(f"e{i}", {"question": speak(40), "answer": i}) for i in range(1000)]
-    info = {"protocol": "label_free", "verdict": "right", "prediction": 1}
+    info = EpisodeInfo("right", "label_free", "c", "g", prediction=1)
 
     def episode(example: Example) -> Trajectory:
         call = Call((), Sample(speak(70)), "value 1.0")
@@ -216,8 +216,7 @@ def test_a_thousand_examples_under_eight_conditions_stay_small(make_input: Any, 
 
 def test_plots_place_values_on_their_scale() -> None:
     """Oracle: linear placement by hand: the interval cell runs from x = 14 to x = 266."""
-    drawn = plots.interval(0.5, 0.25, 1.0, (0.0, 1.0), (0.0, 1.0), "half")
-    assert 'cx="140.0"' in drawn and 'x1="77.0" x2="266.0"' in drawn
+    assert [plots.place(value, (0.0, 1.0)) for value in (0.5, 0.25, 1.0)] == [140.0, 77.0, 266.0]
     assert plots.fitted_scale(-0.03, 0.18)[1] == pytest.approx((-0.05, 0.0, 0.05, 0.1, 0.15, 0.2))
     assert plots.fitted_scale(0.0, 0.0)[0] == (0.0, 0.01)
     for low, high in ((-1.0, 1.0), (-0.4, -0.1), (0.2, 0.3), (-0.0001, 0.9)):
@@ -227,9 +226,8 @@ def test_plots_place_values_on_their_scale() -> None:
 
 def test_long_curves_are_averaged_in_equal_runs() -> None:
     """Oracle: by hand: 601 points make runs of 3, whose means of a straight line are the middle points; one is left."""
-    drawn = plots.curve(range(601), range(601), "line")
-    (points,) = re.findall(r'points="([^"]*)"', drawn)
-    assert len(points.split()) == 201
-    assert ">1</text>" in drawn and ">600</text>" in drawn
+    drawn = plots.curve(range(601), range(601))
+    assert len(drawn.points) == len(drawn.path.split()) == 201
+    assert [text for _, _, text in drawn.x_ticks] == ["1", "600"]
     with pytest.raises(ValueError, match="2 steps and 1 values"):
-        plots.curve([1, 2], [1], "line")
+        plots.curve([1, 2], [1])

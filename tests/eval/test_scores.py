@@ -3,14 +3,14 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from matryoshka.core.intervals import bootstrap
-from matryoshka.core.records import Example, Sample, Trajectory, Turn
+from matryoshka.core.records import EpisodeInfo, Example, Sample, Trajectory, Turn
 from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.eval.statistics import FLIPS, paired_scores
 
@@ -70,8 +70,8 @@ def report(folder: Path, scores: dict[str, list[float | None]]) -> tuple[str, st
     examples = [Example(str(i), {"question": "q", "answer": "5"}) for i in range(3)]
 
     def episode(id: str, score: float | None) -> Trajectory:
-        info: dict[str, Any] = {"verdict": "wrong", "protocol": "label_free", "calls": 1}
-        info |= {} if score is None else {"score": score}
+        info = EpisodeInfo("wrong" if score != -1 else "failed", "label_free", "c", "g", calls=1)
+        info = replace(info, score=None if score == -1 else score)
         return Trajectory("t", id, (Turn((), None, Sample("s")),), 0.0, info)
 
     conditions = [
@@ -91,3 +91,5 @@ def test_a_report_shows_scores_where_every_episode_has_one(tmp_path: Path) -> No
     assert "<th>score</th>" in page and "<td>0.500 [0.500, 0.500]</td>" in page and "<th>sign-flip p</th>" in page
     markdown, page = report(tmp_path, {"a": [0.5, 0.5, 0.5], "b": [0.75, None, 1.0]})
     assert "score" not in markdown and "<th>score" not in page
+    markdown, page = report(tmp_path, {"a": [0.5, 0.5, 0.5], "b": [0.75, -1, 0.75]})  # -1: failed, without a score
+    assert "| b (`b`) | 0.500 [" in markdown and "<th>score</th>" in page

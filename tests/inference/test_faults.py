@@ -4,6 +4,7 @@ The oracle is the endpoint's own count of requests, the exception, and what the 
 """
 
 import asyncio
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,12 @@ class Fault:
         return f"| {self.server} | {self.outcome}{self.note and '; ' + self.note} | {requests} | {counted} |"
 
 
+def refused(words: str) -> str:
+    whole = json.loads(answer(None))
+    whole["choices"][0]["message"]["refusal"] = words
+    return json.dumps(whole)
+
+
 BACKOFF = "after the back-off"
 FAULTS = [
     Fault("drops the connection before it answers", "drop", AGAIN, MOST, BACKOFF),
@@ -52,8 +59,23 @@ FAULTS = [
     Fault("sends a page that is no JSON, with status 200", (200, "<html>hello</html>"), AGAIN, MOST, BACKOFF),
     Fault("sends no choices", (200, '{"choices": []}'), AGAIN, MOST, BACKOFF),
     Fault("sends a message without content", (200, answer(None)), AGAIN, Usage(7, 2), BACKOFF),
-    Fault("spends all tokens on thinking", (200, answer(None, "length")), EPISODE, Usage(7, 2), "raise its max_tokens"),
-    Fault("filters its answer away", (200, answer(None, "content_filter")), EPISODE, Usage(7, 2)),
+    Fault(
+        "says that the answer ended by an error (any `finish_reason` that is not known)",
+        (200, answer("half", "error")),
+        AGAIN,
+        Usage(7, 2),
+        BACKOFF,
+    ),
+    Fault("sends an error object anywhere in a reply with status 200", (200, failure("lost")), AGAIN, MOST, BACKOFF),
+    Fault("spends all tokens on thinking", (200, answer("", "length")), EPISODE, Usage(7, 2), "raise its max_tokens"),
+    Fault("filters its answer, or a part of it", (200, answer("par", "content_filter")), EPISODE, Usage(7, 2)),
+    Fault(
+        "refuses in the message's `refusal`",
+        (200, refused("I cannot help.")),
+        EPISODE,
+        Usage(7, 2),
+        "its words are shown",
+    ),
     Fault(
         "answers from another model",
         (200, answer(model="other")),
@@ -81,11 +103,22 @@ FAULTS = [
     Fault("500, 503 and other 5xx", (503, failure("overloaded")), AGAIN, Usage(), BACKOFF),
     Fault("408, 502, 504, 524 (a gateway gave up)", (502, "<html>bad gateway</html>"), AGAIN, MOST, BACKOFF),
     Fault("409", (409, failure("conflict")), AGAIN, Usage(), BACKOFF),
-    Fault("401, 403 (the key)", (401, failure("bad key", "invalid_api_key")), RUN),
-    Fault("404 (the URL or the model)", (404, failure("no such model")), RUN),
-    Fault("400 about the prompt (too long, filtered)", (400, failure("x", "context_length_exceeded")), EPISODE),
+    Fault("401, 402, 403 (the key or the account)", (401, failure("bad key", "invalid_api_key")), RUN),
+    Fault("404, 405, 410 (the URL or the model)", (404, failure("no such model")), RUN),
+    Fault(
+        "any other 4xx that names the prompt (too long, against a rule)",
+        (422, failure("inputs tokens > 4096")),
+        EPISODE,
+    ),
     Fault("413", (413, failure("too large")), EPISODE),
-    Fault("400, 422 about a parameter", (400, failure("top_p is not supported")), RUN),
+    Fault("any other 4xx that names a parameter, the key or the model", (400, failure("top_p is not supported")), RUN),
+    Fault(
+        "any other 4xx that names none of these",
+        (400, failure("no")),
+        EPISODE,
+        Usage(),
+        "the third different prompt in a row stops the run",
+    ),
     Fault("a redirect", (307, "", {"Location": "http://127.0.0.1:1/"}), RUN, Usage(), "redirects are not followed"),
 ]
 REFUSES = "| refuses connections | the episode fails; after `max_retries` more tries, with back-off | 0 | nothing |"

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ import pytest
 
 from matryoshka.core.protocols import GeneratorError
 from matryoshka.core.records import Message, Messages, Sample, Sampling, Usage
-from matryoshka.inference import http1
+from matryoshka.inference import http_server
+from matryoshka.inference import server as server_module
+from matryoshka.inference.chat_api import server_seed
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
 from matryoshka.inference.server import Engine, serve
 
@@ -58,6 +61,10 @@ class FakeEngine:
         self.calls: list[tuple[str, Sampling, str]] = []
         self.running = self.most_running = self.cancelled = 0
         self.gate = asyncio.Event()
+        self.sick = ""
+
+    def illness(self) -> str:
+        return self.sick
 
     def models(self) -> list[str]:
         return ["base", "adapter"]
@@ -101,8 +108,13 @@ class Server:
 
     async def post(self, body: Any, path: str = "/v1/chat/completions") -> tuple[int, dict[str, Any]]:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
         return parse(await self.raw(head.encode() + content))
+
+
+    async def get(self, path: str, header: str = "", host: str = "localhost") -> tuple[int, dict[str, Any]]:
+        head = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{header}\r\n"
+        return parse(await self.raw(head.encode()))
 
 
 def parse(reply: bytes) -> tuple[int, dict[str, Any]]:
@@ -285,7 +297,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{}]}, "tools", "tool calls are not implemented"),
     ({"tempreature": 1}, "tempreature", "unknown parameter 'tempreature'"),
     ({"model": 7}, "model", "expected one of base, adapter"),
-    ({"messages": []}, "messages", "non-empty list"),
+    ({"messages": []}, "messages", "a list of 1 to 512 messages, got 0 messages"),
+    ({"messages": HELLO * 513}, "messages", "got 513 messages"),
+    ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages", "5000 characters do not fit the context"),
+    ({"stop": ["x"] * 17}, "stop", "at most 16 strings of 1000 characters, got 17 of up to 1"),
+    ({"stop": ["x", "y" * 1001]}, "stop", "got 2 of up to 1001"),
     ({"messages": ["hi"]}, "messages[0]", "an object with role and content"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", 'got "robot"'),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "got nothing"),
@@ -307,7 +323,7 @@ def test_bad_values_are_refused_by_name() -> None:
                 assert (status, error["param"], error["type"]) == (400, param, "invalid_request_error"), change
                 assert message in error["message"], (change, error["message"])
                 assert set(error) == {"message", "type", "param", "code"}
-            prompts: list[Any] = [None, "", [], [[]], [1, "a"], [-1], [256], [True], {"a": 1}, ["\ud800"]]
+            prompts: list[Any] = ["x" * 5000, None, "", [], [[]], [1, "a"], [-1], [256], [True], {"a": 1}, ["\ud800"]]
             for prompt in prompts:
                 status, reply = await server.post({"model": "base", "prompt": prompt}, "/v1/completions")
                 assert (status, reply["error"]["param"]) == (400, "prompt"), prompt
@@ -333,11 +349,10 @@ def test_unknown_model_path_and_method() -> None:
             assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
             with pytest.raises(openai.NotFoundError, match="no such path '/v1/embeddings'"):
                 await server.client.embeddings.create(model="base", input="x")
-            reply = await server.raw(b"GET /v1/completions HTTP/1.1\r\nConnection: close\r\n\r\n")
+            reply = await server.raw(b"GET /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             assert reply.startswith(b"HTTP/1.1 405 Method Not Allowed\r\n") and b"\r\nAllow: POST\r\n" in reply
             assert [model.id async for model in server.client.models.list()] == ["base", "adapter"]
-            health = await server.raw(b"GET /health?x=1 HTTP/1.1\r\nConnection: close\r\n\r\n")
-            assert parse(health) == (200, {"status": "ok"})
+            assert await server.get("/health?x=1") == (200, {"status": "ok"})
 
     asyncio.run(main())
 
@@ -371,7 +386,7 @@ def test_our_client_and_our_server_agree() -> None:
             sampling = Sampling(temperature=1.0, max_tokens=5, seed=4, draw=2)
             sample = await generator.complete((Message("user", "hi"),), sampling)
             assert sample == Sample("adapter/0\u20ac", "length", usage=Usage(19, 12))
-            assert server.engine.calls[0][1] == Sampling(1.0, 1.0, 5, (), 6, 0)
+            assert server.engine.calls[0][1] == Sampling(1.0, 1.0, 5, (), server_seed(4, 2), 0)
             with pytest.raises(GeneratorError, match="the prompt has 417 tokens"):
                 await generator.complete((Message("user", "x" * 400),), sampling)
             await generator.aclose()
@@ -391,18 +406,150 @@ def test_bearer_key() -> None:
     async def main() -> None:
         async with serving(api_key="s3cret\u00e9") as server:
             for header in ("", "Authorization: Bearer wrong\r\n", "Authorization: Basic s3cret\r\n"):
-                reply = await server.raw(f"GET /v1/models HTTP/1.1\r\nConnection: close\r\n{header}\r\n".encode())
-                assert parse(reply)[0] == 401
-                assert parse(reply)[1]["error"]["code"] == "invalid_api_key"
+                status, reply = await server.get("/v1/models", header)
+                assert (status, reply["error"]["code"]) == (401, "invalid_api_key")
             with pytest.raises(openai.AuthenticationError):
                 await server.client.models.list()
-            good = "GET /v1/models HTTP/1.1\r\nConnection: close\r\nauthorization: bearer s3cret\u00e9\r\n\r\n"
-            assert parse(await server.raw(good.encode()))[0] == 200
+            assert (await server.get("/v1/models", "authorization: bearer s3cret\u00e9\r\n"))[0] == 200
             assert parse(await server.raw(b"GET /health HTTP/1.0\r\n\r\n"))[0] == 200
 
     asyncio.run(main())
-    with pytest.raises(ValueError, match="api_key is empty"):
+    with pytest.raises(ValueError, match="the API key is empty"):
         asyncio.run(serve(FakeEngine(), "127.0.0.1", 0, " "))
+
+
+@pytest.mark.parametrize(
+    ("host", "header", "code"),
+    [
+        ("localhost:8000", "", ""),
+        ("127.0.0.1", "", ""),
+        ("[::1]:8000", "", ""),
+        ("localhost", "Origin: http://localhost:3000\r\n", ""),
+        ("evil.example", "", "host_not_allowed"),
+        ("127.0.0.1.evil.example", "", "host_not_allowed"),
+        ("0.0.0.0:8000", "", "host_not_allowed"),
+        ("[::1", "", "host_not_allowed"),
+        ("localhost", "Origin: http://evil.example\r\n", "origin_not_allowed"),
+        ("localhost", "Origin: null\r\n", "origin_not_allowed"),
+        ("localhost", "Origin: http://[\r\n", "origin_not_allowed"),
+    ],
+)
+def test_web_pages_cannot_use_a_server_on_their_readers_machine(host: str, header: str, code: str) -> None:
+    """Oracle: by definition: requests that name this machine pass; a page's Origin and a rebound host name do not."""
+
+    async def main() -> None:
+        async with serving() as server:
+            status, reply = await server.get("/v1/models", header, host)
+            assert (status, reply.get("error", {}).get("code", "")) == (403 if code else 200, code)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "192.0.2.1", "example.org", "localhost.example.org"])
+def test_other_machines_reach_no_server_without_a_key(host: str) -> None:
+    """Oracle: refused before anything listens; with a key or said so, and on loopback, nothing is refused."""
+    with pytest.raises(ValueError, match="can be reached from other machines, and no API key is set"):
+        asyncio.run(serve(FakeEngine(), host, 0))
+    server_module.check_exposure(host, "key", False)
+    server_module.check_exposure(host, None, True)
+    for loopback in ("localhost", "127.0.0.1", "127.8.9.1", "::1"):
+        server_module.check_exposure(loopback, None, False)
+
+
+def test_draws_beyond_the_limit_wait_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: with 3 of at most 4 draws running, 2 more get 429 and one passes; the count falls when they end."""
+    monkeypatch.setattr(server_module, "MAX_DRAWS", 4)
+
+    async def main() -> None:
+        async with serving() as server:
+            wait = {**CHAT, "messages": [{"role": "user", "content": "WAIT"}]}
+            running = asyncio.create_task(server.post({**wait, "n": 3}))
+            while server.engine.running < 3:
+                await asyncio.sleep(0.005)
+            status, reply = await server.post({**CHAT, "n": 2})
+            assert (status, reply["error"]["code"]) == (429, "too_many_draws")
+            assert (await server.post(CHAT))[0] == 200
+            server.engine.gate.set()
+            assert (await running)[0] == 200
+            assert (await server.post({**CHAT, "n": 4}))[0] == 200
+
+    asyncio.run(main())
+
+
+def test_an_ill_engine_is_not_called_healthy() -> None:
+    """Oracle: 503 with the engine's reason from /health and for requests, where 200 came before."""
+
+    async def main() -> None:
+        async with serving() as server:
+            assert (await server.get("/health"))[0] == 200
+            server.engine.sick = "the device is lost"
+            assert await server.get("/health") == (503, {"status": "ill", "reason": "the device is lost"})
+            status, reply = await server.post(CHAT)
+            assert status == 503 and "the device is lost" in reply["error"]["message"]
+
+    asyncio.run(main())
+
+
+def test_slow_tokenizing_does_not_stop_the_others() -> None:
+    """Oracle: by definition: while one prompt is tokenized the others are answered; its failure is its own 500."""
+    others_are_answered = threading.Event()
+
+    async def main() -> None:
+        async with serving() as server:
+            tokenizer, encode = server.engine.tokenizer, server.engine.tokenizer.encode
+
+            def slow(text: str) -> tuple[int, ...]:
+                if text == "slow":
+                    assert others_are_answered.wait(60)
+                    raise MemoryError("no memory for this text")
+                return tuple(encode(text))
+
+            tokenizer.encode_prompt = slow
+            call = asyncio.create_task(server.post({"model": "base", "prompt": "slow"}, "/v1/completions"))
+            await asyncio.sleep(0.05)
+            assert (await server.get("/health"))[0] == 200
+            assert (await server.post({"model": "base", "prompt": "quick"}, "/v1/completions"))[0] == 200
+            others_are_answered.set()
+            status, reply = await call
+            assert status == 500 and "no memory for this text" in reply["error"]["message"]
+
+    asyncio.run(main())
+
+
+def test_messages_as_evaluation_clients_send_them() -> None:
+    """Oracle: the prompt that the engine gets. Parts, and a type beside role and content, change nothing."""
+
+    async def main() -> None:
+        async with serving() as server:
+            parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+            for message in ({"content": parts}, {"content": "hi", "type": "text"}, {"content": parts, "type": "text"}):
+                status, _ = await server.post({**CHAT, "messages": [{"role": "user", **message}]})
+                assert status == 200
+            assert {prompt for prompt, _, _ in server.engine.calls} == {"<user>hi<assistant>"}
+            neutral = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "temperature": 1e-5}
+            assert (await server.post({**CHAT, **neutral}))[0] == 200
+
+    asyncio.run(main())
+
+
+def test_requests_of_lm_evaluation_harness() -> None:
+    """Oracle: bodies as lm-eval's local-completions and local-chat-completions send them. Generation is served;
+    log-likelihoods need the prompt's scores, which the refusal says."""
+
+    async def main() -> None:
+        async with serving() as server:
+            shared = {"model": "base", "temperature": 0, "seed": 1234}
+            generate = {**shared, "prompt": ["ab", "c"], "max_tokens": 9, "stop": ["\n\n", "Q:"]}
+            status, reply = await server.post(generate, "/v1/completions")
+            assert status == 200 and [choice["index"] for choice in reply["choices"]] == [0, 1]
+            chat = [{"role": "user", "content": "hi", "type": "text"}]
+            status, reply = await server.post({**shared, "messages": chat, "max_tokens": 9, "stop": ["<|endoftext|>"]})
+            assert status == 200 and reply["choices"][0]["message"]["content"] == "base/0\u20ac"
+            score = {**shared, "prompt": [[97, 98]], "max_tokens": 1, "logprobs": 1, "echo": True}
+            status, reply = await server.post(score, "/v1/completions")
+            assert status == 400 and "log-likelihood tasks" in reply["error"]["message"]
+
+    asyncio.run(main())
 
 
 def test_an_engine_failure_is_a_500_and_the_server_lives_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -431,7 +578,7 @@ def test_a_client_that_leaves_cancels_its_request() -> None:
         async with serving() as server:
             wait = json.dumps({**CHAT, "messages": [{"role": "user", "content": "WAIT"}], "n": 3}).encode()
             _, writer = await asyncio.open_connection("127.0.0.1", server.port)
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: {len(wait)}\r\n\r\n"
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(wait)}\r\n\r\n"
             writer.write(head.encode() + wait)
             while server.engine.running < 3:
                 await asyncio.sleep(0.005)
@@ -448,12 +595,12 @@ def test_a_client_that_leaves_cancels_its_request() -> None:
 
 def test_a_large_body_gets_its_413_through_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the client reads the 413 although it was still sending; a body at the limit passes."""
-    monkeypatch.setattr(http1, "MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr(http_server, "MAX_BODY_BYTES", 1000)
 
     async def main() -> None:
         async with serving() as server:
             large: list[Any] = [{"role": "user", "content": "x" * 5_000_000}]
-            with pytest.raises(openai.APIStatusError, match="at most 1000 are taken") as caught:
+            with pytest.raises(openai.APIStatusError, match="at most 1000 bytes are taken") as caught:
                 await server.client.chat.completions.create(model="base", messages=large)
             assert caught.value.status_code == 413
             body = json.dumps(CHAT).encode()
@@ -475,6 +622,7 @@ class Tokenizer:
 class Engine:
     tokenizer, context_length = Tokenizer(), 100
     def models(self): return ["m"]
+    def illness(self): return ""
     async def generate(self, prompt_ids, sampling, model):
         print("running", flush=True)
         await asyncio.sleep(0.5)
@@ -494,7 +642,8 @@ def test_a_signal_lets_what_runs_finish_and_exits_0(number: signal.Signals) -> N
         idle, idle_writer = await asyncio.open_connection("127.0.0.1", port)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         body = b'{"model": "m", "prompt": "x"}'
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+        writer.write(head + body)
         assert await process.stdout.readline() == b"running\n"
         process.send_signal(number)
         assert await idle.read() == b""

@@ -100,12 +100,25 @@ def test_a_uniform_that_rounds_to_one_draws_a_real_token(top_p: float) -> None:
 def test_extreme_temperatures(top_p: float) -> None:
     """Oracle: limits. Nearly 0 is greedy, huge is uniform over what is kept; nothing overflows."""
     logits = torch.tensor([[50.0, 80.0, -30.0, 79.0]])
-    for uniform in (0.0, 0.5, 0.999):
-        ids_B, logps_B = draw_tokens(logits, [Sampling(temperature=1e-4, top_p=top_p)], [uniform])
-        assert ids_B.item() == 1 and logps_B.isfinite().all()
+    for temperature in (1e-4, 1e-5, 1e-30, 5e-324):
+        for uniform in (0.0, 0.5, 0.999):
+            ids_B, logps_B = draw_tokens(logits, [Sampling(temperature=temperature, top_p=top_p)], [uniform])
+            assert ids_B.item() == 1 and logps_B.isfinite().all()
     if top_p == 1.0:
         ids_B, _ = draw_tokens(logits.expand(4, 4), [Sampling(temperature=1e9)] * 4, [0.1, 0.3, 0.6, 0.9])
         assert ids_B.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_get_no_log_prob(value: float) -> None:
+    """Oracle: the other rows alone. A NaN or infinity gives its row NaN; -inf is a token without probability."""
+    logits_BV = torch.tensor([[1.0, 2.0, 3.0], [1.0, value, 3.0], [3.0, 2.0, 1.0]])
+    for sampling in (Sampling(), Sampling(temperature=0.7), Sampling(temperature=0.7, top_p=0.9)):
+        ids_B, logps_B = draw_tokens(logits_BV, [sampling] * 3, [0.4] * 3)
+        clean, expected_B = draw_tokens(logits_BV[[0, 2]], [sampling] * 2, [0.4] * 2)
+        assert ids_B[[0, 2]].tolist() == clean.tolist() and logps_B[[0, 2]].tolist() == expected_B.tolist()
+        assert 0 <= ids_B[1] < 3
+        assert logps_B[1].isfinite() if value < 0 else logps_B[1].isnan()
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5)])

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from matryoshka.core.models.load import load_model
+from matryoshka.lora.files import save_adapter
+from matryoshka.lora.linear import LoraConfig, add_adapter
 from matryoshka.tasks.pal import synthetic_problems as words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,4 +88,17 @@ def controller_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     end = json.loads((folder / "config.json").read_text())["eos_token_id"]
     weights["model.embed_tokens.weight"][end] *= 5
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that is far from the identity."""
+    folder = tmp_path_factory.mktemp("serving") / "adapter"
+    model = load_model(tiny_dir)
+    add_adapter(model, "loud", LoraConfig(rank=2, targets=("o_proj", "down_proj")), seed=1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.5
+    save_adapter(model, "loud", folder, "tiny")
     return folder

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ import pytest
 
 from matryoshka.core.config import load_toml
 from matryoshka.core.intervals import wilson
-from matryoshka.core.records import RolloutSettings, to_json
+from matryoshka.core.records import Example, RolloutSettings, to_json
 from matryoshka.eval.baselines import ScriptedGuidance
-from matryoshka.pilot import alfworld_problems, curve
-from matryoshka.pilot.config import AlfworldConfig, RunConfig
+from matryoshka.pilot import curve
+from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.problems import Problems, load_problems, open_task
 from matryoshka.scripts import cli
 from matryoshka.tasks.alfworld.games import TASK_TYPES
 from matryoshka.tasks.alfworld.households import households
+from matryoshka.tasks.alfworld.options import AlfworldOptions
 from matryoshka.tasks.alfworld.scripted_generator import LiteralGenerator
+from matryoshka.tasks.alfworld.splits import example_of
+from matryoshka.tasks.alfworld.task import ALFWorldTask
 from matryoshka.tasks.alfworld.textworld_backend import is_installed
 from matryoshka.tests.pilot.conftest import with_context
 
@@ -28,12 +33,23 @@ FEW = {"task.warmup": 6, "task.train": 6, "task.validation": 3, "task.test": 6}
 
 
 def config(**changes: Any) -> RunConfig:
-    return load_toml(RunConfig, DEMO, {**FEW, "task.alfworld.size": "small", **changes})
+    return load_toml(RunConfig, DEMO, {**FEW, "task.options.size": "small", **changes})
+
+
+def load_splits(config: RunConfig) -> Problems:
+    return load_problems(open_task(config, len))
+
+
+def make_task(config: RunConfig, examples: Sequence[Example] = ()) -> ALFWorldTask:
+    task = open_task(config, len)
+    assert isinstance(task, ALFWorldTask)
+    task.__dict__["_splits"] = {"test": examples}
+    return task
 
 
 def test_own_games_are_split_without_overlap_and_the_same_again() -> None:
     """Oracle: counts asked for, ids all different, the same games from the same seed and others from another."""
-    splits = alfworld_problems.load_splits(config(**{"task.held_out": 6}))
+    splits = load_splits(config(**{"task.held_out": 6}))
     sizes = {"warmup": 6, "train": 6, "validation": 3, "test": 6, "held_out": 6}
     assert {name: len(examples) for name, examples in splits.items()} == sizes
     ids = [example.id for examples in splits.values() for example in examples]
@@ -41,8 +57,8 @@ def test_own_games_are_split_without_overlap_and_the_same_again() -> None:
     for name in ("warmup", "train", "test", "held_out"):
         assert {example.fields["task_type"] for example in splits[name]} == set(TASK_TYPES)
     assert all(example.id.startswith("valid_unseen/") for example in splits["held_out"])
-    assert alfworld_problems.load_splits(config(**{"task.held_out": 6})) == splits
-    others = alfworld_problems.load_splits(config(seed=1)).values()
+    assert load_splits(config(**{"task.held_out": 6})) == splits
+    others = load_splits(config(seed=1)).values()
     assert not set(ids) & {example.id for examples in others for example in examples}
 
 
@@ -55,40 +71,40 @@ def test_games_are_read_from_a_folder(tmp_path: Path) -> None:
     rows = sorted(households("train", 30, 3), key=lambda row: str(row["task_type"]))
     write(tmp_path, "train", rows)
     write(tmp_path, "valid_seen", households("valid_seen", 6, 3))
-    mine = config(**{"task.alfworld.data": str(tmp_path)})
-    splits = alfworld_problems.load_splits(mine)
+    mine = config(**{"task.options.data": str(tmp_path)})
+    splits = load_splits(mine)
     written = {row["game"] for row in rows}
     assert {example.id for name in ("warmup", "train", "validation") for example in splits[name]} <= written
     assert {example.fields["task_type"] for example in splits["warmup"]} == set(TASK_TYPES)
     random.Random(0).shuffle(rows)
-    other = alfworld_problems.load_splits(replace(mine, seed=1))
+    other = load_splits(replace(mine, seed=1))
     assert [example.id for example in other["train"]] != [example.id for example in splits["train"]]
-    engine = alfworld_problems.make_task(mine, splits, len)._begin(splits["test"][0])
+    engine = make_task(mine)._begin(splits["test"][0])
     assert engine.screen == splits["test"][0].fields["question"]
 
 
 def test_what_is_wrong_with_the_games_is_said(tmp_path: Path) -> None:
     """Oracle: the words that name the trouble."""
     write(tmp_path, "train", households("train", 4, 3))
-    folder = {"task.alfworld.data": str(tmp_path)}
+    folder = {"task.options.data": str(tmp_path)}
     with pytest.raises(ValueError, match="has 4 games of these types but the configuration takes 15"):
-        alfworld_problems.load_splits(config(**folder))
+        load_splits(config(**folder))
     with pytest.raises(FileNotFoundError, match="valid_seen"):
-        alfworld_problems.load_splits(config(**folder, **{"task.warmup": 1, "task.train": 1, "task.validation": 1}))
+        load_splits(config(**folder, **{"task.warmup": 1, "task.train": 1, "task.validation": 1}))
     with pytest.raises(ValueError, match="6 games stand in two splits"):
-        alfworld_problems.load_splits(config(**{"task.alfworld.test_split": "train"}))
+        load_splits(config(**{"task.options.test_split": "train"}))
     with pytest.raises(ValueError, match="'literal'"):
-        alfworld_problems.scripted_generator("witty")
+        ALFWorldTask.scripted_generator("witty")
     slicing = {**households("train", 1, 3)[0], "walkthrough": ["slice apple 1 with knife 1"]}
     with pytest.raises(ValueError, match="cannot be read as a plan: .*'slice apple 1 with knife 1'"):
-        alfworld_problems.example_of(slicing)
+        example_of(slicing)
 
 
 def test_a_game_without_a_walkthrough_has_no_gold() -> None:
     """Oracle: None, and a word for the reader."""
     row = {**households("train", 1, 3)[0], "walkthrough": []}
-    example = alfworld_problems.example_of(row)
-    task = alfworld_problems.make_task(config(), {"test": [example]}, len)
+    example = example_of(row)
+    task = make_task(config(), [example])
     assert task.gold_guidance(example) is None and example.fields["answer"] == "unknown"
 
 
@@ -100,11 +116,11 @@ def test_gold_plans_win_whole_episodes_with_either_backend_and_verbs(backend: st
     """
     if backend == "textworld" and not is_installed():
         pytest.skip("the extra alfworld is not installed")
-    mine = config(**{"task.alfworld.backend": backend, "task.alfworld.verbs": verbs})
+    mine = config(**{"task.options.backend": backend, "task.options.verbs": verbs})
     # TextWorld needs a second to load a game: the two types that put one thing and two things down stand for all.
     types = TASK_TYPES if backend == "engine" else (TASK_TYPES[0], TASK_TYPES[5])
-    examples = [alfworld_problems.example_of(row) for row in households("train", len(types), 3, types=types)]
-    task = alfworld_problems.make_task(mine, {"test": examples}, len)
+    examples = [example_of(row) for row in households("train", len(types), 3, types=types)]
+    task = make_task(mine, examples)
     gold = ScriptedGuidance("gold", {task.first_prompt(e): str(task.gold_guidance(e)) for e in examples})
     for example in examples:
         trajectory = asyncio.run(task.rollout(example, gold, LiteralGenerator(), RolloutSettings()))
@@ -124,7 +140,7 @@ def test_gold_plans_win_whole_episodes_with_either_backend_and_verbs(backend: st
 def test_the_configurations_that_come_with_it_are_valid(name: str) -> None:
     """Oracle: the reader, which refuses unknown keys and wrong values."""
     loaded = load_toml(RunConfig, ROOT / "configs" / name)
-    assert loaded.task.name == "alfworld" and isinstance(loaded.task.alfworld, AlfworldConfig)
+    assert loaded.task.name == "alfworld" and isinstance(loaded.task.options, AlfworldOptions)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +149,7 @@ def controller(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def flags(controller: Path, **changes: Any) -> list[str]:
-    values = {**FEW, "controller.path": controller, "task.alfworld.size": "small", "rollout.guidance_tokens": 12}
+    values = {**FEW, "controller.path": controller, "task.options.size": "small", "rollout.guidance_tokens": 12}
     pairs = {f"--{key.replace('_', '-')}": str(value) for key, value in {**values, **changes}.items()}
     return ["--config", str(DEMO), *(word for pair in pairs.items() for word in pair)]
 
@@ -169,7 +185,7 @@ def test_a_curve_over_seeds(
     monkeypatch.chdir(tmp_path)
     text = DEMO.read_text().replace("rounds = 1", "rounds = 0")
     (tmp_path / "curve.toml").write_text(text)
-    changes = {**FEW, "controller.path": controller, "task.alfworld.size": "small", "rollout.guidance_tokens": 12}
+    changes = {**FEW, "controller.path": controller, "task.options.size": "small", "rollout.guidance_tokens": 12}
     changes |= {"name": "c", "warmup.samples": 2, "warmup.train.batch_size": 4}
     words = [f"{key}={value}" for key, value in changes.items()]
     command = ["curve", "--config", "curve.toml", "--seeds", "3", "4", "--set", *words]

@@ -89,7 +89,7 @@ def test_a_generator_behind_http_plays_households(
     """
     monkeypatch.chdir(tmp_path)
     with served(asks=mode == "program") as (url, asked):
-        changes = {"serve.scripted": "", "generator.base-url": url, "task.alfworld.mode": mode, "name": "h"}
+        changes = {"serve.scripted": "", "generator.base-url": url, "task.options.mode": mode, "name": "h"}
         command = ["evaluate", *flags(controller, **changes)]
         assert cli.main(command) == 0
         last = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -98,10 +98,10 @@ def test_a_generator_behind_http_plays_households(
         told = [from_json(Trajectory, row["trajectory"]) for row in rows]
         calls = [call for trajectory in told for turn in trajectory.turns for call in turn.calls]
         assert all(call.sample.usage.prompt_tokens == 7 for call in calls)
-        gold = next(t for t in told if t.info["controller"].startswith("gold_guidance"))
-        assert (gold.info["mode"], gold.info["verdict"]) == (mode, "right")
+        gold = next(t for t in told if t.info.controller.startswith("gold_guidance"))
+        assert gold.task.endswith(mode) and gold.info.verdict == "right"
         if mode == "react":
-            assert gold.info["calls"] == gold.info["steps"] == len(gold.turns[0].calls)
+            assert gold.info.calls == gold.info.measures["steps"] == len(gold.turns[0].calls)
             assert all(call.sample.text.startswith("Think: ") for call in gold.turns[0].calls)
         else:
             program, question = gold.turns[0].calls

@@ -33,7 +33,7 @@ warmup = 2
 train = 3
 validation = 2
 test = 4
-[task.lamp]
+[task.options]
 task = "{task}"
 prompt_tokens = 500
 [warmup.train]

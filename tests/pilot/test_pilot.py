@@ -38,13 +38,16 @@ from matryoshka.pilot.config import (
     ServeConfig,
     TaskConfig,
     WarmupConfig,
+    rollout_settings,
 )
 from matryoshka.pilot.context import Scheme, open_run
-from matryoshka.pilot.episodes import policy_scheme, rollout_settings, run_episodes
+from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.run_report import left_out
 from matryoshka.pilot.stages import warm_up
 from matryoshka.scripts import cli
 from matryoshka.scripts.demo import KEYS
+from matryoshka.tasks.pal.task import PalOptions
+from matryoshka.tasks.sandbox_config import SandboxConfig
 from matryoshka.tests.pilot.conftest import Generator, command, environment, with_context
 
 CONCURRENCY = 4
@@ -59,7 +62,14 @@ def small(name: str, controller: Path, url: str, rounds: int = 1) -> RunConfig:
         controller=ControllerConfig(str(controller), threads=1, deterministic=True),
         generator=GeneratorConfig(url, "scripted", "", identity="scripted", concurrency=CONCURRENCY, max_retries=0),
         rounds=rounds,
-        task=TaskConfig(warmup=4, train=4, validation=2, test=4, held_out=2, timeout_s=30.0),
+        task=TaskConfig(
+            warmup=4,
+            train=4,
+            validation=2,
+            test=4,
+            held_out=2,
+            options=PalOptions(sandbox=SandboxConfig(timeout_s=30.0)),
+        ),
         lora=LoraConfig(rank=2, targets=("q_proj", "down_proj")),
         warmup=WarmupConfig(train=replace(train, epochs=16)),
         rollout=RolloutConfig(samples=4, guidance_tokens=12, code_tokens=16),
@@ -278,7 +288,7 @@ def test_kills_in_the_default_mode_lose_and_double_nothing(
     cells = Counter((row["trajectory"]["info"]["controller"], row["trajectory"]["example_id"]) for row in rows)
     names = {stage: f"tiny+{adapter_hash(folder / stage / 'adapter')}" for stage in ("warmup", "round-1", "star")}
     with open_run(config, tmp_path / "runs") as run:
-        ids = {split: [e.id for e in run.task.examples(split)] for split in ("train", "validation", "test", "held_out")}
+        ids = {split: [e.id for e in run.problems[split]] for split in ("train", "validation", "test", "held_out")}
     held_out = [*ids["test"], *ids["held_out"]]
     expected = Counter({(names["warmup"], id): 4 for id in ids["train"]})
     expected.update((names[stage], id) for stage in ("warmup", "round-1") for id in ids["validation"])
@@ -384,8 +394,8 @@ def test_a_server_of_ours_answers(tmp_path: Path, tiny_dir: Path, controller_dir
             assert isinstance(run.generator, OpenAIGenerator)
             url = run.generator.config.base_url
             rows = run_episodes(run, policy_scheme(run, ""), ["test"])
-    assert {row.info["generator"] for row in rows} == {"tiny-generator@tiny+base"}
-    assert all(row.info["calls"] == 1 and row.info["completion_tokens"] > 0 for row in rows)
+    assert {row.info.generator for row in rows} == {"tiny-generator@tiny+base"}
+    assert all(row.info.calls == 1 and row.info.completion_tokens > 0 for row in rows)
     assert generator.asked("x") == []
     with pytest.raises(ValueError, match="no answer from"), open_run(
         replace(config, name="later", serve=ServeConfig(), generator=replace(config.generator, base_url=url)), tmp_path
@@ -442,7 +452,7 @@ def test_problems_that_do_not_fit_are_refused_or_left_out_of_everything(
         sizes = {
             split: {e.id: controller.count_tokens(run.task.first_prompt(e)) for e in examples}
             for split in ("train", "test")
-            for examples in [run.task.examples(split)]
+            for examples in [run.problems[split]]
         }
     longest = max(sizes["test"].values())
     context = longest + config.rollout.guidance_tokens - 1
@@ -453,12 +463,12 @@ def test_problems_that_do_not_fit_are_refused_or_left_out_of_everything(
             pass
     with open_run(replace(config, overlong="skip"), tmp_path / "skip") as run:
         for split, counted in sizes.items():
-            kept = [e.id for e in run.task.examples(split)]
+            kept = [e.id for e in run.problems[split]]
             assert kept == [id for id, size in counted.items() if size + config.rollout.guidance_tokens <= context]
-        assert 0 < len(run.task.examples("test")) < len(sizes["test"])
-        assert left_out(run)["test problems"] == 4 - len(run.task.examples("test"))
+        assert 0 < len(run.problems["test"]) < len(sizes["test"])
+        assert left_out(run)["test problems"] == 4 - len(run.problems["test"])
         rows = run_episodes(run, policy_scheme(run, ""), ["test"])  # the sampler takes everything that was kept
-        assert [row.example_id for row in rows] == [e.id for e in run.task.examples("test")]
+        assert [row.example_id for row in rows] == [e.id for e in run.problems["test"]]
         with Sampler(run.model, run.tokenizer) as sampler:
             prompt, limit = [1] * longest, config.rollout.guidance_tokens
             with pytest.raises(ValueError, match=rf"exceed the context of {context}"):
@@ -493,7 +503,7 @@ def test_swapping_the_controller_is_one_file(
     architectures.mkdir()
     (architectures / "shifted.py").write_text(
         "from matryoshka.core.models import llama\n"
-        "from matryoshka.core.models.llama import Config, Model as Llama\n"
+        "from matryoshka.core.models.llama import Config, Model as Llama, read_config\n"
         "LORA_TARGETS = llama.LORA_TARGETS\n"
         "class Model(Llama):\n"
         "    def forward(self, ids_BT, positions_BT=None, attend=None):\n"
@@ -510,12 +520,12 @@ def test_swapping_the_controller_is_one_file(
         own = run_episodes(run, scheme, ["test"])
         warm_up(run)
         trained = run_episodes(run, policy_scheme(run, "warmup"), ["test"])
-    questions = [example.fields["question"] for example in run.task.examples("test")]
+    questions = [example.fields["question"] for example in run.problems["test"]]
     for question, before, after in zip(questions, plain, own, strict=True):
         assert after.turns[0].action.text == f"{question[:5]} {before.turns[0].action.text}"
         assert after.turns[0].calls[0].prompt[-1].content.startswith(f"{question}\n{question[:5]}")
-    assert {row.info["controller"] for row in (*plain, *own)} == {"shifted", "twice"}
-    assert trained[0].info["controller"].startswith("shifted+")
+    assert {row.info.controller for row in (*plain, *own)} == {"shifted", "twice"}
+    assert trained[0].info.controller.startswith("shifted+")
 
 
 def _no_sampler(tokenizer: Any) -> Any:

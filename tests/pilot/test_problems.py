@@ -12,7 +12,8 @@ from matryoshka.core.config import load_toml, to_toml
 from matryoshka.core.records import Messages
 from matryoshka.inference.generators import GeneratorConfig
 from matryoshka.pilot.config import ControllerConfig, RunConfig, TaskConfig, WarmupConfig
-from matryoshka.pilot.problems import load_splits, make_task
+from matryoshka.pilot.problems import Problems, fitting_problems, load_problems, open_task
+from matryoshka.tasks.pal.task import PalOptions
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CONFIG = RunConfig("n", ControllerConfig("m"), GeneratorConfig("http://x/v1", "m"))
@@ -29,8 +30,12 @@ def gsm8k_config(tmp_path: Path, train: int = 6, test: int = 2, **changes: Any) 
         "train_file": gsm8k_file(tmp_path / "train.jsonl", [f"train {i}?" for i in range(train)]),
         "test_file": gsm8k_file(tmp_path / "test.jsonl", [f"test {i}?" for i in range(test)]),
     }
-    task = TaskConfig(name="gsm8k", warmup=1, train=3, validation=2, test=2)
-    return replace(CONFIG, task=replace(task, **{**files, **changes}))
+    options = PalOptions(**{**files, **changes})
+    return replace(CONFIG, task=TaskConfig(warmup=1, train=3, validation=2, test=2, options=options))
+
+
+def load_splits(config: RunConfig) -> Problems:
+    return load_problems(open_task(config, len))
 
 
 def test_words_come_in_the_sizes_asked_for_and_share_nothing() -> None:
@@ -61,8 +66,7 @@ def test_gsm8k_is_cut_in_file_order_with_its_annotations_as_steps(tmp_path: Path
 
 def test_the_gold_warm_up_takes_annotated_rows_and_leaves_the_others(tmp_path: Path) -> None:
     """Oracle: by hand, for a file whose first row has no calculator annotations, as some of GSM8K's have not."""
-    config = gsm8k_config(tmp_path)
-    path = Path(config.task.train_file)
+    config, path = gsm8k_config(tmp_path), tmp_path / "train.jsonl"
     plain = json.dumps({"question": "train 0?", "answer": "Thirty less two.\n#### 28"})
     path.write_text("\n".join([plain, *path.read_text().splitlines()[1:]]) + "\n")
     names = {split: [e.fields["question"] for e in rows] for split, rows in load_splits(config).items()}
@@ -94,20 +98,19 @@ def test_what_fits_is_decided_for_all_conditions_at_once(tmp_path: Path) -> None
     def letters(prompt: Messages) -> int:
         return len(prompt[-1].content)
 
-    config = gsm8k_config(tmp_path)
-    task = replace(config.task, test_file=gsm8k_file(tmp_path / "test.jsonl", ["short?", "much longer?"]))
-    config = replace(config, task=task, rollout=replace(config.rollout, guidance_tokens=10))
-    splits = load_splits(config)
-    task_22, left_out = make_task(config, splits, letters, 12 + 10)
-    assert left_out == {} and len(task_22.examples("test")) == 2
-    assert task_22.pair_rule.cap == config.dpo.pairs_per_example
+    config = gsm8k_config(tmp_path, test_file=gsm8k_file(tmp_path / "other.jsonl", ["short?", "much longer?"]))
+    config = replace(config, rollout=replace(config.rollout, guidance_tokens=10))
+    task = open_task(config, letters)
+    splits = load_problems(task)
+    kept, left_out = fitting_problems(config, task, splits, 12 + 10)
+    assert left_out == {} and kept == splits and len(kept["test"]) == 2
     with pytest.raises(ValueError, match=r"test: 1 of 2 prompts \(the longest has 12 tokens\) .* context of 21; lower"):
-        make_task(config, splits, letters, 21)
+        fitting_problems(config, task, splits, 21)
     skipping = replace(config, overlong="skip")
-    task_21, left_out = make_task(skipping, splits, letters, 21)
-    assert left_out == {"test": 1} and [e.fields["question"] for e in task_21.examples("test")] == ["short?"]
+    kept, left_out = fitting_problems(skipping, task, splits, 21)
+    assert left_out == {"test": 1} and [e.fields["question"] for e in kept["test"]] == ["short?"]
     with pytest.raises(ValueError, match=r"\[task\] warmup: 1 of 1 prompts"):
-        make_task(skipping, splits, letters, 17)
+        fitting_problems(skipping, task, splits, 17)
 
 
 def test_sizes_that_make_no_sense_are_refused() -> None:

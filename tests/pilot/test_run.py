@@ -35,7 +35,7 @@ def test_the_learning_rate_is_chosen_on_validation(tmp_path: Path, controller_di
         assert train_round(run, 1, pairs, episodes) == "round-1"  # done already: nothing is trained again
         assert (tmp_path / "rates" / "round-1" / "adapter" / WEIGHTS).stat().st_mtime_ns == written
         names = {rate: policy_scheme(run, f"round-1/lr-{rate:g}").name for rate in config.dpo.learning_rates}
-        validation = {example.id for example in run.task.examples("validation")}
+        validation = {example.id for example in run.problems["validation"]}
     folder = tmp_path / "rates" / "round-1"
     rows = [row["trajectory"] for row in read_jsonl(tmp_path / "rates" / "trajectories.jsonl")]
     validated = [row for row in rows if row["example_id"] in validation]

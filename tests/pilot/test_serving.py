@@ -23,30 +23,17 @@ from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.inference.generators import OpenAIGenerator
 from matryoshka.inference.local_controller import LocalController, LocalEngine
 from matryoshka.inference.sampler import Sampler
-from matryoshka.lora.files import load_adapter, save_adapter
-from matryoshka.lora.linear import LoraConfig, add_adapter
+from matryoshka.lora.files import load_adapter
 from matryoshka.pilot.config import RunConfig, ServeConfig
 from matryoshka.pilot.generator import open_generator
 from matryoshka.pilot.ranks import Ranks
-from matryoshka.pilot.serving import running_server, serve
+from matryoshka.pilot.serving import running_server
 from matryoshka.scripts import cli
+from matryoshka.scripts.serve import ServeCommand, serve
 from matryoshka.tests.pilot.conftest import command, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = (Message("user", "Name a number."),)
-
-
-@pytest.fixture(scope="module")
-def adapter_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that is far from the identity."""
-    folder = tmp_path_factory.mktemp("serving") / "adapter"
-    model = load_model(tiny_dir)
-    add_adapter(model, "loud", LoraConfig(rank=2, targets=("o_proj", "down_proj")), seed=1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data += 0.5
-    save_adapter(model, "loud", folder, "tiny")
-    return folder
 
 
 @contextmanager
@@ -98,6 +85,17 @@ def test_the_openai_client_gets_what_the_sampler_draws(tiny_dir: Path, adapter_d
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_one_adapter_folder_under_two_names(tiny_dir: Path, adapter_dir: Path) -> None:
+    """Oracle: both names answer alike, and unlike the base model; a flag for each, and a name with a dot, are taken."""
+    flags = ("--adapter", f"loud-v1.0={adapter_dir}", "--adapter", f"training={adapter_dir}", f"keys={adapter_dir}")
+    with serving("--model", str(tiny_dir), "--name", "base", *flags) as (_, url):
+        names = ("base", "loud-v1.0", "training", "keys")
+        with openai.OpenAI(base_url=url, api_key="none") as client:
+            assert tuple(model.id for model in client.models.list().data) == names
+        said = {name: ask(url, name, temperature=0.0) for name in names}
+    assert said["loud-v1.0"] == said["training"] == said["keys"] != said["base"]
+
+
 def test_a_key_is_asked_for_and_sigterm_ends_it(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: 401 without the key, an answer with it, status 0 after SIGTERM."""
     monkeypatch.setenv("MATRYOSHKA_TEST_SERVE_KEY", "secret")
@@ -117,6 +115,8 @@ def test_a_key_is_asked_for_and_sigterm_ends_it(tiny_dir: Path, monkeypatch: pyt
         (["--model", "MODEL", "--adapter", "loud"], "adapter 'loud'; expected NAME=FOLDER"),
         (["--model", "MODEL", "--name", "a", "--adapter", "a=folder"], "with a name that is not taken"),
         (["--model", "MODEL", "--adapter", "a=absent"], "absent/adapter_config.json: no such file"),
+        (["--model", "MODEL", "--host", "0.0.0.0"], "can be reached from other machines, and no API key is set"),
+        (["--model", "MODEL", "--engine", "vllm", "--host", "0.0.0.0"], "and no API key is set"),
         (["--model", "MODEL", "--api-key-env", "MATRYOSHKA_TEST_NO_SUCH_KEY"], "MATRYOSHKA_TEST_NO_SUCH_KEY is empty"),
     ],
 )
@@ -248,7 +248,7 @@ def test_a_run_starts_and_ends_llama_cpp(tmp_path: Path) -> None:
 def test_settings_of_another_engine_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: the message names the setting; nothing is started."""
     with pytest.raises(ValueError, match="engine llama.cpp has no adapter, lora_rank or max_rows"):
-        serve(tmp_path / "model.gguf", engine="llama.cpp", lora_rank=8)
+        serve(ServeCommand(tmp_path / "model.gguf", engine="llama.cpp", lora_rank=8))
     with pytest.raises(ValueError, match="adapter 'folder' is given; merge it"):
         ServeConfig(model="model.gguf", engine="llama.cpp", adapter="folder")
     with pytest.raises(FileNotFoundError, match="no such file; engine llama.cpp serves a model's .gguf file"):

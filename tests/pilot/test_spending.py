@@ -68,7 +68,7 @@ def test_a_run_is_estimated_stopped_budgeted_and_finished(
     # Without one it goes on to its end, and nothing was ever asked twice.
     runs.finish(config)
     runs.assert_nothing_asked_twice(config)
-    spent = json.loads((folder / "report.json").read_text())["counts"]["black box"]
+    spent = json.loads((folder / "report.json").read_text())["counts"]["generator"]
     assert spent["answers"] == runs.num_kept(config) == len(generator.asked("thrift"))
     assert spent["usd_at_most"] == pytest.approx(spent["answers"] * USD)
 

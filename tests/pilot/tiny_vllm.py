@@ -21,7 +21,7 @@ from matryoshka.core.records import Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.inference.sampler import Sampler
 from matryoshka.lora.files import load_adapter
-from matryoshka.lora.linear import remove_adapter
+from matryoshka.lora.linear import active, remove_adapter
 from matryoshka.pilot.training import QUANTIZATIONS
 from matryoshka.tests.inference import fake_vllm
 from matryoshka.tests.inference.fake_vllm import ADAPTERS, LOCK
@@ -54,8 +54,8 @@ class Handler(fake_vllm.Handler):
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         adapter = None if body["model"] == self.base else body["model"]
-        stop = tuple(body["stop"])
-        sampling = Sampling(body["temperature"], body["top_p"], body["max_tokens"], stop, body["seed"])
+        stop, top_p = tuple(body.get("stop", ())), body.get("top_p", 1.0)
+        sampling = Sampling(body["temperature"], top_p, body["max_tokens"], stop, body.get("seed", 0))
         drawing = self.sampler.generate(body["prompt"], sampling, adapter)
         sample = asyncio.run_coroutine_threadsafe(drawing, self.loop).result()
         assert sample.token_ids is not None and sample.logprobs is not None
@@ -64,6 +64,14 @@ class Handler(fake_vllm.Handler):
             "token_ids": list(sample.token_ids), "prompt_token_ids": body["prompt"],
             "logprobs": {"token_logprobs": list(sample.logprobs)},
         }  # fmt: skip
+        if "prompt_logprobs" in body:
+            ids_T = torch.tensor(body["prompt"])
+            with torch.no_grad(), active(self.sampler.model, adapter):
+                hidden_TD = self.sampler.model(ids_T[None])[0]
+                logps_TV = self.sampler.model.logits(hidden_TD).log_softmax(-1)
+            scores = logps_TV[:-1].gather(1, ids_T[1:, None]).squeeze(1).tolist()
+            rows = [{str(id): {"logprob": score}} for id, score in zip(body["prompt"][1:], scores, strict=True)]
+            choice["prompt_logprobs"] = [None, *rows]
         return {"model": body["model"], "choices": [choice]}
 
 

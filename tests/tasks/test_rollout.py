@@ -5,20 +5,23 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from matryoshka.core.files import Journal
-from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped
+from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped, Task
 from matryoshka.core.records import (
+    EpisodeInfo,
     Example,
     Messages,
-    Metric,
-    PairRule,
     RolloutSettings,
     Sample,
     Sampling,
     Trajectory,
+    Verdict,
+    from_json,
+    to_json,
 )
 from matryoshka.tasks.rollout import Job, Setup, job_key, run_rollouts
 
@@ -44,13 +47,10 @@ class Nobody:
         return 0
 
 
-class PlayedTask:
+class PlayedTask(Task):
     """A task whose episode is the given coroutine: it returns the verdict."""
 
     name = "played"
-    version = 1
-    pair_rule = PairRule()
-    main_metric = "accuracy"
 
     def __init__(self, play: Play) -> None:
         self.play = play
@@ -62,18 +62,13 @@ class PlayedTask:
     def first_prompt(self, example: Example) -> Messages:
         return ()
 
-    def gold_guidance(self, example: Example) -> str | None:
-        return None
-
     async def rollout(
         self, example: Example, controller: Controller, generator: Generator, settings: RolloutSettings
     ) -> Trajectory:
         self.started.append(example.id)
         verdict = await self.play(example)
-        return Trajectory(self.name, example.id, (), float(verdict == "right"), {"verdict": verdict, "error": "why"})
-
-    def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]:
-        return {}
+        info = EpisodeInfo(cast(Verdict, verdict), "label_free", "c", "g", error="why")
+        return Trajectory(self.name, example.id, (), float(verdict == "right"), info)
 
 
 CONTROLLER, GENERATOR = Nobody("controller-1"), Nobody("generator-1")
@@ -92,6 +87,19 @@ def drive(
         return task, asyncio.run(run_rollouts(Setup(task, CONTROLLER, GENERATOR), jobs, record, limit, on_done))
     finally:
         record.close()
+
+
+def test_the_driver_s_own_record_of_a_failed_episode_lacks_nothing(tmp_path: Path) -> None:
+    """Oracle: the fields of the record by hand: a call that the task let through fails the episode of its settings."""
+
+    async def play(example: Example) -> str:
+        raise GeneratorError("429")
+
+    settings = RolloutSettings(Sampling(1.0, seed=5, draw=3), protocol="oracle")
+    _, (run,) = drive(play, tmp_path / "j", [Job("k", Example("7", {}), settings)])
+    expected = EpisodeInfo("failed", "oracle", "controller-1", "generator-1", seed=5, draw=3, error="429")
+    assert (run.task, run.example_id, run.turns, run.reward, run.info) == ("played", "7", (), 0.0, expected)
+    assert from_json(Trajectory, to_json(run)) == run
 
 
 def keys(journal: Path) -> list[str]:
@@ -201,10 +209,10 @@ def test_a_failed_episode_is_returned_but_tried_again_on_resume(raised: bool, tm
         return "failed"
 
     _, runs = drive(fails, tmp_path / "j", JOBS[:4])
-    assert [run.info["verdict"] for run in runs] == ["right", "right", "failed", "right"]
-    assert runs[2].info["error"] == ("429" if raised else "why") and runs[2].reward == 0.0
+    assert [run.info.verdict for run in runs] == ["right", "right", "failed", "right"]
+    assert runs[2].info.error == ("429" if raised else "why") and runs[2].reward == 0.0
     task, again = drive(right, tmp_path / "j", JOBS[:4])
-    assert task.started == ["2"] and [run.info["verdict"] for run in again] == ["right"] * 4
+    assert task.started == ["2"] and [run.info.verdict for run in again] == ["right"] * 4
 
 
 def test_too_many_failures_stop_the_run_and_it_can_go_on(tmp_path: Path) -> None:
@@ -227,7 +235,7 @@ def test_failures_within_the_allowed_share_do_not_stop_the_run(tmp_path: Path) -
         return "failed" if example.fields["i"] % 5 == 4 else "right"
 
     _, runs = drive(every_fifth, tmp_path / "j", limit=1)
-    assert sum(run.info["verdict"] == "failed" for run in runs) == 8
+    assert sum(run.info.verdict == "failed" for run in runs) == 8
 
 
 def test_a_spent_budget_lets_the_others_end(tmp_path: Path) -> None:

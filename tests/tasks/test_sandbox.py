@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from matryoshka.tasks.sandbox import ERROR_CHARACTERS, Outcome, extract_code, run_solution
-from matryoshka.tasks.sandbox_backends import SCRIPT, SERVER, STDOUT_BYTES, CommandSandbox, LocalSandbox
+from matryoshka.tasks.sandbox_backends import SCRIPT, SERVER, STDOUT_BYTES, LocalSandbox, in_words
+from matryoshka.tasks.sandbox_command import CommandSandbox
 
 MEMORY = 256 * 2**20
+INTERPRETER = getattr(sys, "_base_executable", None) or sys.executable
 
 
 def run(code: str, timeout_s: float = 5.0, memory_bytes: int = MEMORY) -> Outcome:
@@ -326,14 +330,66 @@ def test_what_a_program_leaves_behind_without_a_boundary_is_ended() -> None:
         assert not Path(f"/proc/{outcome.value}").exists()
 
 
-def test_the_boundary_asked_for_is_the_boundary_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the same machine, told to have no tables of system calls: "required" refuses, "auto" says what is off."""
-    holds = LocalSandbox("required")
-    assert holds.start(SCRIPT)["seccomp"] is True
-    holds.close()
-    monkeypatch.setattr("matryoshka.tasks.sandbox_backends.SERVER", SERVER.with_name("sandbox_nowhere.py"))
-    with pytest.raises(RuntimeError, match="sandbox_nowhere"):
-        LocalSandbox("auto").start(SCRIPT)
+@pytest.mark.parametrize("isolation", ["auto", "none"])
+def test_no_process_outlives_a_killed_caller(isolation: str) -> None:
+    """Oracle: the kernel's list, after SIGKILL to a process of ours whose program would sleep for a minute."""
+    code = (
+        "import asyncio, os, sys\nfrom matryoshka.tasks.sandbox import run_solution\n"
+        "from matryoshka.tasks.sandbox_backends import SCRIPT, LocalSandbox\n"
+        f"sandbox = LocalSandbox({isolation!r})\nsandbox.start(SCRIPT)\nprint('started', flush=True)\n"
+        "program = 'import time\\ndef solution(): time.sleep(60)'\n"
+        "asyncio.run(run_solution(program, 60.0, 2**28, sandbox=sandbox))\n"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert caller.stdout is not None and caller.stdout.readline() == b"started\n"
+    deadline = time.monotonic() + 60
+    while len(below := descendants_of(caller.pid)) < 2 or not below[-1][1]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    caller.kill()
+    caller.wait()
+    caller.stdout.close()
+    while any(Path(f"/proc/{pid}/cwd").exists() for pid, _ in below):
+        assert time.monotonic() < deadline, below
+        time.sleep(0.05)
+
+
+def descendants_of(pid: int) -> list[tuple[int, bool]]:
+    """Return the processes below one, each with whether its parent is a server: such a one runs a program."""
+    found: list[tuple[int, bool]] = []
+    waiting = [pid]
+    while waiting:
+        parent = waiting.pop(0)
+        try:
+            command = Path(f"/proc/{parent}/cmdline").read_bytes()
+            numbers = [int(n) for n in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+        except OSError:
+            continue
+        is_server = command.startswith(os.fsencode(os.path.realpath(INTERPRETER))) and parent != pid
+        found += [(number, is_server) for number in numbers]
+        waiting += numbers
+    return found
+
+
+def test_the_boundary_asked_for_is_the_boundary_or_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Oracle: a server that knows no system calls: "required" refuses, "auto" runs and says once what is off."""
+    for name in ("sandbox_server.py", "sandbox_child.py"):
+        shutil.copy(SERVER.with_name(name), tmp_path)
+    boundary = SERVER.with_name("sandbox_boundary.py").read_text()
+    (tmp_path / "sandbox_boundary.py").write_text(boundary.replace('"x86_64"', '"x"').replace('"aarch64"', '"y"'))
+    monkeypatch.setattr("matryoshka.tasks.sandbox_backends.SERVER", tmp_path / "sandbox_server.py")
+    with pytest.raises(ValueError, match="isolation 'required': no tables of system calls for"):
+        LocalSandbox("required").start(SCRIPT)
+    sandbox = LocalSandbox("auto")
+    holds = sandbox.start(SCRIPT)
+    sandbox.start(SCRIPT.with_name("sandbox_child.py"))
+    assert (holds["landlock"], holds["seccomp"]) == (0, False)
+    assert caplog.text.count("Landlock and seccomp are off") == 1
+    assert "Landlock and seccomp are off" in in_words(holds)
+    assert asyncio.run(run_solution("def solution(): return 7", 5.0, MEMORY, sandbox=sandbox)).value == 7
+    sandbox.close()
 
 
 def test_a_command_is_a_sandbox_too() -> None:

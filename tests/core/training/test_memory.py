@@ -242,24 +242,6 @@ def test_free_memory_of_this_machine() -> None:
     assert 50 * 2**20 < free_bytes(CPU) < total
 
 
-def test_a_control_groups_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: by hand: limit 1000 MB less 700 in use, of which 100 are cache; and elsewhere half of what there is."""
-    table, group = tmp_path / "meminfo", tmp_path / "group"
-    group.mkdir()
-    table.write_text("MemTotal:       4000 kB\nMemAvailable:   2000 kB\nActive(anon): 5 kB\n")
-    monkeypatch.setattr(memory, "MEMINFO", table)
-    monkeypatch.setattr(memory, "CONTROL_GROUP", group)
-    assert free_bytes(CPU) == 2000 * 1024
-    (group / "memory.max").write_text("max\n")
-    assert free_bytes(CPU) == 2000 * 1024
-    (group / "memory.max").write_text("1000000\n")
-    (group / "memory.current").write_text("700000\n")
-    (group / "memory.stat").write_text("anon 600000\ninactive_file 100000\n")
-    assert free_bytes(CPU) == 400000
-    table.unlink()
-    assert free_bytes(CPU) > 100 * 2**20
-
-
 def test_training_runs_each_micro_batch_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: training without any recomputation, to the bit; and, by hand, which policy each length gets.
 

@@ -222,6 +222,11 @@ HOSTILE = {
         "    except OSError: pass",
         "",
     ),
+    "flood of steps": (
+        "import os\nfor n in range(3, 40):\n    try:\n        while True: os.write(n, b'S\\0\\0\\0\\x011')\n"
+        "    except OSError: pass",
+        "disturbed the line",
+    ),
     "no program": ("pass\n\n)", "SyntaxError"),
 }
 

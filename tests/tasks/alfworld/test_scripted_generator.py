@@ -6,7 +6,7 @@ import lzma
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matryoshka.core.protocols import GeneratorError
+from matryoshka.core.protocols import GeneratorError, TaskSetting
 from matryoshka.core.records import Example, Message, RolloutSettings, Sampling, Trajectory
 from matryoshka.eval.baselines import GeneratorGuidance, NoGuidance, ScriptedGuidance
 from matryoshka.tasks.alfworld.compact import compact_style
 from matryoshka.tasks.alfworld.engine import Engine
 from matryoshka.tasks.alfworld.game import Game, load_game
 from matryoshka.tasks.alfworld.households import households
+from matryoshka.tasks.alfworld.options import AlfworldOptions
 from matryoshka.tasks.alfworld.plan_language import (
     Step,
     from_walkthrough,
@@ -31,7 +32,7 @@ from matryoshka.tasks.alfworld.plan_language import (
     write_compact,
     write_full,
 )
-from matryoshka.tasks.alfworld.playthrough import screen_text
+from matryoshka.tasks.alfworld.playthrough import Environment, screen_text
 from matryoshka.tasks.alfworld.prompts import Style, full_style
 from matryoshka.tasks.alfworld.scripted_generator import LiteralGenerator
 from matryoshka.tasks.alfworld.task import ALFWorldTask
@@ -130,13 +131,22 @@ def example(game: Game) -> Example:
     return Example(game.id, {**fields, "gold": gold})
 
 
+def make_task(
+    examples: Sequence[Example], style: Style, environment: Callable[[Example], Environment], **options: Any
+) -> ALFWorldTask:
+    task = ALFWorldTask(AlfworldOptions(**options), TaskSetting({}))
+    task.__dict__["_splits"] = {"test": examples}
+    task.style, task.household = style, environment
+    return task
+
+
 def play(
     games: Sequence[Game], style: Style, make_plan: Any, mode: Any = "program", verbs: str = "current"
 ) -> list[Trajectory]:
     """Return one episode a game; make_plan: "own", "none", or a function from (task, index, example) to a plan."""
     by_id = {game.id: game for game in games}
     examples = [example(game) for game in games]
-    task = ALFWorldTask({"test": examples}, style, lambda asked: Engine(by_id[asked.id], verbs), mode, verbs=verbs)
+    task = make_task(examples, style, lambda asked: Engine(by_id[asked.id], verbs), mode=mode, verbs=verbs)
     generator = LiteralGenerator()
 
     # One controller for all, as in a run: it sees prompts and no games.
@@ -200,7 +210,7 @@ def test_its_actions_are_those_of_its_program(verbs: str, own_games: list[Game])
         assert acted == commands("program", plans)
         assert [reward for reward, _ in acted] == [float(plans is gold)] * len(own_games)
     idle = play(own_games[:1], style, "none", "react", verbs)[0]
-    assert (idle.reward, idle.info["steps"], idle.info["calls"], idle.info["verdict"]) == (0.0, 50, 50, "error")
+    assert (idle.reward, idle.info.measures["steps"], idle.info.calls, idle.info.verdict) == (0.0, 50, 50, "error")
 
 
 def test_its_own_plans_win_some(own_games: list[Game]) -> None:
@@ -213,7 +223,7 @@ def test_its_own_plans_win_some(own_games: list[Game]) -> None:
 def test_answers_are_a_function_of_prompt_and_seed() -> None:
     """Oracle: equality, and difference of at least one draw."""
     game = load_game(kitchen.row())
-    task = ALFWorldTask({}, compact_style(), lambda _: Engine(game))
+    task = make_task([], compact_style(), lambda _: Engine(game))
     prompt = task.first_prompt(example(game))
 
     def said(seed: int, draw: int) -> str:
@@ -229,7 +239,7 @@ def test_a_retry_is_answered_with_the_same_plan() -> None:
     game = load_game(kitchen.row())
     asked = example(game)
     style, generator = full_style(), LiteralGenerator()
-    task = ALFWorldTask({"test": [asked]}, style, lambda _: Engine(game))
+    task = make_task([asked], style, lambda _: Engine(game))
     plan = str(task.gold_guidance(asked)).replace("microwave", "shelf")
     controller = ScriptedGuidance("fixed", {task.first_prompt(asked): plan})
     trajectory = asyncio.run(task.rollout(asked, controller, generator, RolloutSettings(inner_attempts=3)))

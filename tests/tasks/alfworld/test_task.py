@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from matryoshka.core.protocols import ContextError, GeneratorError, RunStopped
+from matryoshka.core.protocols import ContextError, GeneratorError, RunStopped, TaskSetting
 from matryoshka.core.records import (
+    EpisodeInfo,
     Example,
     Messages,
     RolloutSettings,
@@ -15,6 +16,7 @@ from matryoshka.core.records import (
     Sampling,
     Trajectory,
     Usage,
+    Verdict,
     from_json,
     to_json,
 )
@@ -22,9 +24,9 @@ from matryoshka.dpo.pairs import make_pairs
 from matryoshka.eval.baselines import GeneratorGuidance, NoGuidance
 from matryoshka.tasks.alfworld.engine import Engine
 from matryoshka.tasks.alfworld.game import load_game
+from matryoshka.tasks.alfworld.options import AlfworldOptions
 from matryoshka.tasks.alfworld.playthrough import screen_text
 from matryoshka.tasks.alfworld.program import Limits
-from matryoshka.tasks.alfworld.prompts import full_style
 from matryoshka.tasks.alfworld.task import ALFWorldTask
 from matryoshka.tests.tasks.alfworld import kitchen
 
@@ -59,6 +61,9 @@ STUCK = '\ndef step_2(agent, memory):\n    assert False, "I am stuck"\n'
 IDLE = "def step_1(agent, memory):\n    agent.look()\n"
 
 
+LIMITS = Limits(10.0, 128 * 2**20, 2, 7)
+
+
 class Voice:
     """Says what is written, in order, and keeps what it was asked; the last text is said again and again."""
 
@@ -90,9 +95,11 @@ class Voice:
         return 2
 
 
-def make_task(mode: Any = "program", **options: Any) -> ALFWorldTask:
-    options = {"limits": Limits(10.0, 128 * 2**20, 2, 7), **options}
-    return ALFWorldTask({"test": [EXAMPLE]}, full_style(), lambda example: Engine(GAME), mode, **options)
+def make_task(mode: Any = "program", limits: Limits = LIMITS, **options: Any) -> ALFWorldTask:
+    task = ALFWorldTask(AlfworldOptions("full", mode=mode, **options), TaskSetting({}))
+    task.__dict__["_splits"] = {"test": [EXAMPLE]}
+    task.household, task.limits = lambda example: Engine(GAME), limits
+    return task
 
 
 def play(
@@ -125,11 +132,20 @@ def test_a_program_that_wins() -> None:
     assert [line[2:] for line in story.splitlines() if line.startswith("> ")] == kitchen.WALKTHROUGH
     assert "You heat the potato 2 using the microwave 1." in story and story.endswith("[the task is done]")
     assert "the plan" in generator.prompts[0][-1].content
-    assert trajectory.info == {
-        "protocol": "label_free", "mode": "program", "task_type": GAME.task_type, "attempts": 1, "outer_turns": 1,
-        "steps": 7, "overlong": False, "cut": 0, "prediction": "done", "error": None, "verdict": "right",
-        "controller": "voice", "generator": "voice", "calls": 1, "prompt_tokens": 10, "completion_tokens": 1, "draw": 3,
-    }  # fmt: skip
+    assert trajectory.info == EpisodeInfo(
+        "right",
+        "label_free",
+        "voice",
+        "voice",
+        seed=5,
+        draw=3,
+        attempts=1,
+        calls=1,
+        prompt_tokens=10,
+        completion_tokens=1,
+        prediction="done",
+        measures={"steps": 7},
+    )
     assert from_json(Trajectory, to_json(trajectory)) == trajectory
     # The first request of each kind has the settings' own seed.
     assert (controller.samplings[0].seed, generator.samplings[0].seed) == (5, 7)
@@ -141,7 +157,7 @@ def test_only_the_oracle_protocol_retries_what_ended_by_itself(protocol: str, at
     generator = Voice(fenced(IDLE))
     trajectory = play(generator, protocol=protocol, inner=3)
     assert len(generator.prompts) == attempts
-    assert (trajectory.reward, trajectory.info["verdict"]) == (0.0, "wrong")
+    assert (trajectory.reward, trajectory.info.verdict) == (0.0, "wrong")
     shown = [message.content for prompt in generator.prompts for message in prompt]
     assert any("the task is not done" in text for text in shown) is (protocol == "oracle")
 
@@ -150,7 +166,7 @@ def test_a_mistake_is_mended_where_it_was_made() -> None:
     """Oracle: the second program's own step 1 would fail, yet it wins: it went on in the same household and memory."""
     generator = Voice(fenced(TAKE, STUCK), fenced("def step_1(agent, memory): assert False\n", HEAT, PUT))
     trajectory = play(generator, inner=6)
-    assert (trajectory.reward, trajectory.info["attempts"], trajectory.info["steps"]) == (1.0, 2, 7)
+    assert (trajectory.reward, trajectory.info.attempts, trajectory.info.measures["steps"]) == (1.0, 2, 7)
     *before, said, complaint = generator.prompts[1]
     assert tuple(before) == generator.prompts[0] and STUCK.strip() in said.content
     for words in (
@@ -180,7 +196,7 @@ def test_otherwise_all_begins_anew(broken: str, inner: int) -> None:
     check = "def step_1(agent, memory):\n    assert not memory and not agent.holding and not agent.location\n"
     check += '    assert agent.visit("countertop 1").count("potato 2") == 1\n    for _ in range(49): agent.look()\n'
     trajectory = play(Voice(broken, fenced(check)), inner=inner, limits=Limits(20.0, 128 * 2**20))
-    assert trajectory.info["verdict"] == "wrong"
+    assert trajectory.info.verdict == "wrong"
     assert trajectory.turns[0].calls[1].outcome.count("> ") == 50
     assert "at step 1, in the household as it was at first" in str(trajectory.turns[0].calls[1].prompt)
 
@@ -196,7 +212,7 @@ def test_a_new_plan_after_all_attempts_failed() -> None:
     assert asked[-2].content == "first plan" and "no idea" in asked[-1].content and "step 1" in asked[-1].content
     assert "second plan" in generator.prompts[6][-1].content and len(generator.prompts[6]) == len(generator.prompts[0])
     info = trajectory.info
-    assert (info["attempts"], info["outer_turns"], info["steps"], info["verdict"]) == (12, 2, 12, "error")
+    assert (info.attempts, len(trajectory.turns), info.measures["steps"], info.verdict) == (12, 2, 12, "error")
     assert trajectory.turns[0].feedback and trajectory.turns[1].feedback
     assert len({sampling.seed for sampling in generator.samplings}) == 12
 
@@ -213,8 +229,8 @@ def test_a_new_plan_beyond_the_context_stops_or_ends_the_episode_as_configured()
         episode("error", "plan", ContextError("too long"))
     with pytest.raises(ContextError):
         episode("skip", ContextError("too long"))
-    info = episode("skip", "plan", ContextError("too long")).info
-    assert (info["overlong"], info["outer_turns"], info["verdict"]) == (True, 1, "error")
+    ended = episode("skip", "plan", ContextError("too long"))
+    assert (ended.info.overlong, len(ended.turns), ended.info.verdict) == (True, 1, "error")
 
 
 def test_no_new_plan_where_none_is_called_for() -> None:
@@ -230,7 +246,7 @@ def test_a_call_that_fails_for_good_fails_the_episode_and_keeps_the_rest(inner: 
     """Oracle: what was said before the failure is in the record."""
     texts = [fenced(TAKE, STUCK)] * (inner - 1)
     trajectory = play(Voice(*texts, GeneratorError("gone")), inner=inner)
-    assert (trajectory.reward, trajectory.info["verdict"], trajectory.info["error"]) == (0.0, "failed", "gone")
+    assert (trajectory.reward, trajectory.info.verdict, trajectory.info.error) == (0.0, "failed", "gone")
     assert len(trajectory.turns) == 1 and len(trajectory.turns[0].calls) == inner - 1
     assert from_json(Trajectory, to_json(trajectory)) == trajectory
 
@@ -251,13 +267,13 @@ def test_a_question_is_answered_by_the_generator_within_its_own_budget() -> None
     assert generator.prompts[1][-1].content == "Where is a potato?" and generator.samplings[1].max_tokens == 7
     assert "all 2 questions are used up" in trajectory.turns[0].calls[0].outcome
     assert [call.outcome for call in trajectory.turns[0].calls[1:]] == ["asked by the program"] * 2
-    assert (trajectory.info["calls"], trajectory.info["attempts"]) == (3, 1)
+    assert (trajectory.info.calls, trajectory.info.attempts) == (3, 1)
 
 
 def test_a_question_that_fails_for_good_fails_the_episode() -> None:
     """Oracle: verdict "failed"; the program that asked is in the record."""
     trajectory = play(Voice(fenced("def step_1(agent, memory): agent.ask('?')"), GeneratorError("gone")))
-    assert trajectory.info["verdict"] == "failed" and len(trajectory.turns[0].calls) == 1
+    assert trajectory.info.verdict == "failed" and len(trajectory.turns[0].calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -277,7 +293,7 @@ def test_a_hostile_program_is_a_recorded_failure_of_its_episode(body: str, verdi
     """Oracle: reward 0 and the reason in the record, which goes to JSON and back."""
     generator = Voice(fenced(f"def step_1(agent, memory):\n    {body}\n"))
     trajectory = play(generator, limits=Limits(1.0 if "while" in body else 10.0, 128 * 2**20))
-    assert (trajectory.reward, trajectory.info["verdict"]) == (0.0, verdict)
+    assert (trajectory.reward, trajectory.info.verdict) == (0.0, verdict)
     assert reason in trajectory.turns[0].calls[0].outcome
     assert from_json(Trajectory, to_json(trajectory)) == trajectory
 
@@ -290,7 +306,7 @@ def test_direct_action_wins_command_by_command() -> None:
     """Oracle: the walkthrough, one call a command, each shown the answers to all before."""
     generator = actor(kitchen.WALKTHROUGH)
     trajectory = play(generator, mode="react")
-    assert (trajectory.reward, trajectory.info["calls"], trajectory.info["steps"]) == (1.0, 7, 7)
+    assert (trajectory.reward, trajectory.info.calls, trajectory.info.measures["steps"]) == (1.0, 7, 7)
     assert "the plan" in generator.prompts[0][-1].content
     assert generator.prompts[1][-1].content.startswith("You arrive at countertop 1. On the countertop 1, you see")
     assert generator.prompts[6][: len(generator.prompts[5])] == generator.prompts[5]
@@ -311,23 +327,25 @@ def test_direct_action_ends_with_its_actions_and_begins_anew() -> None:
     trajectory = play(generator, mode="react", inner=2, max_steps=3)
     assert len(generator.prompts) == 6 and len(generator.prompts[3]) == len(generator.prompts[0])
     assert "Nothing happens. End your reply with" in generator.prompts[1][-1].content
-    assert (trajectory.info["verdict"], trajectory.info["attempts"], trajectory.info["steps"]) == ("error", 2, 6)
-    assert "All 3 actions" in trajectory.info["error"]
+    assert (trajectory.info.verdict, trajectory.info.attempts, trajectory.info.measures["steps"]) == ("error", 2, 6)
+    assert "All 3 actions" in str(trajectory.info.error)
 
 
 def test_scores_by_type_with_their_intervals() -> None:
     """Oracle: shares and means by hand; Wilson's interval for 2 of 3 from its closed form (0.2077, 0.9385)."""
 
-    def episode(kind: str, verdict: str, steps: int) -> Trajectory:
-        info = {"verdict": verdict, "task_type": kind, "attempts": 1, "steps": steps, "calls": 2}
-        return Trajectory("t", "e", (), float(verdict == "right"), info)
+    def episode(kind: str, verdict: Verdict, steps: int) -> Trajectory:
+        info = EpisodeInfo(verdict, "label_free", "c", "g", attempts=1, calls=2, measures={"steps": steps})
+        return Trajectory("t", kind, (), float(verdict == "right"), info)
 
-    failed = Trajectory("t", "e", (), 0.0, {"verdict": "failed", "error": "x"})
+    failed = Trajectory("t", "c", (), 0.0, EpisodeInfo("failed", "label_free", "c", "g", error="x"))
     rows = [episode("a", "right", 4), episode("a", "wrong", 8), episode("a", "right", 6), episode("b", "error", 50)]
-    scores = make_task().score([*rows, failed])
+    task = make_task()
+    task.__dict__["_splits"] = {"test": [Example(kind, {**EXAMPLE.fields, "task_type": kind}) for kind in "abc"]}
+    scores = task.score([*rows, failed])
     shown = {name: (round(metric.value, 4), metric.n) for name, metric in scores.items()}
     assert shown == {
-        "success": (0.4, 5), "success a": (0.6667, 3), "success b": (0.0, 1), "success unknown": (0.0, 1),
+        "success": (0.4, 5), "success a": (0.6667, 3), "success b": (0.0, 1), "success c": (0.0, 1),
         "executable": (0.6, 5), "failed": (0.2, 5), "attempts": (1.0, 4), "steps": (17.0, 4), "calls": (2.0, 4),
     }  # fmt: skip
     assert (round(scores["success a"].low, 4), round(scores["success a"].high, 4)) == (0.2077, 0.9385)
@@ -341,9 +359,6 @@ def test_gold_and_names() -> None:
     assert task.name == "alfworld-full-program" and make_task("react").name == "alfworld-full-react"
     assert "[Step 2] Heat the potato with microwave 1." in str(task.gold_guidance(EXAMPLE))
     assert task.gold_guidance(Example("x", {**EXAMPLE.fields, "gold": []})) is None
-    assert list(task.examples("test")) == [EXAMPLE]
-    with pytest.raises(ValueError, match="split 'tset' is unknown"):
-        task.examples("tset")
     with pytest.raises(ValueError, match="max_steps 0"):
         make_task(max_steps=0)
 
@@ -378,4 +393,4 @@ def test_many_episodes_at_once() -> None:
         texts: Callable[[], Voice] = lambda: Voice(fenced(TAKE, HEAT, PUT))  # noqa: E731
         return await asyncio.gather(*(task.rollout(EXAMPLE, Voice("p"), texts(), settings) for _ in range(40)))
 
-    assert [trajectory.info["steps"] for trajectory in asyncio.run(all_of_them())] == [7] * 40
+    assert [trajectory.info.measures["steps"] for trajectory in asyncio.run(all_of_them())] == [7] * 40

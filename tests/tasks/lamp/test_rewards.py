@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from matryoshka.core.records import Message, PairRule, Preference, Sample, Trajectory, Turn
+from matryoshka.core.records import EpisodeInfo, Message, PairRule, Preference, Sample, Trajectory, Turn
 from matryoshka.dpo.pairs import make_pairs
 from matryoshka.tasks.lamp.rewards import Judgement, judge, pair_rule
 from matryoshka.tasks.lamp.task_specs import KINDS
@@ -16,8 +16,13 @@ PROMPT = (Message("user", "history"),)
 def episode(name: str, text: str, reply: str, gold: str, example: str = "e", end: str = "stop") -> Trajectory:
     judged = judge(KINDS[name], reply, gold)
     turn = Turn(PROMPT, (1,), Sample(text, end, (2,)))
-    info = {"verdict": judged.verdict, **judged.scores}
+    info = EpisodeInfo(judged.verdict, "label_free", "c", "g", score=judged.score, measures=judged.measures)
     return Trajectory("lamp", example, (turn,), judged.reward, info)
+
+
+def measured(example: str, text: str, rouge_l: float, bleu: float) -> Trajectory:
+    info = EpisodeInfo("wrong", "label_free", "c", "g", measures={"rouge_l": rouge_l, "bleu": bleu})
+    return Trajectory("lamp", example, (Turn(PROMPT, (1,), Sample(text, "stop", (2,))),), 0.0, info)
 
 
 def chosen_and_rejected(name: str, episodes: Sequence[Trajectory]) -> list[tuple[str, str]]:
@@ -32,10 +37,10 @@ def chosen_and_rejected(name: str, episodes: Sequence[Trajectory]) -> list[tuple
         ("1", "the first", "[2]", Judgement(None, "error", 0.0)),
         ("2N", "Politics.", "politics", Judgement("politics", "right", 1.0)),
         ("2M", "comedy", "dark comedy", Judgement("comedy", "wrong", 0.0)),
-        ("3", "4", "4", Judgement(4.0, "right", 1.0, {"score": 1.0})),
-        ("3", "2", "5", Judgement(2.0, "wrong", 0.25, {"score": 0.25})),
-        ("3", "no idea", "4", Judgement(None, "error", 0.25, {"score": 0.25})),  # as far as 1
-        ("3", "9", "1", Judgement(9.0, "wrong", 0.0, {"score": -1.0})),
+        ("3", "4", "4", Judgement(4.0, "right", 1.0, 1.0)),
+        ("3", "2", "5", Judgement(2.0, "wrong", 0.25, 0.25)),
+        ("3", "no idea", "4", Judgement(None, "error", 0.25, 0.25)),  # as far as 1
+        ("3", "9", "1", Judgement(9.0, "wrong", 0.0, -1.0)),
     ],
 )
 def test_an_answer_is_worth(name: str, reply: str, gold: str, expected: Judgement) -> None:
@@ -47,11 +52,12 @@ def test_a_headline_is_worth_its_overlap() -> None:
     """Oracle: ROUGE-L 2 * 2 / (3 + 3) by hand; equal but for case is right, nothing is an error worth 0."""
     pytest.importorskip("rouge_score")
     judged = judge(KINDS["4"], "rain in may", "rain in june")
-    assert judged.scores["rouge_l"] == judged.scores["score"] == pytest.approx(2 / 3)
-    assert judged.reward == (judged.scores["rouge_l"] + judged.scores["bleu"]) / 2 and judged.verdict == "wrong"
+    assert judged.measures["rouge_l"] == judged.score == pytest.approx(2 / 3)
+    assert judged.reward == (judged.measures["rouge_l"] + judged.measures["bleu"]) / 2 and judged.verdict == "wrong"
     assert judge(KINDS["4"], "Rain In May", "rain in may").verdict == "right"
     empty = judge(KINDS["4"], "", "rain")
-    assert (empty.verdict, empty.reward, empty.scores) == ("error", 0.0, {"score": 0.0, "rouge_l": 0.0, "bleu": 0.0})
+    assert (empty.verdict, empty.reward, empty.score) == ("error", 0.0, 0.0)
+    assert empty.measures == {"rouge_l": 0.0, "bleu": 0.0}
 
 
 def test_labels_pair_right_over_wrong_at_most_two() -> None:
@@ -74,7 +80,7 @@ def test_headlines_pair_by_mean_rank_in_rouge_and_bleu() -> None:
     """Oracle: ranks by hand from made-up scores: a is first in both, d last in both; b beats c in one each, a tie."""
     scores = {"a": (0.9, 0.8), "b": (0.5, 0.2), "c": (0.4, 0.3), "d": (0.1, 0.0)}
     episodes = [
-        Trajectory("lamp", "e", (Turn(PROMPT, (1,), Sample(text, "stop", (2,))),), 0.0, {"rouge_l": r, "bleu": b})
+        measured("e", text, r, b)
         for text, (r, b) in scores.items()
     ]
     pairs, counts = make_pairs(episodes, pair_rule(KINDS["4"]), 0)
@@ -92,7 +98,7 @@ def test_ranks_are_among_the_samples_of_one_question() -> None:
     """Oracle: the other question's scores are all higher; ranks there are of its own samples."""
     rows = [("e", "a", 0.1), ("e", "b", 0.2), ("f", "c", 0.8), ("f", "d", 0.9)]
     episodes = [
-        Trajectory("lamp", example, (Turn(PROMPT, (1,), Sample(text, "stop", (2,))),), 0.0, {"rouge_l": v, "bleu": v})
+        measured(example, text, v, v)
         for example, text, v in rows
     ]
     pairs, _ = make_pairs(episodes, pair_rule(KINDS["4"]), 0)

@@ -9,8 +9,8 @@ from matryoshka.tasks.lamp.prompts import line
 from matryoshka.tasks.lamp.retrieval import bm25
 from matryoshka.tasks.lamp.rewards import judge
 from matryoshka.tasks.lamp.scripted_generator import read
+from matryoshka.tasks.lamp.splits import make_example
 from matryoshka.tasks.lamp.synthetic_users import HABITS, SPLITS, Fixture, fixtures
-from matryoshka.tasks.lamp.task import make_example
 from matryoshka.tasks.lamp.task_specs import KINDS, Kind
 
 N = 60
@@ -18,7 +18,7 @@ N = 60
 
 def score(kind: Kind, fixture: Fixture, known: str) -> float:
     judged = judge(kind, read(kind, known, fixture.item.question), fixture.item.gold)
-    return judged.scores.get("score", judged.reward)
+    return judged.reward if judged.score is None else judged.score
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from matryoshka.core.protocols import GeneratorError
+from matryoshka.core.protocols import GeneratorError, TaskSetting
 from matryoshka.core.records import (
+    EpisodeInfo,
     Example,
     Messages,
     Metric,
@@ -21,9 +22,11 @@ from matryoshka.core.records import (
     to_json,
 )
 from matryoshka.tasks.lamp.data import Item
+from matryoshka.tasks.lamp.options import LampOptions
 from matryoshka.tasks.lamp.prompts import KNOWN
 from matryoshka.tasks.lamp.retrieval import bm25, recency
-from matryoshka.tasks.lamp.task import MAIN_METRIC, LampTask, Options, make_example
+from matryoshka.tasks.lamp.splits import make_example
+from matryoshka.tasks.lamp.task import MAIN_METRIC, LampTask
 from matryoshka.tasks.lamp.task_specs import KINDS
 
 NEWS = KINDS["2N"]
@@ -38,6 +41,12 @@ EXAMPLE = make_example(NEWS, ITEM, bm25)
 
 def letters(prompt: Messages) -> int:
     return sum(len(message.content) for message in prompt)
+
+
+def make_task(examples: Sequence[Example] = (EXAMPLE,), **options: Any) -> LampTask:
+    task = LampTask(LampOptions(**options), TaskSetting({}, count_tokens=letters))
+    task.__dict__["_splits"] = {"test": list(examples)}
+    return task
 
 
 class Controller:
@@ -71,7 +80,7 @@ class Generator:
 
 
 def roll(generator: Generator, controller: Any = None, task: LampTask | None = None) -> Trajectory:
-    task = task or LampTask(NEWS, {"test": [EXAMPLE]}, letters)
+    task = task or make_task()
     controller = controller or Controller(" crime: fights \n")
     return asyncio.run(task.rollout(EXAMPLE, controller, generator, RolloutSettings(Sampling(draw=3))))
 
@@ -93,7 +102,7 @@ def test_an_empty_history_is_a_question_like_others() -> None:
     """Oracle: by hand."""
     example = make_example(NEWS, replace(ITEM, profile=[]), bm25)
     assert (example.fields["entries"], example.fields["profile"]) == ([], 0)
-    task = LampTask(NEWS, {"test": [example]}, letters)
+    task = make_task([example])
     assert task.first_prompt(example)[-1].content == "(no history)"
 
 
@@ -103,11 +112,19 @@ def test_an_episode_is_recorded_completely() -> None:
     trajectory = roll(generator)
     (turn,) = trajectory.turns
     assert (trajectory.reward, turn.prompt_ids, len(turn.calls)) == (1.0, (7, 8), 1)
-    assert trajectory.info == {
-        "protocol": "label_free", "prediction": "crime", "error": None, "verdict": "right", "entries": 3,
-        "dropped_entries": 0, "cut_entries": 1, "cut": 0, "controller": "controller-0", "generator": "generator-0",
-        "calls": 1, "prompt_tokens": 100, "completion_tokens": 10, "draw": 3,
-    }  # fmt: skip
+    assert trajectory.info == EpisodeInfo(
+        "right",
+        "label_free",
+        "controller-0",
+        "generator-0",
+        draw=3,
+        attempts=1,
+        calls=1,
+        prompt_tokens=100,
+        completion_tokens=10,
+        prediction="crime",
+        measures={"entries": 3, "dropped_entries": 0, "cut_entries": 1},
+    )
     assert "A fight about wine" not in turn.prompt[-1].content
     assert f"{KNOWN}\ncrime: fights\nThe question is: {ITEM.question}" in generator.asked[0]
     assert from_json(Trajectory, to_json(trajectory)) == trajectory
@@ -115,14 +132,13 @@ def test_an_episode_is_recorded_completely() -> None:
 
 def test_options_change_prompts_and_the_task_s_name() -> None:
     """Oracle: by hand."""
-    plain = LampTask(NEWS, {"test": [EXAMPLE]}, letters)
-    options = Options(prompt_tokens=letters(plain.first_prompt(EXAMPLE)) - 1, show_question=False, retrieved=1)
-    task = LampTask(NEWS, {"test": [EXAMPLE]}, letters, options)
+    plain = make_task()
+    task = make_task(prompt_tokens=letters(plain.first_prompt(EXAMPLE)) - 1, show_question=False, retrieved=1)
     generator = Generator("women")
     info = roll(generator, task=task).info
-    assert (info["entries"], info["dropped_entries"], info["verdict"]) == (2, 1, "wrong")
+    assert (info.measures["entries"], info.measures["dropped_entries"], info.verdict) == (2, 1, "wrong")
     assert "From the user's history:\nA fight in town => crime\nThe question" in generator.asked[0]
-    shown = LampTask(NEWS, {"test": [EXAMPLE]}, letters, Options(show_question=True))
+    shown = make_task(show_question=True)
     assert shown.first_prompt(EXAMPLE)[-1].content.endswith(f"The question is: {ITEM.question}")
     assert len({plain.name, task.name, shown.name}) == 3
 
@@ -132,7 +148,7 @@ def test_no_guidance_is_the_question_alone_and_a_cut_summary_is_counted() -> Non
     generator = Generator("?")
     info = roll(generator, Controller("  ", "length")).info
     assert generator.asked == [f"The question is: {ITEM.question}"]
-    assert (info["verdict"], info["prediction"], info["cut"]) == ("error", None, 1)
+    assert (info.verdict, info.prediction, info.cut) == ("error", None, 1)
 
 
 class Failing(Controller):
@@ -145,7 +161,7 @@ def test_a_call_that_failed_for_good_fails_the_episode(controller: Controller) -
     """Oracle: by hand, for the generator as such and for one that guides itself; the guidance is kept."""
     trajectory = roll(Generator(GeneratorError("it is down")), controller)
     info = trajectory.info
-    assert (info["verdict"], info["error"], info["prediction"], info["calls"]) == ("failed", "it is down", None, 0)
+    assert (info.verdict, info.error, info.prediction, info.calls) == ("failed", "it is down", None, 0)
     assert trajectory.reward == 0.0 and len(trajectory.turns) == (0 if isinstance(controller, Failing) else 1)
 
 
@@ -156,7 +172,7 @@ def test_missing_answers_count_as_wrong(name: str, gold: str, worst: float) -> N
         pytest.importorskip("rouge_score")
     kind = KINDS[name]
     examples = [make_example(kind, Item(str(i), kind.ask("x"), [], gold), bm25) for i in range(3)]
-    task = LampTask(kind, {"test": examples}, letters)
+    task = make_task(examples, task=name)
     replies: Sequence[str | Exception] = (gold, "", GeneratorError("down"))
     rows = [
         asyncio.run(task.rollout(example, Controller("s"), Generator(reply), RolloutSettings()))
@@ -179,23 +195,20 @@ def test_meteor_is_scored_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("matryoshka.tasks.lamp.task.meteor", meteor)
     example = make_example(KINDS["4"], Item("1", KINDS["4"].ask("x"), [], "Rain"), bm25)
-    row = Trajectory("t", "1", (), 0.0, {"verdict": "error", "prediction": None})
-    assert "meteor" not in LampTask(KINDS["4"], {"test": [example]}, letters).score([row])
-    assert LampTask(KINDS["4"], {"test": [example]}, letters, with_meteor=True).score([row])["meteor"].value == 0.5
+    info = EpisodeInfo("error", "label_free", "c", "g")
+    row = Trajectory("t", "1", (), 0.0, info)
+    assert "meteor" not in make_task([example], task="4").score([row])
+    assert make_task([example], task="4", meteor=True).score([row])["meteor"].value == 0.5
     assert seen == [([""], ["Rain"])]
-    assert "meteor" not in LampTask(NEWS, {"test": [EXAMPLE]}, letters, with_meteor=True).score(
-        [Trajectory("t", "u1", (), 0.0, {"verdict": "error", "prediction": None})]
-    )
+    assert "meteor" not in make_task(meteor=True).score([Trajectory("t", "u1", (), 0.0, info)])
 
 
 def test_splits_gold_and_rule() -> None:
     """Oracle: by hand."""
-    task = LampTask(NEWS, {"test": [EXAMPLE]}, letters)
-    assert task.examples("test") == [EXAMPLE] and task.gold_guidance(EXAMPLE) is None
+    task = make_task()
+    assert task.gold_guidance(EXAMPLE) is None
     known = replace(EXAMPLE, fields={**EXAMPLE.fields, "summary": "crime: fights"})
     assert task.gold_guidance(known) == "crime: fights"
-    with pytest.raises(ValueError, match="split 'dev' is unknown; choose from \\['test'\\]"):
-        task.examples("dev")
-    rules = {name: LampTask(kind, {}, letters).pair_rule for name, kind in KINDS.items()}
+    rules = {name: make_task(task=name).pair_rule for name in KINDS}
     assert [rules[name].kind for name in KINDS] == ["binary", "binary", "binary", "ranked", "ranked"]
     assert all(rule.cap == 2 for rule in rules.values())

@@ -23,7 +23,9 @@ def test_the_three_forms_of_one_problem_read_alike(tmp_path: Path) -> None:
     gsm8k = load(write(tmp_path / "a", {"question": "How many?", "answer": "2 * 617 = <<2*617=1234>>1234\n#### 1,234"}))
     pal = load(write(tmp_path / "b", {"input": "How many?", "target": 1234}))
     hard = load(write(tmp_path / "c", {"input": "How many?", "code": "def solution(): ...", "target": 1234.0}))
-    assert gsm8k == pal == hard == [Example(content_key("How many?"), {"question": "How many?", "answer": 1234})]
+    fields = {"question": "How many?", "answer": 1234}
+    assert pal == hard == [Example(content_key("How many?"), fields)]
+    assert gsm8k == [Example(content_key("How many?"), {**fields, "steps": ["What is 2*617?"]})]
 
 
 def test_a_repeated_question_counts_with_an_id_of_its_own(tmp_path: Path) -> None:
@@ -40,7 +42,7 @@ def test_a_repeated_question_counts_with_an_id_of_its_own(tmp_path: Path) -> Non
         ({"question": "Q?", "answer": 4}, "'answer' is int; expected a text"),
         ({"input": "Q?", "target": "4"}, "'target' is '4'; expected a finite number"),
         ({"input": "Q?", "target": True}, "'target' is True; expected a finite number"),
-        ({"input": "Q?", "target": float("nan")}, "'target' is nan; expected a finite number"),
+        ({"input": "Q?", "target": float("nan")}, "malformed JSON"),
         ({"input": " ", "target": 4}, "the question is ' '; expected a text"),
         ({"question": None, "answer": "#### 4"}, "the question is None; expected a text"),
         ({"prompt": "Q?"}, r"the row has the keys \['prompt'\]; expected 'question' and 'answer'"),

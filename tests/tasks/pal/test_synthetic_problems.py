@@ -6,14 +6,16 @@ from itertools import islice, product
 
 import pytest
 
+from matryoshka.benchmarks.generator_lessons import lessons
+from matryoshka.core.protocols import TaskSetting
 from matryoshka.core.records import Messages, RolloutSettings, Sample, Sampling
 from matryoshka.eval.baselines import NoGuidance
 from matryoshka.tasks.pal import synthetic_problems as words
-from matryoshka.tasks.pal.compact import CODE_SYSTEM, COMPACT, EXEMPLARS
 from matryoshka.tasks.pal.problem_templates import FAMILIES, HELD_OUT, ITEMS, NAMES, Family
-from matryoshka.tasks.pal.step_language import lessons
-from matryoshka.tasks.pal.task import PALTask
+from matryoshka.tasks.pal.prompts import COMPACT, COMPACT_CODE_SYSTEM, COMPACT_EXEMPLARS
+from matryoshka.tasks.pal.task import PalOptions, PALTask
 from matryoshka.tasks.sandbox import extract_code, run_solution
+from matryoshka.tasks.sandbox_config import SandboxConfig
 
 MEMORY = 512 * 2**20
 MANY = {split: words.problems(split, 300, 0) for split in words.SPLITS}
@@ -121,7 +123,7 @@ class Says:
 def test_gold_is_worth_one_and_garbage_nothing() -> None:
     """Oracle: reward(gold program) = 1; another problem's program, prose and an error are worth 0."""
     first, second = words.load("test", 2, 0)
-    task = PALTask({"test": [first]}, COMPACT, 30.0)
+    task = PALTask(PalOptions(sandbox=SandboxConfig(timeout_s=30.0)), TaskSetting({}))
     assert first.fields["answer"] != second.fields["answer"]
     for text, reward in (
         (first.fields["program"], 1.0),
@@ -137,9 +139,9 @@ def test_compact_prompts_are_short_chats() -> None:
     """Oracle: the messages by hand; every turn alternates, the question stands last."""
     guidance = COMPACT.guidance("Q?")
     assert [m.role for m in guidance] == ["system", "user", "assistant", "user", "assistant", "user"]
-    assert guidance[-1].content == "Q?" and guidance[1].content == EXEMPLARS[0][0]
+    assert guidance[-1].content == "Q?" and guidance[1].content == COMPACT_EXEMPLARS[0][0]
     code = COMPACT.code("Q?", "How much?")
-    assert [(m.role, m.content) for m in code] == [("system", CODE_SYSTEM), ("user", "Q?\nHow much?")]
+    assert [(m.role, m.content) for m in code] == [("system", COMPACT_CODE_SYSTEM), ("user", "Q?\nHow much?")]
     assert COMPACT.code("Q?", "")[-1].content == "Q?"
     retry = COMPACT.retry("Q?", "g", "old", "NameError")
     assert retry[:2] == COMPACT.code("Q?", "g") and [m.role for m in retry[2:]] == ["assistant", "user"]
@@ -151,7 +153,7 @@ def test_compact_prompts_are_short_chats() -> None:
 def test_exemplars_stand_outside_the_problems() -> None:
     """Oracle: their wordings are none of ours, and their steps are in the language that the generator is taught."""
     wordings = {skeleton(p.question) for rows in MANY.values() for p in rows}
-    for question, steps in EXEMPLARS:
+    for question, steps in COMPACT_EXEMPLARS:
         assert skeleton(question) not in wordings
         assert len(steps.splitlines()) == 2
 

@@ -10,23 +10,25 @@ from pathlib import Path
 import pytest
 
 from matryoshka.core.files import read_jsonl
-from matryoshka.core.protocols import ContextError, GeneratorError
+from matryoshka.core.protocols import ContextError, GeneratorError, TaskSetting
 from matryoshka.core.records import (
+    EpisodeInfo,
     Example,
     Messages,
     Metric,
-    PairRule,
     RolloutSettings,
     Sample,
     Sampling,
     Trajectory,
     Usage,
+    Verdict,
     from_json,
     to_json,
 )
 from matryoshka.tasks.pal.gsm8k import load
 from matryoshka.tasks.pal.prompts import FULL
-from matryoshka.tasks.pal.task import PALTask, guidance_text
+from matryoshka.tasks.pal.task import PalOptions, PALTask
+from matryoshka.tasks.sandbox_config import SandboxConfig
 
 DATA = Path(os.environ.get("MATRYOSHKA_DATA", Path(__file__).parents[4] / "shared" / "data")) / "gsm8k"
 EXAMPLE = Example("e1", {"question": "How much is 3 times 4?", "answer": 12})
@@ -75,14 +77,17 @@ class ScriptedGenerator:
         return Sample(f"```python\ndef solution():\n    {body}\n```", usage=Usage(100, 10))
 
 
+def make_task(timeout_s: float = 5.0) -> PALTask:
+    return PALTask(PalOptions("full", sandbox=SandboxConfig(timeout_s=timeout_s)), TaskSetting({}))
+
+
 def roll(
     controller: ScriptedController,
     generator: ScriptedGenerator,
     settings: RolloutSettings,
     example: Example = EXAMPLE,
 ) -> Trajectory:
-    task = PALTask({"train": [example]}, FULL)
-    trajectory = asyncio.run(task.rollout(example, controller, generator, settings))
+    trajectory = asyncio.run(make_task().rollout(example, controller, generator, settings))
     assert from_json(Trajectory, json.loads(json.dumps(to_json(trajectory)))) == trajectory
     return trajectory
 
@@ -105,30 +110,26 @@ def test_one_right_attempt_is_recorded_completely() -> None:
     (call,) = turn.calls
     assert call.prompt == generator.asked[0][0] and call.outcome == "value 12"
     assert (trajectory.task, trajectory.example_id, trajectory.reward) == ("pal-full", "e1", 1.0)
-    assert trajectory.info == {
-        "protocol": "label_free",
-        "attempts": 1,
-        "outer_turns": 1,
-        "overlong": False,
-        "cut": 0,
-        "prediction": 12,
-        "error": None,
-        "verdict": "right",
-        "controller": "controller-0",
-        "generator": "generator-0",
-        "calls": 1,
-        "prompt_tokens": 100,
-        "completion_tokens": 10,
-        "draw": 3,
-    }
+    assert trajectory.info == EpisodeInfo(
+        "right",
+        "label_free",
+        "controller-0",
+        "generator-0",
+        draw=3,
+        attempts=1,
+        calls=1,
+        prompt_tokens=100,
+        completion_tokens=10,
+        prediction=12,
+    )
 
 
 def test_label_free_stops_at_a_wrong_answer_and_retries_only_errors() -> None:
     """Oracle: the protocol. A program that runs ends the episode, right or not."""
     generator = ScriptedGenerator(CRASH, WRONG, RIGHT)
     trajectory = roll(ScriptedController("g"), generator, RolloutSettings(inner_attempts=6, outer_turns=2))
-    assert (trajectory.reward, trajectory.info["verdict"], trajectory.info["attempts"]) == (0.0, "wrong", 2)
-    assert trajectory.info["prediction"] == 7 and trajectory.info["outer_turns"] == 1
+    assert (trajectory.reward, trajectory.info.verdict, trajectory.info.attempts) == (0.0, "wrong", 2)
+    assert trajectory.info.prediction == 7 and len(trajectory.turns) == 1
 
 
 def test_a_retry_shows_the_previous_code_the_guidance_and_the_real_error() -> None:
@@ -155,8 +156,8 @@ def test_exhausted_attempts_make_the_controller_plan_again() -> None:
     assert [len(turn.calls) for turn in trajectory.turns] == [2, 2]
     assert [turn.feedback for turn in trajectory.turns] == [CRASH_ERROR, CRASH_ERROR]
     info = trajectory.info
-    assert (trajectory.reward, info["verdict"], info["error"]) == (0.0, "error", CRASH_ERROR)
-    assert (info["attempts"], info["outer_turns"], info["prompt_tokens"], info["completion_tokens"]) == (4, 2, 400, 40)
+    assert (trajectory.reward, info.verdict, info.error) == (0.0, "error", CRASH_ERROR)
+    assert (info.attempts, len(trajectory.turns), info.prompt_tokens, info.completion_tokens) == (4, 2, 400, 40)
 
 
 def test_a_replan_beyond_the_context_stops_or_ends_the_episode_as_configured() -> None:
@@ -176,8 +177,8 @@ def test_a_replan_beyond_the_context_stops_or_ends_the_episode_as_configured() -
     with pytest.raises(ContextError):
         roll(Narrow("first"), ScriptedGenerator(CRASH), settings)
     trajectory = roll(Narrow("first"), ScriptedGenerator(CRASH), replace(settings, overlong="skip"))
-    assert len(trajectory.turns) == 1 and trajectory.info["overlong"] is True
-    assert trajectory.info["verdict"] == "error"
+    assert len(trajectory.turns) == 1 and trajectory.info.overlong is True
+    assert trajectory.info.verdict == "error"
     nothing = Narrow("first")
     nothing.room = 0
     with pytest.raises(ContextError):
@@ -220,7 +221,7 @@ def test_oracle_retries_a_wrong_answer_and_says_so() -> None:
     trajectory = roll(controller, generator, RolloutSettings(protocol="oracle", inner_attempts=2, outer_turns=2))
     complaint = "It ran and returned 7, but the answer is not correct."
     assert complaint in texts(generator.asked)[1] and complaint in controller.asked[1][0][-1].content
-    assert (trajectory.reward, trajectory.info["attempts"], trajectory.info["protocol"]) == (1.0, 3, "oracle")
+    assert (trajectory.reward, trajectory.info.attempts, trajectory.info.protocol) == (1.0, 3, "oracle")
     assert [turn.feedback for turn in trajectory.turns] == [complaint, ""]
 
 
@@ -228,13 +229,13 @@ def test_the_last_program_decides() -> None:
     """A value of an earlier program is no prediction once a later one has failed."""
     settings = RolloutSettings(protocol="oracle", inner_attempts=2)
     trajectory = roll(ScriptedController("g"), ScriptedGenerator(WRONG, CRASH), settings)
-    assert (trajectory.info["verdict"], trajectory.info["prediction"]) == ("error", None)
+    assert (trajectory.info.verdict, trajectory.info.prediction) == ("error", None)
 
 
 def test_guidance_cut_by_length_runs_and_is_counted() -> None:
     controller = ScriptedController("How mu", finish_reason="length")
     trajectory = roll(controller, ScriptedGenerator(CRASH), RolloutSettings(outer_turns=2))
-    assert trajectory.info["cut"] == 2 and trajectory.info["attempts"] == 2
+    assert trajectory.info.cut == 2 and trajectory.info.attempts == 2
 
 
 def test_a_failed_call_fails_the_episode_and_keeps_what_was_paid_for() -> None:
@@ -242,8 +243,8 @@ def test_a_failed_call_fails_the_episode_and_keeps_what_was_paid_for() -> None:
     generator = ScriptedGenerator(CRASH, GeneratorError("429 after 6 tries"))
     trajectory = roll(ScriptedController("g"), generator, RolloutSettings(inner_attempts=3))
     info = trajectory.info
-    assert (trajectory.reward, info["verdict"], info["error"]) == (0.0, "failed", "429 after 6 tries")
-    assert (info["calls"], info["prompt_tokens"], len(trajectory.turns)) == (1, 100, 1)
+    assert (trajectory.reward, info.verdict, info.error) == (0.0, "failed", "429 after 6 tries")
+    assert (info.calls, info.prompt_tokens, len(trajectory.turns)) == (1, 100, 1)
 
 
 def test_other_exceptions_are_not_hidden() -> None:
@@ -256,14 +257,14 @@ def test_no_guidance_asks_the_plain_question() -> None:
     generator = ScriptedGenerator(RIGHT)
     roll(ScriptedController(" \n"), generator, RolloutSettings())
     assert generator.asked[0][0] == FULL.code(EXAMPLE.fields["question"], "")
-    assert guidance_text(Sample("  a\nb \n")) == "a\nb"
 
 
 def test_score_counts_verdicts() -> None:
     """Oracle: counting by hand; intervals are `wilson`'s, tested there."""
-    verdicts = ["right", "right", "wrong", "error", "failed"]
-    runs = [Trajectory("pal-full", str(i), (), float(v == "right"), {"verdict": v}) for i, v in enumerate(verdicts)]
-    score = PALTask({}, FULL).score(runs)
+    verdicts: list[Verdict] = ["right", "right", "wrong", "error", "failed"]
+    infos = [EpisodeInfo(verdict, "label_free", "c", "g") for verdict in verdicts]
+    runs = [Trajectory("pal-full", str(i), (), float(info.verdict == "right"), info) for i, info in enumerate(infos)]
+    score = make_task().score(runs)
     assert {name: (metric.value, metric.n) for name, metric in score.items()} == {
         "accuracy": (0.4, 5),
         "executable": (0.6, 5),
@@ -271,14 +272,7 @@ def test_score_counts_verdicts() -> None:
     }
     assert all(isinstance(metric, Metric) and metric.low < metric.value < metric.high for metric in score.values())
     with pytest.raises(ValueError, match="0 successes of 0"):
-        PALTask({}, FULL).score([])
-
-
-def test_splits_and_pair_rule() -> None:
-    task = PALTask({"train": [EXAMPLE], "test": []}, FULL)
-    assert list(task.examples("train")) == [EXAMPLE] and task.pair_rule == PairRule("binary", 4)
-    with pytest.raises(ValueError, match=r"split 'dev' is unknown; choose from \['test', 'train'\]"):
-        task.examples("dev")
+        make_task().score([])
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}; set MATRYOSHKA_DATA")
@@ -287,7 +281,7 @@ def test_the_verifier_accepts_gold_programs_of_gsm_hard_and_refuses_garbage() ->
     the largest targets among them."""
     path = DATA / "gsmhard_first200.jsonl"
     rows = sorted(zip(read_jsonl(path), load(path), strict=True), key=lambda pair: -abs(pair[0]["target"]))[::3][:60]
-    task = PALTask({}, FULL, timeout_s=20.0)
+    task = make_task(20.0)
 
     class Fixed:
         name = "fixed"

@@ -1,4 +1,4 @@
-"""Embeddings of texts by an OpenAI-compatible endpoint, each asked for once: what came is kept in a file."""
+"""Embeddings of texts from an OpenAI-compatible endpoint. Each is asked for once and kept in a file."""
 
 import hashlib
 import sqlite3
@@ -9,28 +9,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matryoshka.core.redaction import read_secret, redact
-from matryoshka.pilot.config import LampConfig
+from matryoshka.tasks.lamp.options import LampOptions
 
 AT_ONCE = 256  # texts in a request; OpenAI takes 2,048, and histories are longer
 BUSY_S = 30.0
 
 
 class Embeddings:
-    """Vectors (float64, as long as the model makes them) by endpoint, model and text, in the SQLite file of [task.lamp]
-    embeddings_cache ("": in memory), which processes may share.
+    """Vectors (float64, as long as the model makes them) by endpoint, model and text, kept in the SQLite file
+    `embeddings_cache` ("": in memory), which processes may share.
 
     Raises ValueError for settings that are missing and a file that is no SQLite file.
     """
 
-    def __init__(self, lamp: LampConfig) -> None:
+    def __init__(self, lamp: LampOptions) -> None:
         if not lamp.embeddings_url or not lamp.embeddings_model:
-            raise ValueError("[task.lamp] retrieval 'dense' needs embeddings_url and embeddings_model")
+            raise ValueError("[task.options] retrieval 'dense' needs embeddings_url and embeddings_model")
         import openai
 
         variable = lamp.embeddings_key_env
         self._key = read_secret(variable) if variable else "none"
         if not self._key:
-            raise ValueError(f"[task.lamp] environment variable {variable} holds no key for the embeddings")
+            raise ValueError(f"[task.options] environment variable {variable} holds no key for the embeddings")
         self._lamp = lamp
         self._client = openai.OpenAI(base_url=lamp.embeddings_url, api_key=self._key)
         path = lamp.embeddings_cache or ":memory:"
@@ -40,10 +40,10 @@ class Embeddings:
             self._db = sqlite3.connect(path, timeout=BUSY_S)
             self._db.execute("CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, vector BLOB NOT NULL)")
         except sqlite3.Error as err:
-            raise ValueError(f"[task.lamp] embeddings_cache {path}: cannot be used ({err}); name another file") from err
+            raise ValueError(f"[task.options] embeddings_cache {path} cannot be used ({err}); name another") from err
 
     def __call__(self, texts: Sequence[str]) -> list[list[float]]:
-        """Return the vector of each text. Raises ValueError when the endpoint fails; what came before that is kept."""
+        """Return the vector of each text. Raises ValueError when the endpoint fails; earlier answers are kept."""
         found = {text: self._stored(text) for text in texts}
         missing = [text for text, vector in found.items() if vector is None]
         for start in range(0, len(missing), AT_ONCE):
@@ -64,10 +64,10 @@ class Embeddings:
             answer = self._client.embeddings.create(model=lamp.embeddings_model, input=filled, encoding_format="float")
         except openai.OpenAIError as err:  # from None: servers repeat keys, and a traceback would show this one
             what = redact(str(err))
-            raise ValueError(f"[task.lamp] the embeddings of {lamp.embeddings_url} failed: {what}") from None
+            raise ValueError(f"[task.options] the embeddings of {lamp.embeddings_url} failed: {what}") from None
         if len(answer.data) != len(texts):
             what = f"{len(answer.data)} vectors for {len(texts)} texts"
-            raise ValueError(f"[task.lamp] the embeddings of {lamp.embeddings_url}: {what}")
+            raise ValueError(f"[task.options] the embeddings of {lamp.embeddings_url}: {what}")
         rows = sorted(answer.data, key=lambda row: row.index)
         return [np.asarray(row.embedding, dtype=np.float64) for row in rows]
 

@@ -1,9 +1,9 @@
-"""pilot/lamp_problems.py: LaMP's splits from the seed and from files, users apart, and what the loop refuses."""
+"""tasks/lamp/splits.py: LaMP's splits from the seed and from files, users apart, and what the loop refuses."""
 
 import json
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,18 +13,21 @@ from typing import Any, ClassVar
 import pytest
 
 from matryoshka.core.config import load_toml, to_toml
-from matryoshka.core.records import Messages
+from matryoshka.core.records import Example, Messages
 from matryoshka.inference.generators import GeneratorConfig
-from matryoshka.pilot.config import ControllerConfig, LampConfig, RolloutConfig, RunConfig, TaskConfig
-from matryoshka.pilot.lamp_problems import load_splits, make_task, scripted_generator, with_other
+from matryoshka.pilot.config import ControllerConfig, RolloutConfig, RunConfig, TaskConfig
+from matryoshka.pilot.problems import load_problems, open_task
 from matryoshka.tasks.lamp.data import Item, write_items
+from matryoshka.tasks.lamp.options import LampOptions
+from matryoshka.tasks.lamp.splits import with_other
 from matryoshka.tasks.lamp.synthetic_users import fixtures
+from matryoshka.tasks.lamp.task import LampTask
 from matryoshka.tasks.lamp.task_specs import KINDS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DATA = Path(os.environ.get("MATRYOSHKA_DATA", ROOT.parent / "shared" / "data")) / "lamp"
 SIZES = {"warmup": 2, "train": 3, "validation": 1, "test": 2}
-TASK = TaskConfig("lamp", warmup=2, train=3, validation=1, test=2, lamp=LampConfig(task="2M"))
+TASK = TaskConfig("lamp", warmup=2, train=3, validation=1, test=2, options=LampOptions(task="2M"))
 CONFIG = RunConfig("n", ControllerConfig("m"), GeneratorConfig("http://x/v1", "m"), task=TASK)
 
 
@@ -32,8 +35,13 @@ def letters(prompt: Messages) -> int:
     return sum(len(message.content) for message in prompt)
 
 
-def config(**changes: Any) -> RunConfig:
-    return replace(CONFIG, task=replace(TASK, **changes))
+def config(test: int = 2, seed: int = 0, **options: Any) -> RunConfig:
+    task = replace(TASK, test=test, options=LampOptions(**{"task": "2M", **options}))
+    return replace(CONFIG, seed=seed, task=task)
+
+
+def load_splits(config: RunConfig) -> Mapping[str, Sequence[Example]]:
+    return load_problems(open_task(config, letters))
 
 
 def written(folder: Path, items: list[Item], split: str = "train") -> str:
@@ -49,11 +57,11 @@ def user(id: str, theme: str) -> Item:
 @pytest.mark.parametrize("name", KINDS)
 def test_made_up_users_come_in_the_sizes_asked_for_with_gold(name: str) -> None:
     """Oracle: the numbers of the configuration; another seed is other users."""
-    made = load_splits(config(lamp=LampConfig(task=name)))  # type: ignore[arg-type]
+    made = load_splits(config(task=name))
     assert {split: len(rows) for split, rows in made.items()} == {**SIZES, "held_out": 0}
-    task = make_task(config(lamp=LampConfig(task=name)), made, letters)  # type: ignore[arg-type]
+    task = open_task(config(task=name), letters)
     assert all(task.gold_guidance(example) for rows in made.values() for example in rows)
-    other = load_splits(replace(config(lamp=LampConfig(task=name)), seed=1))  # type: ignore[arg-type]
+    other = load_splits(config(task=name, seed=1))
     assert other["test"] != made["test"]
 
 
@@ -65,7 +73,7 @@ def test_two_files_are_cut_in_order(tmp_path: Path) -> None:
     ids = {split: [example.id for example in rows] for split, rows in splits.items()}
     expected = {"warmup": ["a0", "a1"], "train": ["a2", "a3", "a4"], "validation": ["a5"]}
     assert ids == {**expected, "test": ["b0", "b1"], "held_out": []}
-    assert make_task(CONFIG, splits, letters).gold_guidance(splits["train"][0]) is None
+    assert open_task(CONFIG, letters).gold_guidance(splits["train"][0]) is None
     with pytest.raises(ValueError, match="id 'a0' stands in both train_file and test_file \\(2 such ids\\)"):
         load_splits(config(train_file=train, test_file=train))
 
@@ -121,9 +129,9 @@ def test_a_loop_that_lamp_does_not_have_is_refused() -> None:
     """Oracle: the message says what came."""
     for rollout in (RolloutConfig(inner_attempts=2), RolloutConfig(outer_turns=2), RolloutConfig(protocol="oracle")):
         with pytest.raises(ValueError, match="LaMP has one turn and one answer"):
-            make_task(replace(CONFIG, rollout=rollout), {}, letters)
+            open_task(replace(CONFIG, rollout=rollout), letters)
     with pytest.raises(ValueError, match="LaMP's scripted generators are"):
-        scripted_generator("literal")
+        LampTask.scripted_generator("literal")
 
 
 class Embeddings(BaseHTTPRequestHandler):
@@ -169,35 +177,34 @@ def test_dense_retrieval_asks_an_endpoint(embeddings: str, tmp_path: Path, monke
     items = [Item("a0", KINDS["2M"].ask("ghost, ghost"), entries, "action")]
     items += [user(f"b{i}", f"t{i}") for i in range(9)]
     cache = tmp_path / "kept" / "embeddings.sqlite"
-    lamp = LampConfig(
-        task="2M", retrieval="dense", embeddings_url=embeddings, embeddings_model="m", embeddings_cache=str(cache)
-    )
-    task = replace(TASK, train_file=written(tmp_path, items), lamp=lamp)
+    dense = {"retrieval": "dense", "embeddings_url": embeddings, "embeddings_model": "m"}
+    keyed: dict[str, Any] = {**dense, "embeddings_cache": str(cache), "train_file": written(tmp_path, items)}
     with pytest.raises(ValueError, match="environment variable OPENAI_API_KEY holds no key for the embeddings"):
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-        load_splits(replace(CONFIG, task=task))
-    keyless = replace(task, lamp=replace(lamp, embeddings_key_env=""))
-    found = load_splits(replace(CONFIG, task=keyless))["test"][0].fields["entries"]
+        load_splits(config(**keyed))
+    keyless = config(**keyed, embeddings_key_env="")
+    found = load_splits(keyless)["test"][0].fields["entries"]
     assert [body for body, _ in found][:3] == ["a ghost and a ghost", "a ghost", "a farm"]
     asked = len(Embeddings.asked)
-    assert load_splits(replace(CONFIG, task=keyless))["test"][0].fields["entries"] == found
+    assert load_splits(keyless)["test"][0].fields["entries"] == found
     assert len(Embeddings.asked) == asked == len(set(Embeddings.asked)) >= 302
     cache.unlink()
     monkeypatch.setenv("OPENAI_API_KEY", "sk-planted-4f9a7c21")
     with pytest.raises(ValueError, match="failed: .*the key \\[key\\] is wrong") as refused:
-        load_splits(replace(CONFIG, task=task))
+        load_splits(config(**keyed))
     assert "sk-planted" not in "".join(traceback.format_exception(refused.value))
     with pytest.raises(ValueError, match="retrieval 'dense' needs embeddings_url and embeddings_model"):
-        load_splits(replace(CONFIG, task=replace(task, lamp=LampConfig(task="2M", retrieval="dense"))))
+        load_splits(config(retrieval="dense", train_file=keyed["train_file"]))
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_shipped_configurations(name: str) -> None:
     """Oracle: they load, round-trip, and differ in the task alone."""
     shipped = load_toml(RunConfig, ROOT / "configs" / f"lamp_{name.lower()}_tiny.toml")
-    assert (shipped.task.name, shipped.task.lamp.task, shipped.serve.scripted) == ("lamp", name, "careful")
+    assert isinstance(shipped.task.options, LampOptions)
+    assert (shipped.task.name, shipped.task.options.task, shipped.serve.scripted) == ("lamp", name, "careful")
     assert shipped.dpo.pairs_per_example == 2
-    make_task(shipped, load_splits(shipped), letters)
+    load_splits(shipped)
     assert 'task = "' + name in to_toml(shipped)
 
 
@@ -215,7 +222,7 @@ def test_real_rows_go_through(name: str, file: str) -> None:
     if not path.is_file():
         pytest.skip(f"{path} is not here (set MATRYOSHKA_DATA)")
     shipped = ROOT / "configs" / f"lamp_{name.lower()}_rows.toml"
-    splits = load_splits(load_toml(RunConfig, shipped, {"task.train_file": str(path)}))
+    splits = load_splits(load_toml(RunConfig, shipped, {"task.options.train_file": str(path)}))
     seen = {split: {tuple(e) for row in rows for e in row.fields["entries"]} for split, rows in splits.items()}
     assert len(splits["train"]) == 40 and not seen["train"] & seen["test"] and not seen["validation"] & seen["test"]
     assert all("other_4" in example.fields["baselines"] for example in splits["test"])
@@ -226,7 +233,7 @@ def test_fixture_files_give_the_same_problems_as_the_seed(tmp_path: Path) -> Non
     made = load_splits(CONFIG)["test"]
     items = [fixture.item for fixture in fixtures(KINDS["2M"], "test", 2, 0)]
     train = [fixture.item for fixture in fixtures(KINDS["2M"], "train", 6, 0)]
-    files = {"test_file": written(tmp_path, items, "dev"), "train_file": written(tmp_path, train)}
+    files: dict[str, Any] = {"test_file": written(tmp_path, items, "dev"), "train_file": written(tmp_path, train)}
     read = load_splits(config(**files))["test"]
     bare = [{key: value for key, value in row.fields.items() if key != "summary"} for row in made]
     for row in read:

@@ -1,9 +1,6 @@
-"""Script of report.html: unpacks the episodes, filters, searches and shows them.
-
-It fetches nothing and parses no markup: every text of an episode enters the page as a text node.
-"""
-
-SCRIPT = r"""
+/* Script of report.html: unpacks the episodes, filters, searches and shows them.
+   
+   It fetches nothing and parses no markup: every text of an episode enters the page as a text node. */
 "use strict";
 const PAGE = 100;
 const GLYPHS = { right: "\u25cf", wrong: "\u25cb", error: "\u00d7", failed: "\u2013" };
@@ -204,4 +201,3 @@ async function main() {
   openLinked();
 }
 main();
-"""

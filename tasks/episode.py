@@ -1,0 +1,148 @@
+"""One episode while it runs: it asks controller and generator, keeps what they said, and makes the record of it.
+
+A task's `rollout` uses it for every question that it asks. So seeds, costs, prompts that outgrew the context and calls
+that failed are treated alike in all tasks, and `Trajectory` and `EpisodeInfo` are made in this one place.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+
+from matryoshka.core.protocols import ContextError, Controller, Generator, GeneratorError
+from matryoshka.core.records import (
+    Call,
+    EpisodeInfo,
+    Example,
+    Messages,
+    RolloutSettings,
+    Sample,
+    Trajectory,
+    Turn,
+    Verdict,
+)
+from matryoshka.tasks.reasoning import without_reasoning
+
+
+@dataclass
+class Reply:
+    """An answer of the generator. The task sets `outcome`: what the environment made of it, for the report."""
+
+    prompt: Messages
+    sample: Sample
+    outcome: str = ""
+
+    @property
+    def text(self) -> str:
+        """The answer without reasoning blocks."""
+        return without_reasoning(self.sample.text)
+
+
+@dataclass
+class Guidance:
+    """What the controller said, and the replies that it led to. The task sets `feedback`: why there is a next turn."""
+
+    prompt: Messages
+    prompt_ids: tuple[int, ...] | None
+    sample: Sample
+    replies: list[Reply] = field(default_factory=list)
+    feedback: str = ""
+
+    @property
+    def text(self) -> str:
+        """What goes into the generator's prompt: the words without reasoning blocks and outer blanks."""
+        return without_reasoning(self.sample.text).strip()
+
+    def turn(self) -> Turn:
+        """Return the finished turn."""
+        calls = tuple(Call(reply.prompt, reply.sample, reply.outcome) for reply in self.replies)
+        return Turn(self.prompt, self.prompt_ids, self.sample, calls, self.feedback)
+
+
+class Episode:
+    """An episode on one example. Its block `with episode:` ends early, without an error, in two cases: a call failed
+    for good, or a later prompt outgrew the controller's context and the settings say "skip".
+
+    turns: what was said so far. overlong: a later prompt did not fit the context. failure: the call that failed.
+    """
+
+    def __init__(
+        self, task: str, example: Example, controller: Controller, generator: Generator, settings: RolloutSettings
+    ) -> None:
+        self._task, self._example, self._settings = task, example, settings
+        self._controller, self._generator = controller, generator
+        self.turns: list[Guidance] = []
+        self.overlong = False
+        self.failure: str | None = None
+
+    def __enter__(self) -> "Episode":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if isinstance(error, GeneratorError):
+            self.failure = str(error)
+            return True
+        return isinstance(error, ContextError) and self.overlong
+
+    async def propose(self, prompt: Messages) -> Guidance:
+        """Return the controller's guidance, which begins a turn. Raises ContextError for a prompt that does not fit."""
+        turn = len(self.turns)
+        try:
+            (sample,) = await self._controller.propose(prompt, 1, self._settings.controller.again(turn, 0))
+        except ContextError:
+            self.overlong = turn > 0 and self._settings.overlong == "skip"
+            raise
+        self.turns.append(Guidance(prompt, self._controller.prompt_ids(prompt), sample))
+        return self.turns[-1]
+
+    async def complete(self, prompt: Messages, *numbers: int, max_tokens: int = 0) -> Reply:
+        """Return the generator's reply in the present turn. numbers: what tells apart repeated questions of a turn.
+
+        The first question of all, whose numbers are all 0, is asked with the settings' own seed. max_tokens: of this
+        reply; 0 takes the settings'. Raises GeneratorError when the call fails for good.
+        """
+        sampling = self._settings.generator.again(len(self.turns) - 1, *numbers)
+        sampling = replace(sampling, max_tokens=max_tokens or sampling.max_tokens)
+        reply = Reply(prompt, await self._generator.complete(prompt, sampling))
+        self.turns[-1].replies.append(reply)
+        return reply
+
+    def trajectory(
+        self,
+        reward: float,
+        verdict: Verdict,
+        prediction: str | int | float | None = None,
+        error: str | None = None,
+        score: float | None = None,
+        measures: Mapping[str, float] | None = None,
+        attempts: int | None = None,
+    ) -> Trajectory:
+        """Return the finished episode. If a call failed for good, it has reward 0 and the verdict "failed".
+
+        attempts: by default the number of calls. The other arguments are fields of `EpisodeInfo`.
+        """
+        replies = [reply for turn in self.turns for reply in turn.replies]
+        usages = [reply.sample.usage for reply in replies]
+        if self.failure is not None:
+            reward, verdict, error = 0.0, "failed", self.failure
+        info = EpisodeInfo(
+            verdict,
+            self._settings.protocol,
+            self._controller.name,
+            self._generator.name,
+            seed=self._settings.controller.seed,
+            draw=self._settings.controller.draw,
+            attempts=len(replies) if attempts is None else attempts,
+            calls=len(replies),
+            prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+            completion_tokens=sum(usage.completion_tokens for usage in usages),
+            cut=sum(turn.sample.finish_reason == "length" for turn in self.turns),
+            overlong=self.overlong,
+            prediction=prediction,
+            error=error,
+            score=score,
+            measures=dict(measures or {}),
+        )
+        turns = tuple(turn.turn() for turn in self.turns)
+        return Trajectory(self._task, self._example.id, turns, reward, info)

@@ -1,0 +1,99 @@
+"""Finds a task by its name, and a user's own class in a file or a package.
+
+A shipped task is a folder `tasks/<name>/` whose module `task` holds one class that extends `Task`; nothing else names
+it. A user's own is "FILE.py:CLASS" or "PACKAGE.MODULE:CLASS".
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+import typing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from matryoshka import tasks
+from matryoshka.core.protocols import Task
+
+
+def task_class(name: str) -> type[Task]:
+    """Return the class of the task `name`: one of `task_names`, "FILE.py:CLASS" or "PACKAGE.MODULE:CLASS".
+
+    Raises ValueError or FileNotFoundError naming what is missing or wrong.
+    """
+    if ":" in name:
+        found = own_class(name, "the task")
+    else:
+        if name not in task_names():
+            raise ValueError(
+                f"the task {name!r} is unknown; expected one of {', '.join(task_names())}, FILE.py:CLASS or "
+                "PACKAGE.MODULE:CLASS"
+            )
+        module = importlib.import_module(f"matryoshka.tasks.{name}.task")
+        (found,) = (value for value in vars(module).values() if _is_task(value) and value.__module__ == module.__name__)
+    if not _is_task(found):
+        raise ValueError(f"the task {name!r} does not extend matryoshka.core.protocols.Task")
+    return typing.cast(type[Task], found)
+
+
+def task_names() -> list[str]:
+    """Return the names of the shipped tasks."""
+    return sorted(module.name for module in pkgutil.iter_modules(tasks.__path__) if module.ispkg)
+
+
+def options_class(task: type[Task]) -> type[Any]:
+    """Return the dataclass of a task's options: the annotation of its attribute `options`.
+
+    Raises ValueError if it is no dataclass.
+    """
+    kind = typing.get_type_hints(task)["options"]
+    if kind is object:
+        return NoOptions
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        raise ValueError(f"task {task.__name__}: `options` is annotated with {kind}; expected a dataclass")
+    return kind
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """The options of a task that has none."""
+
+
+def own_class(name: str, where: str) -> Any:
+    """Return the class that "FILE.py:CLASS" or "PACKAGE.MODULE:CLASS" names. where: the setting, for the errors.
+
+    A file is loaded once in a process. Raises ValueError, FileNotFoundError.
+    """
+    place, _, attribute = name.rpartition(":")
+    try:
+        module = _file_module(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except ImportError as err:
+        raise ValueError(f"{where} {name!r}: {place} cannot be imported: {err}") from err
+    if not hasattr(module, attribute):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise ValueError(f"{where} {name!r}: {place} has no {attribute!r}; its classes: {', '.join(classes)}")
+    return getattr(module, attribute)
+
+
+def _file_module(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a Python file with your class")
+    source = path.resolve()
+    name = f"matryoshka_own_{source.stem}_{hashlib.sha256(str(source).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, source)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _is_task(value: object) -> bool:
+    return isinstance(value, type) and Task in value.__mro__[1:]

@@ -1,0 +1,33 @@
+"""Options of the tasks that run generated programs: what one may use, and the boundary that it runs behind."""
+
+from dataclasses import dataclass
+
+from matryoshka.tasks.sandbox_backends import MIN_MEMORY_BYTES, Isolation, Sandbox, local_sandbox
+from matryoshka.tasks.sandbox_command import CommandSandbox
+
+
+@dataclass(frozen=True)
+class SandboxConfig:
+    """Limits of one generated program, and the kernel's boundary around it (SECURITY.md)."""
+
+    timeout_s: float = 5.0
+    """Seconds that one program may run, without the time that its questions take."""
+    memory_mb: int = 512
+    """Memory that one program may take."""
+    isolation: Isolation = "auto"
+    """"auto" takes what this machine has and says what is missing, "required" refuses to start without Landlock and
+    seccomp, "none" keeps the limits alone."""
+    command: tuple[str, ...] = ()
+    """Command that programs run through instead, such as docker run --rm -i --network=none python:3.12-slim."""
+
+    def __post_init__(self) -> None:
+        if self.memory_mb * 2**20 < MIN_MEMORY_BYTES:
+            raise ValueError(f"memory_mb {self.memory_mb} must be at least {MIN_MEMORY_BYTES // 2**20}")
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.memory_mb * 2**20
+
+    def sandbox(self) -> Sandbox:
+        """Return where the programs run."""
+        return CommandSandbox(self.command) if self.command else local_sandbox(self.isolation)

@@ -1,0 +1,216 @@
+"""A task, a control scheme and a generator of the user's own: one new file each, and the whole pilot runs on them."""
+
+import ast
+import inspect
+import json
+import pickle
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from matryoshka.core.config import diff, load_toml, to_toml
+from matryoshka.core.files import read_jsonl
+from matryoshka.pilot.config import RunConfig
+from matryoshka.scripts.cli import main, read_config
+from matryoshka.tasks.find import options_class, task_class, task_names
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+CONFIG = """
+name = "own"
+rounds = 1
+star = false
+[controller]
+path = "{path}"
+threads = 1
+[generator]
+base_url = "http://127.0.0.1:1/v1"
+model = "none"
+api_key_env = ""
+[serve]
+scripted = "parrot.py:Parrot"
+[task]
+name = "{task}"
+warmup = 4
+train = 4
+validation = 2
+test = 4
+[task.options]
+{options}
+[warmup.train]
+epochs = 1
+[rollout]
+samples = 3
+guidance_tokens = 8
+[dpo.train]
+epochs = 1
+"""
+PARROT = '''
+from matryoshka.core.records import Sample, Usage
+class Parrot:
+    """Answers with the last word of the hint, or "none" without one."""
+    name = "parrot-1"
+    async def complete(self, prompt, sampling):
+        hint = prompt[-1].content.partition("Hint: ")[2].partition("\\nAnswer in")[0].split()
+        return Sample(hint[-1] if hint else "none", usage=Usage(5, 1))
+'''
+# The whole of a task in a file: one guess, right or wrong.
+GUESS = """
+from dataclasses import dataclass
+from matryoshka.core.protocols import Task
+from matryoshka.core.records import Example, Message
+from matryoshka.tasks.episode import Episode
+
+@dataclass(frozen=True)
+class GuessOptions:
+    letters: str = "ab"
+    '''Letters that may be right.'''
+
+class Guess(Task):
+    options: GuessOptions
+    label = "guessing"
+
+    def examples(self, split):
+        letters = self.options.letters
+        rows = [Example(str(i), {"question": f"Problem {i}?", "answer": letters[i % len(letters)]}) for i in range(99)]
+        return self.setting.part(rows, split)
+
+    def first_prompt(self, example):
+        return (Message("user", example.fields["question"]),)
+
+    def gold_guidance(self, example):
+        return f"Say {example.fields['answer']}"
+
+    async def rollout(self, example, controller, generator, settings):
+        episode, said = Episode(self.name, example, controller, generator, settings), ""
+        with episode:
+            hint = await episode.propose(self.first_prompt(example))
+            said = (await episode.complete((Message("user", f"Hint: {hint.text}\\nAnswer in one word"),))).text
+        right = said == example.fields["answer"]
+        return episode.trajectory(float(right), "right" if right else "wrong", said)
+"""
+LOUDER = """
+from dataclasses import replace
+class Louder:
+    def __init__(self, policy):
+        self.policy, self.name = policy, f"louder-{policy.name}"
+    async def propose(self, prompt, n, sampling):
+        return [replace(sample, text=sample.text + "!") for sample in await self.policy.propose(prompt, n, sampling)]
+    def prompt_ids(self, prompt):
+        return self.policy.prompt_ids(prompt)
+    def count_tokens(self, prompt):
+        return self.policy.count_tokens(prompt)
+"""
+Pilot = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def pilot(
+    controller_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Pilot:
+    """Runs `matryoshka pilot` in a folder of its own, where the user's files lie, and returns its last line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parrot.py").write_text(PARROT)
+
+    def run(task: str, options: str, *flags: str) -> dict[str, Any]:
+        (tmp_path / "run.toml").write_text(CONFIG.format(path=controller_dir, task=task, options=options))
+        assert main(["pilot", "--config", "run.toml", *flags]) == 0, capsys.readouterr().err
+        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return found
+
+    return run
+
+
+def infos(folder: Path) -> list[dict[str, Any]]:
+    rows = read_jsonl(folder / "runs" / "own" / "trajectories.jsonl")
+    return [row["trajectory"]["info"] for row in rows]
+
+
+def test_the_examples_run_end_to_end(pilot: Pilot, tmp_path: Path) -> None:
+    """Oracle: the parrot: every gold hint ends with its answer, without a hint nothing is right. Every policy speaks
+    through the scheme, and fixed guidance does not. The README's promise of a task in under 60 lines.
+    """
+    rows = [{"question": f"What is thing {i}?", "answer": f"t{i}", "hint": f"It is t{i}"} for i in range(14)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task, scheme = (f"{EXAMPLES / name}" for name in ("own_task.py:ShortAnswers", "own_scheme.py:ShortestOfThree"))
+    last = pilot(task, 'data = "qa.jsonl"', "--controller.scheme", scheme)
+    assert (last["task"], last["examples"], last["gold_guidance"], last["no_guidance"]) == ("ShortAnswers", 4, 1.0, 0.0)
+    assert {"untrained", "warmup", "round_1"} <= last.keys()
+    names = {info["controller"] for info in infos(tmp_path)}
+    policies = {name for name in names if "tiny" in name}
+    assert len(policies) >= 2 and all(name.startswith("shortest-of-three-tiny") for name in policies)
+    assert {info["generator"] for info in infos(tmp_path)} == {"parrot-1"}
+    assert len((EXAMPLES / "own_task.py").read_text().splitlines()) < 60
+
+
+def test_new_files_alone_add_a_task_and_a_scheme(pilot: Pilot, tmp_path: Path) -> None:
+    """Oracle: two files in a temporary folder, which nothing of the package knows; an option of the task's own by flag.
+    """
+    (tmp_path / "guess.py").write_text(GUESS)
+    (tmp_path / "louder.py").write_text(LOUDER)
+    flags = ("--controller.scheme", "louder.py:Louder", "--task.options.letters", "xyz")
+    last = pilot("guess.py:Guess", "", *flags)
+    assert (last["task"], last["gold_guidance"], last["untrained"]) == ("guessing", 1.0, 0.0)
+    assert any(info["controller"].startswith("louder-tiny+") for info in infos(tmp_path))
+    saved = load_toml(RunConfig, tmp_path / "runs" / "own" / "config.toml")
+    assert getattr(saved.task.options, "letters") == "xyz"  # noqa: B009
+
+
+def test_the_options_of_the_chosen_task_are_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by hand: flags and file name the task; its own options alone are known, the nearest one is named."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "guess.py").write_text(GUESS)
+    needed = ["--name", "n", "--controller.path", "m", "--generator.base-url", "http://x/v1", "--generator.model", "m"]
+    for named in (["--task.name", "lamp"], ["--task.name=lamp"]):
+        config = read_config(RunConfig, [*needed, *named, "--task.options.task", "3"], "matryoshka pilot")
+        assert (config.task.name, config.task.options.task, type(config).__name__) == ("lamp", "3", "RunConfig")
+    own = read_config(RunConfig, [*needed, "--task.name", "guess.py:Guess", "--task.options.letters", "q"], "p")
+    assert own.task.options.letters == "q"
+    (tmp_path / "run.toml").write_text(to_toml(own))
+    assert load_toml(RunConfig, tmp_path / "run.toml") == own
+    pickled = pickle.dumps(own)
+    monkeypatch.chdir("/")  # as another process may: it has the same options from the file
+    assert diff(own, pickle.loads(pickled)) == [f'task.name: "guess.py:Guess" -> "{tmp_path}/guess.py:Guess"']
+    monkeypatch.chdir(tmp_path)
+    again = read_config(RunConfig, ["--config", "run.toml", "--task.options.letters", "r"], "p")
+    assert diff(own, again) == ['task.options.letters: "q" -> "r"']
+    with pytest.raises(ValueError, match=r"run\.toml: task\.options\.letters: unknown key; known here: prompts, "):
+        read_config(RunConfig, ["--config", "run.toml", "--task.name", "pal"], "p")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task.options.lettres": "a"}, r"override: task\.options\.lettres: unknown key; did you mean 'letters'\?"),
+        ({"task.options.letters": 3}, r"override: task\.options\.letters: expected a string, got int \(3\)"),
+        ({"task.name": "words"}, "the task 'words' is unknown; expected one of alfworld, lamp, pal, FILE.py:CLASS or"),
+        ({"task.name": "absent.py:Guess"}, "absent.py: no such file; expected a Python file with your class"),
+        ({"task.name": "guess.py:Gues"}, "'guess.py:Gues': guess.py has no 'Gues'; its classes: .*Guess"),
+        ({"task.name": "no.such.module:Guess"}, "'no.such.module:Guess': no.such.module cannot be imported"),
+        ({"task.name": "guess.py:GuessOptions"}, "does not extend matryoshka.core.protocols.Task"),
+        ({"controller.scheme": "guess.py:Loud"}, "scheme 'guess.py:Loud': guess.py has no 'Loud'"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: each message by hand."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "guess.py").write_text(GUESS)
+    (tmp_path / "run.toml").write_text(CONFIG.format(path="m", task="guess.py:Guess", options=""))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_toml(RunConfig, tmp_path / "run.toml", changes)
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_every_option_of_every_task_has_its_help(name: str) -> None:
+    """Oracle: the source, from which tyro takes a flag's help: a sentence under each field of the options."""
+    (tree,) = ast.parse(inspect.getsource(options_class(task_class(name)))).body
+    assert isinstance(tree, ast.ClassDef)
+    for field, below in pairwise(tree.body):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(below, ast.Expr) and len(str(ast.literal_eval(below.value)).split()) > 2, field.target
+    assert any(isinstance(node, ast.AnnAssign) for node in tree.body)

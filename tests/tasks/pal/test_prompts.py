@@ -85,7 +85,7 @@ content = "{{ feedback }}"
 
 
 def test_a_user_s_own_prompts_are_a_file(tmp_path: Path) -> None:
-    """Oracle: by hand. Another text has another name, so its episodes are other ones; shipped styles keep their names."""
+    """Oracle: by hand. Another text has another name, so its episodes are other ones; shipped styles keep names."""
     path = tmp_path / "mine.toml"
     path.write_text(OWN)
     own = PromptStyle(str(path))

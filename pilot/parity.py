@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from matryoshka.core.models.load import load_model
+from matryoshka.core.protocols import TaskSetting
 from matryoshka.core.records import Message, Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.dpo.data import completion
@@ -24,9 +25,10 @@ from matryoshka.inference.vllm import Vllm
 from matryoshka.inference.vllm_server import VllmConfig, VllmServer
 from matryoshka.lora.files import load_adapter, read_config
 from matryoshka.lora.linear import active
+from matryoshka.pilot.config import TaskConfig
 from matryoshka.pilot.progress import StatusLine
 from matryoshka.pilot.training import DTYPES
-from matryoshka.tasks.pal import synthetic_problems as words
+from matryoshka.tasks.find import task_class
 
 DRAWN_AT = ((1.0, 1.0), (0.7, 0.9))  # temperature, top-p
 
@@ -84,7 +86,9 @@ def measure(config: ParityConfig) -> list[ParityRow]:
     if config.adapter is not None:
         load_adapter(model, "adapter", config.adapter)
     rank = 0 if config.adapter is None else read_config(config.adapter).rank
-    questions = [example.fields["question"] for example in words.load("test", config.samples, config.seed)]
+    task = TaskConfig()
+    setting = TaskSetting(dict.fromkeys(task.sizes, 0) | {"test": config.samples}, config.seed)
+    questions = [e.fields["question"] for e in task_class(task.name)(task.options, setting).examples("test")]
     prompts = [tokenizer.render((Message("user", text),), add_generation_prompt=True).ids for text in questions]
 
     async def answers(sampler: TokenSampler, sampling: Sampling, name: str | None) -> list[Sample]:

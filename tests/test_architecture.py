@@ -246,3 +246,26 @@ def test_the_fresh_process_notices() -> None:
     """Oracle: many modules of core import torch, so that blocking it, or not wanting it, must be complained of."""
     assert import_all(["core"], blocked=["torch"], unwanted="").endswith(": torch is blocked\n")
     assert import_all(["core"], blocked=[], unwanted="torch").endswith(" pulls in torch\n")
+
+
+def test_nothing_outside_a_task_s_folder_names_it() -> None:
+    """Oracle: the folders under tasks/ on disk: no other module of the package imports one or compares with its name.
+
+    Benchmarks measure particular tasks, and tests test them.
+    """
+    names = {path.parent.name for path in (ROOT / "tasks").glob("*/task.py")}
+    assert len(names) >= 3
+    faults = []
+    for path in sources(*(folder for folder in MAY_IMPORT if folder != "benchmarks")):
+        own = path.relative_to(ROOT).parts[1] if layer(path) == "tasks" else ""
+        source = path.read_text()
+        imports = {name.split(".")[2] for name in imported(source) if name.startswith("matryoshka.tasks.")}
+        compared = {
+            side.value
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Compare)
+            for side in (node.left, *node.comparators)
+            if isinstance(side, ast.Constant) and isinstance(side.value, str) and layer(path) != "tasks"
+        }
+        faults += [f"{path.relative_to(ROOT)}: {name}" for name in (imports | compared) & (names - {own})]
+    assert faults == []

@@ -1,7 +1,7 @@
 """`matryoshka bench serve`: tokens a second of our sampler and of vLLM, at several numbers of concurrent requests.
 
-One run, one model, the same prompts and seeds; the two take turns at each level, so that what else runs on the machine
-meets both. Ours is called in this process, vLLM through its server; in a pilot they are used so.
+Both get the same model, prompts and seeds, and take turns at each level, so that other load of the machine meets both.
+Ours is called in this process and vLLM through its server, as in a pilot.
 """
 
 import asyncio
@@ -85,7 +85,7 @@ def run(config: Config) -> BenchResult:
                     ("our sampler", ours, None if config.adapter is None else "adapter"),
                 )
                 for _, sampler, adapter in pairs:
-                    await rate(sampler, adapter, min(2, most), 99)  # what only the first request pays for
+                    await rate(sampler, adapter, min(2, most), 99)  # costs that only the first request has
                 for count in config.concurrency:
                     for wave in range(config.waves):
                         for label, sampler, adapter in pairs:

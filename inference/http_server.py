@@ -24,7 +24,7 @@ MAX_CONNECTIONS = 2048
 BACKLOG = 2048  # connections that may come at the same moment; the default of 128 makes the others wait a second
 IDLE_S = 75.0  # a connection on which no whole request head arrives
 TRANSFER_S = 60.0  # the body of a request coming in, or an answer going out
-LINGER_S = 5.0  # what a refused client still sends is read for so long: closing on unread bytes would lose the answer
+LINGER_S = 5.0  # of reading on after a refusal: a connection closed on unread bytes would lose the answer
 GRACE_S = 30.0  # for the requests that run when a signal comes
 
 
@@ -125,7 +125,7 @@ async def serve_http(
         await stop.wait()
         listener.close()
         logger.info("stopping: %d requests are running", len(running))
-        await asyncio.sleep(0)  # what has just arrived starts to run
+        await asyncio.sleep(0)  # requests that have just arrived start to run
         service.pre_shutdown()  # idle connections close, the others after their request
         if running:
             await asyncio.wait(set(running), timeout=GRACE_S)
@@ -166,7 +166,7 @@ async def _respond(
     except web.HTTPNotFound:
         message = f"no such path {request.path[:200]!r}; served: {served}"
         response = HttpError(404, message, code="unknown_url").response
-    except web.HTTPException as err:  # what else aiohttp refuses, such as an unknown expectation
+    except web.HTTPException as err:  # another refusal of aiohttp, such as an unknown expectation
         response = HttpError(err.status, err.reason).response
     except web.RequestPayloadError as err:
         response = HttpError(400, f"the body of the request is malformed: {err}").response

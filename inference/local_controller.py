@@ -11,7 +11,7 @@ from matryoshka.inference.sampler import Sampler
 
 
 class TokenSampler(Protocol):
-    """What draws a white-box model's tokens: `inference.sampler.Sampler`, or `inference.vllm.Vllm`."""
+    """A sampler of a white-box model's tokens: `inference.sampler.Sampler`, or `inference.vllm.Vllm`."""
 
     tokenizer: Tokenizer
 

@@ -1,7 +1,7 @@
 """From the JSON of an OpenAI request to a checked Job: the prompts' token ids and one Sampling.
 
 Nothing is drawn here. Parameters that are not honoured are refused unless they have their neutral value, so an answer
-is always drawn as asked; a null counts as not given. Every refusal names the parameter and what would be taken.
+is always drawn as asked; a null counts as not given. Every refusal names the parameter and the values that are taken.
 """
 
 import json
@@ -32,7 +32,7 @@ _NEUTRAL: dict[str, tuple[Any, str]] = {
     "top_logprobs": (0, "only the drawn tokens' log-probs are kept"),
     "response_format": ({"type": "text"}, "output is not constrained"),
     "tools": ([], "tool calls are not implemented"),
-    "echo": (False, "the prompt is not scored"),
+    "echo": (False, "the prompt is not scored, so that log-likelihood tasks of evaluation clients cannot be served"),
     "best_of": (1, "every draw is returned"),
     "suffix": ("", "insertion is not implemented"),
     # Parameters of vLLM that common clients send along.

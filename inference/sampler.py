@@ -100,7 +100,7 @@ class Sampler:
         self.max_rows = 1 if deterministic else max_rows
         self.deterministic = deterministic
         self.num_threads = num_threads
-        self.prompt_tokens_read = 0  # tokens that went through prefill: what sharing saves shows here
+        self.prompt_tokens_read = 0  # tokens that went through prefill; shared prefixes count once
         self.tokens_drawn = 0
         self.illness = ""  # why no request can be served any more
         self._queue: queue.Queue[Request | None] = queue.Queue()
@@ -122,7 +122,7 @@ class Sampler:
         self.close()
 
     def close(self) -> None:
-        """Finish what is running and end the worker thread."""
+        """Finish the requests that run and end the worker thread."""
         self._queue.put(None)
         self._thread.join()
 
@@ -214,7 +214,7 @@ class Sampler:
         self._deliver()
 
     def _admit(self) -> None:
-        """Turn waiting requests into rows while there is room; the oldest request decides who goes with it."""
+        """Turn waiting requests into rows while there is room; the oldest request decides which others go with it."""
         self._waiting = [request for request in self._waiting if not request.future.cancelled()]
         while self._waiting:
             room = self.max_rows - sum(len(cohort.requests) for cohort in self._cohorts)
@@ -333,7 +333,7 @@ class Sampler:
             return self.model.logits(hidden_B1D[:, 0])
 
     def _split(self, cohort: Cohort, err: Exception) -> None:
-        """Decode again what failed with `err`, each half of the rows by itself; a single row fails."""
+        """Decode the rows of a pass that failed with `err` again, each half by itself; a single row fails."""
         requests, middle = cohort.requests, len(cohort.requests) // 2
         halves = self._attempt(cohort.halves) if middle else []
         if isinstance(halves, Exception):  # no memory for copies: the younger half makes room for the older

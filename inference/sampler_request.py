@@ -18,7 +18,7 @@ MIN_PREFIX = 8  # shorter common beginnings are not worth a cache of their own
 
 @dataclass(eq=False)
 class Request:
-    """One draw that is wanted, and what has been drawn so far. uniforms: the random numbers of the tokens so far."""
+    """One draw that is wanted, and the tokens drawn so far. uniforms: the random numbers of these tokens."""
 
     prompt: tuple[int, ...]
     sampling: Sampling
@@ -57,7 +57,7 @@ def finished_sample(request: Request, stop_ids: Sequence[int]) -> Sample | None:
 
 
 def common_prefix(oldest: Request, waiting: Sequence[Request]) -> tuple[int, list[Request]]:
-    """Return the prefix length to share and who shares it: the length that saves the most tokens over all waiting.
+    """Return the prefix length to share and the requests that share it: the length that saves the most tokens.
 
     A prompt's last token is always left to the tail, since its logits are needed. With length 0 all requests of the
     same adapter go together and share nothing.

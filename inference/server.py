@@ -30,7 +30,7 @@ TOKENIZING_THREADS = 2
 
 
 class Engine(Protocol):
-    """What the server serves: one base model with its adapters, on one tokenizer."""
+    """The model behind the server: one base model with its adapters, on one tokenizer."""
 
     tokenizer: "Tokenizer"
     context_length: int
@@ -56,7 +56,7 @@ async def serve(
     ready: Callable[[int], None] | None = None,
     allow_anonymous: bool = False,
 ) -> None:
-    """Serve `engine` until SIGTERM or SIGINT, finish what runs (bounded), and return.
+    """Serve `engine` until SIGTERM or SIGINT, finish the requests that run (bounded), and return.
 
     Port 0 takes any free one; `ready` gets the real port. With `api_key`, everything but /health wants it as a bearer
     token. Raises ValueError when the server cannot listen, when the key is empty, and for a host beyond loopback
@@ -75,13 +75,13 @@ async def serve(
 
 
 def check_exposure(host: str, api_key: str | None, allow_anonymous: bool) -> None:
-    """Raise ValueError for an empty key, and for a server that everybody in the network could use unasked."""
+    """Raise ValueError for an empty key, and for a server that other machines could use without one."""
     if api_key is not None and not api_key.strip():
         raise ValueError("serve: the API key is empty; give a key, or none to serve without one")
     if api_key is None and not allow_anonymous and not is_loopback(host):
         raise ValueError(
             f"serve: host {host!r} can be reached from other machines, and no API key is set; set one (--api-key-env), "
-            "listen on 127.0.0.1, or say --allow-anonymous if everybody in that network may use the model"
+            "listen on 127.0.0.1, or say --allow-anonymous if every machine of that network may use the model"
         )
 
 

@@ -1,6 +1,6 @@
 """Next tokens from logits: greedy or nucleus sampling, each row with its own temperature, top-p and random numbers.
 
-A row's draw depends on its own seed and logits alone, never on what shares its batch. Shapes: B rows, V vocabulary.
+A row's draw depends on its own seed and logits alone, not on the rest of its batch. Shapes: B rows, V vocabulary.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A vLLM server as the controller's sampler: prompts go as token ids, what vLLM drew comes back as ids and log-probs.
+"""A vLLM server as the controller's sampler: prompts go as token ids, drawn tokens come back as ids and log-probs.
 
 Everything happens when it is needed: the server starts with the first request, and an adapter is loaded, under a name
 that carries its content hash, with the first request for it. A reused name would be served from the prefix cache of
@@ -99,8 +99,8 @@ class Vllm:
         for none is -1, and its kernels index with it): serve the base model as an adapter whose B is zero.
 
         The seed is a function of (seed, draw, prompt); equal ones draw equal tokens as far as vLLM's batches allow.
-        Raises ValueError for what the server refuses, a name that was not registered, and a server that does not come
-        up; ContextError where prompt and max_tokens do not fit; ConnectionError when attempts are exhausted.
+        Raises ValueError for requests that the server refuses, a name that was not registered, and a server that does
+        not come up; ContextError where prompt and max_tokens do not fit; ConnectionError when attempts are exhausted.
         """
         check_sampling(sampling)
         prompt = tuple(prompt_ids)
@@ -112,7 +112,7 @@ class Vllm:
             "stop": list(sampling.stop),
             "stop_token_ids": list(self.tokenizer.stop_ids),
             "logprobs": 0,
-            # What a server of somebody else's might have other defaults for.
+            # A server that was started by somebody else may have other defaults.
             **{"n": 1, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0},
             **{"presence_penalty": 0.0, "frequency_penalty": 0.0},
         }

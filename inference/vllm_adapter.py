@@ -1,7 +1,8 @@
 """Whether vLLM serves an adapter folder as it was trained: looked at before anything is sent, told in plain words.
 
 vLLM ignores keys of adapter_config.json that it does not know, so that an adapter may load and compute something else.
-`lora.files.read_config` refuses what neither of us computes; here is what we train and vLLM does not serve.
+`lora.files.read_config` refuses adapters that neither program computes; this file refuses those that we train and vLLM
+does not serve.
 """
 
 from collections.abc import Mapping

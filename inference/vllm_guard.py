@@ -1,4 +1,4 @@
-"""Runs a command in a process group of its own and sees that nothing of it outlives us, or whoever started us.
+"""Runs a command in a process group of its own and ends all of it when this process or its parent ends.
 
     python vllm_guard.py COMMAND...
 

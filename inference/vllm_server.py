@@ -1,7 +1,7 @@
 """vLLM's OpenAI server as a process beside ours: started, waited for, ended with us; or one that runs already.
 
 vLLM is never imported: it may live in another virtual environment. The server's whole output goes to a log file, whose
-last lines are in the error when it does not come up. `inference/vllm.py` is what talks to it.
+last lines are in the error when it does not come up. `inference/vllm.py` sends the requests.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ HOST = "127.0.0.1"
 POLL_S = 0.25
 HEALTH_TIMEOUT_S = 30.0  # a machine may be busy; a server that is gone refuses at once
 TAIL_LINES, TAIL_WIDTH = 15, 300
-# What vLLM's --max-lora-rank takes (vllm/config/lora.py); an adapter may have any rank up to it.
+# The values of vLLM's --max-lora-rank (vllm/config/lora.py); an adapter may have any rank up to it.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -216,7 +216,7 @@ class VllmServer:
         command = server_command(self.config, *self._arguments, port)
         self._launched = self._arguments
         environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
-        if "Authorization" in self.headers:  # not on the command line, where everybody can read it
+        if "Authorization" in self.headers:  # not on the command line, which every process of the machine can read
             environment["VLLM_API_KEY"] = self.headers["Authorization"].removeprefix("Bearer ")
         if self.config.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.config.gpus

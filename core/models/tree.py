@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from matryoshka.core.packed import packed
+
 Ids = npt.NDArray[np.int64]
 
 
@@ -24,10 +26,12 @@ Ids = npt.NDArray[np.int64]
 class Tokens:
     """One tokenised conversation: ids and, of the same length, 1 where a token is scored (trained on)."""
 
-    ids: tuple[int, ...]
-    mask: tuple[int, ...]
+    ids: Sequence[int]
+    mask: Sequence[int]
 
     def __post_init__(self) -> None:
+        for name in ("ids", "mask"):
+            object.__setattr__(self, name, packed(getattr(self, name)))
         if len(self.ids) != len(self.mask):
             raise ValueError(f"tokens: {len(self.ids)} ids but {len(self.mask)} mask entries; they go in pairs")
         if self.ids and self.mask[0]:

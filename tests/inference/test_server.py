@@ -532,6 +532,26 @@ def test_messages_as_evaluation_clients_send_them() -> None:
     asyncio.run(main())
 
 
+def test_requests_of_lm_evaluation_harness() -> None:
+    """Oracle: bodies as lm-eval's local-completions and local-chat-completions send them. Generation is served;
+    log-likelihoods need the prompt's scores, which the refusal says."""
+
+    async def main() -> None:
+        async with serving() as server:
+            shared = {"model": "base", "temperature": 0, "seed": 1234}
+            generate = {**shared, "prompt": ["ab", "c"], "max_tokens": 9, "stop": ["\n\n", "Q:"]}
+            status, reply = await server.post(generate, "/v1/completions")
+            assert status == 200 and [choice["index"] for choice in reply["choices"]] == [0, 1]
+            chat = [{"role": "user", "content": "hi", "type": "text"}]
+            status, reply = await server.post({**shared, "messages": chat, "max_tokens": 9, "stop": ["<|endoftext|>"]})
+            assert status == 200 and reply["choices"][0]["message"]["content"] == "base/0\u20ac"
+            score = {**shared, "prompt": [[97, 98]], "max_tokens": 1, "logprobs": 1, "echo": True}
+            status, reply = await server.post(score, "/v1/completions")
+            assert status == 400 and "log-likelihood tasks" in reply["error"]["message"]
+
+    asyncio.run(main())
+
+
 def test_an_engine_failure_is_a_500_and_the_server_lives_on(caplog: pytest.LogCaptureFixture) -> None:
     """Oracle: the engine's message reaches client and log, the other draws end, and the next request is answered."""
 

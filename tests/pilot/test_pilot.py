@@ -38,9 +38,10 @@ from matryoshka.pilot.config import (
     ServeConfig,
     TaskConfig,
     WarmupConfig,
+    rollout_settings,
 )
 from matryoshka.pilot.context import Scheme, open_run
-from matryoshka.pilot.episodes import policy_scheme, rollout_settings, run_episodes
+from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.run_report import left_out
 from matryoshka.pilot.stages import warm_up
 from matryoshka.scripts import cli

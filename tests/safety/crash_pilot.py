@@ -1,6 +1,7 @@
 """Runs one pilot again and again, each time in a fork that is killed or meets a fault of its disk, until it is done.
 
-Arguments: the configuration file, the mode ("kills" or "faults"), how many at most, and a seed. Forks of one process
+Arguments: the configuration file, the mode ("kills" or "faults"), how many at most, a seed, and the longest time in
+seconds before a kill. Forks of one process
 that has imported everything start in milliseconds. "kills": SIGKILL after a random time. "faults": each start meets the
 next kind of fault at one of its first 30 fsyncs and renames, drawn from the seed. The last line printed is JSON: the
 number of starts, and of ends by kind.
@@ -41,7 +42,7 @@ def start(config: str, kind: str, at: int, errors: str) -> int:
 
 
 def main() -> None:
-    config, mode, most, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    config, mode, most, seed, longest_s = *sys.argv[1:3], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
     import matryoshka.pilot.loop  # noqa: F401  (once, here, and not in every fork)
 
     draws = random.Random(seed)
@@ -52,8 +53,8 @@ def main() -> None:
         kind = KINDS[number % len(KINDS)] if mode == "faults" and not is_last else ""
         child = start(config, kind, draws.randint(1, FURTHEST), errors)
         if mode == "kills" and not is_last:
-            time.sleep(draws.uniform(0.05, 1.5) * draws.choice((0.3, 1.0, 2.0)))
-            os.kill(child, signal.SIGKILL)
+            time.sleep(draws.uniform(0.0, longest_s))
+            os.kill(child, signal.SIGKILL)  # not yet waited for, so the number is still this child's
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         ends["killed" if status == -signal.SIGKILL else f"exit {status}"] += 1
         if kind:

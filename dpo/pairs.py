@@ -1,6 +1,6 @@
 """Preference pairs from scored episodes: by prompt over all rounds, deduplicated, capped, seeded.
 
-Both sides are what the controller itself wrote, token for token. Every guidance of an episode that was followed by a
+Both sides are the controller's own texts, token for token. Every guidance of an episode that was followed by a
 new plan failed (reward 0); the last one has the episode's reward. A text cut by length is never chosen. An episode
 whose black-box call failed for good says nothing of its guidance. It is left out with the other draws of its group, the
 episodes of one policy on one example with one seed: a group that an outage has thinned out would bias the pairs.

@@ -1,10 +1,10 @@
 """How much memory a training step takes, from shapes alone, and the fastest activation policy that fits.
 
-Counted is what torch's allocator holds at the highest point beyond the weights: gradients and moments of what is
-trained, what the blocks keep (`activations.py`), and what the backward pass of the last feed-forward layer adds
-while everything is still kept. Not counted: scratch space inside of libraries and the allocator's own slack, for which
-`MARGIN` stays free. The blocks are those of `core/models/llama.py` in eager mode with LoRA on all projections; compiled
-blocks keep less.
+The count is of what torch's allocator holds at its peak beyond the weights: gradients and moments of the trained
+parameters, the tensors that the blocks keep (`activations.py`), and those that the backward pass of the last
+feed-forward layer adds while all of these are still kept. It leaves out scratch space inside libraries and the
+allocator's own slack, for which `MARGIN` stays free. The blocks are those of `core/models/llama.py` in eager mode with
+LoRA on all projections; compiled blocks keep less.
 """
 
 import logging
@@ -48,7 +48,7 @@ class Footprint:
         numbers = 2 * hidden  # inputs of the two norms
         numbers += 2 * queries + 2 * keys  # queries and keys, rotated, values, and what o_proj reads
         numbers += 2 * inner  # gate and up
-        numbers += 7 * self.rank
+        numbers += 7 * self.rank + config.extra_kept
         if not recompute:
             numbers += 2 * hidden + inner  # outputs of the two norms and of SwiGLU
         if self.dora:
@@ -132,15 +132,20 @@ class MemoryPlan:
 
     @property
     def policies(self) -> tuple[str, ...]:
-        """What "auto" chooses from: a host has nowhere to move its tensors to."""
+        """The policies that "auto" chooses from; a CPU has no other memory to offload to."""
         return POLICIES if self.device_type == "cuda" else POLICIES[:-1]
 
     def peak_bytes(self, tokens: int, policy: str) -> int:
         """Return the predicted peak of a micro-batch of `tokens` tokens, all of them scored."""
         workspace = HEAD_WORKSPACE.get(self.device_type, HEAD_WORKSPACE_ELSEWHERE)
         hidden = tokens * self.footprint.config.hidden_size * at_least_fp32(self.footprint.dtype).itemsize
-        scores = 0 if self.device_type == "cuda" else min(tokens, PIECE) * tokens
+        scores = 0 if self.device_type == "cuda" else min(tokens, PIECE) * self._keys(tokens)
         return self.footprint.step_bytes(tokens, policy, 2 * hidden + workspace, scores) + self.scratch
+
+    def _keys(self, tokens: int) -> int:
+        """Return how many keys a block of queries sees at most: all, unless every layer has a window."""
+        windows = [layer.window for layer in self.footprint.config.attention]
+        return min(tokens, max(tokens if window is None else window + PIECE for window in windows))
 
     def policy_for(self, tokens: int) -> str:
         """Return the policy for `tokens` tokens; "auto" takes the leanest where none fits."""

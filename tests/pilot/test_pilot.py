@@ -503,7 +503,7 @@ def test_swapping_the_controller_is_one_file(
     architectures.mkdir()
     (architectures / "shifted.py").write_text(
         "from matryoshka.core.models import llama\n"
-        "from matryoshka.core.models.llama import Config, Model as Llama\n"
+        "from matryoshka.core.models.llama import Config, Model as Llama, read_config\n"
         "LORA_TARGETS = llama.LORA_TARGETS\n"
         "class Model(Llama):\n"
         "    def forward(self, ids_BT, positions_BT=None, attend=None):\n"

@@ -7,6 +7,7 @@ next kind of fault at one of its first 30 fsyncs and renames, drawn from the see
 number of starts, and of ends by kind.
 """
 
+import importlib
 import json
 import os
 import random
@@ -18,7 +19,8 @@ from collections import Counter
 from matryoshka.scripts import cli
 from matryoshka.tests.safety.faults import KINDS, install
 
-FURTHEST = 30
+FURTHEST = 30  # operation at which a fault is met
+LAZY = ("matryoshka.pilot.loop", "aiohttp", "httpx2", "openai")  # what a pilot imports when it needs it
 
 
 def start(config: str, kind: str, at: int, errors: str) -> int:
@@ -43,7 +45,8 @@ def start(config: str, kind: str, at: int, errors: str) -> int:
 
 def main() -> None:
     config, mode, most, seed, longest_s = *sys.argv[1:3], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
-    import matryoshka.pilot.loop  # noqa: F401  (once, here, and not in every fork)
+    for name in LAZY:  # once, here, and not in every fork
+        importlib.import_module(name)
 
     draws = random.Random(seed)
     ends: Counter[str] = Counter()

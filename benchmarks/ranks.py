@@ -32,7 +32,7 @@ from matryoshka.core.parallel.hardware import Cluster
 from matryoshka.core.parallel.layout import ParallelConfig
 from matryoshka.core.training.memory import GIB, Footprint
 from matryoshka.core.training.packing import Item
-from matryoshka.core.training.train import TrainConfig, train
+from matryoshka.core.training.train import TrainConfig, TrainContext, train
 from matryoshka.dpo.head import extra_bytes, token_logps
 from matryoshka.lora.linear import LoraConfig
 from matryoshka.pilot.training import Base, load_base
@@ -169,8 +169,8 @@ def measure(config: Config, case: Case, folder: Path, world: World) -> dict[str,
     stored = sum(own(parameter).nbytes for parameter in model.parameters())
     parameters, objective, reference = trained_part(model, case.full, world)
     steps = train(
-        model, parameters, items, settings, objective, token_logps, folder / case.name.replace(" ", "-"), reference,
-        world=world,
+        model, parameters, items, settings, objective, token_logps, folder / case.name.replace(" ", "-"),
+        TrainContext(reference, world=world),
     )  # fmt: skip
     next(steps)
     world.barrier()

@@ -17,7 +17,8 @@ from pathlib import Path
 from matryoshka.benchmarks.measure import MIB, alternate
 from matryoshka.benchmarks.result import BenchResult, Row
 from matryoshka.tasks.sandbox import run_solution
-from matryoshka.tasks.sandbox_backends import SCRIPT, CommandSandbox, LocalSandbox, Sandbox
+from matryoshka.tasks.sandbox_backends import SCRIPT, LocalSandbox, Sandbox
+from matryoshka.tasks.sandbox_command import CommandSandbox
 
 RUNS_PER_S, START_MS = 300, 20.0
 PROGRAM = "import math, time\nstarted = time.monotonic()\ndef solution():\n    math.sqrt(2)\n    return started"

@@ -21,7 +21,7 @@ from matryoshka.benchmarks.ranked import trained_part
 from matryoshka.core.distributed import World, open_world
 from matryoshka.core.parallel.layout import ParallelConfig
 from matryoshka.core.text.tokenizer import Tokenizer
-from matryoshka.core.training.train import Item, TrainConfig, train
+from matryoshka.core.training.train import Item, TrainConfig, TrainContext, train
 from matryoshka.dpo.head import token_logps
 from matryoshka.lora.linear import LoraConfig
 from matryoshka.pilot.training import DTYPES, Base, load_base
@@ -83,7 +83,7 @@ def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
     parameters, objective, reference = trained_part(model, full, world)
     with tempfile.TemporaryDirectory() as folder:
         job = (model, parameters, items, config, objective, token_logps, Path(folder))
-        rows = train(*job, reference, world=world)
+        rows = train(*job, TrainContext(reference, world=world))
         first = next(rows)
         timed = list(itertools.islice(rows, steps))
         watch = Watch()

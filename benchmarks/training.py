@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from matryoshka.benchmarks.measure import synchronize
 from matryoshka.core.models.language_model import LanguageModel
-from matryoshka.core.training.train import Item, TrainConfig, batch_at, train
+from matryoshka.core.training.train import Item, TrainConfig, TrainContext, batch_at, train
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.lora.linear import (
@@ -100,8 +100,9 @@ def tree_block(model: LanguageModel, items: Sequence[Item], recipe: Recipe) -> B
             objective,
             token_logps,
             Path(folder),
-            partial(active, model, None) if recipe.preference else None,
-            objective.first_loss if isinstance(objective, Preference) else None,
+            TrainContext(partial(active, model, None), objective.first_loss)
+            if isinstance(objective, Preference)
+            else TrainContext(),
         )
         rows = list(steps)
         peak = stop_peak(recipe.device)

@@ -269,7 +269,7 @@ def _refuse_dates(value: Any) -> Any:
 
 
 def _key(loc: Sequence[str | int]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part:.60}" for part in loc).removeprefix(".")
 
 
 def _join(key: str, name: str) -> str:

@@ -1,8 +1,8 @@
-"""The processes of one run: who they are, how they meet, and the few collectives that everything else is made of.
+"""The processes of one run: their ranks, how they connect, and the few collectives that everything else uses.
 
-`torchrun` sets RANK, WORLD_SIZE, LOCAL_RANK and the address to meet at; without it a run is one process and nothing
-here communicates. Sums, not means: every loss is divided by global counts before its gradient is taken, so what the
-ranks hold adds up, gradients and metrics alike.
+`torchrun` sets RANK, WORLD_SIZE, LOCAL_RANK and the address at which ranks meet; without it, a run is one process and
+nothing here communicates. Ranks exchange sums and not means: every loss is divided by global counts before its gradient
+is taken, so the gradients and metrics of the ranks add up.
 """
 
 import logging
@@ -23,7 +23,7 @@ TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class World:
-    """One process among the run's. size 1: alone, and every collective is the identity. device: this rank's."""
+    """One process of a run. With size 1 every collective is the identity. device: the device of this rank."""
 
     rank: int = 0
     size: int = 1
@@ -33,7 +33,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank is the one that writes what all share and speaks for all."""
+        """Whether this rank writes the files that all share and prints for all."""
         return self.rank == 0
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
@@ -67,7 +67,7 @@ class World:
         return float(values.item())
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Return when every rank has called this."""
         if self.size > 1:
             dist.barrier()
 
@@ -82,13 +82,13 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def own(tensor: Any) -> Tensor:
-    """Return what of `tensor` lies on this rank: all of it where it is not sharded."""
+    """Return the part of `tensor` that lies on this rank, which is all of it where it is not sharded."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return part
 
 
 def whole(tensor: Any) -> Tensor:
-    """Return the tensor with the parts of all ranks, which all have to ask for it; others as they are."""
+    """Return a sharded tensor with the parts of all ranks, all of which must call this; other tensors as they are."""
     full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return full
 
@@ -101,7 +101,7 @@ def forget_gathered(model: nn.Module) -> None:
 
 
 def as_part(like: Any, part: Tensor) -> Tensor:
-    """Return `part` as this rank's part of a tensor that is cut up as the sharded `like` is."""
+    """Return `part` as this rank's part of a tensor that is sharded as `like` is."""
     layout = {"shape": like.shape, "stride": like.stride(), "run_check": False}
     tensor: Tensor = type(like).from_local(part, like.device_mesh, like.placements, **layout)
     return tensor
@@ -149,7 +149,7 @@ def open_world(device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Iterator[Wo
     if rank:
         logging.getLogger("matryoshka").setLevel(logging.ERROR)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",  # what is offloaded to the host meets there
+        "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",  # gloo sums offloaded tensors
         timeout=timedelta(seconds=timeout_s),
         device_id=place if place.type == "cuda" else None,
     )

@@ -10,8 +10,11 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+from matryoshka.core.packed import Packed, packed
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,14 @@ class Sample:
 
     text: str
     finish_reason: str = "stop"
-    token_ids: tuple[int, ...] | None = None
-    logprobs: tuple[float, ...] | None = None
-    mask: tuple[int, ...] | None = None
+    token_ids: Sequence[int] | None = None
+    logprobs: Sequence[float] | None = None
+    mask: Sequence[int] | None = None
     usage: Usage = Usage()
+
+    def __post_init__(self) -> None:
+        for name in ("token_ids", "logprobs", "mask"):
+            object.__setattr__(self, name, packed(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -98,10 +105,13 @@ class Turn:
     """What the controller saw and said, every black-box call that it caused, and the feedback that came back."""
 
     prompt: Messages
-    prompt_ids: tuple[int, ...] | None
+    prompt_ids: Sequence[int] | None
     action: Sample
     calls: tuple[Call, ...] = ()
     feedback: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", packed(self.prompt_ids))
 
 
 Verdict = typing.Literal["right", "wrong", "error", "failed"]
@@ -154,13 +164,16 @@ class Preference:
     """Two completions of one prompt, the first scored higher. prompt_ids: what the sampler was conditioned on."""
 
     prompt: Messages
-    prompt_ids: tuple[int, ...] | None
+    prompt_ids: Sequence[int] | None
     chosen: Sample
     rejected: Sample
     chosen_reward: float
     rejected_reward: float
     example_id: str
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", packed(self.prompt_ids))
 
 
 @dataclass(frozen=True)
@@ -213,6 +226,8 @@ def to_json(record: Any) -> Any:
         return {name: to_json(getattr(record, name)) for name in names}
     if isinstance(record, dict):
         return {key: to_json(value) for key, value in record.items()}
+    if isinstance(record, Packed):
+        return list(record)
     if isinstance(record, list | tuple):
         return [to_json(value) for value in record]
     return record
@@ -241,6 +256,8 @@ def _parse(kind: Any, data: Any, where: str) -> Any:
             return None
         exact = [option for option in options if type(data) is option]
         return _parse((exact or [option for option in options if option is not type(None)])[0], data, where)
+    if origin is Sequence:
+        return _numbers(typing.get_args(kind)[0], data, where)
     if origin is typing.Literal:
         if data not in typing.get_args(kind):
             raise ValueError(f"{where}: expected one of {typing.get_args(kind)}, got {data!r:.60}")
@@ -267,17 +284,32 @@ def _parse(kind: Any, data: Any, where: str) -> Any:
     return data
 
 
+def _numbers(kind: Any, data: Any, where: str) -> Any:
+    """Return a list of integers or of numbers."""
+    if not isinstance(data, list | tuple):
+        raise ValueError(f"{where}: expected a list, got {type(data).__name__}")
+    wanted = {int} if kind is int else {int, float}
+    if not set(map(type, data)) <= wanted:
+        at = next(i for i, item in enumerate(data) if type(item) not in wanted)
+        _parse(kind, data[at], f"{where}[{at}]")
+    return data
+
+
 def _parse_dataclass(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected an object, got {type(data).__name__}")
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if unknown := sorted(set(data) - set(fields)):
-        raise ValueError(f"{where}: unknown field {unknown[0]!r}; known: {', '.join(fields)}")
+        raise ValueError(f"{where}: unknown field {unknown[0]!r:.60}; known: {', '.join(fields)}")
     for name, f in fields.items():
         if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where}: field {name!r} is missing")
-    return kind(**{name: _parse(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+    values = {name: _parse(hints[name], value, f"{where}.{name}") for name, value in data.items()}
+    try:
+        return kind(**values)
+    except ValueError as err:
+        raise ValueError(f"{where}: {err}") from err
 
 
 def content_key(*parts: Any) -> str:

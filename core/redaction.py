@@ -129,7 +129,7 @@ class _Redacted:
 
 def _redact_text(text: str) -> str:
     found = _found(text)
-    for secret in found:
+    for secret in sorted(found, key=lambda secret: -len(secret.value)):  # one may be the beginning of another
         for pattern in secret.patterns:
             text = pattern.sub(MARK, text)
     # A spelling that the detection sees and no pattern matches: losing the text is better than showing the secret.

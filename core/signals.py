@@ -24,7 +24,7 @@ class Interrupted(RuntimeError):
 
 
 @contextmanager
-def watch_signals(on_first: Callable[[], None], on_second: Callable[[int], None] | None = None) -> Iterator[None]:
+def watch_signals(on_first: Callable[[], object], on_second: Callable[[int], None] | None = None) -> Iterator[None]:
     """Within the block, call `on_first` at the first SIGINT or SIGTERM and `on_second` with the number of a later one.
 
     on_second None: a later signal acts as it did before the block. The handlers of before are back at the end.
@@ -83,8 +83,6 @@ def async_stop_event(stopping: str = STOPPING) -> Iterator[asyncio.Event]:
         os.write(2, STOPPED.encode())
         os._exit(128 + number)
 
-    def ask_soon() -> None:
-        loop.call_soon_threadsafe(ask)  # a signal handler interrupts the loop at any point
-
-    with watch_signals(ask_soon, end):
+    # The loop itself sets the event: a signal handler interrupts it at any point.
+    with watch_signals(lambda: loop.call_soon_threadsafe(ask), end):
         yield stop

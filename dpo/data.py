@@ -115,7 +115,8 @@ def _preference_row(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
     if isinstance(row.get("chosen"), dict):  # the record of a pilot
         return preference_items([from_json(Preference, row)])[0]
     if missing := sorted({"chosen", "rejected"} - row.keys()):
-        raise ValueError(f"field {missing[0]!r} is missing; expected prompt, chosen and rejected; got {sorted(row)}")
+        raise ValueError(f"field {missing[0]!r} is missing; expected prompt, chosen and rejected, "
+                         f"got {shown(sorted(row))}")
     _check_keys(row, ("prompt", "chosen", "rejected", "system"))
     chosen, rejected = _text_or_chat(row, "chosen"), _text_or_chat(row, "rejected")
     if "prompt" in row:
@@ -140,7 +141,7 @@ def _conversation_row(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
     name = "completion" if "completion" in row else "response"
     if missing := sorted({"prompt", name} - row.keys()):
         expected = "expected prompt and completion, or messages"
-        raise ValueError(f"field {missing[0]!r} is missing; {expected}; got {sorted(row)}")
+        raise ValueError(f"field {missing[0]!r} is missing; {expected}; got {shown(sorted(row))}")
     _check_keys(row, ("prompt", name, "system"))
     prompt = _with_system(row, _text_or_chat(row, "prompt"))
     return Item((_tokens(tokenizer, prompt, _text_or_chat(row, name)),), content_key(prompt))
@@ -175,8 +176,8 @@ def _check_keys(row: dict[str, Any], known: Sequence[str]) -> None:
     for key, value in row.items():
         if key not in known and key not in DESCRIPTIVE and value not in (None, "", [], {}):
             raise ValueError(
-                f"key {key!r} is {shown(value)} and would be dropped: it is not supported beside {', '.join(known)}. "
-                "Remove it, or move it under 'metadata' if it only describes the row"
+                f"key {shown(key)} is {shown(value)} and would be dropped: it is not supported beside "
+                f"{', '.join(known)}. Remove it, or move it under 'metadata' if it only describes the row"
             )
 
 
@@ -225,8 +226,8 @@ def _message(data: Any, where: str, weighted: bool) -> tuple[Message, bool]:
         raise ValueError(f"{where} is {shown(data)}; expected {{role, content}}")
     for key, value in data.items():
         if key not in ("role", "content", "weight") and value not in (None, "", [], {}):
-            raise ValueError(f"{where}: key {key!r} is {shown(value)} and would be dropped: it is not supported; write "
-                             "its text into the content, or remove it")
+            raise ValueError(f"{where}: key {shown(key)} is {shown(value)} and would be dropped: it is not supported; "
+                             "write its text into the content, or remove it")
     fields = Fields(data, where)
     content = data.get("content")
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):

@@ -1,6 +1,6 @@
 """Preference pairs from scored episodes: by prompt over all rounds, deduplicated, capped, seeded.
 
-Both sides are what the controller itself wrote, token for token. Every guidance of an episode that was followed by a
+Both sides are the controller's own texts, token for token. Every guidance of an episode that was followed by a
 new plan failed (reward 0); the last one has the episode's reward. A text cut by length is never chosen. An episode
 whose black-box call failed for good says nothing of its guidance. It is left out with the other draws of its group, the
 episodes of one policy on one example with one seed: a group that an outage has thinned out would bias the pairs.
@@ -38,7 +38,7 @@ class PairCounts:
 @dataclass
 class _Candidate:
     sample: Sample
-    prompt_ids: tuple[int, ...] | None
+    prompt_ids: Sequence[int] | None
     rewards: list[float] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
 
@@ -108,9 +108,9 @@ def _rewards(trajectories: Sequence[Trajectory], scores: Sequence[str]) -> list[
     return [sum(rank(trajectory, name) for name in scores) / len(scores) for trajectory in trajectories]
 
 
-def winners(trajectories: Sequence[Trajectory]) -> list[tuple[tuple[int, ...] | None, Messages, Sample, str]]:
+def winners(trajectories: Sequence[Trajectory]) -> list[tuple[Sequence[int] | None, Messages, Sample, str]]:
     """Return (prompt ids, prompt, sample, example id) of each distinct guidance that won and is whole: STaR's data."""
-    found: dict[str, tuple[tuple[int, ...] | None, Messages, Sample, str]] = {}
+    found: dict[str, tuple[Sequence[int] | None, Messages, Sample, str]] = {}
     for trajectory in trajectories:
         turn = trajectory.turns[-1] if trajectory.turns else None
         if turn is not None and trajectory.reward > 0.5 and turn.action.finish_reason == "stop":

@@ -1,8 +1,9 @@
-"""Whether what samples and what trains agree on the log-probs of the same tokens.
+"""A check that sampler and trainer agree on the log-probs of the same tokens.
 
-They are two programs over one set of weights. Where they differ by more than rounding, the samples are another policy's
-than the one that training starts from, and every preference pair is about the wrong model: another adapter was served,
-a prompt was rendered by another template, log-probs were tempered. So a few samples are looked at before each training.
+They are two programs over one set of weights. If they differ by more than rounding, the samples come from another
+policy than the one that training starts from, and every preference pair is about the wrong model: another adapter was
+served, a prompt was rendered by another template, or log-probs were tempered. So a few samples are compared before each
+training.
 """
 
 import math

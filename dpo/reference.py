@@ -1,10 +1,10 @@
-"""Reference log-probs on disk: a content-addressed cache, so that what a frozen policy said once is not asked again.
+"""Reference log-probs on disk: a content-addressed cache, so that those of a frozen policy are computed once.
 
 Epochs after the first, learning rates that are tried in turn and runs that start over need no reference pass. The key
 of a sequence is the hash of everything that its log-probs follow from: the base model's files, the reference adapter,
 dtype, device and kernels, token ids and mask. Rows are never replaced, so a run that is continued reads what it read
-before. What packing changes in the last bits is not in the key: a row holds the rounding of the batch that it was first
-computed in.
+before. The key leaves out packing, which changes the last bits: a row holds the rounding of the batch in which it was
+first computed.
 """
 
 import hashlib

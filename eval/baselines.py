@@ -1,7 +1,6 @@
-"""Control schemes that need no model of ours: no guidance, guidance fixed in advance, the black box guiding itself.
+"""Control schemes that need no trained model: no guidance, fixed guidance, and a generator that guides itself.
 
-They stand where a trained controller would and run through the same loop, so what separates two rows of a report is
-the guidance alone.
+They take the place of a trained controller in the same loop, so two rows of a report differ in the guidance alone.
 """
 
 from collections.abc import Mapping

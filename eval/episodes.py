@@ -1,8 +1,8 @@
 """Packs every episode of a report into one compact string that a page can carry and unpack by itself.
 
 Equal texts are stored once and the whole is deflated, so 1000 examples under 8 conditions stay within a few megabytes.
-The result is base64: whatever a model wrote, the packed text holds no character that HTML reads as markup. Nothing
-is cut. Prompts are left out; they are in trajectories.jsonl.
+The result is base64, so the packed text holds no character that HTML reads as markup. Nothing is cut. Prompts are left
+out; they are in trajectories.jsonl.
 """
 
 import base64

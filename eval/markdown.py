@@ -1,6 +1,6 @@
 """The report as Markdown: the same tables as the page, for a terminal, a pull request or a paper's appendix.
 
-Also how numbers are written in every report: shares in percent with one decimal, differences in percentage points.
+It also formats the numbers of every report: shares in percent with one decimal, differences in percentage points.
 """
 
 import json

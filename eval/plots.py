@@ -1,4 +1,4 @@
-"""The places of what the report's plots draw: an interval in a table cell and its axis, a training curve.
+"""Computes the coordinates of the report's plots: an interval in a table cell and its axis, a training curve.
 
 `templates/plots.html` draws them as inline SVG, without a library and without scripts.
 """

@@ -1,7 +1,7 @@
-"""Writes what a run found: report.json for programs, report.md for a terminal, report.html to read every episode.
+"""Writes a report: report.json for programs, report.md for a terminal, report.html to read every episode.
 
-All three say the same numbers, from one protocol and one set of examples; `summary` checks that and refuses otherwise,
-before anything is written.
+All three have the same numbers, from one protocol and one set of examples. `summary` checks that before anything is
+written.
 """
 
 import math
@@ -19,7 +19,7 @@ __all__ = ["Condition", "ReportInput", "write_report"]
 def write_report(data: ReportInput, folder: Path) -> None:
     """Write report.json, report.md and report.html into `folder`, each atomically.
 
-    Raises ValueError for what `summary.summarise` refuses and for training rows without a step.
+    Raises ValueError as `summary.summarise` does, and for training rows without a step.
     """
     tables = summarise(data)
     html, text = page.render(data, tables), markdown.render(data, tables)

@@ -1,8 +1,8 @@
 """Paired comparison of two conditions over the same examples: test, and difference with its interval.
 
-Pure functions of right/wrong outcomes (exact McNemar test) or of graded scores (sign-flip test). Two conditions answer
-the same examples, so only the examples on which they disagree carry information; treating the two means as independent
-would waste it. The interval is approximate: near 0.05 it and the p value may disagree. Neither corrects for the number
+The outcomes are right or wrong (exact McNemar test) or graded scores (sign-flip test). Two conditions answer the same
+examples, so only the examples on which they disagree carry information; treating the two means as independent would
+waste it. The interval is approximate: near 0.05 it and the p value may disagree. Neither corrects for the number
 of comparisons made.
 """
 

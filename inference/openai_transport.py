@@ -14,6 +14,7 @@ import ssl
 import time
 import urllib.parse
 import urllib.request
+import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 CONNECT_S = 15.0  # a host that does not even accept the connection is not waited for as long as an answer is
 KEEP_ALIVE_S = 15.0
 MAX_REPLY_BYTES = 16 * 2**20
-# A compressed reply was not asked for; gzip and deflate make at most 1,032 bytes of one.
-MAX_COMPRESSED_BYTES = 64 * 2**10
 _TELLS = "Lang Package-Version OS Arch Runtime Runtime-Version Async Retry-Count Read-Timeout".split()
 TOKEN_LIFE_S = 300.0  # a command that prints tokens is run again after this; tokens live for an hour
 TOKEN_COMMAND_S = 60.0
@@ -164,26 +163,32 @@ async def _bound(response: "httpx2.Response") -> None:
     encoding = response.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "deflate", ""):
         raise httpx2.DecodingError(f"the reply has the content encoding {encoding[:40]!r}, which was not asked for")
-    limit = MAX_REPLY_BYTES if encoding in ("identity", "") else MAX_COMPRESSED_BYTES
     assert isinstance(response.stream, httpx2.AsyncByteStream)
-    response.stream = _stream_class()(response.stream, limit)
+    response.stream = _stream_class()(response.stream, encoding in ("gzip", "deflate"))
+    response.headers.pop("content-encoding", None)  # a compressed reply is decompressed here, where it is bounded
 
 
 @functools.cache
-def _stream_class() -> "Callable[[httpx2.AsyncByteStream, int], httpx2.AsyncByteStream]":
-    """Return the class of a stream that raises ReadError after so many bytes."""
+def _stream_class() -> "Callable[[httpx2.AsyncByteStream, bool], httpx2.AsyncByteStream]":
+    """Return the class of a stream, compressed or not, that raises ReadError after MAX_REPLY_BYTES."""
     import httpx2
 
     class Bounded(httpx2.AsyncByteStream):
-        def __init__(self, stream: httpx2.AsyncByteStream, limit: int) -> None:
-            self._stream, self._limit = stream, limit
+        def __init__(self, stream: httpx2.AsyncByteStream, is_compressed: bool) -> None:
+            self._stream = stream
+            self._unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32) if is_compressed else None  # gzip or zlib
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
             size = 0
             async for chunk in self._stream:
+                if self._unpacker is not None:
+                    try:
+                        chunk = self._unpacker.decompress(chunk, MAX_REPLY_BYTES - size + 1)
+                    except zlib.error as err:
+                        raise httpx2.DecodingError(f"the reply cannot be decompressed: {err}") from err
                 size += len(chunk)
-                if size > self._limit:
-                    raise httpx2.ReadError(f"the reply is longer than {self._limit:,} bytes")
+                if size > MAX_REPLY_BYTES:
+                    raise httpx2.ReadError(f"the reply is longer than {MAX_REPLY_BYTES:,} bytes")
                 yield chunk
 
         async def aclose(self) -> None:

@@ -25,21 +25,21 @@ from matryoshka.lora.nf4 import NF4, dense
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """An adapter: low-rank matrices beside linear layers, and two variants."""
+    """Size and variant of an adapter, and the linear layers that carry it."""
 
     rank: int = 8
-    """Rank r of the adapter's matrices."""
+    """Rank of the update of each adapted matrix."""
     alpha: float = 16.0
-    """Scale: the adapter's output is multiplied by alpha / r."""
+    """The update is scaled by alpha / rank (with rslora by alpha / sqrt(rank))."""
     dropout: float = 0.0
-    """Dropout on the adapter's input in training."""
+    """Probability that a number of the adapter's input is dropped in SFT; preference training computes without."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Projections that carry an adapter."""
+    """Last names of the linear layers that carry the adapter."""
     rslora: bool = False
-    """Scale by alpha / sqrt(r), so that a higher rank does not mean smaller steps (rsLoRA)."""
+    """Scale by alpha / sqrt(rank), so that a higher rank does not mean smaller steps (rsLoRA)."""
     dora: bool = False
-    """Also train the lengths of rows (DoRA). This costs another product of W with A in every pass and one more tensor
-    of the output's size a layer, and servers that know LoRA alone (vLLM) need the adapter merged."""
+    """Train the length of every row of the weight besides (DoRA). It costs another product of the weight with A in
+    every pass and a tensor of the output's size a layer; vLLM serves such an adapter only when it is merged."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:

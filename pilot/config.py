@@ -2,12 +2,13 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from matryoshka.core.config import parse, to_toml
 from matryoshka.core.parallel.layout import ParallelConfig
+from matryoshka.core.records import RolloutSettings, Sampling
 from matryoshka.core.training.train import TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.inference.generators import GeneratorConfig
@@ -25,6 +26,8 @@ class ControllerConfig:
 
     path: str
     """A Hugging Face folder."""
+    adapter: str = ""
+    """An adapter folder to start from: it is the untrained policy, and the reference of the first training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the base model's weights."""
     quantization: Literal["none", "nf4"] = "none"
@@ -56,6 +59,8 @@ class ControllerConfig:
             raise ValueError("deterministic is of the local engine; what vLLM draws depends on its batches' rounding")
         if self.tune != "full":
             return
+        if self.adapter:
+            raise ValueError(f"tune = 'full': adapter {self.adapter!r} is for a frozen base; merge it into the model")
         if self.quantization != "none":
             what = f"quantization {self.quantization!r} is for a frozen base"
             raise ValueError(f"tune = 'full': {what}; leave it out, or train an adapter")
@@ -165,9 +170,10 @@ def _task_config(name: str, sizes: dict[str, int], options: str) -> TaskConfig:
 class WarmupConfig:
     """The warm-up: supervised training before the first round."""
 
-    source: Literal["gold", "file", "generator", "none"] = "gold"
+    source: Literal["gold", "file", "generator", "adapter", "none"] = "gold"
     """What it learns from: "gold", the examples' own guidance; "file", your rows in `data`; "generator", what the
-    generator itself proposed in episodes that succeeded; "none" leaves the warm-up out."""
+    generator itself proposed in episodes that succeeded. "adapter" takes [controller] adapter as the policy of the
+    warm-up, and the base model is then the untrained policy. "none" leaves the warm-up out."""
     data: str = ""
     """A JSONL file of conversations, for source "file"."""
     samples: int = 4
@@ -206,6 +212,26 @@ class RolloutConfig:
     max_failed_share: float = 0.2
     """The run stops when more than this share of the episodes fail because calls of the generator failed for good
     (judged from 20 episodes on)."""
+
+
+@dataclass(frozen=True)
+class EpisodeConfig:
+    """Settings of [rollout] that are different in collection or in evaluation; a key left out is as in [rollout]."""
+
+    temperature: float | None = None
+    """Temperature of the controller; evaluation is greedy where this is left out."""
+    top_p: float | None = None
+    """Nucleus of the controller's sampling; evaluation has none where this is left out."""
+    guidance_tokens: int | None = None
+    """Most tokens of one guidance."""
+    code_tokens: int | None = None
+    """Most tokens of one answer of the generator."""
+    protocol: Literal["label_free", "oracle"] | None = None
+    """What retries see: execution errors only, or also whether the answer was wrong."""
+    inner_attempts: int | None = None
+    """Attempts of the generator under one guidance."""
+    outer_turns: int | None = None
+    """Guidances in one episode: the first plan and re-plans after failures."""
 
 
 @dataclass(frozen=True)
@@ -269,10 +295,16 @@ class RunConfig:
     """The warm-up."""
     rollout: RolloutConfig = RolloutConfig()
     """How episodes run."""
+    collect: EpisodeConfig = EpisodeConfig()
+    """How collection differs from [rollout]."""
+    evaluate: EpisodeConfig = EpisodeConfig()
+    """How evaluation and the choice on validation problems differ from [rollout]."""
     dpo: DpoConfig = DpoConfig()
     """Preference training."""
 
     def __post_init__(self) -> None:
+        if self.warmup.source == "adapter" and not self.controller.adapter:
+            raise ValueError("[warmup] source = 'adapter', but [controller] adapter names no folder; name the adapter")
         if self.rounds < 0:
             raise ValueError(f"rounds {self.rounds} must not be negative")
         is_cut = self.parallel.layout in ("shard", "hybrid")
@@ -288,3 +320,25 @@ class RunConfig:
             )
         if self.ray_tasks < 0:
             raise ValueError(f"ray_tasks {self.ray_tasks} must not be negative; 0 is one for each GPU or machine")
+
+
+def rollout_settings(config: RunConfig, greedy: bool) -> RolloutSettings:
+    """Return the settings of an episode: of evaluation (`greedy`, unless [evaluate] has a temperature) or collection.
+
+    The generator is always greedy.
+    """
+    table = config.evaluate if greedy else config.collect
+    own = {name: value for name, value in vars(table).items() if value is not None}
+    if greedy:
+        own = {"temperature": 0.0, "top_p": 1.0, **own}
+    rollout = replace(config.rollout, **own)
+    return RolloutSettings(
+        controller=Sampling(
+            temperature=rollout.temperature, top_p=rollout.top_p, max_tokens=rollout.guidance_tokens
+        ),
+        generator=Sampling(max_tokens=rollout.code_tokens),
+        protocol=rollout.protocol,
+        inner_attempts=rollout.inner_attempts,
+        outer_turns=rollout.outer_turns,
+        overlong=config.overlong,
+    )

@@ -27,6 +27,7 @@ from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.inference.sampler import Sampler
 from matryoshka.inference.spending import GeneratorAccount
 from matryoshka.inference.vllm import Vllm
+from matryoshka.lora.files import read_config
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.environment import environment
 from matryoshka.pilot.folder import CONFIG, StageSeconds, cache_path, claim, deal_caches
@@ -155,6 +156,9 @@ def assemble(config: RunConfig, folder: Path, cache: Path, ranks: Ranks, stack: 
     The cheap parts are checked first, so that a missing key or file is reported before a model is loaded.
     """
     world = World(device=torch.device(config.controller.device)) if ranks.world == ALONE else ranks.world
+    if config.controller.adapter:  # it is trained further as it is
+        with ranks.all_or_none():
+            config = replace(config, lora=read_config(Path(config.controller.adapter)))
     runner = stack.enter_context(asyncio.Runner())
     with ranks.all_or_none():
         tokenizer = Tokenizer.load(Path(config.controller.path))

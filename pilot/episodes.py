@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from matryoshka.core.protocols import Controller, GeneratorError, RunStopped
-from matryoshka.core.records import Example, RolloutSettings, Sampling, Trajectory, content_key, from_json, to_json
+from matryoshka.core.records import Example, RolloutSettings, Trajectory, content_key, from_json, to_json
 from matryoshka.core.redaction import to_redacted_json
 from matryoshka.core.signals import Interrupted, async_stop_event
 from matryoshka.inference.local_controller import TokenSampler
-from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.config import RunConfig, rollout_settings
 from matryoshka.pilot.context import Run, Scheme
 from matryoshka.pilot.progress import Progress
 from matryoshka.pilot.ranks import deal
@@ -25,24 +25,6 @@ from matryoshka.tasks.find import own_class
 from matryoshka.tasks.rollout import Job, Setup, failures, job_key, recorded, run_rollouts
 
 EXCHANGE_S = 0.2  # how often the ranks tell each other how far they are
-
-
-def rollout_settings(config: RunConfig, greedy: bool) -> RolloutSettings:
-    """Return the settings of an episode: the controller greedy or at the collection temperature, the generator greedy.
-    """
-    rollout = config.rollout
-    return RolloutSettings(
-        controller=Sampling(
-            temperature=0.0 if greedy else rollout.temperature,
-            top_p=1.0 if greedy else rollout.top_p,
-            max_tokens=rollout.guidance_tokens,
-        ),
-        generator=Sampling(max_tokens=rollout.code_tokens),
-        protocol=rollout.protocol,
-        inner_attempts=rollout.inner_attempts,
-        outer_turns=rollout.outer_turns,
-        overlong=config.overlong,
-    )
 
 
 def sampled_settings(config: RunConfig, seed: int, samples: int) -> list[RolloutSettings]:

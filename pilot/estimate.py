@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.core.records import Trajectory, Usage
-from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.config import RunConfig, rollout_settings
 from matryoshka.pilot.context import Run, open_run
-from matryoshka.pilot.episodes import policy_scheme, rollout_settings, run_episodes
+from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, schemes
 
 EXAMPLES = 20

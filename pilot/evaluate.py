@@ -1,32 +1,95 @@
 """Evaluation: the conditions of a run's report over its held-out problems, and its policies with other generators."""
 
 import random
+import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 from matryoshka.core.protocols import Controller
 from matryoshka.core.records import Trajectory, stable_seed
 from matryoshka.eval.baselines import GeneratorGuidance, NoGuidance, ScriptedGuidance
 from matryoshka.eval.report import Condition
 from matryoshka.inference.local_controller import TokenSampler
+from matryoshka.pilot.config import RunConfig, rollout_settings
 from matryoshka.pilot.context import Run, Scheme
-from matryoshka.pilot.episodes import policy_scheme, rollout_settings, run_episodes
+from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.generator import open_generator, with_generator
 from matryoshka.pilot.stages import is_trained
 
 HELD_OUT_SPLITS = ("test", "held_out")
+ALIASES = {"none": "no_guidance", "gold": "gold_guidance", "wrong": "wrong_guidance", "own": "own_guidance"}
+Schemes = dict[str, tuple[str, Scheme]]  # condition -> (title, scheme)
 
 
-def evaluate(run: Run, label: str = "evaluate") -> list[Condition]:
-    """Return every condition over the held-out problems, one greedy episode each; `label` names the time it takes."""
-    conditions = []
-    for name, (title, scheme) in schemes(run).items():
+def evaluate(
+    run: Run, conditions: Schemes, label: str = "evaluate", splits: Sequence[str] = HELD_OUT_SPLITS
+) -> list[Condition]:
+    """Return `conditions` over the problems of `splits`, one episode each; `label` names the time it takes."""
+    found = []
+    for name, (title, scheme) in conditions.items():
         stage = f"{label} {name}"
-        episodes = run_episodes(run, scheme, HELD_OUT_SPLITS, label=stage)
+        episodes = run_episodes(run, scheme, splits, label=stage)
         calls = sum(t.info.calls for t in episodes)
         seconds = run.seconds.as_dict()[stage]
-        conditions.append(Condition(name, title, episodes, seconds, calls, num_tokens(episodes)))
-    return conditions
+        found.append(Condition(name, title, episodes, seconds, calls, num_tokens(episodes)))
+    return found
+
+
+def chosen(conditions: Schemes, only: Sequence[str], skip: Sequence[str]) -> Schemes:
+    """Return the conditions that `only` names (all for none), without those that `skip` names; aliases are known.
+
+    Raises ValueError for a name that is not there.
+    """
+    only, skip = ([ALIASES.get(name, name) for name in names] for names in (only, skip))
+    if unknown := [name for name in (*only, *skip) if name not in conditions]:
+        raise ValueError(f"evaluate: condition {unknown[0]!r} is not there; choose from {', '.join(conditions)}")
+    return {name: found for name, found in conditions.items() if name in (only or conditions) and name not in skip}
+
+
+def policy_conditions(run: Run, policies: Sequence[str], stack: ExitStack) -> Schemes:
+    """Return the conditions that `policies` name, in their order.
+
+    A policy is a condition of `schemes` or its alias ("none", "gold", "wrong", "own"); an adapter folder; a
+    stage of a run as RUN:STAGE or as its folder; or another model as controller, as `with_generator` takes it, which
+    `stack` closes. Raises ValueError for anything else.
+    """
+    known, found = schemes(run), Schemes()
+    greedy = rollout_settings(run.config, greedy=True)
+    known.setdefault("own_guidance", _own_guidance(run.config))
+    for policy in policies:
+        name = ALIASES.get(policy, policy)
+        folder = policy_folder(policy)
+        if name in known:
+            found[name] = known[name]
+        elif policy.endswith(".toml") or policy.startswith(("http://", "https://")):
+            if run.config.executor == "ray":
+                what = "the client of another model belongs to one process"
+                raise ValueError(f"evaluate: policy {policy!r} needs executor = 'local', since {what}")
+            config = with_generator(run.config, policy)
+            other = stack.enter_context(open_generator(config, run.folder, run.ranks, run.runner, run.cache))
+            scheme = Scheme(slug(policy), _fixed(GeneratorGuidance(other)), greedy)
+            found[slug(policy)] = (f"{other.name} as controller", scheme)
+        elif run.policies.folder(str(folder)).exists():
+            found[slug(policy)] = (policy, policy_scheme(run, str(folder)))
+        else:
+            raise ValueError(
+                f"evaluate: policy {policy!r} is neither a condition ({', '.join(known)}) nor an adapter folder, a "
+                "stage as RUN:STAGE, a model folder, URL#MODEL or a TOML file of another model"
+            )
+    return found
+
+
+def policy_folder(policy: str) -> Path:
+    """Return the folder that "RUN:STAGE", or the path of a folder, names."""
+    run, colon, stage = policy.rpartition(":")
+    return (Path(run) / stage if colon else Path(policy)).absolute()
+
+
+def slug(policy: str) -> str:
+    """Return a policy's name in tables: its path with an underscore for each other character."""
+    return re.sub(r"\W+", "_", policy).strip("_")
 
 
 def num_tokens(episodes: Sequence[Trajectory]) -> int:
@@ -41,10 +104,11 @@ def evaluate_with(run: Run, generator: str) -> list[Condition]:
     """Return every condition with another generator in place of the run's own; see `with_generator` for its name."""
     config = with_generator(run.config, generator)
     with open_generator(config, run.folder, run.ranks, run.runner, run.cache) as other:
-        return evaluate(replace(run, config=config, generator=other), f"transfer {generator}")
+        run = replace(run, config=config, generator=other)
+        return evaluate(run, schemes(run), f"transfer {generator}")
 
 
-def schemes(run: Run) -> dict[str, tuple[str, Scheme]]:
+def schemes(run: Run) -> Schemes:
     """Return the conditions of the report: name -> (title, scheme), from no guidance to the last round."""
     config, examples = run.config, [e for split in HELD_OUT_SPLITS for e in run.problems[split]]
     one_plan = replace(rollout_settings(config, greedy=True), outer_turns=1)  # fixed guidance has no second plan
@@ -60,8 +124,7 @@ def schemes(run: Run) -> dict[str, tuple[str, Scheme]]:
             controller = ScriptedGuidance(f"{name}-{config.seed}", dict(zip(prompts, texts, strict=True)))
             found[name] = (title, Scheme(name, _fixed(controller), one_plan))
     if config.warmup.source == "generator" or run.task.compares_own_guidance:
-        own = Scheme("own-guidance", lambda run, _: GeneratorGuidance(run.generator), one_plan)
-        found["own_guidance"] = ("the generator's own guidance", own)
+        found["own_guidance"] = _own_guidance(config)
     known = {run.task.first_prompt(example): run.task.baselines(example) for example in examples}
     for place, baseline in enumerate(run.task.baselines(examples[0])):
         table = {prompt: baselines[place].guidance for prompt, baselines in known.items()}
@@ -75,6 +138,12 @@ def schemes(run: Run) -> dict[str, tuple[str, Scheme]]:
     if is_trained(run, "star"):
         found["star"] = ("STaR control (SFT on round 1's wins)", policy_scheme(run, "star"))
     return found
+
+
+def _own_guidance(config: RunConfig) -> tuple[str, Scheme]:
+    one_plan = replace(rollout_settings(config, greedy=True), outer_turns=1)
+    scheme = Scheme("own-guidance", lambda run, _: GeneratorGuidance(run.generator), one_plan)
+    return "the generator's own guidance", scheme
 
 
 def trained_rounds(run: Run) -> list[int]:

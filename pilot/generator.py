@@ -23,11 +23,15 @@ from matryoshka.tasks.find import own_class, task_class
 
 
 def with_generator(config: RunConfig, name: str) -> RunConfig:
-    """Return `config` with another generator: a TOML file with the keys of [generator], or a name.
+    """Return `config` with another generator: URL#MODEL, a TOML file with the keys of [generator], or a name.
 
     A name is another scripted generator of the task, where [serve] names one, or another model at [generator].
     Raises ValueError where [serve] starts a model.
     """
+    if name.startswith(("http://", "https://")):
+        url, _, model = name.partition("#")
+        other = GeneratorConfig(url, model, api_key_env="")
+        return replace(config, generator=other, serve=ServeConfig())
     if name.endswith(".toml"):
         return replace(config, generator=load_toml(GeneratorConfig, name), serve=ServeConfig())
     if config.serve.scripted:

@@ -10,7 +10,7 @@ from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.records import Trajectory
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.context import open_run
-from matryoshka.pilot.evaluate import evaluate
+from matryoshka.pilot.evaluate import evaluate, schemes
 from matryoshka.pilot.run_report import write_run_report
 from matryoshka.pilot.stages import collect, train_round, train_star, warm_up, write_pairs
 
@@ -32,5 +32,5 @@ def run_pilot(config: RunConfig, root: Path = Path("runs"), world: World = ALONE
             train_round(run, round, pairs, trajectories)
             if round == 1 and config.star:
                 train_star(run, trajectories)
-        conditions = evaluate(run)
+        conditions = evaluate(run, schemes(run))
         return write_run_report(run, conditions, counts)

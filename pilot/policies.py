@@ -51,25 +51,41 @@ class Adapters:
         """root: the run's folder. trains: whether anything will be trained. Raises as `load_model` and `load_base`."""
         self._config, self._root, self.world = config, root, world
         self._base = Path(config.controller.path)
+        self._first = Path(config.controller.adapter) if config.controller.adapter else None
+        if config.warmup.source == "adapter":  # it is the warm-up's policy, so that "" is the base model
+            self._first = None
         self.model = _load(config, world, trains)
         # Not the device of the model's weights, which may lie in the host's memory while it computes on a GPU.
         self._device = torch.device("cpu") if self.model.head_weight.is_meta else world.device
 
     def folder(self, stage: str) -> Path:
-        """Return the folder that the policy of `stage`, which is not "", has once it is trained."""
-        return self._root / stage / "adapter"
+        """Return the folder that the policy of `stage` has once it is trained.
+
+        stage: also the path of an adapter folder from elsewhere, or of a stage of another run. "" has a folder only
+        where [controller] adapter names one.
+        """
+        if not stage and self._first is not None:
+            return self._first
+        folder = self._root / stage
+        return folder if (folder / adapters.CONFIG).is_file() else folder / "adapter"
+
+    def _has_adapter(self, stage: str) -> bool:
+        return bool(stage) or self._first is not None
 
     def name(self, stage: str) -> str:
         """Return the name of a trained policy, which changes with its weights."""
-        return f"{self._base.name}+{adapters.adapter_hash(self.folder(stage))}" if stage else self._base.name
+        if not self._has_adapter(stage):
+            return self._base.name
+        return f"{self._base.name}+{adapters.adapter_hash(self.folder(stage))}"
 
     def controller(self, stage: str, sampler: TokenSampler) -> Controller:
         """Make `sampler` draw from the policy of `stage` and return the controller that asks it."""
         if isinstance(sampler, Vllm):
-            return LocalController(sampler, sampler.use(self.folder(stage or self._neutral())), self.name(stage))
-        if stage:
+            place = self.folder(stage) if self._has_adapter(stage) else self.folder(self._neutral())
+            return LocalController(sampler, sampler.use(place), self.name(stage))
+        if self._has_adapter(stage):
             self._load_policy(stage)
-        return LocalController(sampler, POLICY if stage else None, self.name(stage))
+        return LocalController(sampler, POLICY if self._has_adapter(stage) else None, self.name(stage))
 
     def computing(self, stage: str) -> AbstractContextManager[None]:
         """Return a context in which the model computes the policy of `stage`."""
@@ -94,13 +110,13 @@ class Adapters:
             self.model, self._base, items, config, preference, self._root / stage, stage, cache,
             self._config.tensorboard, self.world,
         )  # fmt: skip
-        train_policy(training, fresh=not start)
+        train_policy(training, fresh=not self._has_adapter(start))
 
     def _load_policy(self, stage: str) -> None:
         """Make POLICY the adapter of `stage` (a fresh one for the base model), alone in the model."""
         for name in {POLICY, REFERENCE} & adapter_names(self.model):
             remove_adapter(self.model, name)
-        if stage:
+        if self._has_adapter(stage):
             adapters.load_adapter(self.model, POLICY, self.folder(stage), self._device)
         else:
             seed = stable_seed("lora", self._config.seed)
@@ -132,7 +148,8 @@ class Weights:
 
     def folder(self, stage: str) -> Path:
         """Return the folder that the policy of `stage` has once it is trained."""
-        return self._root / stage / "model" if stage else self._base
+        folder = self._root / stage
+        return (folder if (folder / "config.json").is_file() else folder / "model") if stage else self._base
 
     def name(self, stage: str) -> str:
         """Return the name of a trained policy, which changes with its weights; it reads them once."""

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from matryoshka.core.protocols import Task, TaskSetting
-from matryoshka.core.records import Example, Messages, RolloutSettings
-from matryoshka.pilot.config import SPLITS, RunConfig
+from matryoshka.core.records import Example, Messages
+from matryoshka.pilot.config import SPLITS, RunConfig, rollout_settings
 from matryoshka.tasks.find import task_class
 
 Problems = Mapping[str, Sequence[Example]]
@@ -17,12 +17,8 @@ def open_task(config: RunConfig, count_tokens: Callable[[Messages], int]) -> Tas
     """
     setting = TaskSetting(config.task.sizes, config.seed, count_tokens, config.warmup.source == "gold")
     task = task_class(config.task.name)(config.task.options, setting)
-    rollout = config.rollout
-    task.check(
-        RolloutSettings(
-            protocol=rollout.protocol, inner_attempts=rollout.inner_attempts, outer_turns=rollout.outer_turns
-        )
-    )
+    for greedy in (False, True):
+        task.check(rollout_settings(config, greedy))
     return task
 
 
@@ -43,7 +39,8 @@ def fitting_problems(
     own comparison, made before anything is drawn, so that every condition has the same problems. With overlong =
     "error" the first one that does not fit raises ValueError; so does a split that "skip" would leave without problems.
     """
-    room = context_length - config.rollout.guidance_tokens
+    guidance_tokens = max(rollout_settings(config, greedy).controller.max_tokens for greedy in (False, True))
+    room = context_length - guidance_tokens
     kept: dict[str, Sequence[Example]] = {}
     for split, examples in problems.items():
         sizes = [task.setting.count_tokens(task.first_prompt(example)) for example in examples]
@@ -51,7 +48,7 @@ def fitting_problems(
         if len(kept[split]) < len(examples) and (config.overlong == "error" or not kept[split]):
             raise ValueError(
                 f"[task] {split}: {len(examples) - len(kept[split])} of {len(examples)} prompts (the longest has "
-                f"{max(sizes)} tokens) and guidance_tokens {config.rollout.guidance_tokens} exceed the controller's "
+                f"{max(sizes)} tokens) and guidance_tokens {guidance_tokens} exceed the controller's "
                 f"context of {context_length}; lower guidance_tokens, use shorter problems or set overlong = 'skip'"
             )
     return kept, {split: n for split, examples in problems.items() if (n := len(examples) - len(kept[split]))}

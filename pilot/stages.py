@@ -17,9 +17,9 @@ from matryoshka.dpo.data import completion, distinct, fitting, preference_items,
 from matryoshka.dpo.pairs import PairCounts, make_pairs, winners
 from matryoshka.dpo.parity import BOUNDS, check_policy
 from matryoshka.eval.baselines import GeneratorGuidance
-from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.config import RunConfig, rollout_settings
 from matryoshka.pilot.context import Run, Scheme
-from matryoshka.pilot.episodes import policy_scheme, rollout_settings, run_episodes, sampled_settings
+from matryoshka.pilot.episodes import policy_scheme, run_episodes, sampled_settings
 from matryoshka.pilot.folder import copy_folder
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,11 @@ def warm_up(run: Run) -> str:
     """Train the warm-up policy by SFT on the data that [warmup] names, and return its stage ("" for no warm-up)."""
     config, stage = run.config.warmup, policy_before(run.config, 1)
     if not stage or is_trained(run, stage):
+        return stage
+    if config.source == "adapter":
+        if run.world.is_first:
+            copy_folder(Path(run.config.controller.adapter), run.policies.folder(stage))
+        run.ranks.barrier()
         return stage
     if config.source == "file":
         items = read_conversations(Path(config.data), run.tokenizer)

@@ -21,7 +21,7 @@ from matryoshka.core.models.weights import sampled_digest, save_weights
 from matryoshka.core.parallel.cluster import job_of, memory_of
 from matryoshka.core.parallel.layout import ParallelConfig, choose_layout
 from matryoshka.core.training.step import Reference
-from matryoshka.core.training.train import Item, TrainConfig, free_share, longest_micro_batch, train
+from matryoshka.core.training.train import Item, TrainConfig, TrainContext, free_share, longest_micro_batch, train
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.dpo.reference import ReferenceLogps, open_reference
@@ -126,9 +126,11 @@ def _train(
     model, items, config, objective = training.model, training.items, training.config, training.objective
     model.train(objective is None)  # dropout is for SFT; policy and reference are compared without it
     steps = train(
-        model, parameters, items, config, objective or SFT(), token_logps, training.folder, reference,
-        first_loss=objective.first_loss if objective else None, cache=cache, world=training.world,
-        reference_first=reference is nullcontext, start=start,
+        model, parameters, items, config, objective or SFT(), token_logps, training.folder,
+        TrainContext(
+            reference=reference, first_loss=objective.first_loss if objective else None, cache=cache,
+            reference_first=reference is nullcontext, world=training.world, start=start,
+        ),
     )  # fmt: skip
     total = config.epochs * math.ceil(len(items) / config.batch_size)
     row: dict[str, float] = {}

@@ -1,9 +1,9 @@
 """Runs many episodes at once and records each as it ends: the driver of collection and evaluation.
 
 At most `limit` episodes are in flight, each a coroutine of its task, so a slow call delays nobody. A journal keyed by
-content makes a run resumable: what is recorded is read back, never run again. An episode whose black-box call failed
-for good (verdict "failed") is returned but not recorded as done, so that a resumed run tries it again; too many of
-them stop the run. A spent budget, or the user's wish to stop, ends the run in order: no episode begins, those in flight
+content makes a run resumable: recorded episodes are read back and never run again. An episode whose black-box call
+failed for good (verdict "failed") is returned but not recorded as done, so that a resumed run tries it again; too many
+of them stop the run. When the budget is spent or the user stops the run, no further episode begins, and those in flight
 go on as far as they can and are recorded.
 """
 
@@ -129,7 +129,7 @@ async def run_rollouts(
 async def _keep_synced(journal: Journal, all_ended: asyncio.Event) -> None:
     """Sync the journal to its disk as it grows, in a thread: all episodes would wait for it otherwise.
 
-    Raises OSError where the disk refuses, which it says once: a later sync may succeed without what was lost.
+    Raises OSError if the disk fails. The error appears once: a later sync may succeed although data was lost.
     """
     synced = len(journal.rows)
     while not all_ended.is_set():
@@ -151,7 +151,7 @@ async def _episode(setup: Setup, job: Job) -> Trajectory:
 
 
 def recorded(journal: Journal, key: str) -> Trajectory:
-    """Return the trajectory that `journal` holds under `key`. Raises ValueError when the row is none."""
+    """Return the trajectory that `journal` holds under `key`. Raises ValueError if the row is not one."""
     try:
         return from_json(Trajectory, journal.rows[key].get("trajectory"))
     except ValueError as err:

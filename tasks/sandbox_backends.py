@@ -1,9 +1,8 @@
-"""Where generated programs run: the interface of a sandbox, and two that have it.
+"""Where generated programs run: the interface of a sandbox, and the one of this machine.
 
 A sandbox starts a script of ours (`sandbox_child.py`, or another with `prepare()` and `main(line, memory_bytes)`) and
 joins it to us by a line of bytes; what travels there is the caller's business. `LocalSandbox` runs it behind the
-kernel's boundary on this machine. `CommandSandbox` runs it through a command, for instance in a Docker container, for
-programs that need packages or a stronger wall.
+kernel's boundary on this machine; `sandbox_command.py` has one that runs it through a command, such as `docker run`.
 """
 
 import asyncio
@@ -20,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -183,14 +183,17 @@ class LocalSandbox:
         if self._isolation == "none":
             return _Server([], script, is_bounded=False)
         sandbox_boundary.hide_memory()  # keys may lie in the memory and the environment of this process
-        try:
-            if not self._use_bubblewrap:
-                raise OSError("bubblewrap was not asked for")
-            server = _Server(_bubblewrap(script), script, is_bounded=True)
-            server.boundary["namespaces"] = True
-        except (OSError, RuntimeError) as err:
-            server = _Server([], script, is_bounded=True)
-            server.boundary |= {"namespaces": False, "problems": [*server.problems, f"namespaces are off: {err}"]}
+        problem = ""
+        server = None
+        if self._use_bubblewrap:
+            try:
+                server = _Server(_bubblewrap(script), script, is_bounded=True)
+            except (OSError, RuntimeError) as err:
+                problem = f"namespaces are off: {err}"
+        has_namespaces = server is not None
+        server = server or _Server([], script, is_bounded=True)
+        problems = [*server.problems, *([problem] if problem else [])]
+        server.boundary |= {"namespaces": has_namespaces, "problems": problems}
         if not server.is_bounded and self._isolation == "required":
             server.close()
             raise ValueError(
@@ -256,7 +259,8 @@ class _Server:
 
     async def send(self, request: bytes, descriptors: list[int]) -> None:
         """Ask for a run. Raises RuntimeError if the server has ended."""
-        while True:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
             try:
                 socket.send_fds(self.control, [request], descriptors)
                 return
@@ -264,6 +268,7 @@ class _Server:
                 await asyncio.sleep(0.001)
             except OSError as err:
                 raise RuntimeError(f"sandbox: its server has ended (code {self._process.poll()}): {err}") from err
+        raise RuntimeError(f"sandbox: its server has taken no request for {START_S:g} s")
 
     def close(self) -> None:
         self.control.close()
@@ -317,100 +322,10 @@ class _LocalProcess:
             return None
 
 
-class CommandSandbox:
-    """Runs scripts through a command, such as ("docker", "run", "--rm", "-i", "--network=none", "python:3.11-slim").
-
-    The command is given a Python command line. Standard input and output are the line, standard error takes what the
-    program prints. The boundary is the command's business; memory and CPU are limited as elsewhere. Killing the command
-    must end the program: for Docker let it run under `timeout -s KILL`, since a container outlives its client.
-    """
-
-    def __init__(self, command: Sequence[str], python: str = "python3") -> None:
-        self._command, self._python = tuple(command), python
-
-    def start(self, script: Path) -> dict[str, object]:
-        """Return the command; we cannot know what it holds. Raises ValueError if there is no such program."""
-        if not self._command or shutil.which(self._command[0]) is None:
-            raise ValueError(f"sandbox: command {self._command}: no such program; install it, or use the local sandbox")
-        return {"isolation": "command", "command": list(self._command)}
-
-    @contextlib.asynccontextmanager
-    async def open(self, script: Path, limits: ProcessLimits) -> AsyncIterator["_CommandProcess"]:
-        """Run `script` in a process of the command."""
-        numbers = (str(n) for n in (limits.memory_bytes, limits.cpu_s, FILE_BYTES))
-        with tempfile.TemporaryFile() as printed:
-            process = await asyncio.create_subprocess_exec(
-                *(*self._command, self._python, "-I", "-S", "-X", "utf8", "-c", _carried(script), *numbers),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=printed,
-                limit=LINE_BYTES,
-                start_new_session=True,
-            )
-            running = _CommandProcess(process, printed)
-            try:
-                yield running
-            finally:
-                await running.end()
-                running.writer.close()
-
-
-class _CommandProcess:
-    def __init__(self, process: asyncio.subprocess.Process, printed: IO[bytes]) -> None:
-        assert process.stdout is not None and process.stdin is not None
-        self.reader, self.writer = process.stdout, process.stdin
-        self._process, self._printed = process, printed
-        self._ended: Ended | None = None
-
-    async def end(self, grace_s: float = 0.0) -> Ended:
-        """Return how the command ended."""
-        if self._ended is None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(grace_s):
-                    await self._process.wait()
-            code = self._process.returncode
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            await self._process.wait()
-            printed = printable(os.pread(self._printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace"))
-            self._ended = Ended(code, printed)
-        return self._ended
-
-
-# What `python -c` runs in a command: the modules that the script needs come with it, so the image needs none of ours.
-_CARRIED = """
-import os, sys
-for name, text in {modules!r}.items():
-    module = sys.modules[name] = type(sys)(name)
-    exec(compile(text, name, "exec"), module.__dict__)
-script = sys.modules[{script!r}]
-script.prepare()
-reading, writing = os.dup(0), os.dup(1)
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-os.dup2(2, 1)
-memory_bytes, cpu_s, file_bytes = map(int, sys.argv[1:])
-sys.modules["sandbox_child"].take_limits(memory_bytes, cpu_s, file_bytes)
-script.main(reading, writing, memory_bytes)
-os._exit(0)
-"""
-
-
-def _carried(script: Path) -> str:
-    """Return `script` with every module beside it that it may import, as one Python program."""
-    paths = [SCRIPT, *(path for path in (script.with_name("agent.py"), script) if path.is_file() and path != SCRIPT)]
-    modules = {path.stem: path.read_text(encoding="utf-8") for path in paths}
-    return _CARRIED.format(modules=modules, script=script.stem)
-
-
 @functools.cache
 def local_sandbox(isolation: Isolation = "auto") -> LocalSandbox:
     """Return this process's sandbox of a kind."""
     return LocalSandbox(isolation)
-
-
-def sandbox_of(isolation: Isolation, command: Sequence[str] = ()) -> Sandbox:
-    """Return the sandbox that a configuration names: one behind `command`, or this machine's."""
-    return CommandSandbox(command) if command else local_sandbox(isolation)
 
 
 def in_words(boundary: Mapping[str, object]) -> str:
@@ -457,14 +372,16 @@ def _working_folder() -> Iterator[str]:
     try:
         yield folder
     finally:
-        try:
-            os.rmdir(folder)  # nearly always empty
-        except FileNotFoundError:
-            return
-        except OSError:
-            pass
-        else:
-            return
+        _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    """Remove a program's working folder, whatever the program made of it."""
+    try:
+        os.rmdir(folder)  # nearly always empty
+    except FileNotFoundError:
+        pass
+    except OSError:
         # Not shutil.rmtree: it recurses, and a generated program may nest folders deeper than Python's stack.
         if subprocess.run(["rm", "-rf", "--", folder], check=False).returncode:
             _log.warning("sandbox: could not remove %s, which a generated program filled", folder)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from matryoshka.tasks.sandbox_backends import MIN_MEMORY_BYTES, Isolation, Sandbox, sandbox_of
+from matryoshka.tasks.sandbox_backends import MIN_MEMORY_BYTES, Isolation, Sandbox, local_sandbox
+from matryoshka.tasks.sandbox_command import CommandSandbox
 
 
 @dataclass(frozen=True)
@@ -29,4 +30,4 @@ class SandboxConfig:
 
     def sandbox(self) -> Sandbox:
         """Return where the programs run."""
-        return sandbox_of(self.isolation, self.command)
+        return CommandSandbox(self.command) if self.command else local_sandbox(self.isolation)

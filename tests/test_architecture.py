@@ -30,7 +30,7 @@ MAY_IMPORT = {
 MAY_ENTER = {
     "": set(),
     "text": set(),
-    "models": set(),
+    "models": {"text"},
     "training": {"models"},
     "parallel": {"models", "training"},
 }

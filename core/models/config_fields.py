@@ -6,7 +6,11 @@ refused by name. Fields that shape nothing (token ids, initialisation, versions)
 
 from typing import Any
 
+from matryoshka.core.json_input import shown
+
 REQUIRED = object()
+LARGEST = 2**26  # of any size: ten times the largest vocabulary there is
+LARGEST_OF = {"num_hidden_layers": 1000, "max_position_embeddings": 2**31}  # layers are built before weights are read
 
 
 class Fields:
@@ -29,8 +33,9 @@ class Fields:
     def integer(self, name: str, default: Any = REQUIRED) -> int:
         """Return a field that is a positive whole number. Raises ValueError for anything else."""
         value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"config.json: {name} is {value!r}, expected a whole number of at least 1")
+        largest = LARGEST_OF.get(name, LARGEST)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+            raise ValueError(f"config.json: {name} is {shown(value)}, expected a whole number from 1 to {largest}")
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> float:
@@ -41,7 +46,7 @@ class Fields:
         """Return a field that is true or false. Raises ValueError for anything else."""
         value = self.get(name, default)
         if not isinstance(value, bool):
-            raise ValueError(f"config.json: {name} is {value!r}, expected true or false")
+            raise ValueError(f"config.json: {name} is {shown(value)}, expected true or false")
         return value
 
     def fixed(self, **values: Any) -> None:
@@ -49,13 +54,13 @@ class Fields:
         for name, expected in values.items():
             if self.data.get(name) not in (None, expected):
                 raise ValueError(
-                    f"config.json: {name} {self.data[name]!r} is not supported; {self.family} is computed with "
+                    f"config.json: {name} {shown(self.data[name])} is not supported; {self.family} is computed with "
                     f"{expected!r}. Choose another model, or add it to the architecture's file (docs/controllers.md)"
                 )
 
 
 def positive(name: str, value: Any) -> float:
     """Return a number above 0 as float. Raises ValueError, naming it, for anything else."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise ValueError(f"config.json: {name} is {value!r}, expected a number above 0")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+        raise ValueError(f"config.json: {name} is {shown(value)}, expected a finite number above 0")
     return float(value)

@@ -9,7 +9,6 @@ model that is returned is complete.
 
 import importlib
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from matryoshka.core.json_input import read_json
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.weights import load_weights
 
@@ -56,6 +56,8 @@ def empty_model(folder: Path) -> LanguageModel:
         model_config = architecture.read_config(config)
     except ValueError as err:
         raise ValueError(f"{folder}: {err}") from err
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as err:
+        raise ValueError(f"{folder / 'config.json'}: a field is of the wrong kind ({err!r:.200})") from err
     with torch.device("meta"):
         model: LanguageModel = architecture.Model(model_config)
     return model
@@ -85,13 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         missing = "config.json in this folder" if folder.is_dir() else "folder"
         raise FileNotFoundError(f"{folder}: no such {missing}; expected a Hugging Face model folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as err:  # malformed, or not UTF-8
-        raise ValueError(f"{path}: malformed JSON ({err}); get the file again") from err
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}; get the file again")
-    return config
+    return read_json(path, "a model's configuration")
 
 
 def architecture_files() -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""A batch of token sequences as a forest: what they share at their beginnings stands, and is computed, once.
+"""A batch of token sequences as a forest, in which a beginning that several share stands, and is computed, once.
 
 Each node is one token with its position and its parent; attention sees ancestors only, so log-probs and gradients equal
 those of the sequences one at a time (held in float64 by a test). A sequence's last token is only ever predicted, never
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from matryoshka.core.packed import packed
+
 Ids = npt.NDArray[np.int64]
 
 
@@ -24,10 +26,12 @@ Ids = npt.NDArray[np.int64]
 class Tokens:
     """One tokenised conversation: ids and, of the same length, 1 where a token is scored (trained on)."""
 
-    ids: tuple[int, ...]
-    mask: tuple[int, ...]
+    ids: Sequence[int]
+    mask: Sequence[int]
 
     def __post_init__(self) -> None:
+        for name in ("ids", "mask"):
+            object.__setattr__(self, name, packed(getattr(self, name)))
         if len(self.ids) != len(self.mask):
             raise ValueError(f"tokens: {len(self.ids)} ids but {len(self.mask)} mask entries; they go in pairs")
         if self.ids and self.mask[0]:

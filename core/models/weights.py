@@ -6,7 +6,6 @@ tensor is copied out of the map, so that no parameter keeps a file alive. Pickle
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from matryoshka.core.distributed import as_part, is_sharded, own_rows, whole
 from matryoshka.core.files import write_atomic, write_json
+from matryoshka.core.json_input import read_json, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -187,12 +187,14 @@ def _open_checkpoint(folder: Path, stack: ExitStack) -> dict[str, tuple[Path, An
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(key): str(name) for key, name in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise ValueError(f"{path}: not an index ({err!r}); expected {{'weight_map': {{key: file}}}}, "
-                         f"get it again") from err
+    """Return the file of each key. Raises ValueError for a file that is not named as one in the index's own folder."""
+    weight_map = read_json(path, "an index of shards").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path}: weight_map is {shown(weight_map)}; expected {{key: file}}, get the index again")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or name in (".", "..") or not re.fullmatch(r"[^/\\\0]{1,200}", name):
+            raise ValueError(f"{path}: {shown(key)} lies in {shown(name)}; expected the name of a file in this folder")
+    return weight_map
 
 
 def _open(path: Path, stack: ExitStack) -> Any:
@@ -259,4 +261,4 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _some(keys: list[str]) -> str:
     more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
-    return (", ".join(keys[:SHOWN_KEYS]) + more) or "nothing"
+    return (", ".join(f"{key:.100}" for key in keys[:SHOWN_KEYS]) + more) or "nothing"

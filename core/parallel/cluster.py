@@ -1,10 +1,10 @@
-"""What a rank of a cluster holds when a model is trained, for each layout, from shapes alone.
+"""The memory that a rank of a cluster needs to train a model, for each layout, computed from shapes alone.
 
 replicate  every rank holds the whole model;
-hybrid     a model is cut over the GPUs of a node, and every node has one;
-shard      a model is cut over all GPUs.
+hybrid     the GPUs of a node share one copy of the model, and every node has a copy;
+shard      all GPUs share one copy of the model.
 
-Where the model is cut, FSDP2 gathers a block for each pass over it and drops it after the pass; embedding, head and
+Where ranks share a copy, FSDP2 gathers a block for each pass over it and drops it after the pass; embedding, head and
 last norm (the root) stay gathered through a micro-batch. Adapters are whole on every rank under any layout. Full
 fine-tuning cuts weights (fp32), gradients and moments alike, and gathers in the dtype that is computed in.
 """

@@ -1,6 +1,6 @@
-"""What ranks send to each other, seen from within: every collective that runs inside of a block, with its bytes.
+"""A log of the collectives that run inside a block of code, with their bytes.
 
-torch's own dispatcher tells of each one, whatever it runs on: NCCL, gloo, or the fake process group of a dry run.
+torch's dispatcher reports each one, whether it runs on NCCL, on gloo, or in the fake process group of a dry run.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What the dispatcher calls them -> what they are.
+# The dispatcher's name of a collective -> its usual name.
 NAMES = {
     "c10d::_allgather_base_": "all-gather",
     "c10d::_reduce_scatter_base_": "reduce-scatter",

@@ -1,4 +1,4 @@
-"""What a cluster's parts can do, and what a ring collective costs on them: bytes that each rank sends, and seconds.
+"""Speeds of a cluster's parts, and the cost of a ring collective on them: bytes that each rank sends, and seconds.
 
 Every figure is a constant to plan with, not a promise. Bandwidths are of one direction.
 """

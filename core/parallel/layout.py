@@ -1,4 +1,4 @@
-"""How a model lies on the ranks, and which way needs the least communication of those that fit in memory.
+"""How a model is divided over the ranks, and the choice of the layout that fits with the least communication.
 
 replicate  every rank holds the weights; nothing is communicated but gradients of what is trained, once a step;
 shard      each rank holds its part of every weight; a block's weights are gathered before it runs and freed after it;
@@ -16,16 +16,16 @@ LAYOUTS = ("replicate", "hybrid", "shard")  # from the least communication to th
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model lies on the ranks that torchrun starts; a single process holds all of it."""
+    """How the model is divided over the ranks that torchrun starts; a single process holds all of it."""
 
     layout: str = "auto"
-    """"replicate", "shard", "hybrid", or "auto", the one that communicates least among those that fit."""
+    """The layout: "replicate", "shard", "hybrid", or "auto", which takes the first that fits in memory."""
     group: int = 0
-    """Ranks that share one copy under hybrid, 0 for those of a node."""
+    """How many ranks share one copy under "hybrid"; 0: those of a node."""
     reshard: bool = True
     """Free a block's weights after its forward pass and gather them again for the backward pass."""
     prefetch: int = 1
-    """Blocks that are gathered ahead."""
+    """How many blocks ahead are being gathered."""
     offload: bool = False
     """Keep each rank's part in the host's memory (with AdamW's moments, where it is trained)."""
 

@@ -1,4 +1,4 @@
-"""A model cut up over ranks by FSDP2 (`torch.distributed.fsdp.fully_shard`), block by block.
+"""A model sharded over ranks by FSDP2 (`torch.distributed.fsdp.fully_shard`), block by block.
 
 Adapters are copied under every layout: FSDP2 manages the parameters that are there when `shard` is called, and adapters
 come after. Where the weights themselves are trained, FSDP2 sums their gradients over the ranks (losses are divided by

@@ -19,9 +19,10 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from matryoshka.core.json_input import shown
 from matryoshka.core.records import Messages
+from matryoshka.core.text.bounded_template import BoundedEnvironment
 from matryoshka.core.text.vocabulary import Vocabulary
 
 LLAMA3_TEMPLATE = (
@@ -31,6 +32,10 @@ LLAMA3_TEMPLATE = (
 )
 # The date that Llama 3's own templates fall back to. A template never sees the clock: prompts would change overnight.
 DEFAULT_DATE = datetime.date(2024, 7, 26)
+# What the code of a template may raise besides Jinja's own errors.
+FAILURES = (
+    ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
 PRIVATE_USE = range(0xE000, 0xF900)
 
 
@@ -123,7 +128,8 @@ class ChatFormat:
         ids = [id for _, _, id in self._pieces(after) if id is not None]
         if not closed.startswith(prompt) or not found or not ids or self._special.search(before):
             raise ValueError(f"{self._where}: the chat template must put an assistant message right after the "
-                             f"generation prompt and close it with a special token; got {prompt!r} and then {closed!r}")
+                             f"generation prompt and close it with a special token; got {shown(prompt)} and "
+                             f"then {shown(closed)}")
         return ids[0]
 
     def _pieces(self, text: str) -> Iterator[tuple[int, str, int | None]]:
@@ -160,11 +166,16 @@ class ChatFormat:
         return chat, {ord(mask): first for first, mask in masks.items()}
 
     def _text(self, chat: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        environment = self._template.environment
+        assert isinstance(environment, BoundedEnvironment)
+        environment.start(sum(len(message["content"]) for message in chat))
         try:
             return self._template.render(messages=chat, add_generation_prompt=add_generation_prompt, **self._variables)
         except jinja2.TemplateError as err:
             roles = [message["role"] for message in chat]
             raise ValueError(f"{self._where}: the chat template refuses the roles {roles}: {err}") from err
+        except FAILURES as err:
+            raise ValueError(f"{self._where}: the chat template fails ({type(err).__name__}: {err!s:.200})") from err
 
     def _pattern(self, content: str) -> str:
         token = self._vocabulary.specials[content]
@@ -182,16 +193,18 @@ class _Generation(Extension):
 
 
 def _compile(source: str, where: str, date: datetime.date) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = date.strftime
     try:
-        return environment.from_string(source)
+        return environment.bounded(source)
     except jinja2.TemplateSyntaxError as err:
         raise ValueError(f"{where}, line {err.lineno}: {err.message}; expected a Jinja template") from err
+    except (jinja2.TemplateError, *FAILURES) as err:
+        raise ValueError(f"{where}: {str(err) or type(err).__name__}; expected a Jinja template") from err
 
 
 def _to_json(

@@ -8,11 +8,11 @@ special tokens. Invariant: decode(encode(text)) == text, or encode raises.
 import codecs
 import dataclasses
 import datetime
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from matryoshka.core.json_input import Fields, read_json, shown
 from matryoshka.core.records import Messages
 from matryoshka.core.text.chat import DEFAULT_DATE, LLAMA3_TEMPLATE, ChatFormat, Rendered
 from matryoshka.core.text.vocabulary import AddedToken, Vocabulary, load_vocabulary
@@ -20,6 +20,7 @@ from matryoshka.core.text.vocabulary import AddedToken, Vocabulary, load_vocabul
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REQUIRED = ("bos_token", "eos_token")
 EXTRA = "additional_special_tokens"
+MAX_ID = 2**31 - 1
 
 
 class Tokenizer:
@@ -64,11 +65,13 @@ class Tokenizer:
         config = _read(folder / "special_tokens_map.json") | _read(config_path)
         names = {name: _content(config_path, name, config[name]) for name in NAMED if config.get(name) is not None}
         special = [names[name] for name in REQUIRED if name in names]
-        special += [_content(config_path, EXTRA, value) for value in config.get(EXTRA) or ()]
-        added = [_added_token(config_path, id, entry) for id, entry in config.get("added_tokens_decoder", {}).items()]
+        special += [_content(config_path, EXTRA, value) for value in _typed(config_path, config, EXTRA, list)]
+        decoder = _typed(config_path, config, "added_tokens_decoder", dict)
+        added = [_added_token(config_path, id, entry) for id, entry in decoder.items()]
         if not added and not (folder / "tokenizer.json").is_file():
-            older = _read(folder / "added_tokens.json")
-            added = [AddedToken(content, id, content in special) for content, id in older.items()]
+            older = Fields(_read(folder / "added_tokens.json"), str(folder / "added_tokens.json"))
+            added = [AddedToken(content, older.integer(content, low=0, high=MAX_ID), content in special)
+                     for content in older.data]
         vocabulary = load_vocabulary(folder, added, special, bool(config.get("legacy", False)))
         for name, content in (("bos_token", vocabulary.default_bos), ("eos_token", vocabulary.default_eos)):
             if name not in config and content is not None:
@@ -170,27 +173,27 @@ class TextStream:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as err:
-        raise ValueError(f"{path}: malformed JSON ({err})") from err
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return data
+    return read_json(path, "a JSON object") if path.is_file() else {}
+
+
+def _typed(path: Path, config: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
+    """Return the list or object under `name`, empty where there is none."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{path}: {name} is {shown(value)}, expected a JSON {'list' if kind is list else 'object'}")
+    return value if value is not None else kind()
 
 
 def _content(path: Path, name: str, value: Any) -> str:
     content = value.get("content") if isinstance(value, Mapping) else value
     if not isinstance(content, str):
-        raise ValueError(f"{path}: {name} is {value!r:.80}, expected a string")
+        raise ValueError(f"{path}: {name} is {shown(value)}, expected a string")
     return content
 
 
 def _added_token(path: Path, id: str, entry: Any) -> AddedToken:
-    if not isinstance(entry, Mapping) or not id.isdecimal():
-        raise ValueError(f"{path}: added_tokens_decoder[{id!r}] is {entry!r:.80}, expected an id and its token")
+    if not isinstance(entry, Mapping) or not (id.isascii() and id.isdecimal()) or int(id[:20]) > MAX_ID:
+        raise ValueError(f"{path}: added_tokens_decoder[{id[:20]!r}] is {shown(entry)}, expected an id and its token")
     flags = (bool(entry.get(flag, False)) for flag in ("special", "lstrip", "rstrip"))
     return AddedToken(_content(path, f"added_tokens_decoder[{id!r}]", entry), int(id), *flags)
 
@@ -199,20 +202,24 @@ def _stop_ids(folder: Path) -> list[int]:
     for path in (folder / "generation_config.json", folder / "config.json"):
         value = _read(path).get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(not isinstance(id, int) or isinstance(id, bool) for id in ids):
-            raise ValueError(f"{path}: eos_token_id is {value!r}, expected an id or a list of ids")
+        if any(type(id) is not int or not 0 <= id <= MAX_ID for id in ids):
+            raise ValueError(f"{path}: eos_token_id is {shown(value)}, expected an id or a list of ids")
         if ids:
             return ids
     return []
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
+    path, where = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as err:
+            raise ValueError(f"{path}: not UTF-8 (byte {err.start + 1}); save it in UTF-8") from err
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        entries = [Fields(entry if isinstance(entry, dict) else {}, f"{where}: chat_template") for entry in template]
+        template = {entry.text("name"): entry.text("template") for entry in entries}.get("default")
     if template is not None and not isinstance(template, str):
-        raise ValueError(f"{folder}/tokenizer_config.json: chat_template is {template!r:.80}, expected a string")
+        raise ValueError(f"{where}: chat_template is {shown(template)}, expected a string")
     return template

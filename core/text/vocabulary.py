@@ -20,6 +20,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from matryoshka.core.json_input import Fields, read_json, shown
+
 SPACE = "\u2581"  # what sentencepiece writes for a space
 LONG_TEXT = 10_000  # characters, some 30 ms
 ALL_BYTES = bytes(range(256))
@@ -135,11 +137,12 @@ def load_vocabulary(folder: Path, added: Iterable[AddedToken], special: Iterable
 
 
 def _from_json(path: Path, added: Iterable[AddedToken], special: Iterable[str]) -> Vocabulary:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        entries = {entry["id"]: entry for entry in data["added_tokens"]}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as err:
-        raise ValueError(f"{path}: not a tokenizer.json ({err!r:.200})") from err
+    data = read_json(path, "a tokenizer.json")
+    entries: dict[int, dict[str, Any]] = {}
+    for index, found in enumerate(_list(path, data, "added_tokens")):
+        fields = Fields(found if isinstance(found, dict) else {}, f"{path}: added_tokens[{index}]")
+        flags = {name: fields.boolean(name, False) for name in ("special", "lstrip", "rstrip", "normalized")}
+        entries[fields.integer("id", low=0)] = {**fields.data, "content": fields.text("content"), **flags}
     for token in added:
         entry = entries.setdefault(token.id, vars(token) | {"normalized": False, "single_word": False})
         if entry["content"] != token.content:
@@ -149,12 +152,15 @@ def _from_json(path: Path, added: Iterable[AddedToken], special: Iterable[str]) 
     special = set(special)
     for entry in entries.values():
         entry["special"] |= entry["content"] in special
-    prefix, special_prefix = _take_prefix(data)
+    try:
+        prefix, special_prefix = _take_prefix(data)
+    except (AttributeError, KeyError, TypeError) as err:
+        raise ValueError(f"{path}: its normalizer or pre_tokenizer is malformed ({err!r:.80})") from err
     data |= {"added_tokens": [entries[id] for id in sorted(entries)], "truncation": None, "padding": None}
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(data))
     except Exception as err:  # tokenizers raises no narrower class
-        raise ValueError(f"{path}: not a tokenizer.json ({err})") from err
+        raise ValueError(f"{path}: not a tokenizer.json ({err!s:.300})") from err
     backend.encode_special_tokens = True  # special strings in text are plain text
 
     tokens = {}
@@ -171,7 +177,7 @@ def _from_json(path: Path, added: Iterable[AddedToken], special: Iterable[str]) 
         tokens[content] = AddedToken(content, found)
 
     vocab = backend.get_vocab(with_added_tokens=True)
-    kinds = {part["type"] for part in _parts(data.get("decoder"))}
+    kinds = {str(part.get("type")) for part in _parts(data.get("decoder"))}
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
         raise ValueError(f"{path}: decoder {sorted(kinds)} is not supported; expected byte-level BPE (ByteLevel) or a "
                          f"sentencepiece model (ByteFallback or Metaspace)")
@@ -264,6 +270,13 @@ def _from_tiktoken(path: Path, data: bytes, added: list[AddedToken], legacy: boo
         start_ids=(LLAMA3_RANKS,),  # as Meta's own code does
         default_bos="<|begin_of_text|>", default_eos="<|end_of_text|>",
     )
+
+
+def _list(path: Path, data: Mapping[str, Any], name: str) -> list[Any]:
+    value = data.get(name)
+    if not isinstance(value, list):
+        raise ValueError(f"{path}: not a tokenizer.json ({name} is {shown(value)}, expected a list)")
+    return value
 
 
 def _take_prefix(data: dict[str, Any]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What a checkpoint is on disk: the folder `step-<n>` of a run, whole or refused, and which of them stay."""
+"""Checkpoints on disk: the folders `step-<n>` of a run, each read whole or refused, and the removal of old ones."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Sharded tensors on disk: every rank writes its own slices and reads whatever slices it needs of all of them.
 
-torch.distributed.checkpoint does it, with its Hugging Face storage: safetensors files whose headers say where in the
+torch.distributed.checkpoint does this, with its Hugging Face storage: safetensors files whose headers say where in the
 whole tensor a slice lies. It is driven by its planner and storage interfaces, without its collectives: those would send
 pickled plans between ranks, and nothing here needs them. So no rank waits for another while it writes, and any number
 of ranks, or one process with plain tensors, reads what any other number wrote. It is imported when there is something
@@ -44,7 +44,7 @@ def write_slices(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> list
     if not tensors:
         return []
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    writer.per_thread_copy_ahead = 0  # or the thread makes itself at home on the first GPU, whatever the rank
+    writer.per_thread_copy_ahead = 0  # otherwise the thread opens a context on the first GPU, on every rank
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), is_coordinator=True)
     plan = writer.prepare_local_plan(planner.create_local_plan())

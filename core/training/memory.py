@@ -1,10 +1,10 @@
 """How much memory a training step takes, from shapes alone, and the fastest activation policy that fits.
 
-Counted is what torch's allocator holds at the highest point beyond the weights: gradients and moments of what is
-trained, what the blocks keep (`activations.py`), and what the backward pass of the last feed-forward layer adds
-while everything is still kept. Not counted: scratch space inside of libraries and the allocator's own slack, for which
-`MARGIN` stays free. The blocks are those of `core/models/llama.py` in eager mode with LoRA on all projections; compiled
-blocks keep less.
+The count is of what torch's allocator holds at its peak beyond the weights: gradients and moments of the trained
+parameters, the tensors that the blocks keep (`activations.py`), and those that the backward pass of the last
+feed-forward layer adds while all of these are still kept. It leaves out scratch space inside libraries and the
+allocator's own slack, for which `MARGIN` stays free. The blocks are those of `core/models/llama.py` in eager mode with
+LoRA on all projections; compiled blocks keep less.
 """
 
 import logging
@@ -132,7 +132,7 @@ class MemoryPlan:
 
     @property
     def policies(self) -> tuple[str, ...]:
-        """What "auto" chooses from: a host has nowhere to move its tensors to."""
+        """The policies that "auto" chooses from; a CPU has no other memory to offload to."""
         return POLICIES if self.device_type == "cuda" else POLICIES[:-1]
 
     def peak_bytes(self, tokens: int, policy: str) -> int:

@@ -1,4 +1,4 @@
-"""From items to global batches to micro-batches of a token budget, so that what is shared meets.
+"""Global batches of items, cut into micro-batches of a token budget in which items with common prefixes meet.
 
 A global batch is a pure function of items, seed and step. Inside it, items are put in the order of their first
 sequences, which brings common prefixes together (the few-shot header of all, then the question of some), and cut where
@@ -102,8 +102,7 @@ def split(batch: Sequence[Item], max_tokens: int, ranks: int) -> list[Plan]:
     """Return a plan for each of `ranks` processes, which together hold every item once; some may be empty.
 
     The order is cut into consecutive parts, since neighbours share the most, so that the costliest part costs as little
-    as any such cut allows. Nobody is left without an item where there is one for each. Raises ValueError as
-    `check_budget`.
+    as any such cut allows. Every rank has an item if there are enough of them. Raises ValueError as `check_budget`.
     """
     check_budget(batch, max_tokens)
     items = sorted(batch, key=lambda item: [sequence.ids for sequence in item.sequences])

@@ -2,8 +2,8 @@
 
 In order, for each micro-batch of this rank: reference log-probs -> policy log-probs -> objective, divided by the global
 count of items or tokens -> backward. Then gradients, losses and metrics are summed over the ranks in one message. All
-ranks make the same number of passes, since sharded weights are gathered in every pass by all of them: who has fewer
-micro-batches goes over two tokens of another item, and counts nothing of it.
+ranks make the same number of passes, since sharded weights are gathered in every pass by all of them: a rank with fewer
+micro-batches runs a dummy item of two tokens and multiplies its loss by 0.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from matryoshka.core.distributed import World
+from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.models.attention import bucket, tree_attention
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree
@@ -57,6 +57,25 @@ class ReferenceCache(Protocol):
         agree: says whether to compute, from whether that is needed here.
         """
         ...
+
+
+@dataclass(frozen=True)
+class TrainContext:
+    """What a training has beside its model, data and objective.
+
+    reference: inside of this context the model computes the reference policy (None: the objective has no reference).
+    first_loss: the mean loss of the first micro-batch (ln 2 for DPO, where policy and reference are equal), which is
+    checked to 1e-5 of it, and of 1 where it is below. cache: keeps reference log-probs. reference_first: the reference
+    is the model as it comes, so that the cache is filled before the first step. world: the ranks that share every
+    batch. start: tells the weights that training starts from, frozen ones included, from others of their shape.
+    """
+
+    reference: Reference | None = None
+    first_loss: float | None = None
+    cache: ReferenceCache | None = None
+    reference_first: bool = False
+    world: World = ALONE
+    start: str = ""
 
 
 class MicroBatch:
@@ -100,11 +119,8 @@ def accumulate(
     max_tokens: int,
     objective: Objective,
     micro_batch: Callable[[Sequence[Item]], MicroBatch],
-    reference: Reference | None,
-    cache: ReferenceCache | None,
-    first_loss: float | None,
+    context: TrainContext,
     where: str,
-    world: World,
     replicated: Sequence[Tensor],
     stop: bool,
 ) -> tuple[dict[str, float], bool]:
@@ -113,6 +129,7 @@ def accumulate(
     The row: loss, per-item metrics, token counts of all ranks and, where there are several, imbalance: the most tree
     tokens that a rank has over the mean. replicated: the parameters whose gradients are summed here.
     """
+    reference, first_loss, world = context.reference, context.first_loss, context.world
     totals = Totals(len(batch), sum(sum(s.mask) for item in batch for s in item.sequences))
     plans = split(batch, max_tokens, world.size)
     own = plans[world.rank].micro_batches
@@ -122,7 +139,7 @@ def accumulate(
         micro = micro_batch(items)
         reference_S = None
         if reference is not None:
-            known = None if first_loss is not None else cache
+            known = None if first_loss is not None else context.cache
             reference_S = _reference(micro, items if counts else (), reference, known, world)
         logps_S = micro.logps()
         loss, metrics = objective(logps_S, reference_S, micro.tree, totals)
@@ -154,17 +171,16 @@ def fill_cache(
     batch: Sequence[Item],
     max_tokens: int,
     micro_batch: Callable[[Sequence[Item]], MicroBatch],
-    reference: Reference,
-    cache: ReferenceCache,
-    world: World,
+    context: TrainContext,
 ) -> None:
-    """Compute and keep what `cache` does not have of the reference's log-probs of a batch, all ranks together."""
-    for items, counts in _passes(split(batch, max_tokens, world.size), batch, world):
-        _reference(micro_batch(items), items if counts else (), reference, cache, world)
+    """Compute and keep the reference log-probs of a batch that the cache does not have, all ranks together."""
+    assert context.reference is not None
+    for items, counts in _passes(split(batch, max_tokens, context.world.size), batch, context.world):
+        _reference(micro_batch(items), items if counts else (), context.reference, context.cache, context.world)
 
 
 def _passes(plans: Sequence[Plan], batch: Sequence[Item], world: World) -> Iterator[tuple[Sequence[Item], bool]]:
-    """Yield what this rank passes over, and whether it counts, as often as on the rank with the most micro-batches."""
+    """Yield each micro-batch of this rank and whether it counts; dummy items make their number equal on all ranks."""
     own = plans[world.rank].micro_batches
     yield from ((items, True) for items in own)
     for _ in range(max(len(plan.micro_batches) for plan in plans) - len(own)):
@@ -172,7 +188,7 @@ def _passes(plans: Sequence[Plan], batch: Sequence[Item], world: World) -> Itera
 
 
 def _idle(batch: Sequence[Item]) -> tuple[Item]:
-    """Return an item as short as can be, with as many sequences as the batch's have."""
+    """Return a dummy item: two tokens a sequence, and as many sequences as an item of the batch has."""
     item = batch[0]
     firsts = [sequence.mask.index(1) for sequence in item.sequences]
     pairs = [s.ids[first - 1 : first + 1] for s, first in zip(item.sequences, firsts, strict=True)]

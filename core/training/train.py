@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from matryoshka.core.distributed import ALONE, TIMEOUT_S, World, forget_gathered, is_sharded, whole
+from matryoshka.core.distributed import TIMEOUT_S, World, forget_gathered, is_sharded, whole
 from matryoshka.core.files import write_text
 from matryoshka.core.models.activations import POLICIES
 from matryoshka.core.models.language_model import LanguageModel
@@ -36,60 +36,58 @@ from matryoshka.core.training.step import (
     LogProbs,
     MicroBatch,
     Objective,
-    Reference,
-    ReferenceCache,
     accumulate,
     fill_cache,
 )
 from matryoshka.core.training.step import Totals as Totals
+from matryoshka.core.training.step import TrainContext as TrainContext
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Defaults are those of the paper or of the field."""
+    """How to train. Every default is the paper's or the field's."""
 
     learning_rate: float = 5e-6
-    """Peak learning rate."""
+    """Highest learning rate, which is reached after the warm-up; LoRA takes 1e-4 or more on small models."""
     epochs: int = 1
-    """Passes over the items."""
+    """How often training goes over the data."""
     batch_size: int = 64
-    """Items (conversations or preference pairs) in one optimizer step."""
+    """Items (conversations or preference pairs) per optimizer step, on all ranks together."""
     micro_batch_tokens: int = 8192
-    """Most tree tokens in flight at once; an item that alone has more is refused."""
+    """Most tree tokens in flight at once on a rank. An item that alone has more is refused."""
     warmup_ratio: float = 0.03
-    """Share of the steps in which the learning rate rises linearly."""
+    """Share of the steps over which the learning rate rises linearly."""
     min_lr_ratio: float = 0.1
-    """Floor of the cosine schedule, as a share of the peak."""
+    """Floor of the cosine decay, as a share of the learning rate."""
     max_grad_norm: float = 1.0
-    """Gradient norm above which gradients are clipped."""
+    """Gradients are scaled down to this norm where theirs is larger."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """AdamW's weight decay."""
     beta1: float = 0.9
-    """Decay of AdamW's first moment."""
+    """AdamW's decay of the first moment."""
     beta2: float = 0.95
-    """Decay of AdamW's second moment."""
+    """AdamW's decay of the second moment."""
     lora_plus_ratio: float = 1.0
-    """Learning rate of LoRA's B over that of A (LoRA+, whose authors use 16)."""
+    """Learning rate of LoRA's B over that of A (LoRA+; its authors use 16)."""
     optimizer: str = "adamw"
-    """"adamw", or "adamw8bit" or "paged_adamw8bit" with moments in 8 bits."""
+    """Optimizer: "adamw", or "adamw8bit" or "paged_adamw8bit", which keep moments in 8 bits through bitsandbytes."""
     activations: str = "auto"
-    """What the forward pass keeps for the backward pass: "none", "selective", "full", "offload", or "auto", the fastest
-    that fits. The result does not depend on it."""
+    """What the forward pass keeps for the backward pass: "none" (everything), "selective", "full", "offload", or
+    "auto", the fastest that fits. No bit of the result depends on it."""
     compile_blocks: bool = False
-    """Compile whole blocks with torch.compile."""
+    """Compile whole blocks by torch.compile."""
     save_every: int = 0
-    """Optimizer steps between checkpoints, 0 for one at the end and on a signal."""
+    """Optimizer steps between checkpoints; 0: one at the end and one on a signal."""
     keep_checkpoints: int = 1
-    """Checkpoints that are kept."""
+    """How many checkpoints stay; the newest always does."""
     max_checkpoint_gb: float = 0.0
-    """GB that all checkpoints may take, 0 for no limit; the newest always stays."""
+    """How many gigabytes all checkpoints may take, the newest aside; 0: any."""
     save_asynchronously: bool = True
-    """Write checkpoints while training continues, from a copy in host memory."""
+    """Write checkpoints while training goes on, from a copy in host memory."""
     rank_timeout_s: float = TIMEOUT_S
-    """Seconds that a rank waits for another one, in a collective or for its part of a checkpoint, before it fails and
-    torchrun ends the rest."""
+    """Seconds that a rank waits for another one, in a collective or for its part of a checkpoint, before it fails."""
     seed: int = 42
-    """Seed of the order of items and of dropout."""
+    """Seed of the order of the data and of dropout."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "micro_batch_tokens", "keep_checkpoints"):
@@ -106,6 +104,9 @@ class TrainConfig:
             raise ValueError(f"train: activations {self.activations!r} is unknown; choose from {['auto', *POLICIES]}")
 
 
+ALONE_WITHOUT_REFERENCE = TrainContext()
+
+
 def train(
     model: LanguageModel,
     parameters: Mapping[str, nn.Parameter],
@@ -114,22 +115,13 @@ def train(
     objective: Objective,
     token_logps: LogProbs,
     folder: Path,
-    reference: Reference | None = None,
-    first_loss: float | None = None,
-    cache: ReferenceCache | None = None,
-    world: World = ALONE,
-    reference_first: bool = False,
-    start: str = "",
+    context: TrainContext = ALONE_WITHOUT_REFERENCE,
 ) -> Iterator[dict[str, float]]:
     """Train `parameters` in place and yield a metrics row per optimizer step: step, epoch, loss, grad_norm, lr, ...
 
-    reference: context in which the model computes the reference policy; cache: where its log-probs are kept.
-    reference_first: the reference is the model as it comes, so that `cache` is filled before it is trained.
-    first_loss: what the first micro-batch's mean loss must be (ln 2 for DPO, policy and reference being equal; its
-    reference is computed, cache or not); checked to 1e-5 of it, and of 1 where it is below.
-    State and metrics.jsonl go to `folder`, which all ranks see; an unfinished run found there is continued.
-    start: whatever tells the model that training starts from, frozen weights included, from others of its shape.
-    world: the ranks that share every batch, all of which call this with the same arguments and get the same rows.
+    State and metrics.jsonl go to `folder`, which all ranks see; an unfinished run found there is continued. All ranks
+    of the context's world call this with the same arguments and get the same rows. The reference of the first
+    micro-batch is computed, whether it is in the cache or not.
     Raises ValueError for no items, an item beyond micro_batch_tokens, a token id beyond the model's embedding, another
     first loss, or a folder that another configuration, objective, model or data wrote; FloatingPointError before the
     optimizer on a non-finite loss or gradient, naming the example whose hidden states are not finite; Interrupted on
@@ -139,7 +131,7 @@ def train(
         raise ValueError(f"train: no items to train on ({folder}); collect more samples or check the data file")
     check_ids(items, model.config.vocab_size)
     check_budget(items, config.micro_batch_tokens)
-    device = model.device
+    device, world, reference, cache = model.device, context.world, context.reference, context.cache
     longest, free = longest_micro_batch(items, config), world.least(free_share(device, world))
     memory = plan_memory(
         config.activations, model, parameters, longest, config.compile_blocks, int(free), config.optimizer
@@ -150,10 +142,14 @@ def train(
     )
     num_steps = config.epochs * math.ceil(len(items) / config.batch_size)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # weights may repeat private training data
-    max_bytes = int(config.max_checkpoint_gb * 1e9) or None
     checkpoints = Checkpoints(
-        *(folder, _fingerprint(config, objective, items, start), world, config.keep_checkpoints, max_bytes),
-        *(config.save_asynchronously, config.rank_timeout_s),
+        folder,
+        _fingerprint(config, objective, items, context.start),
+        world,
+        keep=config.keep_checkpoints,
+        max_bytes=int(config.max_checkpoint_gb * 1e9) or None,
+        asynchronous=config.save_asynchronously,
+        timeout_s=config.rank_timeout_s,
     )
 
     def micro_batch(items: Sequence[Item]) -> MicroBatch:
@@ -163,9 +159,9 @@ def train(
     with stop_event() as stop, checkpoints:
         if cache is not None and reference is not None and checkpoints.latest() != num_steps:
             cache.verify(items, lambda item: micro_batch([item]).reference_logps(reference))
-            for index in range(num_steps // config.epochs if reference_first else 0):
+            for index in range(num_steps // config.epochs if context.reference_first else 0):
                 _, batch = batch_at(items, index, config.batch_size, config.seed)
-                fill_cache(batch, config.micro_batch_tokens, micro_batch, reference, cache, world)
+                fill_cache(batch, config.micro_batch_tokens, micro_batch, context)
                 if world.any(stop.is_set()):
                     raise Interrupted("train: stopped by signal before the first step; reference log-probs are kept")
         forget_gathered(model)
@@ -179,11 +175,11 @@ def train(
                 group["lr"] = learning_rate(step, num_steps, config) * group["ratio"]
             torch.manual_seed(stable_seed("dropout", config.seed, step) + world.rank)
             optimizer.zero_grad(set_to_none=True)  # a step that failed in this process left its gradients behind
-            expected = first_loss if step == 0 else None
             where = f"train: step {step + 1}"
+            checked = context if step == 0 else dataclasses.replace(context, first_loss=None)
+            whole_ones = [parameter for parameter in parameters.values() if not is_sharded(parameter)]
             row, stopping = accumulate(
-                *(batch, config.micro_batch_tokens, objective, micro_batch, reference, cache, expected, where),
-                *(world, [p for p in parameters.values() if not is_sharded(p)], stop.is_set()),
+                batch, config.micro_batch_tokens, objective, micro_batch, checked, where, whole_ones, stop.is_set()
             )
             norm = whole(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
             if not math.isfinite(row["loss"]) or not torch.isfinite(norm):
@@ -227,7 +223,7 @@ def free_share(device: torch.device, world: World) -> int:
 
 
 def _fingerprint(config: TrainConfig, objective: Objective, items: Sequence[Item], start: str) -> str:
-    """Return a hash of all that decides the result, so not of checkpoints, nor of how the batch is cut up and kept."""
+    """Return a hash of everything that decides the result; checkpoints and micro-batches are not among it."""
     free: dict[str, Any] = {"save_every": 0, "keep_checkpoints": 1, "max_checkpoint_gb": 0.0}
     free |= {"save_asynchronously": True, "rank_timeout_s": TIMEOUT_S, "micro_batch_tokens": 1, "activations": "auto"}
     decisive = dataclasses.replace(config, **free)

@@ -1,8 +1,8 @@
-"""The agent that a generated program drives: one method a command, and what the household has confirmed so far.
+"""The agent that a generated program drives: one method for each command, and what the household has confirmed.
 
-Its state is a fold over (command, observation): nothing is believed before the household says that it happened, and the
-same history gives the same state in another process. It runs inside the sandbox's child, so it imports next to nothing
-and nothing of this package.
+Its state is a fold over (command, observation): it changes only when the household confirms a command, and the same
+history gives the same state in another process. It runs inside the sandbox's child, so it imports the standard library
+alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ SHOWN = 3  # interactions that a report quotes
 
 
 class Agent:
-    """A body in one household. Every method that acts returns the household's answer, "Nothing happens." included.
+    """The player's body in one household. Every method that acts returns the household's answer.
 
     screen: the household's first words, which name the receptacles and the task. act: performs a command and returns
     the observation. ask: answers a question in words. history: interactions of an earlier attempt in this household.
@@ -115,7 +115,7 @@ class Agent:
     def inventory(self) -> str:
         return self._do("inventory")
 
-    # Made of commands.
+    # Methods that give several commands.
 
     def places(self, *kinds: str) -> list[str]:
         """Return the receptacles of these kinds, in this order: "cabinet" is every cabinet, "cabinet 2" itself."""
@@ -123,10 +123,10 @@ class Agent:
         return list(dict.fromkeys(found))
 
     def visit(self, receptacle: str) -> list[str]:
-        """Go there, open it if it is closed, and return what is in it. No step is spent on what is known."""
+        """Go there, open it if it is closed, and return what is in it. A receptacle that is known costs no step."""
         if self._location != receptacle:
             self.go_to(receptacle)
-            if self._location != receptacle:  # what stands in the same spot cannot be gone to, only looked at
+            if self._location != receptacle:  # a receptacle in the same spot cannot be gone to, but it can be examined
                 self.examine(receptacle)
         if self._location == receptacle and receptacle not in self._seen:
             self.open(receptacle)

@@ -1,7 +1,7 @@
 """Short prompts for models of a hundred million parameters: the types of receptacles, the task, steps of a few words.
 
-The controller sees three worked households, which all prompts share. The generator sees none: a model of this size is
-taught a format, not shown it.
+The controller sees three worked households, which all prompts share. The generator sees none: a model of this size
+learns a format by training, not from examples in its prompt.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ SHOTS: Sequence[str] = ("pick_heat_then_place_in_recep", "look_at_obj_in_light",
 
 
 def short(scene: Scene) -> str:
-    """Return the types of receptacles and, on a line of its own, the task: what must be copied stands last."""
+    """Return the types of receptacles and, on a line of its own, the task. The words that a plan copies stand last."""
     return f"{', '.join(scene.kinds)}\n{scene.task}"
 
 

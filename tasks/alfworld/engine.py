@@ -2,8 +2,8 @@
 
 A `Game` is a parsed problem, immutable and shared by any number of engines; an `Engine` is one play of it. ALFWorld's
 games differ in their problem alone, so the actions, their conditions and their wording are written here by hand and no
-planner or grammar is interpreted. The state is the set of facts that an action can change, as in TextWorld; a fact that
-an action took back leaves its negation behind there, and `look` reads it, so `left` keeps those.
+planner or grammar is interpreted. The state is the set of facts that an action can change, as in TextWorld. There, a
+fact that an action removed leaves its negation behind, which `look` reads; `left` keeps those negations.
 """
 
 from collections.abc import Iterable

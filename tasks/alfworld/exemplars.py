@@ -1,6 +1,6 @@
-"""One worked household for each type of task, written by us: what there is to see, and steps that win in it.
+"""One worked household for each type of task: its first screen, and steps that win in it.
 
-The rooms are small and no game of ALFWorld; a test builds each of them and plays its program to the end.
+We wrote them. The rooms are small, and none is a game of ALFWorld. A test builds each and plays its program to the end.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from matryoshka.tasks.alfworld.plan_language import Step
 
 @dataclass(frozen=True)
 class Exemplar:
-    """screen: the first words of a household, as the game says them. steps: a plan that wins there."""
+    """screen: the first words of a household, in the game's wording. steps: a plan that wins there."""
 
     screen: str
     steps: tuple[Step, ...]

@@ -1,7 +1,7 @@
-"""One household game of ALFWorld, parsed: who can go where, what the player calls it, and when it is won.
+"""One parsed household game of ALFWorld: its places, the names that the player reads, and the goal.
 
 A `Game` is immutable and holds no text of its problem, so that thousands fit in memory and any number of engines share
-one. Every restriction on what a problem may say is checked when it is loaded.
+one. Loading checks every assumption that the engine makes about a problem.
 """
 
 from collections import Counter
@@ -45,7 +45,7 @@ class Game:
     location: Mapping[str, str]  # receptacle -> its location, in id order
     kind: Mapping[str, str]  # receptacle -> its type
     fits: Mapping[str, frozenset[str]]  # receptacle type -> the objects that it can hold
-    traits: Mapping[str, frozenset[str]]  # "openable", "pickupable", ... -> who is
+    traits: Mapping[str, frozenset[str]]  # "openable", "pickupable", ... -> the ids that have the property
     inside: Mapping[str, tuple[str, ...]]  # object that holds others -> those, for good
     knives: frozenset[str]
     agent: str

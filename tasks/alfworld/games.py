@@ -1,4 +1,4 @@
-"""Reads ALFWorld's games from where the user has them; nothing is downloaded, nothing is skipped silently.
+"""Reads ALFWorld's games from the user's folder. It downloads nothing and skips no game silently.
 
 Two layouts of a data folder are read: `<split>.jsonl.xz` (or `.jsonl`) with one game a row, and ALFWorld's own, which
 `ALFWORLD_DATA` names: `json_2.1.1/<split>/<task>/<trial>/{game.tw-pddl,traj_data.json}`. A row is a dict {game,

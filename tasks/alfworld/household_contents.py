@@ -1,4 +1,4 @@
-"""What our own households are made of: rooms, furniture, things, and where a thing can be and what can be done to it.
+"""The contents of our own households: rooms, furniture and things, the places of things, and what can be done to them.
 
 Names are ALFWorld's, whose problems and prompts use them; the tables are ours and much smaller.
 """

@@ -2,9 +2,9 @@
 
 A household is a room with furniture, things in it and one task of the six types; rows are those of `games`. Each comes
 with a walkthrough that follows from how it was built and that has been played and won before the row is returned. They
-are far smaller than ALFWorld's rooms and their ids carry no coordinates; nothing else tells them apart.
+are far smaller than ALFWorld's rooms, and their ids carry no coordinates. Otherwise they have the same form.
 
-What is a good plan depends on where things tend to be, so a kind of thing has its usual places. Tasks over one in five
+A good plan depends on where things tend to be, so each kind of thing has its usual places. Tasks over one in five
 pairs of thing and target appear in valid_unseen alone; train and valid_seen share the others in different households.
 """
 
@@ -50,7 +50,7 @@ SENTENCES = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much is in a household; what its task needs comes on top where it is not among it."""
+    """Number of receptacles and things in a household. Those that its task needs are added if they are missing."""
 
     receptacles: int
     things: int
@@ -73,7 +73,7 @@ def households(split: str, n: int, seed: int, size: str = "small", types: Sequen
     """Return n households of `split`, their task types in turn; the first n are the same whatever n is.
 
     size: "small" (7 receptacles, 6 things), "medium" (14, 16) or "large" (26, 32). Raises ValueError for a split, size
-    or type that there is not.
+    or type that does not exist.
     """
     for what, value, known in (("split", split, SPLITS), ("size", size, tuple(SIZES))):
         if value not in known:
@@ -108,7 +108,7 @@ def _all_goals(task_type: str) -> Iterator[Goal]:
             targets = places if task_type != LOOK else [*THINGS["lamp"]] * ("lamp" in room.kinds)
             for thing in THINGS[kind]:
                 for target in targets:
-                    # Somewhere else it must be at first, and a treatment must not end where it took place.
+                    # The thing must be somewhere else at first, and the target must not be the place of the treatment.
                     if (fit is None or thing in fit) and target != appliance and set(places) - {target}:
                         yield Goal(room, kind, thing, target)
 
@@ -239,7 +239,7 @@ def _problem(name: str, house: _Household, condition: str) -> str:
 
 
 def _walkthrough(goal: Goal, task_type: str, house: _Household, game: Game, rng: random.Random) -> list[str]:
-    """Return commands that do the task, by who knows where everything is."""
+    """Return commands that do the task, for a player who knows where everything is."""
     name = {identifier: game.names[identifier.lower()] for identifier in (*house.receptacles, *house.things)}
     commands: list[str] = []
     opened: set[str] = set()

@@ -1,8 +1,8 @@
-"""The language of plans: what a numbered step says, and the program that does just that, right or wrong.
+"""Parses the numbered steps of a plan, and writes the program that follows them literally.
 
-A step is "find OBJECT in PLACES" (and take it), "clean|heat|cool OBJECT with PLACES", "put OBJECT in PLACES" or
-"use OBJECT in PLACES", with articles or without; PLACES are names ("cabinet 2") or types ("cabinet": each of them in
-turn), tried in the order in which the step names them. What a line says otherwise is kept as its words alone.
+A step is "find OBJECT in PLACES" (and take it), "clean|heat|cool OBJECT with PLACES", "put OBJECT in PLACES" or "use
+OBJECT in PLACES", with articles or without; PLACES are names ("cabinet 2") or types ("cabinet": each of them in turn),
+tried in the order in which the step names them. Lines that cannot be parsed are kept verbatim, with an empty verb.
 """
 
 import re
@@ -25,7 +25,7 @@ _PLACE = re.compile(r"[a-z]+(?: \d+)?")
 
 @dataclass(frozen=True)
 class Step:
-    """One step. verb: "find", "clean", "heat", "cool", "put", "use", or "" where the words say none of them."""
+    """One step. verb: "find", "clean", "heat", "cool", "put", "use", or "" if the line cannot be parsed."""
 
     verb: str
     thing: str = ""
@@ -39,7 +39,7 @@ def parse_plan(text: str) -> list[Step]:
 
 
 def parse_step(words: str) -> Step:
-    """Return what one line says."""
+    """Return the step that one line describes."""
     verb, separator, rest = words.lower().strip().partition(" ")
     plain = re.sub(r"\s+", " ", verb + separator + _NOISE.sub(" ", rest)).strip()
     match = _STEP.match(plain.partition(" and take")[0])
@@ -69,7 +69,7 @@ def write_full(steps: Sequence[Step]) -> str:
 
 
 def write_compact(steps: Sequence[Step]) -> str:
-    """Return the plan in as few words as can be: "1. find mug: countertop, cabinet"."""
+    """Return the plan in few words: "1. find mug: countertop, cabinet"."""
     lines = [f"{step.verb} {step.thing}: {', '.join(step.places)}" for step in steps]
     return "\n".join(f"{number}. {line}" for number, line in enumerate(lines, start=1))
 
@@ -82,7 +82,7 @@ def program(steps: Sequence[Step], header: str = "") -> str:
 
 
 def _body(number: int, step: Step) -> str:
-    # A comment holds whatever a model wrote: one line, and nothing that would end it.
+    # The comment quotes a model's own words, so it must stay on one line.
     words = "".join(char if char.isprintable() else " " for char in step.words or write_compact([step])[3:])
     note = f"# [Step {number}] {words.strip()}"
     thing, places = repr(step.thing), f"[{', '.join(map(repr, step.places))}]"
@@ -132,7 +132,7 @@ def _body(number: int, step: Step) -> str:
 def merged(plans: Sequence[Sequence[Step]]) -> list[Step]:
     """Return one plan for games of the same task: the steps of the first, each with the places of all of them.
 
-    Plans of other steps than the first have no part in it; a lamp is used last, which any order of the two leads to.
+    Plans whose steps differ from those of the first are left out. A lamp is used last; the order does not matter.
     """
     ordered = [sorted(plan, key=lambda step: step.verb == "use") for plan in plans]
     form = [(step.verb, step.thing) for step in ordered[0]]

@@ -1,6 +1,6 @@
-"""One life of a household: at most so many commands, every one kept with its answer; who acts is all one.
+"""One playthrough of a household: it enforces `max_steps` and records every command and observation.
 
-It counts and remembers; what commands do is the environment's business: our engine, or TextWorld behind its interface.
+The environment decides what a command does. It is our engine, or TextWorld behind the same interface.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ class Environment(Protocol):
 
 
 class StepsSpentError(RuntimeError):
-    """The household takes no more commands."""
+    """All commands of this playthrough are used up, or its task is done."""
 
 
 class Session:
-    """A fresh start of `environment`. history: (command, observation) so far; won: the task is done.
+    """One playthrough of `environment`, from its start. history: (command, observation) so far; won: the task is done.
 
-    Once the task is done, or max_steps commands are spent, there are no more.
+    It takes commands until the task is done or max_steps of them are used up.
     """
 
     def __init__(self, environment: Environment, max_steps: int, verbs: str = "current") -> None:
@@ -42,7 +42,7 @@ class Session:
         return 0 if self.won else self.max_steps - len(self.history)
 
     def act(self, command: str) -> str:
-        """Return the household's answer to `command`. Raises StepsSpentError when there are no more."""
+        """Return the household's answer to `command`. Raises StepsSpentError if no more commands are allowed."""
         if self.steps_left <= 0:
             raise StepsSpentError(f"all {self.max_steps} actions in this household are used up")
         # A line break would make one command look like several in the record.

@@ -16,7 +16,7 @@ REMINDER = "End your reply with a line that begins with 'Act: ' and a command."
 
 
 def action_in(reply: str) -> str:
-    """Return the first command of a reply, "" if there is none; what a model imagines after it does not count."""
+    """Return the first command of a reply, "" if there is none. Answers that the model imagines are ignored."""
     match = _ACTION.search(reply)
     return match[1].strip().strip("`'\"").rstrip(".").strip() if match else ""
 

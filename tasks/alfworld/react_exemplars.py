@@ -1,6 +1,6 @@
-"""The worked households of `exemplars` once more, played by direct action: what one thinks, does and sees.
+"""The worked households of `exemplars` as direct action: for each command the thought before it and the answer.
 
-Written by us; a test plays every command and holds every answer against the engine.
+We wrote them. A test plays every command and compares every answer with the engine's.
 """
 
 from matryoshka.core.records import Message, Messages

@@ -1,9 +1,9 @@
-"""A generator that is no model: it takes a plan at its word, so the plan alone decides what comes of an episode.
+"""A generator that is a script: it follows a plan literally, so the plan alone decides how an episode ends.
 
-Asked for a program it translates the plan's steps literally, good or bad, and without a plan it does nothing; asked for
-an action it gives the next one that this very program would take. Asked for a plan itself, it writes one that suits the
-kind of task but guesses where things are: what a warm-up set of successful closed-loop runs is made from. Answers are a
-function of the prompt and the seed.
+Asked for a program, it translates the plan's steps, good or bad; without a plan its program does nothing. Asked for an
+action, it gives the next one that this program would take. Asked for a plan, it writes one with the right steps and
+guesses where things are. Some of these plans win, and a warm-up learns from those. Answers are a function of the prompt
+and the seed.
 """
 
 import random
@@ -29,7 +29,7 @@ GUESSES = (2, 4)  # how many types of receptacles a plan of its own names, at le
 
 
 class LiteralGenerator:
-    """A core.protocols.Generator that takes plans at their word. Its name changes when what it answers does."""
+    """A core.protocols.Generator that follows plans literally. Its name changes whenever its answers do."""
 
     name = "scripted-literal-1"
 
@@ -57,7 +57,7 @@ def _plan_in(prompt: Messages) -> str:
 
 
 class _NextAction(Exception):
-    """The command after the last one that was answered; it stops the program that gives it."""
+    """Carries the first command that has no answer yet, and stops the program that gave it."""
 
 
 def _next_action(prompt: Messages) -> str:
@@ -71,7 +71,7 @@ def _next_action(prompt: Messages) -> str:
             return answer
         raise _NextAction(command)
 
-    # The steps' program is ours to the letter, whatever the plan says: names and quoted words are all it takes over.
+    # `program` wrote this source, and of the plan it contains names and quoted words alone, so it is safe to execute.
     names: dict[str, Callable[[Agent, dict[str, str]], None]] = {}
     exec(program(parse_plan(_plan_in(prompt))), names)
     verbs = "old" if " in/on " in prompt[0].content else "current"

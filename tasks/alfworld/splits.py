@@ -1,6 +1,6 @@
 """ALFWorld's games by split, read from a folder or made by us.
 
-An example carries its own game, compressed, so nothing else has to be kept beside it.
+An example carries its own compressed game, so that it is complete by itself.
 """
 
 import base64

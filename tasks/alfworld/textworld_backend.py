@@ -1,7 +1,7 @@
-"""The stock ALFWorld environment behind the interface of `Engine`: TextWorld interprets the problem, nothing of ours.
+"""The original ALFWorld environment behind the interface of `Engine`; TextWorld interprets the problem.
 
-It is some hundred times slower and needs the packages of the extra `alfworld`, imported when the first one is made. It
-serves as the oracle of the engine and for users who want the original. There are no snapshots.
+It is some hundred times slower than our engine and needs the packages of the extra `alfworld`, which are imported when
+the first environment is made. Tests compare our engine with it. It has no snapshots.
 """
 
 import importlib.util

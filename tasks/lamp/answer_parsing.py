@@ -1,4 +1,4 @@
-"""What a reply says: one rule for collection and evaluation, exact first, then normalised, None where it says nothing.
+"""Reads the answer from a reply, by the same rule in collection and evaluation; None means that there is no answer.
 
 Labels: the reply is the label; or it is once case, quotes and punctuation are set aside; or exactly one label occurs in
 it as whole words (a label within a longer one that occurs, "comedy" in "dark comedy", does not count). Scores: the

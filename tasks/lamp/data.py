@@ -1,8 +1,8 @@
-"""LaMP's own files, `{split}_questions.json` and `{split}_outputs.json`, joined by id and read one question at a time.
+"""Reads LaMP's own files, `{split}_questions.json` and `{split}_outputs.json`, and joins them by id.
 
-A questions file is one JSON array that runs to gigabytes; of it at most one question is in memory, of the outputs file
-all. Whatever is malformed is named by file and id. The invariant: an item that comes out has an id that no other has,
-a question in its task's own words, every field of every profile entry as text, and a gold answer.
+A questions file is one JSON array of up to gigabytes, so only one question is in memory at a time; the outputs file is
+read whole. Errors name file and id. The invariant: every item has an id of its own, a question in its task's wording,
+every field of every profile entry as text, and a gold answer.
 """
 
 import json
@@ -37,7 +37,7 @@ def outputs_beside(questions: Path) -> Path:
 def read_items(questions: Path, kind: Kind) -> Iterator[Item]:
     """Yield the items of `questions`, joined with the outputs file beside it, in the order of the questions.
 
-    Raises FileNotFoundError for a missing file; ValueError naming file and id for what is malformed, for two questions
+    Raises FileNotFoundError for a missing file; ValueError naming file and id for malformed rows, for two questions
     with one id, for a question without gold and, at the end of the file, for gold without a question.
     """
     outputs = outputs_beside(questions)
@@ -64,8 +64,8 @@ def read_items(questions: Path, kind: Kind) -> Iterator[Item]:
 def read_array(path: Path) -> Iterator[Any]:
     """Yield the items of the JSON array in `path`, one in memory at a time.
 
-    Raises FileNotFoundError; ValueError for an empty array, for malformed JSON (what is not UTF-8 too) and without the
-    package ijson.
+    Raises FileNotFoundError; ValueError for an empty array, for malformed JSON (including text that is not UTF-8) and
+    without the package ijson.
     """
     try:
         import ijson

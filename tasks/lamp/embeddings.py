@@ -1,4 +1,4 @@
-"""Embeddings of texts by an OpenAI-compatible endpoint, each asked for once: what came is kept in a file."""
+"""Embeddings of texts from an OpenAI-compatible endpoint. Each is asked for once and kept in a file."""
 
 import hashlib
 import sqlite3
@@ -43,7 +43,7 @@ class Embeddings:
             raise ValueError(f"[task.options] embeddings_cache {path} cannot be used ({err}); name another") from err
 
     def __call__(self, texts: Sequence[str]) -> list[list[float]]:
-        """Return the vector of each text. Raises ValueError when the endpoint fails; what came before that is kept."""
+        """Return the vector of each text. Raises ValueError when the endpoint fails; earlier answers are kept."""
         found = {text: self._stored(text) for text in texts}
         missing = [text for text, vector in found.items() if vector is None]
         for start in range(0, len(missing), AT_ONCE):

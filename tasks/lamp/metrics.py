@@ -1,8 +1,9 @@
-"""LaMP's metrics over parsed predictions, each with a 95% interval: what the official evaluation computes, and no less.
+"""LaMP's metrics over parsed predictions, each with a 95% interval: all those of the official evaluation.
 
-A missing prediction stays in the denominator: no label is right, no headline overlaps, and a score is as far off as 1
-or 5 can be. macro-F1 is over the full list of labels, whether they occur or not. Scores and labels go through
-scikit-learn, text through rouge-score, sacrebleu and nltk; none of them is imported before it is needed.
+A missing prediction stays in the denominator. It counts as a wrong label, as an empty headline, or as the end of the
+scale (1 or 5) that is farther from the gold score. macro-F1 is over the full list of labels, whether they occur or not.
+Scores and labels go through scikit-learn, text through rouge-score, sacrebleu and nltk; none of them is imported before
+it is needed.
 """
 
 import math
@@ -51,7 +52,7 @@ def _labels(kind: Kind, predictions: Sequence[Prediction], golds: Sequence[str])
 
 
 def macro_f1(gold: Any, said: Any, labels: int) -> float:
-    """Return macro-F1 of arrays of label numbers, -1 being none: scikit-learn's takes too long for the resamples."""
+    """Return macro-F1 of arrays of label numbers, -1 being none. scikit-learn's is too slow for the resamples."""
     hits, expected, predicted = (
         np.bincount(part[part >= 0], minlength=labels) for part in (gold[gold == said], gold, said)
     )
@@ -103,7 +104,8 @@ def sentence_bleu(prediction: str, gold: str) -> float:
 def meteor(predictions: Sequence[str], golds: Sequence[str], wordnet: Any = None) -> Metric:
     """Return the mean METEOR of texts, 0 to 1, in the words of nltk's tokenizer (a text counts as one sentence).
 
-    wordnet: what has `synsets(word)`, by default nltk's corpus. Raises ValueError where nltk or its corpus is absent.
+    wordnet: an object with `synsets(word)`, by default nltk's corpus. Raises ValueError if nltk or its corpus is
+    missing.
     """
     try:
         from nltk import corpus

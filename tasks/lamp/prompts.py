@@ -1,8 +1,9 @@
-"""What controller and generator are shown: a user's history to sum up, and a question with the summary.
+"""The prompts: the controller gets a user's history to sum up, the generator a question with the summary.
 
-A profile entry is one line, `text => what the user made of it` (LaMP-1: the title alone). The controller's prompt holds
-as many lines, best first, as its token budget allows, counted by its own tokenizer over the whole prompt: exact, and
-what is left out is counted. The question is not among it, as published, unless asked for.
+A profile entry is one line, `text => the user's own label, score or title` (LaMP-1: the title alone). The controller's
+prompt holds as many lines, best first, as its token budget allows. The whole prompt is counted by the controller's own
+tokenizer, and the lines left out are counted too. As published, it does not contain the question, unless the options
+ask for it.
 """
 
 from bisect import bisect_right
@@ -36,7 +37,7 @@ ANSWER = {
     "4": "Answer from what is known of the user. Output only the headline.",
 }
 
-Line = tuple[str, str]  # an entry's text and what the user made of it
+Line = tuple[str, str]  # an entry's text, and the user's own label, score or title for it
 
 
 def line(kind: Kind, entry: Entry, limit: int) -> tuple[Line, bool]:

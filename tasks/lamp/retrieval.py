@@ -1,4 +1,4 @@
-"""What of a user's history is shown, best first: BM25 as published, the newest, or the nearest by embeddings.
+"""Ranks the entries of a user's history: by BM25 as published, by date, or by embeddings.
 
 A retriever is a function from the query, the documents (one a profile entry) and their dates to a ranking of all
 entries; the caller cuts it. Rankings are stable: equal scores keep the order of the profile.

@@ -1,9 +1,10 @@
-"""What an answer is worth, by task, and how pairs come of it.
+"""The reward of an answer, and the rule by which pairs are made, for each LaMP task.
 
-LaMP-1, 2N, 2M: 1 for the gold label, else 0; a right summary is preferred to a wrong one. LaMP-3: 1 - |error| / 4, an
-answer without a number being as far off as 1 or 5 can be; the smaller error is preferred. LaMP-4: the mean of ROUGE-L
-and BLEU; preferred is the better mean rank in the two among the samples of the same question. In every case the best
-against the worst, at most two pairs a question; ties, and summaries of equal text, make no pair.
+LaMP-1, 2N, 2M: 1 for the gold label, else 0; a summary with a right answer is preferred to one with a wrong answer.
+LaMP-3: 1 - |error| / 4; an answer without a number counts as the farther end of the scale; the smaller error is
+preferred. LaMP-4: the mean of ROUGE-L and BLEU; the better mean rank in the two, among the samples of the same
+question, is preferred. In every case the best is paired with the worst, at most two pairs a question. Ties, and
+summaries of equal text, make no pair.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ PAIRS_PER_QUESTION = 2
 
 @dataclass(frozen=True)
 class Judgement:
-    """A reply, read and scored. verdict: "right", "wrong", or "error" where the reply says nothing.
+    """A reply, read and scored. verdict: "right", "wrong", or "error" if the reply has no answer.
 
     score: the main metric on this question, where answers are graded. measures: in LaMP-4 "rouge_l" and "bleu" (0 to
     1), which the pair rule reads.

@@ -1,10 +1,10 @@
-"""Scripted generators: programs, not models, that read a summary to the letter and answer from it.
+"""Scripted generators: programs, not models, that read a summary literally and answer from it.
 
-They stand where a small model would ignore what it is told, so that the summary alone decides: a statement `key: value`
-(one a line, or between semicolons) whose key the question speaks of is believed, and nothing else is known. A line
-`text => value` of the history reads as a statement too. Asked for a summary, they count words. Three ways to read:
-"careful" believes the statement whose key fits best, "hasty" the first that fits at all, "talkative" reads as "careful"
-and answers in a sentence.
+A small model would ignore the summary; with these the summary alone decides the answer. They know nothing but its
+statements `key: value` (one a line, or between semicolons) whose key occurs in the question. A line `text => value` of
+the history is a statement too. Asked for a summary, they count words. There are three of them: "careful" believes the
+statement whose key fits best, "hasty" the first one that fits at all, and "talkative" reads as "careful" does and
+answers in a sentence.
 """
 
 import re
@@ -115,7 +115,7 @@ def _kind(question: str) -> Kind:
 
 
 def _statements(known: str) -> list[tuple[str, str]]:
-    """Return (key, value) of each statement; what has no value is a key alone."""
+    """Return (key, value) of each statement; one without a value is a key alone."""
     found = []
     for part in re.split(r"[\n;]", known):
         body, arrow, value = part.rpartition(ARROW)

@@ -1,9 +1,9 @@
-"""Made-up users in LaMP's format, for all five tasks, whose histories decide the answer and nothing else does.
+"""Makes users in LaMP's format, for all five tasks, whose questions can be answered from their histories alone.
 
-A user has habits: keys (a topic, a theme, a word of judgement, a research area) and what the user usually makes of each
-(a category, a tag, a score, a pattern of headlines), drawn at random. Most entries of the history follow them and some
-do not, so a habit is the majority of its entries; the question is about one of the keys and its answer is the habit.
-What keeps training and test apart: a user's habits belong to one split, by their hash.
+A user has habits: keys (a topic, a theme, a word of judgement, a research area) and the usual value of each (a
+category, a tag, a score, a pattern of headlines), drawn at random. Most entries of the history follow them and some do
+not, so a habit is the majority of its entries; the question is about one of the keys and its answer is the habit.
+Training and test are kept apart: a user's habits belong to one split, by their hash.
 """
 
 import random
@@ -61,7 +61,7 @@ NEUTRAL = ("On a common problem", "Some remarks", "A note and a reply", "Further
 
 @dataclass(frozen=True)
 class Fixture:
-    """One question of a made-up user, and the habits that decide it: key -> what the user usually makes of it."""
+    """One question of a made-up user, and the habits that decide it: key -> usual value."""
 
     item: Item
     habits: tuple[tuple[str, str], ...]
@@ -160,7 +160,7 @@ def _entry(kind: Kind, key: str, value: str, draws: random.Random) -> dict[str, 
 
 
 def _question(kind: Kind, key: str, value: str, other: str, draws: random.Random) -> tuple[str, str]:
-    """Return a question about `key` and its gold answer; in LaMP-1 `other` is what the wrong reference is about."""
+    """Return a question about `key` and its gold answer; in LaMP-1 `other` is the area of the wrong reference."""
     if kind.name == "1":
         references = [f"{draws.choice(STUDIES)} {key}", f"{draws.choice(STUDIES)} {other}"]
         gold = draws.choice(kind.labels)

@@ -1,7 +1,7 @@
-"""The five LaMP tasks as data: the sentence that asks, the fields of a profile entry, the labels, the published limits.
+"""The five LaMP tasks as data: the wording of the question, the fields of a profile entry, labels, published limits.
 
-Nothing here reads files or judges answers. A question's own text (what is searched for in the history) is found by the
-fixed words around it, never by quotes: titles contain quotes and brackets.
+A question's own text, which the history is searched for, is found by the fixed words around it and never by quotes,
+since titles contain quotes and brackets.
 """
 
 import re
@@ -23,9 +23,9 @@ class Kind:
 
     number: LaMP's own (its files say "LaMP_2" for news and for movies). labels: every possible answer, () where the
     answer is free text. texts: the fields of an entry that are searched, in order. shown: those of them that the
-    controller sees. value: the field that answers for the entry what the question asks, "" where none does. limit:
-    entries retrieved, as published. sentence: what asks, `{}` standing for a text in question and `{labels}` for the
-    list of labels.
+    controller sees. value: the field of an entry that answers the question for it, "" if there is none. limit: entries
+    retrieved, as published. sentence: the wording of the question, `{}` standing for a text in question and `{labels}`
+    for the list of labels.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Kind:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """What every profile entry must have."""
+        """The fields that every profile entry must have."""
         return (*self.texts, self.value) if self.value and self.value not in self.texts else self.texts
 
     def ask(self, *texts: str) -> str:
@@ -60,7 +60,7 @@ class Kind:
         return found.groups()
 
     def query(self, question: str) -> str:
-        """Return what is searched for in the history: LaMP-1's two references, otherwise the text in question."""
+        """Return the text that the history is searched for: LaMP-1's two references, otherwise the text in question."""
         return " ".join(self.subjects(question)[-2:])
 
 

@@ -1,4 +1,4 @@
-"""When is a number the right answer, and how a GSM8K solution states it.
+"""Decides whether a number is the right answer, and reads the answer from a GSM8K solution.
 
 The tolerance absorbs floating-point rounding (another order of the same operations) and nothing else: an answer that
 was rounded to cents, truncated or off by one is wrong, up to the largest targets of GSM-Hard (9.3e12).
@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?")
 def same_answer(value: float | int | None, gold: float | int) -> bool:
     """Return whether |value - gold| <= min(0.5, max(1e-7, 1e-13 |gold|)), in exact arithmetic.
 
-    Two integers must be equal. None, nan and infinities are never right. Strict on purpose: 57.33 is not 172 / 3.
+    Two integers must be equal. None, nan and infinities are never right. The rule is strict: 57.33 is not 172 / 3.
     Raises ValueError if `gold` is not finite.
     """
     if not math.isfinite(gold):

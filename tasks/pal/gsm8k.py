@@ -1,6 +1,6 @@
 """Reads word problems with numeric answers from JSONL files that the user has: GSM8K, PAL's form of it, GSM-Hard.
 
-Nothing is downloaded and nothing is skipped: a row that cannot be read is an error with its file and line.
+It downloads nothing and skips no row: a row that cannot be read is an error that names its file and line.
 """
 
 import re

@@ -1,8 +1,8 @@
-"""The families of the embedded word problems: number ranges, clauses, gold steps and expressions. Data only.
+"""The families of the embedded word problems as data: number ranges, clauses, gold steps and expressions.
 
-A wording is an opening, an event and a question; `words.py` gives every combination to one split. P, Q, R and S are a
-problem's numbers. A step is a short sub-question that names its numbers; step i is program line i, and a, b, c stand
-for the results of lines 1, 2, 3.
+A wording is an opening, an event and a question; `synthetic_problems.py` gives every combination to one split. P, Q, R
+and S are a problem's numbers. A step is a short sub-question that names its numbers; step i is program line i, and a,
+b, c stand for the results of lines 1, 2, 3.
 """
 
 from collections.abc import Callable, Mapping, Sequence

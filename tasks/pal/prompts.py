@@ -1,4 +1,4 @@
-"""What controller and generator are shown. A `PromptStyle` is five functions from texts to messages, nothing else.
+"""The prompts of controller and generator. A `PromptStyle` consists of four functions from texts to messages.
 
 `FULL` is the style for instruction-tuned models of a few billion parameters and more: a system message, three worked
 examples, the question. The guidance is a header line and one sub-question a line; the program answers each

@@ -1,4 +1,4 @@
-"""Templated multi-step word problems with gold steps and gold programs: the embedded task, made anew from a seed.
+"""Makes multi-step word problems with gold steps and gold programs from templates and a seed.
 
 Families are in `problem_templates.py`. Training and test are kept apart: every wording (opening, event and question
 together) and every (family, numbers) tuple belongs to one split, by its hash, and two families are held out whole. So
@@ -87,7 +87,7 @@ def load(split: str, n: int, seed: int) -> list[Example]:
 
 
 def draw(family: Family, split: str, draws: random.Random) -> Problem | None:
-    """Return one problem, or None when what was drawn is unfit or belongs to another split."""
+    """Return one problem, or None if its numbers do not fit or it belongs to another split."""
     values = {key: draws.choice(choices) for key, choices in family.ranges.items()}
     if not family.fits(values) or partition(family.name, tuple(values.values())) != split:
         return None

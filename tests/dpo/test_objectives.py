@@ -14,7 +14,7 @@ from torch import Tensor
 from matryoshka.core.models.attention import Masked
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.tree import Tokens, build_tree
-from matryoshka.core.training.train import Item, Totals, TrainConfig, train
+from matryoshka.core.training.train import Item, Totals, TrainConfig, TrainContext, train
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.losses import dpo_loss, hinge_loss, ipo_loss, robust_loss, simpo_loss
 from matryoshka.dpo.objectives import SFT, Preference
@@ -160,7 +160,7 @@ def first_row(folder: Path, model: Any, objective: Any, first_loss: float | None
     settings = TrainConfig(batch_size=4, **config)
     reference = partial(active, model, "reference")
     rows: Iterator[dict[str, float]] = train(
-        model, parameters, pairs(8), settings, objective, token_logps, folder, reference, first_loss
+        model, parameters, pairs(8), settings, objective, token_logps, folder, TrainContext(reference, first_loss)
     )
     return next(rows)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.tree import Tokens
-from matryoshka.core.training.train import Item, TrainConfig, train
+from matryoshka.core.training.train import Item, TrainConfig, TrainContext, train
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import Preference
 from matryoshka.dpo.reference import ReferenceLogps, open_reference, reference_digest
@@ -75,7 +75,7 @@ class Run:
         self.cache = open_reference(cache, tiny_dir, self.model, "reference") if cache else None
         self.rows = train(
             self.model, self.parameters, pairs(), replace(CONFIG, **config), objective, token_logps, folder,
-            self.reference, objective.first_loss, self.cache,
+            TrainContext(self.reference, objective.first_loss, self.cache),
         )  # fmt: skip
 
     @contextmanager
@@ -287,8 +287,8 @@ def test_caching_works_without_adapters(tiny_dir: Path, tmp_path: Path) -> None:
     with open_reference(tmp_path / "c", tiny_dir, model, None) as cache:
         context = partial(active, model, None)
         rows = train(
-            model, parameters, pairs(4), CONFIG, Preference(), token_logps, tmp_path / "run", context, math.log(2),
-            cache,
+            model, parameters, pairs(4), CONFIG, Preference(), token_logps, tmp_path / "run",
+            TrainContext(context, math.log(2), cache),
         )  # fmt: skip
         assert next(rows)["loss"] == pytest.approx(math.log(2), abs=1e-7)
         assert len(list(rows)) == 2

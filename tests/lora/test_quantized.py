@@ -18,7 +18,7 @@ from matryoshka.core.models.llama import Model, read_config
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.tree import Tokens
 from matryoshka.core.models.weights import save_weights
-from matryoshka.core.training.train import Item, TrainConfig, train
+from matryoshka.core.training.train import Item, TrainConfig, TrainContext, train
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import Preference
 from matryoshka.lora.files import load_adapter, merge, save_adapter
@@ -302,8 +302,8 @@ def dpo(model: Any, folder: Path, **config: Any) -> list[dict[str, float]]:
     objective = Preference()
     settings = TrainConfig(**{"learning_rate": 1e-2, "epochs": 3, "batch_size": 4, "micro_batch_tokens": 60, **config})
     parameters, reference = trainable_parameters(model, "policy"), partial(active, model, None)
-    arguments = preferences(8), settings, objective, token_logps, folder, reference, objective.first_loss
-    return list(train(model, parameters, *arguments))
+    arguments = preferences(8), settings, objective, token_logps, folder
+    return list(train(model, parameters, *arguments, TrainContext(reference, objective.first_loss)))
 
 
 @pytest.mark.parametrize("make", [quantised, dense_model])

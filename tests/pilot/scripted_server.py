@@ -24,7 +24,8 @@ STALLING, ANSWERED = "stalling", 3
 def program(prompt: str, answers: dict[str, float]) -> str:
     """Return the answer to a prompt whose first line is a question of `answers`."""
     kind = hashlib.sha256(prompt.encode()).digest()[0] % 8
-    body = f"return {answers[prompt.splitlines()[0]]}" if kind < 4 else "return -1" if kind < 7 else "return nothing"
+    answer = answers.get(prompt.splitlines()[0], 0)  # a controller's prompt is no question
+    body = f"return {answer}" if kind < 4 else "return -1" if kind < 7 else "return nothing"
     return f"def solution():\n    {body}"
 
 

@@ -38,9 +38,10 @@ from matryoshka.pilot.config import (
     ServeConfig,
     TaskConfig,
     WarmupConfig,
+    rollout_settings,
 )
 from matryoshka.pilot.context import Scheme, open_run
-from matryoshka.pilot.episodes import policy_scheme, rollout_settings, run_episodes
+from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.run_report import left_out
 from matryoshka.pilot.stages import warm_up
 from matryoshka.scripts import cli
@@ -502,7 +503,7 @@ def test_swapping_the_controller_is_one_file(
     architectures.mkdir()
     (architectures / "shifted.py").write_text(
         "from matryoshka.core.models import llama\n"
-        "from matryoshka.core.models.llama import Config, Model as Llama\n"
+        "from matryoshka.core.models.llama import Config, Model as Llama, read_config\n"
         "LORA_TARGETS = llama.LORA_TARGETS\n"
         "class Model(Llama):\n"
         "    def forward(self, ids_BT, positions_BT=None, attend=None):\n"

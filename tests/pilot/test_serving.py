@@ -27,8 +27,9 @@ from matryoshka.lora.files import load_adapter
 from matryoshka.pilot.config import RunConfig, ServeConfig
 from matryoshka.pilot.generator import open_generator
 from matryoshka.pilot.ranks import Ranks
-from matryoshka.pilot.serving import running_server, serve
+from matryoshka.pilot.serving import running_server
 from matryoshka.scripts import cli
+from matryoshka.scripts.serve import ServeCommand, serve
 from matryoshka.tests.pilot.conftest import command, environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -247,7 +248,7 @@ def test_a_run_starts_and_ends_llama_cpp(tmp_path: Path) -> None:
 def test_settings_of_another_engine_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: the message names the setting; nothing is started."""
     with pytest.raises(ValueError, match="engine llama.cpp has no adapter, lora_rank or max_rows"):
-        serve(tmp_path / "model.gguf", engine="llama.cpp", lora_rank=8)
+        serve(ServeCommand(tmp_path / "model.gguf", engine="llama.cpp", lora_rank=8))
     with pytest.raises(ValueError, match="adapter 'folder' is given; merge it"):
         ServeConfig(model="model.gguf", engine="llama.cpp", adapter="folder")
     with pytest.raises(FileNotFoundError, match="no such file; engine llama.cpp serves a model's .gguf file"):

@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -149,7 +149,7 @@ def prompt(tokenizer: Tokenizer, text: str = "What is two plus two?") -> tuple[i
     return tokenizer.render((Message("user", text),), add_generation_prompt=True).ids
 
 
-def trained(model_dir: Path, ids: tuple[int, ...], sample: Sample, adapter: Path | None) -> tuple[float, ...]:
+def trained(model_dir: Path, ids: Sequence[int], sample: Sample, adapter: Path | None) -> tuple[float, ...]:
     """Return the sample's log-probs as training computes them."""
     model = load_model(model_dir)
     if adapter is not None:

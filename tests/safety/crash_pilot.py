@@ -1,11 +1,13 @@
 """Runs one pilot again and again, each time in a fork that is killed or meets a fault of its disk, until it is done.
 
-Arguments: the configuration file, the mode ("kills" or "faults"), how many at most, and a seed. Forks of one process
+Arguments: the configuration file, the mode ("kills" or "faults"), how many at most, a seed, and the longest time in
+seconds before a kill. Forks of one process
 that has imported everything start in milliseconds. "kills": SIGKILL after a random time. "faults": each start meets the
 next kind of fault at one of its first 30 fsyncs and renames, drawn from the seed. The last line printed is JSON: the
 number of starts, and of ends by kind.
 """
 
+import importlib
 import json
 import os
 import random
@@ -17,7 +19,8 @@ from collections import Counter
 from matryoshka.scripts import cli
 from matryoshka.tests.safety.faults import KINDS, install
 
-FURTHEST = 30
+FURTHEST = 30  # operation at which a fault is met
+LAZY = ("matryoshka.pilot.loop", "aiohttp", "httpx2", "openai")  # what a pilot imports when it needs it
 
 
 def start(config: str, kind: str, at: int, errors: str) -> int:
@@ -41,8 +44,9 @@ def start(config: str, kind: str, at: int, errors: str) -> int:
 
 
 def main() -> None:
-    config, mode, most, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    import matryoshka.pilot.loop  # noqa: F401  (once, here, and not in every fork)
+    config, mode, most, seed, longest_s = *sys.argv[1:3], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
+    for name in LAZY:  # once, here, and not in every fork
+        importlib.import_module(name)
 
     draws = random.Random(seed)
     ends: Counter[str] = Counter()
@@ -52,8 +56,8 @@ def main() -> None:
         kind = KINDS[number % len(KINDS)] if mode == "faults" and not is_last else ""
         child = start(config, kind, draws.randint(1, FURTHEST), errors)
         if mode == "kills" and not is_last:
-            time.sleep(draws.uniform(0.05, 1.5) * draws.choice((0.3, 1.0, 2.0)))
-            os.kill(child, signal.SIGKILL)
+            time.sleep(draws.uniform(0.0, longest_s))
+            os.kill(child, signal.SIGKILL)  # not yet waited for, so the number is still this child's
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         ends["killed" if status == -signal.SIGKILL else f"exit {status}"] += 1
         if kind:

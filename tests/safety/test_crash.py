@@ -5,6 +5,7 @@ generator's own log, in which no request that was answered and kept comes twice.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +15,19 @@ import pytest
 from matryoshka.tests.pilot.conftest import Generator, environment
 from matryoshka.tests.pilot.test_pilot import Runs, assert_equal_runs, small
 
+NUM_KILLS = int(os.environ.get("MATRYOSHKA_KILLS", "25"))
+LONGEST_S = 6.0  # before a kill
+
 pytest_plugins = ["matryoshka.tests.pilot.conftest"]
 
 
 def crash(runs: Runs, name: str, controller: Path, mode: str, most: int, seed: int) -> dict[str, int]:
     """Return how often the run was started and how it ended each time; it is done afterwards."""
     config = small(name, controller, runs.generator.url(name))
-    command = [sys.executable, "-m", "matryoshka.tests.safety.crash_pilot", str(runs.write(config)), mode, str(most)]
+    command = [sys.executable, "-m", "matryoshka.tests.safety.crash_pilot", str(runs.write(config)), mode]
     errors = runs.root / f"{name}.toml.err"
-    done = subprocess.run(
-        [*command, str(seed)], cwd=runs.root, env=environment(), capture_output=True, text=True, timeout=3000
-    )
+    command += [str(most), str(seed), str(LONGEST_S)]
+    done = subprocess.run(command, cwd=runs.root, env=environment(), capture_output=True, text=True, timeout=6000)
     assert done.returncode == 0, done.stderr[-2000:]
     ends: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     assert ends.get("exit 0") == 1, errors.read_text()[-3000:]
@@ -36,11 +39,11 @@ def crash(runs: Runs, name: str, controller: Path, mode: str, most: int, seed: i
 
 @pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(tmp_path: Path, controller_dir: Path, generator: Generator) -> None:
-    """Oracle: the undisturbed run; 25 kills here, 200 by hand (`most` of `crash`)."""
+    """Oracle: the undisturbed run; MATRYOSHKA_KILLS makes it more than 25 kills."""
     runs = Runs(tmp_path, generator)
     whole = small("crash-whole", controller_dir, generator.url("crash-whole"))
     runs.finish(whole)
-    ends = crash(runs, "crash-kills", controller_dir, "kills", 25, 3)
+    ends = crash(runs, "crash-kills", controller_dir, "kills", NUM_KILLS, 3)
     assert ends["killed"] >= 3
     assert_equal_runs(runs.folder(small("crash-kills", controller_dir, "")), runs.folder(whole))
     assert set(generator.asked("crash-kills")) == set(generator.asked("crash-whole"))

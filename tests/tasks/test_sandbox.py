@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from matryoshka.tasks.sandbox import ERROR_CHARACTERS, Outcome, extract_code, run_solution
-from matryoshka.tasks.sandbox_backends import SCRIPT, SERVER, STDOUT_BYTES, CommandSandbox, LocalSandbox, in_words
+from matryoshka.tasks.sandbox_backends import SCRIPT, SERVER, STDOUT_BYTES, LocalSandbox, in_words
+from matryoshka.tasks.sandbox_command import CommandSandbox
 
 MEMORY = 256 * 2**20
 INTERPRETER = getattr(sys, "_base_executable", None) or sys.executable

@@ -53,7 +53,7 @@ def test_the_filter_allows_what_is_listed_and_nothing_else(machine: str, monkeyp
     """Oracle: the lists in words, for every number up to 600; a call of another architecture ends the process."""
     code = filter_for(machine, monkeypatch)
     column, audit = boundary.ARCHITECTURES[machine]
-    numbers = {name: row[column] for name, row in boundary.NUMBERS.items() if row[column] is not None}
+    numbers = {name: n for name, row in boundary.NUMBERS.items() if (n := row[column]) is not None}
     free = {numbers[name] for name in boundary.FREE + (boundary.FREE_X86_64 if machine == "x86_64" else [])}
     # With an argument of 0 these are allowed: read-only, F_DUPFD, one's own limits.
     zero = {numbers[name] for name in ("openat", "open", "fcntl", "prlimit64") if name in numbers}

@@ -1,6 +1,7 @@
 """core/models/load.py: oracles are transformers' Llama on the same folder, and messages written by hand."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,9 @@ def test_config_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such config.json in this folder"):
         load_model(tmp_path)
     path = tmp_path / "config.json"
-    for broken, where in ((b'{\n"model_type": "llama",\n', "line 3"), (b'{"model_type": "\xff"}', "position 16")):
+    for broken, where in ((b'{\n"model_type": "llama",\n', "line 3"), (b'{"model_type": "\xff"}', "byte 17")):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match=rf"config\.json: malformed JSON \(.*{where}"):
+        with pytest.raises(ValueError, match=rf"config\.json: .*{where}"):
             load_model(tmp_path)
     path.write_text("[1]")
     with pytest.raises(ValueError, match=r"config\.json: expected a JSON object, got list"):
@@ -124,3 +125,36 @@ def test_weights_that_do_not_fit_the_config(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     with pytest.raises(ValueError, match=r"unexpected model\.layers\.1\."):
         load_model(folder)
+
+
+HOSTILE = {
+    "ten million layers": ("num_hidden_layers", 10_000_000, "a whole number from 1 to 1000"),
+    "layers as text": ("num_hidden_layers", "2", "num_hidden_layers is '2'"),
+    "a width of 2^62": ("hidden_size", 2**62, "hidden_size is 4611686018427387904"),
+    "a vocabulary of 2^40": ("vocab_size", 2**40, "vocab_size is"),
+    "half a head": ("num_attention_heads", 1.5, "num_attention_heads is 1.5"),
+    "heads true": ("num_attention_heads", True, "num_attention_heads is True"),
+    "an epsilon as text": ("rms_norm_eps", "1e-05", "rms_norm_eps is '1e-05', expected a finite number above 0"),
+    "an epsilon of 400 digits": ("rms_norm_eps", 10**400, "rms_norm_eps is .*expected a finite number above 0"),
+    "a base that is a list": ("rope_theta", [10000.0], "config.json"),
+    "scaling that is a list": ("rope_scaling", [1], "config.json"),
+    "scaling that is a text": ("rope_scaling", "linear", "config.json"),
+    "a factor as text": ("rope_scaling", {"rope_type": "linear", "factor": "2"}, "config.json"),
+    "a type that is an object": ("model_type", {"a": 1}, "model_type is"),
+    "a path as type": ("model_type", "../../lora/linear", "model_type is"),
+    "ties as text": ("tie_word_embeddings", "true", "tie_word_embeddings is 'true'"),
+    "an activation of 100,000 letters": ("hidden_act", "a" * 100_000, "hidden_act 'a"),
+}
+
+
+@pytest.mark.parametrize(("name", "value", "message"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_configuration_is_refused_at_once(
+    tiny_dir: Path, tmp_path: Path, name: str, value: object, message: str
+) -> None:
+    """Oracle: one short message that names the file, before any layer is built."""
+    config = json.loads((tiny_dir / "config.json").read_text()) | {name: value}
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(tmp_path / "model")
+    assert str(tmp_path / "model") in str(caught.value) and len(str(caught.value)) < 1000

@@ -237,7 +237,7 @@ def test_order_of_sequences_does_not_matter() -> None:
 def test_nodes_lie_in_preorder(sequences: list[Tokens]) -> None:
     """Oracle: the forest as a set of prefixes, one node each; ancestors by walking up, subtrees by counting."""
     tree = build_tree(sequences)
-    prefixes = {s.ids[:end] for s in sequences for end in range(1, len(s.ids))}
+    prefixes = {tuple(s.ids[:end]) for s in sequences for end in range(1, len(s.ids))}
     names: list[tuple[int, ...]] = []
     for node, (id, parent) in enumerate(zip(tree.ids_T.tolist(), tree.parent_T.tolist(), strict=True)):
         assert parent < node

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from matryoshka.core.models.load import load_model
 from matryoshka.core.models.weights import load_weights, sampled_digest, save_weights
 
 
@@ -195,6 +196,24 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
         load_weights(meta_body(), tmp_path, None, "cpu")
 
 
+ELSEWHERE = {
+    "a folder above": "../model.safetensors", "an absolute path": "/etc/passwd", "a folder below": "a/b.safetensors",
+    "a path of another system": "..\\model.safetensors", "the folder itself": ".", "the one above": "..", "nothing": "",
+    "a number": 7, "a list": ["model.safetensors"], "a zero byte": "a\0b", "a name of 5000 letters": "a" * 5000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ELSEWHERE.values(), ids=ELSEWHERE.keys())
+def test_an_index_names_files_of_its_own_folder_only(tiny_dir: Path, tmp_path: Path, name: Any) -> None:
+    """Oracle: the message, also where the file that is named exists and is the right one."""
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(ValueError, match=r"index\.json: 'model.norm.weight' lies in .*; expected the name of a file"):
+        load_model(tmp_path / "model")
+
+
 def test_index_that_disagrees_with_its_shards(tmp_path: Path) -> None:
     """Oracle: by hand; a key looked for in the wrong shard, and an index that is none."""
     save_weights(checkpoint(), tmp_path, max_shard_bytes=1)
@@ -212,7 +231,7 @@ def test_index_that_disagrees_with_its_shards(tmp_path: Path) -> None:
         load_weights(meta_body(), tmp_path, None, "cpu")
     for broken in (b"{", b"[]", b"{}", b'{"weight_map": []}', b"\xff"):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"index\.json: not an index"):
+        with pytest.raises(ValueError, match=r"index\.json: (malformed JSON|expected a JSON|weight_map is|not UTF-8)"):
             load_weights(meta_body(), tmp_path, None, "cpu")
 
 

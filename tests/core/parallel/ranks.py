@@ -27,7 +27,7 @@ from matryoshka.core.models import weights
 from matryoshka.core.models.load import empty_model, fill_model
 from matryoshka.core.models.tree import Tokens
 from matryoshka.core.parallel.layout import Layout, ParallelConfig
-from matryoshka.core.training.train import Item, TrainConfig, train
+from matryoshka.core.training.train import Item, TrainConfig, TrainContext, train
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.dpo.reference import open_reference
@@ -192,9 +192,9 @@ def run(case: Case, model_folder: Path, folder: Path, world: World = ALONE) -> R
             path = folder / f"{case.folder or case.name}.sqlite"
             cache = stack.enter_context(open_reference(path, Path(case.model or model_folder), model, None, world))
         rows = train(
-            *(model, parameters, items_of(case), config, objective, token_logps, own, reference),
-            *(None, cache, world, cache is not None),
-        )
+            model, parameters, items_of(case), config, objective, token_logps, own,
+            TrainContext(reference, cache=cache, reference_first=cache is not None, world=world),
+        )  # fmt: skip
         found = [row for _, row in zip(range(case.steps), rows, strict=False)]
     hook.remove()
     after = {name: whole(parameter.detach()) for name, parameter in parameters.items()}

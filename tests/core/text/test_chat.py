@@ -2,6 +2,8 @@
 
 import datetime
 import json
+import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -292,3 +294,70 @@ def test_a_folder_without_a_template_is_refused(write_folder: WriteFolder) -> No
     assert tokenizer.decode(tokenizer.encode("text")) == "text"
     with pytest.raises(ValueError, match="no chat template; expected chat_template.jinja"):
         tokenizer.render(chat("q"))
+
+
+LOOP = "{% for i in range(99999) %}BODY{% endfor %}"
+# Name of the input -> a template, and what the error says of it. `x` doubles or holds a million characters.
+HOSTILE_TEMPLATES = {
+    "nested loops": (LOOP.replace("BODY", LOOP), "computes for too long"),
+    "a loop in a filter": ("{% for j in range(99999) if false %}{% endfor %}".join(LOOP.split("BODY")), "too long"),
+    "a text that doubles": (
+        "{% set ns = namespace(x='a') %}" + LOOP.replace("BODY", "{% set ns.x = ns.x ~ ns.x %}"), "too long",
+    ),
+    "a sum that doubles": (
+        "{% set ns = namespace(x='a') %}" + LOOP.replace("BODY", "{% set ns.x = ns.x + ns.x %}"), "too long",
+    ),
+    "a block that doubles": (
+        "{% set ns = namespace(x='a') %}" + LOOP.replace("BODY", "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"),
+        "too long",
+    ),
+    "a list that doubles": (
+        "{% set ns = namespace(x=[1]) %}" + LOOP.replace("BODY", "{% set ns.x = ns.x + ns.x %}"), "too long",
+    ),
+    "a number that is squared": (
+        "{% set ns = namespace(x=10) %}" + LOOP.replace("BODY", "{% set ns.x = ns.x * ns.x %}"), "thousands of digits",
+    ),
+    "a text ten billion times": ("{{ 'a' * 10000000000 }}", "a product of more than 1000000 items"),
+    "a list ten billion times": ("{{ [1] * 10000000000 }}", "a product of more than 1000000 items"),
+    "a power of a power": ("{{ 10 ** (10 ** 10) }}", "thousands of digits"),
+    "a wide filter": ("{{ 'a'|center(1000000000) }}", "too large a number"),
+    "a wide method": ("{{ 'a'.ljust(10000000000) }}", "too large a number"),
+    "a wide format by %": ("{{ '%1000000000d' % 1 }}", "too wide a format"),
+    "a wide format by a filter": ("{{ '%1000000000d'|format(1) }}", "too wide a format"),
+    "a wide format by a method": ("{{ '{:1000000000}'.format(1) }}", "too wide a format"),
+    "a width from outside": ("{{ '%*d' % (1000000000, 1) }}", "too large a number"),
+    "a text replaced by itself": ("{% set x = 'a' * 100000 %}{{ x|replace('a', x) }}", "replace could make"),
+    "a text joined by itself": ("{% set x = 'a' * 100000 %}{{ x.join(x) }}", "join could make"),
+    "a macro that calls itself twice": ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    "a loop that recurs": ("{% for i in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}", "RecursionError"),
+    "another file included": ("{% include 'a' %}", "include reads another file"),
+    "another file imported": ("{% import 'a' as b %}", "import reads another file"),
+    "another file extended": ("{% extends 'a' %}", "extends reads another file"),
+    "parentheses 5000 deep": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError|recursion"),
+    "conditions 500 deep": ("{% if 1 %}" * 500 + "{% endif %}" * 500, "recursion"),
+    "the interpreter's objects": ("{{ ().__class__.__base__.__subclasses__() }}", "unsafe"),
+    "an undefined name called": ("{{ nothing() }}", "'nothing' is undefined"),
+    "a text divided": ("{{ 'a' / 2 }}", "fails .TypeError"),
+    "a number divided by zero": ("{{ 1 / 0 }}", "fails .ZeroDivisionError"),
+    "not a template": ("{% for", "expected a Jinja template"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "message"), HOSTILE_TEMPLATES.values(), ids=HOSTILE_TEMPLATES.keys())
+def test_a_hostile_template_ends_in_one_error(
+    write_folder: Callable[..., Path], tmp_path: Path, template: str, message: str
+) -> None:
+    """Oracle: the message, within 10 s and half a gigabyte, whether it comes from reading or from rendering."""
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    with pytest.raises(ValueError, match=f"{tmp_path}.*({message})"):
+        Tokenizer.load(write_folder(chat_template=template)).render((Message("user", "Hi"),))
+    assert time.perf_counter() - started < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # KiB
+
+
+def test_a_long_chat_is_within_the_budget(smollm2: Tokenizer) -> None:
+    """Oracle: the length: 500 turns, and one message of two million characters, render as they should."""
+    turns = tuple(Message("user", f"Question {i}") for i in range(500))
+    assert smollm2.decode(smollm2.render(turns).ids).count("Question") == 500
+    long = (Message("user", "word " * 400_000),)
+    assert smollm2.decode(smollm2.render(long).ids).count("word") == 400_000

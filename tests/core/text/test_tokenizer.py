@@ -290,7 +290,7 @@ def test_added_tokens_beside_a_sentencepiece_model(sentencepiece_dir: Path, tmp_
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"tokenizer.json": "{"}, "tokenizer.json: not a tokenizer.json"),
+        ({"tokenizer.json": "{"}, "tokenizer.json: malformed JSON"),
         ({"tokenizer.json": '{"added_tokens": []}'}, "tokenizer.json: not a tokenizer.json"),
         ({"tokenizer_config.json": "[]"}, "expected a JSON object, got list"),
         ({"tokenizer.model": "garbage"}, "neither a sentencepiece model nor Meta's lines"),

@@ -26,7 +26,7 @@ from matryoshka.core.signals import Interrupted
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.checkpoint import latest_checkpoint
 from matryoshka.core.training.packing import batch_at, plan
-from matryoshka.core.training.train import Item, Totals, TrainConfig, learning_rate, train
+from matryoshka.core.training.train import Item, Totals, TrainConfig, TrainContext, learning_rate, train
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT, Preference
 from matryoshka.lora.linear import (
@@ -401,9 +401,8 @@ def test_a_wrong_first_loss_is_refused(tiny_dir: Path, tmp_path: Path) -> None:
     def start(model: Any, reference: str | None, folder: Path) -> dict[str, float]:
         parameters = trainable_parameters(model, "policy")
         context = partial(active, model, reference)
-        return next(
-            train(model, parameters, items, CONFIG, objective, token_logps, folder, context, objective.first_loss)
-        )
+        checked = TrainContext(context, objective.first_loss)
+        return next(train(model, parameters, items, CONFIG, objective, token_logps, folder, checked))
 
     for dropout, reference in ((0.0, None), (0.5, "reference")):
         model = make_model(tiny_dir, dropout=dropout)

@@ -141,7 +141,7 @@ def test_good_requests_are_answered(server: Running, data: st.DataObject, path: 
 @given(data=st.data(), path=st.sampled_from(list(GOOD)), odd=ODD)
 def test_values_of_any_kind(server: Running, data: st.DataObject, path: str, odd: dict[str, Any]) -> None:
     """Oracle: `check`: good requests in which one or two values may be anything."""
-    check(server, "odd", path, json.dumps(data.draw(GOOD[path]) | odd).encode())
+    check(server, "odd", path, json.dumps({**data.draw(GOOD[path]), **odd}).encode())
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from matryoshka.core.protocols import Generator
 from matryoshka.core.records import Messages, Sample, Sampling
+from matryoshka.tasks.reasoning import without_reasoning
 
 
 class NoGuidance:
@@ -62,8 +63,12 @@ class GeneratorGuidance:
         self._generator = generator
 
     async def propose(self, prompt: Messages, n: int, sampling: Sampling) -> list[Sample]:
-        """Return the generator's answers, draws sampling.draw .. sampling.draw + n - 1."""
-        return [await self._generator.complete(prompt, replace(sampling, draw=sampling.draw + i)) for i in range(n)]
+        """Return the generator's answers without their reasoning, draws sampling.draw .. sampling.draw + n - 1.
+
+        A controller may be trained on them, and it should not learn to think aloud.
+        """
+        drawn = [await self._generator.complete(prompt, replace(sampling, draw=sampling.draw + i)) for i in range(n)]
+        return [replace(sample, text=without_reasoning(sample.text)) for sample in drawn]
 
     def prompt_ids(self, prompt: Messages) -> tuple[int, ...] | None:
         """Return None: there is no tokenizer."""

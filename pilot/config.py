@@ -158,8 +158,11 @@ class TaskConfig:
         return {split: getattr(self, split) for split in SPLITS}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The class of a user's own options cannot be imported by its name in another process, the task's can be found.
-        return _task_config, (self.name, self.sizes, to_toml(self.options))
+        # Another process cannot import the class of a user's own options, but it can find the task by its file, in
+        # whatever folder it runs.
+        file, colon, attribute = self.name.rpartition(":")
+        name = f"{Path(file).resolve()}:{attribute}" if colon and file.endswith(".py") else self.name
+        return _task_config, (name, self.sizes, to_toml(self.options))
 
 
 def _task_config(name: str, sizes: dict[str, int], options: str) -> TaskConfig:

@@ -1,138 +1,33 @@
-"""The `data` command: LaMP's files from its own site, checked and resumable.
+"""`matryoshka data`: a benchmark's own files."""
 
-What is fetched, from where and with which checksum stands in `manifest.json` in the target folder, a file that its user
-may edit: LaMP publishes no checksums, so the first download records them, and every later one must give the same bytes.
-The invariant: a file under its final name is complete and has the manifest's checksum; a partial one is in `.part`.
-"""
-
-import hashlib
-import json
-import os
-import urllib.error
-import urllib.request
-from http.client import HTTPException, HTTPResponse
+import importlib
+import importlib.util
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import tyro
 
-from matryoshka.core.files import write_json
-from matryoshka.pilot.progress import Progress
-
-SITE = "https://ciir.cs.umass.edu/downloads/LaMP"
-FOLDERS = {"1": "LaMP_1", "2N": "LaMP_2", "2M": "LaMP_2/new", "3": "LaMP_3", "4": "LaMP_4"}
-MANIFEST = "manifest.json"
-PIECE_BYTES = 2**20
-TIMEOUT_S = 60.0
+from matryoshka.pilot.download import fetch
+from matryoshka.tasks.find import task_names
 
 
 def data(
-    name: Annotated[Literal["lamp"], tyro.conf.Positional],
-    task: Literal["1", "2N", "2M", "3", "4"],
-    out: Path = Path("data/lamp"),
-    site: str = SITE,
+    name: Annotated[str, tyro.conf.Positional], task: str = "", out: Path | None = None, site: str = ""
 ) -> None:
-    """Fetch the questions and gold answers of a task's train and dev splits into `out`/LaMP_<task>.
+    """Fetch the files of a benchmark into a folder and print their paths.
 
     Run it again after an interruption to continue; complete files are only checked.
 
     Args:
-        name: The benchmark, "lamp".
-        task: The LaMP task; 2N are the news categories, 2M the movie tags.
-        out: Folder for the files and their manifest.
-        site: Where the files are; used for what the manifest does not name yet.
+        name: The benchmark, such as lamp.
+        task: Which part of it; of LaMP 1, 2N (news categories), 2M (movie tags), 3 or 4.
+        out: Folder for the files and their manifest; default: data/NAME.
+        site: Where the files are, for those that the manifest does not name yet; default: the benchmark's own site.
     """
-    for path in fetch(task, out, site):
+    modules = {known: f"matryoshka.tasks.{known}.sources" for known in task_names()}
+    known = [name for name, module in modules.items() if importlib.util.find_spec(module) is not None]
+    if name not in known:
+        raise ValueError(f"data: benchmark {name!r} has no files to fetch; choose from {', '.join(known)}")
+    files = importlib.import_module(modules[name]).sources(task, site)
+    for path in fetch(files, out or Path("data") / name):
         print(path)
-
-
-def fetch(task: str, out: Path, site: str = SITE) -> list[Path]:
-    """Return the paths of the task's files in `out`, after fetching what is not there yet.
-
-    Raises ValueError for a damaged manifest, an answer that is no file and bytes of another checksum; OSError when the
-    connection fails: what came stays for the next call.
-    """
-    files = [f"LaMP_{task}/{split}_{part}.json" for split in ("train", "dev") for part in ("questions", "outputs")]
-    manifest = _read_manifest(out / MANIFEST)
-    for file in files:
-        split = Path(file).name.partition("_")[0]
-        manifest.setdefault(file, {"url": f"{site}/{FOLDERS[task]}/{split}/{Path(file).name}", "sha256": ""})
-    paths = []
-    for file in files:
-        path, entry = out / file, manifest[file]
-        if not path.exists():
-            _download(entry["url"], path)
-        digest = _sha256(path)
-        if entry["sha256"] and digest != entry["sha256"]:
-            raise ValueError(
-                f"{path}: SHA-256 is {digest}, but {out / MANIFEST} says {entry['sha256']}; delete the file to fetch "
-                "it again, or correct the manifest if the new file is the right one"
-            )
-        entry["sha256"] = digest
-        write_json(out / MANIFEST, manifest)
-        paths.append(path)
-    return paths
-
-
-def _read_manifest(path: Path) -> dict[str, dict[str, str]]:
-    if not path.exists():
-        return {}
-    expected = '{"<file>": {"url": ..., "sha256": ... or ""}}'
-    try:
-        rows: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as err:
-        raise ValueError(f"{path}: malformed JSON ({err}); expected {expected}") from err
-    for file, row in rows.items() if isinstance(rows, dict) else [("", None)]:
-        if not isinstance(row, dict) or {type(row.get(key)) for key in ("url", "sha256")} != {str}:
-            raise ValueError(f"{path}: entry {file!r} is {row!r}; expected {expected}")
-    return dict(rows)
-
-
-def _download(url: str, path: Path) -> None:
-    """Fetch `url` into `path`, going on where an earlier call stopped if the server still has the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, mark = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
-    known = json.loads(mark.read_text()) if mark.exists() and part.exists() else {}
-    have = part.stat().st_size if known else 0
-    headers = {"Range": f"bytes={have}-", "If-Range": known["version"]} if have else {}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S) as answer:
-            have = have if answer.status == 206 else 0
-            total = have + _length(answer, url)
-            # Without a version a second request could join two different files: then it starts again.
-            version = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-            if version and not version.startswith("W/"):
-                write_json(mark, {"version": version})
-            else:
-                mark.unlink(missing_ok=True)
-            with part.open("r+b" if have else "wb") as handle, Progress(path.name, total) as progress:
-                handle.seek(have)
-                while piece := answer.read(PIECE_BYTES):
-                    handle.write(piece)
-                    progress.update(handle.tell(), f"{handle.tell() / 2**20:.0f} MiB")
-                handle.flush()
-                os.fsync(handle.fileno())
-                got = handle.tell()
-    except urllib.error.HTTPError as err:
-        if err.code == 416:  # what we have is as long as the file, or longer: it was not renamed, or has changed
-            mark.unlink()
-            return _download(url, path)
-        raise ValueError(f"{url}: the server answered {err.code} {err.reason}; the manifest names the address") from err
-    except HTTPException as err:
-        raise OSError(f"{url}: the connection broke ({err!r}); run the command again to go on") from err
-    if got != total:
-        raise OSError(f"{url}: {got} of {total} bytes came; run the command again to go on")
-    os.replace(part, path)
-    mark.unlink(missing_ok=True)
-
-
-def _length(answer: HTTPResponse, url: str) -> int:
-    length = answer.headers.get("Content-Length")
-    if length is None:
-        raise ValueError(f"{url}: the server sends no Content-Length, without which a broken download goes unnoticed")
-    return int(length)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -6,7 +6,7 @@ import pytest
 
 from matryoshka.core.protocols import Controller
 from matryoshka.core.records import Message, Messages, Sample, Sampling
-from matryoshka.eval.baselines import NoGuidance, ScriptedGuidance
+from matryoshka.eval.baselines import GeneratorGuidance, NoGuidance, ScriptedGuidance
 
 
 def prompt(text: str) -> Messages:
@@ -40,3 +40,16 @@ def test_scripted_guidance_refuses_other_prompts() -> None:
     for other in (prompt("c"), (Message("user", "a"),), ()):
         with pytest.raises(ValueError, match="wrong: no guidance is scripted"):
             asyncio.run(controller.propose(other, 1, Sampling()))
+
+
+def test_the_generator_s_own_guidance_has_no_reasoning() -> None:
+    """Oracle: by hand: a warm-up learns from these texts, so they are the plan alone."""
+
+    class Thinker:
+        name = "thinker"
+
+        async def complete(self, prompt: Messages, sampling: Sampling) -> Sample:
+            return Sample(f"<think>Which one?</think>\nplan {sampling.draw}")
+
+    samples = asyncio.run(GeneratorGuidance(Thinker()).propose((Message("user", "q"),), 2, Sampling(draw=1)))
+    assert [sample.text for sample in samples] == ["plan 1", "plan 2"]

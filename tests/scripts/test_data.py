@@ -9,8 +9,9 @@ from threading import Thread
 
 import pytest
 
+from matryoshka.pilot.download import MANIFEST, fetch
 from matryoshka.scripts.cli import main
-from matryoshka.scripts.data import MANIFEST, fetch
+from matryoshka.tasks.lamp.sources import sources
 
 FILES = ["train_questions.json", "train_outputs.json", "dev_questions.json", "dev_outputs.json"]
 
@@ -68,12 +69,12 @@ def site() -> Iterator[Site]:
 
 def test_files_come_whole_once_and_their_checksums_are_recorded(site: Site, tmp_path: Path) -> None:
     """Oracle: the bytes served; a second call asks for nothing; SHA-256 by hashlib."""
-    paths = fetch("2M", tmp_path, site.url)
+    paths = fetch(sources("2M", site.url), tmp_path)
     assert [path.name for path in paths] == FILES and {path.parent.name for path in paths} == {"LaMP_2M"}
     assert [path.read_bytes() for path in paths] == list(site.files.values())
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert [row["sha256"] for row in manifest.values()] == [hashlib.sha256(b).hexdigest() for b in site.files.values()]
-    assert fetch("2M", tmp_path, "http://127.0.0.1:1") == paths and len(site.asked) == 4
+    assert fetch(sources("2M", "http://127.0.0.1:1"), tmp_path) == paths and len(site.asked) == 4
     assert not list(tmp_path.rglob("*.part*"))
 
 
@@ -81,9 +82,9 @@ def test_a_broken_download_goes_on_where_it_stopped(site: Site, tmp_path: Path) 
     """Oracle: the Range asked for is what had come; the file is the one served."""
     site.break_after = 30_000
     with pytest.raises(OSError, match="30000 of 105000 bytes came; run the command again to go on"):
-        fetch("2M", tmp_path, site.url)
+        fetch(sources("2M", site.url), tmp_path)
     assert not (tmp_path / "LaMP_2M" / FILES[0]).exists()
-    assert [path.read_bytes() for path in fetch("2M", tmp_path, site.url)] == list(site.files.values())
+    assert [path.read_bytes() for path in fetch(sources("2M", site.url), tmp_path)] == list(site.files.values())
     assert [wanted for _, wanted in site.asked] == [None, "bytes=30000-", None, None, None]
 
 
@@ -92,20 +93,20 @@ def test_a_file_that_changed_meanwhile_starts_again(site: Site, tmp_path: Path, 
     """Oracle: no file is pieced together from two versions, whether the server knows ranges or not."""
     site.break_after = 30_000
     with pytest.raises(OSError):
-        fetch("2M", tmp_path, site.url)
+        fetch(sources("2M", site.url), tmp_path)
     path = next(iter(site.files))
     site.files[path], site.ranges = b"another file " * 9000, ranges
-    assert fetch("2M", tmp_path, site.url)[0].read_bytes() == site.files[path]
+    assert fetch(sources("2M", site.url), tmp_path)[0].read_bytes() == site.files[path]
 
 
 def test_a_download_that_was_whole_but_not_renamed_starts_again(site: Site, tmp_path: Path) -> None:
     """Oracle: the server answers 416 to a range behind the end; the bytes are those served."""
     site.break_after = 104_999
     with pytest.raises(OSError):
-        fetch("2M", tmp_path, site.url)
+        fetch(sources("2M", site.url), tmp_path)
     part = tmp_path / "LaMP_2M" / f"{FILES[0]}.part"
     part.write_bytes(next(iter(site.files.values())))
-    assert fetch("2M", tmp_path, site.url)[0].read_bytes() == next(iter(site.files.values()))
+    assert fetch(sources("2M", site.url), tmp_path)[0].read_bytes() == next(iter(site.files.values()))
 
 
 def test_other_bytes_than_the_manifest_says_are_refused(site: Site, tmp_path: Path) -> None:
@@ -116,10 +117,10 @@ def test_other_bytes_than_the_manifest_says_are_refused(site: Site, tmp_path: Pa
     (tmp_path / MANIFEST).write_text(json.dumps(mine))
     digest = hashlib.sha256(body).hexdigest()
     with pytest.raises(ValueError, match=f"SHA-256 is {digest}, but .* says {'0' * 64}; delete the file"):
-        fetch("2M", tmp_path, site.url)
+        fetch(sources("2M", site.url), tmp_path)
     mine["LaMP_2M/train_questions.json"]["sha256"] = digest
     (tmp_path / MANIFEST).write_text(json.dumps(mine))
-    assert fetch("2M", tmp_path, site.url)[0].read_bytes() == body
+    assert fetch(sources("2M", site.url), tmp_path)[0].read_bytes() == body
 
 
 def test_damaged_manifests_and_missing_files(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,3 +138,12 @@ def test_the_command_prints_the_files(site: Site, tmp_path: Path, capsys: pytest
     """Oracle: the four paths, one a line."""
     assert main(["data", "lamp", "--task", "2M", "--out", str(tmp_path), "--site", site.url]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "LaMP_2M" / name) for name in FILES]
+
+
+def test_what_has_no_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the messages; nothing is asked and nothing is written."""
+    assert main(["data", "alfword", "--out", str(tmp_path / "out")]) == 2
+    assert main(["data", "lamp", "--task", "7", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "benchmark 'alfword' has no files to fetch; choose from lamp" in error
+    assert "LaMP has no task '7'; choose from 1, 2N, 2M, 3, 4" in error and not (tmp_path / "out").exists()

@@ -20,6 +20,8 @@ from matryoshka.core.records import (
     Sampling,
     Trajectory,
     Verdict,
+    from_json,
+    to_json,
 )
 from matryoshka.tasks.rollout import Job, Setup, job_key, run_rollouts
 
@@ -85,6 +87,19 @@ def drive(
         return task, asyncio.run(run_rollouts(Setup(task, CONTROLLER, GENERATOR), jobs, record, limit, on_done))
     finally:
         record.close()
+
+
+def test_the_driver_s_own_record_of_a_failed_episode_lacks_nothing(tmp_path: Path) -> None:
+    """Oracle: the fields of the record by hand: a call that the task let through fails the episode of its settings."""
+
+    async def play(example: Example) -> str:
+        raise GeneratorError("429")
+
+    settings = RolloutSettings(Sampling(1.0, seed=5, draw=3), protocol="oracle")
+    _, (run,) = drive(play, tmp_path / "j", [Job("k", Example("7", {}), settings)])
+    expected = EpisodeInfo("failed", "oracle", "controller-1", "generator-1", seed=5, draw=3, error="429")
+    assert (run.task, run.example_id, run.turns, run.reward, run.info) == ("played", "7", (), 0.0, expected)
+    assert from_json(Trajectory, to_json(run)) == run
 
 
 def keys(journal: Path) -> list[str]:

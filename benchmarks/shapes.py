@@ -28,6 +28,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "mlp_bias": False,
     }
 }
+# Small members of three families, of the shape of SmolLM2-135M, for comparing them on a CPU.
+_SMALL: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+SHAPES |= {
+    "llama-small": {"model_type": "llama", **_SMALL},
+    "qwen3-small": {"model_type": "qwen3", **_SMALL},
+    "gemma3-small": {"model_type": "gemma3_text", **_SMALL, "sliding_window": 512, "query_pre_attn_scalar": 64},
+}
 
 
 def random_model(config: dict[str, Any], dtype: torch.dtype, device: str, seed: int) -> LanguageModel:

@@ -22,7 +22,7 @@ from matryoshka.benchmarks.result import BenchResult, Row, speed_up
 from matryoshka.benchmarks.shapes import SHAPES, random_model
 from matryoshka.benchmarks.step_memory import memory_row
 from matryoshka.benchmarks.step_profile import profile_chart
-from matryoshka.benchmarks.training import Block, Recipe, new_adapter, padded_block, tree_block
+from matryoshka.benchmarks.training import Block, Recipe, new_adapter, packed_block, padded_block, tree_block
 from matryoshka.benchmarks.trl_training import trl_block
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.load import load_model, read_config
@@ -32,7 +32,8 @@ from matryoshka.core.training.train import Item
 from matryoshka.dpo.data import fitting
 from matryoshka.lora.linear import LoraConfig
 
-PEERS = ("padded", "trl", "trl-liger")
+PEERS = ("padded", "packed", "trl", "trl-liger")
+OWN_PEERS = {"padded": ("padded", padded_block), "packed": ("packed without sharing", packed_block)}
 OURS = "token tree"
 Trainer = Callable[[Sequence[Item], Recipe], Block]
 GIB = 2**30
@@ -46,7 +47,7 @@ class Config:
     device: str = "cpu"
     """Where to compute: "cpu" or "cuda"."""
     against: tuple[str, ...] = ("padded",)
-    """Peers to measure: any of padded, trl, trl-liger."""
+    """Peers to measure: any of padded, packed (without sharing), trl, trl-liger."""
     model: Path = Path("models/smollm2-135m-instruct")
     """A Hugging Face folder."""
     shape: str = ""
@@ -105,7 +106,7 @@ class Config:
         if {"trl", "trl-liger"} <= set(self.against):
             raise ValueError("bench step: Liger's kernels change transformers for the whole process; measure trl alone")
         if self.objective == "sft" and (self._trl or self.compare_losses):
-            raise ValueError("bench step: objective sft is measured against padded only; leave trl out")
+            raise ValueError("bench step: objective sft is measured against padded and packed only; leave trl out")
         if self.shape and self.shape not in SHAPES:
             raise ValueError(f"bench step: shape {self.shape!r} is unknown; choose from {list(SHAPES)}")
         numbers = (self.questions, self.pairs, self.steps, self.repeats, self.padded_pairs, self.compare_pairs)
@@ -244,8 +245,9 @@ def load_bench(config: Config) -> Bench:
 def _trainers(config: Config, bench: Bench) -> dict[str, Trainer]:
     trainers: dict[str, Trainer] = {OURS: partial(tree_block, bench.model)}
     for peer in config.against:
-        if peer == "padded":
-            trainers["padded"] = partial(padded_block, bench.model)
+        if peer in OWN_PEERS:
+            name, block = OWN_PEERS[peer]
+            trainers[name] = partial(block, bench.model)
             continue
         for pairs in config.trl_pairs:
             trainers[f"{peer}, {pairs} pairs"] = _trl(config, bench, pairs, peer == "trl-liger")

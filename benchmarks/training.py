@@ -11,7 +11,7 @@ Shapes: B rows, T tokens, D hidden, S scored tokens, P pairs.
 import gc
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matryoshka.benchmarks.measure import synchronize
+from matryoshka.core.models.attention import tree_attention
 from matryoshka.core.models.language_model import LanguageModel
+from matryoshka.core.models.tree import packed_sequences
 from matryoshka.core.training.train import Item, TrainConfig, TrainContext, batch_at, train
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT, Preference
@@ -37,6 +39,7 @@ from matryoshka.lora.linear import (
 
 POLICY = "policy"
 BETA = 0.1
+LossOf = Callable[[LanguageModel, Sequence[Item], "Recipe", int], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,18 @@ def tree_block(model: LanguageModel, items: Sequence[Item], recipe: Recipe) -> B
     return Block([row["seconds"] for row in rows], [row["loss"] for row in rows], peak, tokens)
 
 
+def packed_block(model: LanguageModel, items: Sequence[Item], recipe: Recipe) -> Block:
+    """Train on sequences packed one after the other, without padding and without sharing a prefix."""
+    return _plain_block(model, items, recipe, _packed_loss)
+
+
 def padded_block(model: LanguageModel, items: Sequence[Item], recipe: Recipe) -> Block:
     """Train on padded batches."""
+    return _plain_block(model, items, recipe, _padded_loss)
+
+
+def _plain_block(model: LanguageModel, items: Sequence[Item], recipe: Recipe, loss_of: LossOf) -> Block:
+    """Train with an ordinary loop; loss_of: the summed loss of some items over a total, and the tokens computed."""
     config = recipe.train
     seconds, losses, tokens = [], [], 0
     start_peak(recipe.device)
@@ -126,7 +139,7 @@ def padded_block(model: LanguageModel, items: Sequence[Item], recipe: Recipe) ->
             scored = sum(sum(sequence.mask) for item in batch for sequence in item.sequences)
             total = 0.0
             for micro in in_parts(batch, recipe.padded_items):
-                loss, size = _padded_loss(model, micro, recipe, len(batch) if recipe.preference else scored)
+                loss, size = loss_of(model, micro, recipe, len(batch) if recipe.preference else scored)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.item()
                 tokens += size
@@ -180,11 +193,35 @@ def _padded_loss(model: LanguageModel, items: Sequence[Item], recipe: Recipe, to
         softcap = model.config.final_logit_softcapping
         return token_logps(hidden_BTD[row_S, at_S - 1], model.head_weight, ids_BT[row_S, at_S], softcap)
 
+    return _loss(model, forward, row_S, len(sequences), recipe) / total, ids_BT.numel()
+
+
+def _packed_loss(model: LanguageModel, items: Sequence[Item], recipe: Recipe, total: int) -> tuple[Tensor, int]:
+    """Return the summed loss of these items divided by `total`, and the number of packed tokens."""
+    sequences = [sequence for item in items for sequence in item.sequences]
+    device = torch.device(recipe.device)
+    packed = packed_sequences(sequences)
+    attend = tree_attention(packed, device, "varlen" if device.type == "cuda" else "auto")
+    ids_T, positions_T = packed.ids_T.to(device), packed.positions_T.to(device)
+    source_S, target_S, row_S = (x.to(device) for x in (packed.source_S, packed.target_S, packed.sequence_S))
+
+    def forward() -> Tensor:
+        hidden_TD = model(ids_T[None], positions_T[None], attend)[0]
+        softcap = model.config.final_logit_softcapping
+        return token_logps(hidden_TD[source_S], model.head_weight, target_S, softcap)
+
+    return _loss(model, forward, row_S, len(sequences), recipe) / total, len(ids_T)
+
+
+def _loss(
+    model: LanguageModel, forward: Callable[[], Tensor], row_S: Tensor, num_sequences: int, recipe: Recipe
+) -> Tensor:
+    """Return the summed loss of sequences; row_S: which one each log-prob of `forward` belongs to."""
     if not recipe.preference:
-        return -forward().sum() / total, ids_BT.numel()
+        return -forward().sum()
     with torch.no_grad(), active(model, None):
         reference_S = forward()
     policy_S = forward()
-    ratio_B = policy_S.new_zeros(len(sequences)).index_add(0, row_S, policy_S - reference_S)
+    ratio_B = policy_S.new_zeros(num_sequences).index_add(0, row_S, policy_S - reference_S)
     margin_P = ratio_B[0::2] - ratio_B[1::2]
-    return -F.logsigmoid(BETA * margin_P).sum() / total, ids_BT.numel()
+    return -F.logsigmoid(BETA * margin_P).sum()

@@ -123,7 +123,7 @@ def trl_block(
                 r=recipe.lora.rank,
                 lora_alpha=recipe.lora.alpha,
                 lora_dropout=0.0,
-                target_modules=list(recipe.lora.targets),
+                target_modules=list(recipe.lora.targets or model.lora_targets),
                 task_type="CAUSAL_LM",
             ),
             callbacks=[Clock()],

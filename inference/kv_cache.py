@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from matryoshka.core.models.attention import LayerAttention
+from matryoshka.core.models.layer_attention import LayerAttention
 
 
 @dataclass

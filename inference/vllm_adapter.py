@@ -14,8 +14,8 @@ from matryoshka.inference.vllm_server import max_lora_rank
 from matryoshka.lora.files import CONFIG, PREFIX, WEIGHTS, read_config
 from matryoshka.lora.linear import LoraConfig
 
-# The projections of a Llama block. vLLM takes embeddings and heads for some models only.
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# The projections of the blocks that we train, fused ones too. vLLM takes embeddings and heads for some models only.
+TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 
 def check_config(config: LoraConfig, where: str = "vllm") -> None:

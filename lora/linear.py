@@ -12,7 +12,7 @@ Shapes: M rows (all leading dimensions), I inputs, O outputs, R rank.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,8 @@ class LoraConfig:
     """The update is scaled by alpha / rank (with rslora by alpha / sqrt(rank))."""
     dropout: float = 0.0
     """Probability that a number of the adapter's input is dropped in SFT; preference training computes without."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Last names of the linear layers that carry the adapter."""
+    targets: tuple[str, ...] = ()
+    """Last names of the linear layers that carry the adapter; none: all linear layers of the architecture's blocks."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank), so that a higher rank does not mean smaller steps (rsLoRA)."""
     dora: bool = False
@@ -168,6 +168,8 @@ def add_adapter(
 ) -> None:
     """Give every linear layer whose last name is in `config.targets` an adapter `name`, trainable, identity at first.
 
+    Without targets these are the architecture's LORA_TARGETS; the configuration that the layers keep names them. A
+    fused projection (`qkv_proj`) has one adapter over the fused matrix, as PEFT has it.
     A ~ U(-1/sqrt(I), 1/sqrt(I)) (Kaiming-uniform with a = sqrt 5, as in the LoRA release), B = 0. device: default the
     layer's own.
     Raises ValueError when a target matches no linear layer, or when `name` exists already or holds a dot.
@@ -179,6 +181,8 @@ def add_adapter(
         if isinstance(module, nn.Linear | LoraLinear) and not path.endswith("lm_head")
     }
     names = sorted({path.rpartition(".")[2] for path in linears})
+    if not config.targets:
+        config = replace(config, targets=tuple(getattr(model, "lora_targets", names)))
     for target in config.targets:
         if target not in names:
             raise ValueError(f"lora: target {target!r} matches no linear layer; choose from {names}")

@@ -1,7 +1,7 @@
 """Which tokens attend to which: the training-side forms of `Attend`. Cached decoding has its own in `inference`.
 
-`LayerAttention` says what one layer computes. `Masked`, which computes every score of a tree, is the specification.
-`Branches` (CPU) and `Flex` (CUDA) compute the same without the scores that no token sees; `tree_attention` picks.
+`Masked`, which computes every score of a tree, is the specification. `Branches` (CPU) and `Flex` (CUDA) compute the
+same without the scores that no token sees; `tree_attention` picks.
 
 Shapes: B rows, T tokens, N query heads, G key/value heads, H head size; Q queries and K keys of one block.
 """
@@ -11,7 +11,7 @@ import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,41 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from matryoshka.core.models.layer_attention import Attend, LayerAttention
 from matryoshka.core.models.tree import TokenTree
-
-
-@dataclass(frozen=True)
-class LayerAttention:
-    """What the attention of one layer computes; it travels with q, k and v to every implementation."""
-
-    index: int
-    """The layer's place in the model, from 0; a cache finds the layer's keys by it."""
-    scale: float
-    """Scores are scale * q k."""
-    softcap: float | None = None
-    """Scores become softcap * tanh(score / softcap); None leaves them as they are."""
-    window: int | None = None
-    """A token sees itself and the window - 1 tokens before it on its path; None lets it see its whole path."""
-    causal: bool = True
-    """A token sees no later token. Trees, caches and the sampler rely on it, so False is refused."""
-
-    def __post_init__(self) -> None:
-        if not self.causal:
-            raise ValueError(
-                f"attention: layer {self.index} sees later tokens; a controller writes from left to right, so every "
-                "layer must be causal"
-            )
-        for name in ("scale", "softcap", "window"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"attention: {name} of layer {self.index} is {value!r}, expected a positive number")
-
-
-class Attend(Protocol):
-    """Softmax attention of one layer, softmax in at least fp32; N is a multiple of G."""
-
-    def __call__(self, layer: LayerAttention, q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor) -> Tensor:
-        """Return the [B, N, T, H] attention output in q's dtype."""
-        ...
+from matryoshka.core.models.varlen import Varlen
 
 
 class Causal:
@@ -96,8 +64,19 @@ def _dense(
     return out.view(q_BNTH.shape).to(q_BNTH.dtype)
 
 
-def tree_attention(tree: TokenTree, device: torch.device) -> Attend:
-    """Return the attention of `tree` for tensors on `device`. On CUDA the tree has a multiple of BLOCK tokens."""
+BACKENDS = ("auto", "varlen")
+
+
+def tree_attention(tree: TokenTree, device: torch.device, backend: str = "auto") -> Attend:
+    """Return the attention of `tree` for tensors on `device`. On CUDA the tree has a multiple of BLOCK tokens.
+
+    backend: "auto" is Branches on a CPU and Flex on CUDA; "varlen" is FlashAttention over sequences of any length
+    (`varlen.py`), which on a CPU is its slow twin. Raises ValueError for another one.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention: backend {backend!r} is unknown; choose from {BACKENDS}")
+    if backend == "varlen":
+        return Varlen(tree, device)
     return Flex(tree, device) if device.type == "cuda" else Branches(tree)
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka.core.models.activations import recomputed, run_attention, run_block
-from matryoshka.core.models.attention import Attend, Causal, LayerAttention
+from matryoshka.core.models.attention import Causal
 from matryoshka.core.models.config_fields import Fields
 from matryoshka.core.models.language_model import LanguageModel, together
+from matryoshka.core.models.layer_attention import Attend, LayerAttention
 from matryoshka.core.models.norm_rope_swiglu import at_least_fp32, rms_norm, rotate, swiglu
 from matryoshka.core.models.rotary import Rotary, read_rotary
 

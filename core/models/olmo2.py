@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from matryoshka.core.models.attention import Attend, LayerAttention
 from matryoshka.core.models.config_fields import Fields
 from matryoshka.core.models.decoder import (
     MLP,
@@ -18,6 +17,7 @@ from matryoshka.core.models.decoder import (
     both,
     read_common,
 )
+from matryoshka.core.models.layer_attention import Attend, LayerAttention
 
 LORA_TARGETS = SEPARATE_PROJECTIONS
 OFFSET = 0.0  # the weight multiplies before the norm's result is rounded

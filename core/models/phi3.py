@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from matryoshka.core.models.activations import recomputed
-from matryoshka.core.models.attention import Attend, LayerAttention
 from matryoshka.core.models.config_fields import Fields
 from matryoshka.core.models.decoder import Block, Config, DecoderModel, Defaults, attend_heads, read_common
+from matryoshka.core.models.layer_attention import Attend, LayerAttention
 from matryoshka.core.models.norm_rope_swiglu import swiglu
 
 LORA_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")

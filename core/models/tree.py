@@ -124,6 +124,34 @@ def build_tree(sequences: Sequence[Tokens]) -> TokenTree:
     )
 
 
+def packed_sequences(sequences: Sequence[Tokens]) -> TokenTree:
+    """Return the forest in which every sequence is a tree of its own: packed one after the other, nothing shared."""
+    reads = read_ids(sequences)
+    stops = np.cumsum([len(read) for read in reads], dtype=np.int64)
+    starts = stops - np.array([len(read) for read in reads], dtype=np.int64)
+    positions = [np.arange(len(read)) for read in reads]
+    at_parent = np.arange(stops[-1] if len(stops) else 0) - 1
+    at_parent[starts[starts < stops]] = -1
+    scored: list[Ids] = [np.empty((3, 0), dtype=np.int64)]
+    for index, sequence in enumerate(sequences):
+        (at,) = np.nonzero(np.array(sequence.mask))
+        targets = np.array(sequence.ids, dtype=np.int64)[at]
+        scored.append(np.stack((starts[index] + at - 1, targets, np.full(len(at), index))))
+    source_S, target_S, sequence_S = torch.from_numpy(np.concatenate(scored, axis=1))
+    empty = [np.empty(0, dtype=np.int64)]
+    return TokenTree(
+        ids_T=torch.from_numpy(np.concatenate([*empty, *reads])),
+        positions_T=torch.from_numpy(np.concatenate([*empty, *positions])),
+        parent_T=torch.from_numpy(at_parent),
+        end_T=torch.from_numpy(np.repeat(stops, stops - starts)),
+        source_S=source_S,
+        target_S=target_S,
+        sequence_S=sequence_S,
+        num_sequences=len(sequences),
+        num_padded=padded_size(sequences),
+    )
+
+
 def tree_size(sequences: Sequence[Tokens]) -> int:
     """Return how many tokens the forest of `sequences` has, without building it."""
     reads = read_ids(sequences)

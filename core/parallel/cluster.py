@@ -23,7 +23,6 @@ from matryoshka.core.parallel.layout import LAYOUTS, ParallelConfig
 from matryoshka.core.training import optimizer
 from matryoshka.core.training.memory import MARGIN, Footprint, MemoryPlan
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NF4_BLOCK, NF4_SCALES = 64, 256  # numbers that share a scale, scales that share one
 
 
@@ -66,7 +65,7 @@ class Job:
     dtype: torch.dtype = torch.bfloat16
     rank: int = 8
     dora: bool = False
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = ()
     eight_bit: bool = False
     micro_batch_tokens: int = 8192
     micro_batches: int = 1
@@ -132,6 +131,7 @@ def job_of(model: LanguageModel, nf4: bool = False, **settings: Any) -> Job:
     nf4: the linear layers of its blocks are stored in four bits. settings: fields of Job. Raises ValueError for NF4 and
     full fine-tuning at once.
     """
+    settings["targets"] = settings.get("targets") or model.lora_targets
     names = {id(module): f"{path}." for path, module in model.named_modules()}
     parts: dict[str, list[Weight]] = {names[id(block)]: [] for block in model.blocks}
     root: list[Weight] = []

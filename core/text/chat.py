@@ -4,14 +4,19 @@ A template is Jinja text in the sandbox that Hugging Face uses, so benign messag
 except that ids are never merged across the end of a generation prompt. Two invariants: the ids of a generation prompt
 are a prefix of the ids that training sees for the same turn; and only the template, never a message, writes special
 tokens. BOS is the template's to write, as in transformers: none is added to what it renders.
+
+Two kinds of template need more. One that rewrites earlier answers, as Qwen 3's takes their thoughts out: such an answer
+is context, and only answers that stand as they were generated are trained on. One without a system role, as Gemma 2's:
+the system text goes to the beginning of the first user turn, with an empty line after it, as Gemma 3's template does.
 """
 
 import datetime
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -24,6 +29,8 @@ from matryoshka.core.json_input import shown
 from matryoshka.core.records import Messages
 from matryoshka.core.text.bounded_template import BoundedEnvironment
 from matryoshka.core.text.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 LLAMA3_TEMPLATE = (
     "{{ '<|begin_of_text|>' }}{% for message in messages %}"
@@ -50,19 +57,28 @@ class Rendered:
 class ChatFormat:
     """One template over one vocabulary.
 
-    names: what the template knows as bos_token, eos_token, ...; stop_ids: the ids that the model's files say end a
-    turn; date: what the template gets as `date_string` and through `strftime_now`. eos_id is the special token that the
-    template puts after an assistant message, for Llama 3 <|eot_id|>, whatever the files call eos_token.
+    names: the values of bos_token, eos_token, ... in the template; stop_ids: the ids that the model's files say end a
+    turn; date: the template gets it as `date_string` and through `strftime_now`; thinking: `enable_thinking` in the
+    template, None leaves it to the template. eos_id is the special token that the template puts after an assistant
+    message, for Llama 3 <|eot_id|>, whatever the files call eos_token.
     """
 
     def __init__(
-        self, source: str, vocabulary: Vocabulary, names: Mapping[str, str], stop_ids: Sequence[int],
+        self,
+        source: str,
+        vocabulary: Vocabulary,
+        names: Mapping[str, str],
+        stop_ids: Sequence[int],
         date: datetime.date = DEFAULT_DATE,
+        thinking: bool | None = None,
     ) -> None:
         self._vocabulary = vocabulary
         self._where = vocabulary.where.parent
         self._template = _compile(source, f"{self._where}: chat template", date)
-        self._variables = {"tools": None, "documents": None, "date_string": date.strftime("%d %b %Y"), **names}
+        self._variables: dict[str, Any] = {"tools": None, "documents": None, **names}
+        self._variables.setdefault("date_string", date.strftime("%d %b %Y"))
+        if thinking is not None:
+            self._variables["enable_thinking"] = thinking
         self._ids = vocabulary.special_ids
         contents = sorted(self._ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, contents)) or "(?!)")
@@ -71,14 +87,19 @@ class ChatFormat:
         self._swallowing = re.compile("|".join(map(self._pattern, contents)) or "(?!)")
         self._reserved = set(source).union(*contents)
         self.eos_id = self._closing_id()
+        self._has_system_role = self._keeps_system_text()
+        self._has_told = False
         self.stop_ids = tuple(dict.fromkeys((self.eos_id, *stop_ids)))
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> Rendered:
         """Return the ids and mask of `messages`, ending in the start of an assistant turn if a prompt is asked for.
 
-        Raises ValueError when the template refuses the messages, rewrites earlier turns (so that what was generated is
-        not what would be trained on), or closes an assistant turn without a stop token.
+        The mask is 1 on every answer that stands in the text as it was generated; an earlier answer that the template
+        rewrites is context. Raises ValueError when the template refuses the messages, rewrites the last answer or a
+        generation prompt (so that training would see other ids than the sampler), or closes an assistant turn without a
+        stop token.
         """
+        messages = self._folded(messages)
         ids: list[int] = []
         mask: list[int] = []
         chat, revealed = self._disguise(messages)
@@ -105,6 +126,8 @@ class ChatFormat:
             if message.role != "assistant":
                 continue
             prompt, closed = self._text(chat[:i], True), self._text(chat[: i + 1], False)
+            if i < len(messages) - 1 and closed.startswith(prompt) and not whole.startswith(closed):
+                continue  # rewritten since: context for the answers after it
             if not (closed.startswith(prompt) and whole.startswith(closed) and len(prompt) >= cut):
                 raise ValueError(f"{self._where}: the chat template rewrites the generation prompt or the text of "
                                  f"message {i} ({_difference(prompt, closed, whole)}), so training would not see what "
@@ -112,6 +135,26 @@ class ChatFormat:
             yield whole[cut : len(prompt)], trained_chars
             cut, trained_chars = len(prompt), self._trained_chars(closed[len(prompt) :])
         yield whole[cut:], trained_chars
+
+    def _keeps_system_text(self) -> bool:
+        """Return whether the template takes a system message and writes its text."""
+        probe = "the text of a system message"
+        chat = [{"role": "system", "content": probe}, {"role": "user", "content": "user"}]
+        try:
+            return probe in self._text(chat, True)
+        except ValueError:
+            return False
+
+    def _folded(self, messages: Messages) -> Messages:
+        """Return the messages, a system text at the beginning of the first user turn where there is no system role."""
+        if self._has_system_role or len(messages) < 2 or [m.role for m in messages[:2]] != ["system", "user"]:
+            return messages
+        if not self._has_told:
+            self._has_told = True
+            logger.warning("%s: the chat template has no system role; system texts begin the first user turn",
+                           self._where)  # fmt: skip
+        system, user, *rest = messages
+        return replace(user, content=f"{system.content}\n\n{user.content}"), *rest
 
     def _trained_chars(self, completion: str) -> int:
         for at, piece, id in self._pieces(completion):

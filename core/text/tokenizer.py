@@ -51,6 +51,7 @@ class Tokenizer:
 
         Vocabulary: tokenizer.json, else tokenizer.model (sentencepiece, or Meta's tiktoken lines). Template:
         chat_template.jinja, else tokenizer_config.json, else Llama 3's header format where the vocabulary has it.
+        `enable_thinking` of tokenizer_config.json switches the thoughts of a template that knows them.
         Stop ids: eos_token_id of generation_config.json, else of config.json, else eos_token. `date` is what a template
         that writes today's date gets; the clock is never read.
 
@@ -94,7 +95,10 @@ class Tokenizer:
         source = _template(folder, config)
         if source is None and "<|start_header_id|>" in ids:
             source = LLAMA3_TEMPLATE
-        chat = ChatFormat(source, vocabulary, names, stop_ids, date) if source is not None else None
+        thinking = config.get("enable_thinking")
+        if thinking not in (None, True, False):
+            raise ValueError(f"{config_path}: enable_thinking is {thinking!r}, expected true or false")
+        chat = ChatFormat(source, vocabulary, names, stop_ids, date, thinking) if source is not None else None
         if chat is None and not stop_ids:
             raise ValueError(f"{folder}: nothing says which token ends a text; expected eos_token in "
                              f"tokenizer_config.json or eos_token_id in generation_config.json or config.json")

@@ -48,7 +48,7 @@ class Footprint:
         numbers = 2 * hidden  # inputs of the two norms
         numbers += 2 * queries + 2 * keys  # queries and keys, rotated, values, and what o_proj reads
         numbers += 2 * inner  # gate and up
-        numbers += 7 * self.rank
+        numbers += 7 * self.rank + config.extra_kept
         if not recompute:
             numbers += 2 * hidden + inner  # outputs of the two norms and of SwiGLU
         if self.dora:
@@ -139,8 +139,13 @@ class MemoryPlan:
         """Return the predicted peak of a micro-batch of `tokens` tokens, all of them scored."""
         workspace = HEAD_WORKSPACE.get(self.device_type, HEAD_WORKSPACE_ELSEWHERE)
         hidden = tokens * self.footprint.config.hidden_size * at_least_fp32(self.footprint.dtype).itemsize
-        scores = 0 if self.device_type == "cuda" else min(tokens, PIECE) * tokens
+        scores = 0 if self.device_type == "cuda" else min(tokens, PIECE) * self._keys(tokens)
         return self.footprint.step_bytes(tokens, policy, 2 * hidden + workspace, scores) + self.scratch
+
+    def _keys(self, tokens: int) -> int:
+        """Return how many keys a block of queries sees at most: all, unless every layer has a window."""
+        windows = [layer.window for layer in self.footprint.config.attention]
+        return min(tokens, max(tokens if window is None else window + PIECE for window in windows))
 
     def policy_for(self, tokens: int) -> str:
         """Return the policy for `tokens` tokens; "auto" takes the leanest where none fits."""

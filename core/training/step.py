@@ -83,14 +83,14 @@ class MicroBatch:
 
     def __init__(
         self, model: LanguageModel, token_logps: LogProbs, items: Sequence[Item], max_tokens: int, device: torch.device,
-        memory: MemoryPlan,
+        memory: MemoryPlan, attention: str = "auto",
     ) -> None:  # fmt: skip
-        """max_tokens: the budget; it decides which lengths CUDA's attention is compiled for."""
+        """max_tokens: the budget; it decides which lengths CUDA's attention is compiled for. attention: the backend."""
         self._model, self._token_logps, self._memory = model, token_logps, memory
         self.tree = tree = build_tree([sequence for item in items for sequence in item.sequences])
         if device.type == "cuda":
             tree = tree.padded(bucket(len(tree.ids_T), max_tokens))
-        self._attend = tree_attention(tree, device)
+        self._attend = tree_attention(tree, device, attention)
         self._ids_T, self._positions_T = tree.ids_T.to(device), tree.positions_T.to(device)
         # Siblings often go on with the same token: one prediction, scored once however many sequences share it.
         pairs_2S = torch.stack((tree.source_S, tree.target_S))

@@ -74,6 +74,9 @@ class TrainConfig:
     activations: str = "auto"
     """What the forward pass keeps for the backward pass: "none" (everything), "selective", "full", "offload", or
     "auto", the fastest that fits. No bit of the result depends on it."""
+    attention: str = "auto"
+    """Backend of attention: "auto", which leaves out every score that no token sees, or "varlen", FlashAttention over
+    sequences of any length (in bf16 on CUDA; flash-attn where it is installed, else torch's own)."""
     compile_blocks: bool = False
     """Compile whole blocks by torch.compile."""
     save_every: int = 0
@@ -141,7 +144,7 @@ def train(
         config.optimizer, parameters, config.learning_rate, betas, config.weight_decay, config.lora_plus_ratio
     )
     num_steps = config.epochs * math.ceil(len(items) / config.batch_size)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # weights may repeat private training data
     checkpoints = Checkpoints(
         folder,
         _fingerprint(config, objective, items, context.start),
@@ -153,7 +156,7 @@ def train(
     )
 
     def micro_batch(items: Sequence[Item]) -> MicroBatch:
-        return MicroBatch(model, token_logps, items, config.micro_batch_tokens, device, memory)
+        return MicroBatch(model, token_logps, items, config.micro_batch_tokens, device, memory, config.attention)
 
     metrics_path = folder / "metrics.jsonl"
     with stop_event() as stop, checkpoints:

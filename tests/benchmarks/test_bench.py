@@ -212,11 +212,11 @@ def test_a_users_error_is_one_line(
     ("arguments", "hint"),
     [
         (["head", "--against", "ligr"], "did you mean 'liger'?"),
-        (["step", "--against", "padded", "axolotl"], "choose from padded, trl, trl-liger"),
+        (["step", "--against", "padded", "axolotl"], "choose from padded, packed, trl, trl-liger"),
         (["load", "--against", "hf"], "choose from transformers"),
         (["step", "--objective", "sft", "--against", "trl"], "leave trl out"),
         (["step", "--against", "trl", "trl-liger"], "measure trl alone"),
-        (["step", "--shape", "llama4"], "choose from ['llama3-8b']"),
+        (["step", "--shape", "llama4"], "choose from ['llama3-8b', 'llama-small'"),
         (["head", "--tokens", "0"], "must be at least 1"),
     ],
 )

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from matryoshka.core.models.attention import Causal, LayerAttention
+from matryoshka.core.models.attention import Causal
+from matryoshka.core.models.layer_attention import LayerAttention
 from matryoshka.inference.kv_cache import CachedAttention, Prefix
 
 HEADS, GROUPS, SIZE, LAYERS = 4, 2, 6, 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from matryoshka.core.models.llama import LORA_TARGETS
 from matryoshka.core.models.load import load_model
 from matryoshka.lora.files import merge
 from matryoshka.lora.functions import LoraFunction
@@ -23,7 +24,7 @@ from matryoshka.lora.linear import (
     trainable_parameters,
 )
 
-ALL = LoraConfig().targets
+ALL = LORA_TARGETS
 IDS = torch.tensor([[1, 5, 250, 3, 77, 8, 9, 100], [4, 4, 2, 201, 30, 31, 32, 33]])
 
 

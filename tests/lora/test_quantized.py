@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matryoshka.core.models.llama import Model, read_config
+from matryoshka.core.models.llama import LORA_TARGETS, Model, read_config
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.tree import Tokens
 from matryoshka.core.models.weights import save_weights
@@ -176,7 +176,7 @@ def test_equals_bitsandbytes_and_peft(rows_of_64: Path, dtype: torch.dtype) -> N
     parameters = adapted(model, alpha=12.0)
     other.is_loaded_in_4bit = True
     other.train()  # on CPUs that multiply in bf16 its evaluation mode rounds inputs to bf16
-    config = peft.LoraConfig(r=3, lora_alpha=12, lora_dropout=0.0, target_modules=list(LoraConfig().targets))
+    config = peft.LoraConfig(r=3, lora_alpha=12, lora_dropout=0.0, target_modules=list(LORA_TARGETS))
     injected = peft.inject_adapter_in_model(config, other)
     kinds = {type(m) for m in injected.modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert kinds == {peft.tuners.lora.bnb.Linear4bit}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from matryoshka.core.models import activations as module
 from matryoshka.core.models.activations import POLICIES, CompiledBlocks, activations, recomputed, run_block
-from matryoshka.core.models.attention import Attend, Causal, tree_attention
+from matryoshka.core.models.attention import Causal, tree_attention
+from matryoshka.core.models.layer_attention import Attend
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.tree import Tokens, build_tree
 from matryoshka.lora.linear import LoraConfig, add_adapter, layers_with, set_active, trainable_parameters

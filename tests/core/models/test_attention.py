@@ -19,19 +19,21 @@ from matryoshka.core.models.attention import (
     Branches,
     Causal,
     Flex,
-    LayerAttention,
     Masked,
     block_mask,
     blocks,
     bucket,
     tree_attention,
 )
+from matryoshka.core.models.layer_attention import LayerAttention
 from matryoshka.core.models.llama import Model, read_config
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree
 from matryoshka.dpo.head import token_logps
 from matryoshka.lora.linear import LoraConfig, add_adapter, set_active, trainable_parameters
 
 LAYER = LayerAttention(0, 0.5)
+LAYERS = [LAYER, LayerAttention(0, 0.3, window=1), LayerAttention(0, 0.7, softcap=0.9, window=4),
+          LayerAttention(0, 0.5, softcap=2.0)]  # fmt: skip
 
 
 def random_tree(seed: int, header: int, questions: int, answers: int, most: int) -> TokenTree:
@@ -113,28 +115,74 @@ def test_blocks_cost_the_least(tree: TokenTree, call: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_branches_are_the_dense_mask(costs: tuple[int, int], rows: int) -> None:
-    """Oracle: `Masked`, output and gradients, float64 1e-12; grouped heads, one or two rows."""
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_branches_are_the_dense_mask(costs: tuple[int, int], rows: int, layer: LayerAttention) -> None:
+    """Oracle: `Masked`, output and gradients, float64 1e-12; grouped heads, one or two rows, windows and soft-caps."""
     for seed in range(4):
         tree = random_tree(seed, header=7, questions=3, answers=3, most=6)
         leaves = [x.requires_grad_() for x in inputs(len(tree.ids_T), rows=rows, seed=seed)]
-        outs = [attend(LAYER, *leaves) for attend in (Branches(tree), Masked(tree))]
+        outs = [attend(layer, *leaves) for attend in (Branches(tree), Masked(tree))]
         grad = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
         ours, theirs = ((out, *torch.autograd.grad(out, leaves, grad)) for out in outs)
         for one, two in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
         with torch.no_grad():  # the reference pass has the same bits
-            assert Branches(tree)(LAYER, *leaves).equal(outs[0])
+            assert Branches(tree)(layer, *leaves).equal(outs[0])
 
 
-def test_gradients_of_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_gradients_of_branches(layer: LayerAttention, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: finite differences in float64."""
     monkeypatch.setattr(attention, "CALL", 0)
     tree = random_tree(0, header=2, questions=2, answers=2, most=2)
     attend = Branches(tree)
     assert len(attend.blocks(None)) > 3
     leaves = [x.requires_grad_() for x in inputs(len(tree.ids_T))]
-    assert torch.autograd.gradcheck(lambda *x: attend(LAYER, *x), leaves)
+    assert torch.autograd.gradcheck(lambda *x: attend(layer, *x), leaves)
+
+
+def test_the_specification_by_hand() -> None:
+    """Oracle: softmax over each token's ancestors within the window, written out token by token."""
+    tree = random_tree(3, header=5, questions=2, answers=2, most=3)
+    q, k, v = inputs(len(tree.ids_T))
+    parent = tree.parent_T.tolist()
+    for layer in LAYERS:
+        out = Masked(tree)(layer, q, k, v)
+        for token in range(len(parent)):
+            path: list[int] = []
+            at = token
+            while at >= 0 and len(path) < (layer.window or len(parent)):
+                path.append(at)
+                at = parent[at]
+            for head in range(6):
+                scores = k[0, head // 3, path] @ q[0, head, token] * layer.scale
+                if layer.softcap is not None:
+                    scores = layer.softcap * torch.tanh(scores / layer.softcap)
+                expected = scores.softmax(0) @ v[0, head // 3, path]
+                torch.testing.assert_close(out[0, head, token], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"causal": False}, "layer 3 sees later tokens; .* must be causal"),
+        ({"window": 0}, "window of layer 3 is 0, expected a positive number"),
+        ({"softcap": -1.0}, "softcap of layer 3 is -1.0"),
+        ({"scale": 0.0}, "scale of layer 3 is 0.0"),
+    ],
+)
+def test_attention_that_no_controller_has(settings: dict[str, Any], message: str) -> None:
+    """Oracle: the message."""
+    with pytest.raises(ValueError, match=message):
+        LayerAttention(3, **{"scale": 0.5, **settings})
+
+
+def test_a_window_leaves_out_keys() -> None:
+    """Oracle: by hand. A header of 300 and 4 answers of 100 under a window of 51: 50 keys before each answer's own."""
+    header = tuple(range(300))
+    sequences = [Tokens((*header, *(1000 + 100 * a + i for i in range(101))), (0,) * 400 + (1,)) for a in range(4)]
+    found = blocks(build_tree(sequences), window=51)
+    assert [(b.stop - b.start, len(b.keys_K)) for b in found[-4:]] == [(100, 150)] * 4
 
 
 def adapted_model(dtype: torch.dtype) -> Model:
@@ -273,10 +321,11 @@ def test_flex_attention_is_the_dense_mask(seed: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(attention, "_compiled", lambda *_: attention.attend_flex)
     tree = padded_tree(random_tree(seed, header=200, questions=2, answers=3, most=100))
     q, k, v = inputs(len(tree.ids_T), seed=seed)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", UserWarning)  # that it is slow uncompiled
-        out = Flex(tree, torch.device("cpu"))(LAYER, q, k, v)
-    torch.testing.assert_close(out, Masked(tree)(LAYER, q, k, v), rtol=0, atol=1e-12)
+    for layer in (LAYER, LayerAttention(0, 0.7, softcap=0.9, window=40), LayerAttention(0, 0.7, window=170)):
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore", UserWarning)  # that it is slow uncompiled
+            out = Flex(tree, torch.device("cpu"))(layer, q, k, v)
+        torch.testing.assert_close(out, Masked(tree)(layer, q, k, v), rtol=0, atol=1e-12)
 
 
 def test_one_compilation_a_length() -> None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from matryoshka.core.models import attention
-from matryoshka.core.models.attention import Attend, Branches, Masked
+from matryoshka.core.models.attention import Branches, Masked
+from matryoshka.core.models.layer_attention import Attend
 from matryoshka.core.models.llama import Model, read_config
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree, padded_size, tree_size
 from matryoshka.core.training.train import Totals

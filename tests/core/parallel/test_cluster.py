@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from matryoshka.core.parallel.cluster import TARGETS, Job, Weight, job_of, layouts, memory_of, rows_of, shards_of
+from matryoshka.core.models.llama import LORA_TARGETS
+from matryoshka.core.parallel.cluster import Job, Weight, job_of, layouts, memory_of, rows_of, shards_of
 from matryoshka.core.parallel.hardware import Cluster
 from matryoshka.core.parallel.layout import ParallelConfig
 from matryoshka.core.training.memory import MARGIN, Footprint, MemoryPlan
@@ -61,7 +62,7 @@ def test_known_models_have_their_published_sizes(name: str, parameters: int, ada
 
 def test_targets_are_those_of_lora() -> None:
     """Oracle: LoRA's own default; the adapter is the one that is really made, with and without DoRA's lengths."""
-    assert TARGETS == LoraConfig().targets
+    assert tiny().targets == LORA_TARGETS
     for dora in (False, True):
         model = model_of(TINY)
         add_adapter(model, "policy", LoraConfig(rank=3, dora=dora), 0)

@@ -1,6 +1,7 @@
 """Chats to ids and masks against transformers, Meta's header format by hand, and the rules of a training mask."""
 
 import datetime
+import importlib.util
 import json
 import resource
 import time
@@ -251,13 +252,113 @@ def test_the_date_is_an_argument_and_never_the_clock(write_folder: WriteFolder) 
     assert tokenizer.decode(tokenizer.render(chat("q")).ids) == "02 Jan 202602 Jan 2026[INST] q [/INST]"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(write_folder: WriteFolder) -> None:
-    """The prefix property: one that shortens past answers, as Qwen 3's does with thoughts, renders one answer only."""
+def test_an_earlier_answer_that_is_rewritten_is_context(write_folder: WriteFolder) -> None:
+    """The prefix property: where a template shortens past answers, only those that stand as generated are scored."""
     shortening = CHATML.replace("m['content']", "m['content'][:9 if loop.last or m['role'] == 'user' else 1]")
     tokenizer = Tokenizer.load(write_folder(specials=CHATML_TOKENS, chat_template=shortening))
     assert trained(tokenizer, chat("q", "ab"))[:2] == ["a", "b"]
-    with pytest.raises(ValueError, match=r"rewrites .* the text of message 1 \(at character \d+: 'b<\|im_end\|>"):
-        tokenizer.render(chat("q", "ab", "r"))
+    assert trained(tokenizer, chat("q", "ab", "r", "cd")) == ["c", "d", "<|im_end|>"]
+    assert trained(tokenizer, chat("q", "a", "r", "cd")) == ["a", "<|im_end|>", "c", "d", "<|im_end|>"]
+    prompt = tokenizer.render(chat("q", "ab", "r"), add_generation_prompt=True)
+    whole = tokenizer.render(chat("q", "ab", "r", "cd"))
+    assert whole.ids[: len(prompt.ids)] == prompt.ids and not any(prompt.mask)
+    doubling = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\nSure: ")
+    with pytest.raises(ValueError, match="must put an assistant message right after the generation prompt"):
+        Tokenizer.load(write_folder(specials=CHATML_TOKENS, chat_template=doubling))
+
+
+# Templates as they are in the wild, and the special tokens that they write.
+WILD = {
+    "qwen3": ("<|im_start|>", "<|im_end|>"),
+    "qwen3_instruct_2507": ("<|im_start|>", "<|im_end|>"),
+    "qwen2_5": ("<|im_start|>", "<|im_end|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "gemma3": ("<start_of_turn>", "<end_of_turn>"),
+    "phi3": ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
+    "llama3_2": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
+
+
+def wild_template(name: str) -> str:
+    spec = importlib.util.find_spec("trl")  # its package carries them; importing it would take seconds
+    if spec is None or spec.origin is None:
+        pytest.skip("trl is not installed (pip install trl)")
+    return (Path(spec.origin).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", WILD)
+def test_templates_in_the_wild(name: str, write_folder: WriteFolder) -> None:
+    """Oracle: transformers' own rendering; a system text where the template has no role for it stands before the first
+    user text, which is how Gemma 3's template writes it."""
+    template = wild_template(name)
+    folder = write_folder(specials=("<s>", "</s>", *WILD[name]), chat_template=template)
+    tokenizer = Tokenizer.load(folder)
+    histories = [chat("Hi"), chat("Hi", "Hello."), chat("Hi", "Hello.", "And you?"), chat("a", "b", "c", "d")]
+    for messages in histories:
+        for prompt in (False, True):
+            if prompt == (messages[-1].role == "user"):
+                expected = transformers_ids(folder, messages, prompt, template)
+                assert list(tokenizer.render(messages, prompt).ids) == expected, (name, len(messages), prompt)
+    with_system = chat("Hi", system="Be brief.")
+    if name == "gemma":
+        expected = transformers_ids(folder, chat("Be brief.\n\nHi"), True, template)
+    else:
+        expected = transformers_ids(folder, with_system, True, template)
+    assert list(tokenizer.render(with_system, True).ids) == expected
+
+
+def test_gemma_2_says_once_that_it_has_no_system_role(
+    write_folder: WriteFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Oracle: Gemma 3's template, which differs from Gemma 2's in this alone; and the count of messages."""
+    rendered = []
+    for name in ("gemma", "gemma3"):
+        folder = write_folder(specials=("<s>", "</s>", *WILD[name]), chat_template=wild_template(name))
+        tokenizer = Tokenizer.load(folder)
+        rendered += [tokenizer.render(chat("Hi", "Yes.", "Ok", system="Be brief."), True) for _ in range(2)]
+    assert rendered[0] == rendered[1] == rendered[2] == rendered[3]
+    assert caplog.text.count("has no system role") == 1
+
+
+def test_thoughts_stay_out_of_the_history(write_folder: WriteFolder) -> None:
+    """Oracle: by hand, Qwen 3's rules: thoughts of earlier answers go, those of the last one stay, and without thinking
+    the prompt holds an empty block."""
+    config = {"specials": ("<s>", "</s>", *WILD["qwen3"]), "chat_template": wild_template("qwen3")}
+    first, second = "<think>\nOne.\n</think>\n\nYes", "<think>\nTwo.\n</think>\n\nNo"
+    tokenizer = Tokenizer.load(write_folder(**config))
+    whole = tokenizer.render(chat("a", first, "b", second))
+    text = tokenizer.decode(whole.ids, skip_special=False)
+    assert "One." not in text and "<|im_start|>assistant\nYes<|im_end|>" in text
+    scored = [id for id, is_scored in zip(whole.ids, whole.mask, strict=True) if is_scored]
+    assert tokenizer.decode(scored, skip_special=False) == f"{second}<|im_end|>"
+    quiet = Tokenizer.load(write_folder(**config, enable_thinking=False))
+    prompt = quiet.render(chat("a"), True)
+    assert quiet.decode(prompt.ids, skip_special=False).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    answered = quiet.render(chat("a", "Yes"))
+    assert answered.ids[: len(prompt.ids)] == prompt.ids
+    scored = [id for id, is_scored in zip(answered.ids, answered.mask, strict=True) if is_scored]
+    assert quiet.decode(scored, skip_special=False) == "Yes<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["qwen3_instruct_2507_training", "llama3_training", "gemma_training"])
+def test_masks_are_the_generation_marks(name: str, write_folder: WriteFolder) -> None:
+    """Oracle: transformers' assistant_masks from the marks that these templates carry; its span may leave out the token
+    that closes the turn, which ours always trains on, or go on over the newline after it, which no sampler draws."""
+    transformers = pytest.importorskip("transformers")
+    family = {"llama3_training": "llama3_2"}.get(name, name.removesuffix("_training"))
+    folder = write_folder(specials=("<s>", "</s>", *WILD[family]), chat_template=wild_template(name))
+    messages = chat("What?", "That.", "Who?", "Me.")
+    oracle = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    found = oracle.apply_chat_template(
+        dicts(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    rendered = Tokenizer.load(folder).render(messages)
+    assert list(rendered.ids) == found["input_ids"]
+    closing = set(Tokenizer.load(folder).stop_ids)
+    ends = [id in closing for id in rendered.ids]
+    compared = [at for at in range(1, len(ends)) if not ends[at] and not ends[at - 1]]
+    ours, theirs = ([mask[at] for at in compared] for mask in (rendered.mask, found["assistant_masks"]))
+    assert ours == theirs and any(theirs)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from matryoshka.benchmarks.result import BenchResult
 
 # Module of this package -> one line of help. The module has `Config` and `run(config: Config) -> BenchResult`.
 BENCHES: dict[str, str] = {
+    "compute": "first losses of every objective, samples against the trainer, four-bit weights: is it computed right?",
     "head": "log-probs of chosen tokens, forward and backward: ours against eager, liger, cce, trl",
     "step": "preference training steps on PAL prompts: token tree against padded batches and trl",
     "scale": "preference training on more and more ranks of this machine, and what they send each other",

@@ -8,8 +8,10 @@ that nothing is missing; its numbers are dropped and every row says "not measure
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,13 @@ import torch
 import tyro
 
 from matryoshka.core.files import write_json
+from matryoshka.dpo.parity import BOUNDS
 from matryoshka.pilot.environment import ROOT, environment
 
 NOT_MEASURED = "not measured"
-PARTS = ("tests", "head", "step", "padded", "sft", "qlora", "load", "ranks")
+# In order of worth; a GPU that is lent for a short time is best used in two calls.
+CALLS = (("tests", "compute", "step"), ("head", "sft", "padded", "qlora", "ranks", "load"))
+PARTS = CALLS[0] + CALLS[1]
 Benches = Mapping[str, Mapping[str, Any]]  # name of the run -> the object that the bench printed
 # Import name -> what --against calls it.
 HEAD_PEERS = {"liger_kernel": "liger", "cut_cross_entropy": "cce", "trl": "trl"}
@@ -39,13 +44,24 @@ class Config:
     out: Path = Path("benchmarks/results")
     """Folder of the results."""
     only: tuple[str, ...] = ()
-    """Parts to run, of tests, head, step, padded, sft, qlora, load and ranks; default: all."""
+    """Parts to run, of tests, compute, step, head, sft, padded, qlora, ranks and load; default: all."""
+    call: int = 0
+    """1 or 2: the parts of the first or the second of two calls; 0: those of `only`."""
+    limit_s: float = 0.0
+    """Seconds for all parts together; a part beyond them is ended or not begun, and counts as failed. 0: no limit."""
     dry_run: bool = False
     """Run tiny sizes on the CPU and write nothing."""
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.only) - set(PARTS)):
             raise ValueError(f"gpu_check: --only {unknown[0]!r} is unknown; choose from {', '.join(PARTS)}")
+        if self.call not in (0, 1, 2) or (self.call and self.only):
+            raise ValueError(f"gpu_check: --call {self.call}; expected 1 or 2, without --only")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts to run, in order."""
+        return CALLS[self.call - 1] if self.call else self.only or PARTS
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,7 @@ def commands(config: Config, peers: Sequence[str], chart: Path) -> dict[str, lis
         short = "--objective sft --questions 1 --steps 1 --repeats 1 --sequence-length 32".split()
         shorter = ["--compare-losses", "2", "--compare-pairs", "1"] if trl else []
         return {
+            "compute": ["compute", *model, "--draws", "2", "--tokens", "4"],
             "head": ["head", *on_cpu, *"--tokens 8 --hidden 16 --vocabulary 64 --repeats 1".split()],
             "step": ["step", *model, *data, *tiny, *shorter, "--against", "padded", *trl],
             "sft": ["step", *model, *short, "--against"],
@@ -93,6 +110,7 @@ def commands(config: Config, peers: Sequence[str], chart: Path) -> dict[str, lis
     plain = "--objective sft --questions 4 --steps 3 --sequence-length 4096 --micro-batch-tokens 16384".split()
     four_bits = [*cuda, "--shape", "llama3-8b", *model, *data, "--micro-batch-tokens", "4096", "--activations", "full"]
     return {
+        "compute": ["compute", *cuda, *model, "--compile-blocks"],
         "head": ["head", *cuda, *head],
         "step": ["step", *large, *data, *pal, *compare, "--profile", str(chart), "--against", *trl],
         "padded": ["step", *large, *data, *pal, "--padded-pairs", "12", "--against", "padded"],
@@ -104,6 +122,8 @@ def commands(config: Config, peers: Sequence[str], chart: Path) -> dict[str, lis
 
 
 CHECKS = (
+    Check("first loss of DPO under compilation, distance from ln 2", "nats", 1e-5, False, lambda b: _first_loss(b)),
+    Check("sampler against trainer", "nats", BOUNDS["bfloat16"], False, lambda b: _value(b, "compute", "sampler")),
     Check("flash head, 8192 tokens", "ms", 26.0, False, lambda b: _head(b, "flash head", "value")),
     Check("flash head over two vocabulary products", "", 1.1, False, lambda b: _over_floor(b)),
     Check("flash head, extra memory", "MiB", 400.0, False, lambda b: _head(b, "flash head", "extra_mib")),
@@ -129,20 +149,22 @@ def main(config: Config) -> int:
         raise ValueError(f"gpu_check: {config.model}: no model folder; `matryoshka convert` makes one, or set --model")
     hardware = environment()
     gpu = hardware["gpus"][0]["name"].replace(" ", "-").lower() if hardware["gpus"] else "cpu"
-    stem = "_".join([gpu, (hardware["commit"] or "unknown")[:12], *config.only])
+    which = [f"call{config.call}"] if config.call else config.only
+    stem = "_".join([gpu, (hardware["commit"] or "unknown")[:12], *which])
     modules = ("liger_kernel", "cut_cross_entropy", "trl", "transformers", "bitsandbytes")
     peers = [name for name in modules if importlib.util.find_spec(name)]
-    parts = config.only or PARTS
-    tests = _tests(config.dry_run) if "tests" in parts else {"status": 0, "summary": NOT_MEASURED}
+    ends = time.monotonic() + (config.limit_s or math.inf)
+    tests = _tests(config.dry_run) if "tests" in config.parts else {"status": 0, "summary": NOT_MEASURED}
     benches: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
-    for name, arguments in commands(config, peers, config.out / f"{stem}.png").items():
-        if name not in parts:
-            continue
-        print(f"bench {' '.join(arguments)}", file=sys.stderr)
-        done = _run("matryoshka.scripts.cli", "bench", *arguments, "--json")
-        if done.returncode:
-            failures[name] = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    known = commands(config, peers, config.out / f"{stem}.png")
+    for name in (part for part in config.parts if part in known):
+        print(f"bench {' '.join(known[name])}", file=sys.stderr)
+        left = ends - time.monotonic()
+        done = None if left <= 0 else _run("matryoshka.scripts.cli", "bench", *known[name], "--json", limit_s=left)
+        if done is None or done.returncode:
+            last = "" if done is None else done.stderr.strip()
+            failures[name] = "out of time" if done is None else (last.splitlines() or ["no message"])[-1]
             print(f"failed: {failures[name]}", file=sys.stderr)
         else:
             benches[name] = json.loads(done.stdout.splitlines()[-1])
@@ -167,12 +189,18 @@ def _tests(dry_run: bool) -> dict[str, Any]:
     """Return pytest's status (0: passed) and its last line over the tests that need a GPU; a dry run collects them."""
     only = ["--collect-only"] if dry_run else []
     done = _run("pytest", "-m", "gpu", "-q", *only, *(str(ROOT / "tests" / name) for name in ("core", "lora", "dpo")))
+    assert done is not None  # it has no limit
     last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:]
     return {"status": done.returncode, "summary": last[0] if last else ""}
 
 
-def _run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
+def _run(module: str, *arguments: str, limit_s: float = math.inf) -> subprocess.CompletedProcess[str] | None:
+    """Return the finished process, None if it was ended after `limit_s`."""
+    limit = None if math.isinf(limit_s) else limit_s
+    try:
+        return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _row(benches: Benches, bench: str, part: str) -> Mapping[str, Any]:
@@ -188,6 +216,10 @@ def _value(benches: Benches, bench: str, part: str) -> float | None:
 def _head(benches: Benches, implementation: str, key: str) -> float | None:
     value: float | None = _row(benches, "head", f"{implementation}, 8192 tokens").get(key)
     return value
+
+
+def _first_loss(benches: Benches) -> float | None:
+    return _value(benches, "compute", "one step of dpo: first loss less")
 
 
 def _over_floor(benches: Benches) -> float | None:

@@ -1,4 +1,4 @@
-"""`matryoshka bench rollout`: the driver of episodes and the black-box client against a slow server on this machine.
+"""`matryoshka bench rollout`: the driver of episodes and the generator's client against a slow server on this machine.
 
 Episodes are real ones as far as driver, journal, cache and client go; the controller answers at once and nothing is
 executed, so what is measured is how well waiting is overlapped. Little's law gives the ideal: concurrency / latency
@@ -32,15 +32,18 @@ from matryoshka.core.records import (
     Trajectory,
 )
 from matryoshka.inference.cache import ResponseCache
-from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
-from matryoshka.inference.http_client import HttpClient
+from matryoshka.inference.generator_config import EndpointConfig, GeneratorConfig
+from matryoshka.inference.generators import OpenAIGenerator
+from matryoshka.inference.openai_transport import OpenAITransport
 from matryoshka.tasks.episode import Episode
 from matryoshka.tasks.rollout import Job, Setup, job_key, run_rollouts
 
 MEMORY_LIMIT_MIB = 400
 # About the length of a PAL prompt; the question comes last.
 PREAMBLE = "Write nothing but the result. " * 60
-CLIENTS = ("aiohttp", "openai", "openai-aiohttp")
+NAMES = {"ours": "openai over aiohttp (ours)", "aiohttp": "aiohttp alone", "openai": "openai over httpx"}
+CLIENTS = tuple(NAMES)
+CONNECTIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ def _episodes(config: Config, waves: int, server: Loopback, folder: Path, again:
             generator = OpenAIGenerator(_generator_config(config, url), cache)
             keys = [job_key(task, example, settings, controller, generator) for example in examples]
             jobs = [Job(key, example, settings) for key, example in zip(keys, examples, strict=True)]
+            await generator.check()  # as a pilot does
             try:
                 started = time.perf_counter()
                 done = await run_rollouts(Setup(task, controller, generator), jobs, journal, config.concurrency)
@@ -222,41 +226,40 @@ def _rate(config: Config, client: str) -> Row:
                 count = share * config.rate_concurrency
                 return count / (time.perf_counter() - wall), 1000 * (time.process_time() - cpu) / count
 
-        try:
-            rate, cpu_ms = asyncio.run(measure())
-        except ImportError as err:
-            return Row(f"client {client}", None, "1/s", {"note": f"not installed: {err.name}"})
-    ours = " (ours)" if client == "aiohttp" else ""
-    return Row(f"client {client}{ours}", rate, "1/s", {"cpu_ms_per_request": cpu_ms, "per_core": 1000 / cpu_ms})
+        rate, cpu_ms = asyncio.run(measure())
+    return Row(f"client {NAMES[client]}", rate, "1/s", {"cpu_ms_per_request": cpu_ms, "per_core": 1000 / cpu_ms})
 
 
 @asynccontextmanager
 async def _client(client: str, url: str, body: dict[str, Any]) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-    """Yield a function that asks once and reads the answer. Raises ImportError when the client is not installed."""
-    if client == "aiohttp":
-        http = HttpClient()
+    """Yield a function that asks once and reads the answer."""
+    data, path = json.dumps(body).encode(), f"{url}/chat/completions"
+    if client == "ours":
+        transport = OpenAITransport(EndpointConfig(url, "", loopback.MODEL, "openai", "", CONNECTIONS), "")
 
         async def ask() -> None:
-            reply = await http.request(
-                "POST", f"{url}/chat/completions", {"Content-Type": "application/json"}, json.dumps(body).encode(), 60.0
-            )
-            json.loads(reply.text)["choices"]
+            json.loads((await transport.chat(data, 60.0)).body)["choices"]
 
         try:
             yield ask
         finally:
-            await http.aclose()
-        return
-    import openai
+            await transport.aclose()
+    elif client == "aiohttp":
+        import aiohttp
 
-    options: dict[str, Any] = {}
-    if client == "openai-aiohttp":
-        import aiohttp  # noqa: F401
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONNECTIONS)) as session:
 
-        options["http_client"] = openai.DefaultAioHttpClient()
-    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=60.0, **options) as peer:
+            async def ask_aiohttp() -> None:
+                async with session.post(path, data=data, headers={"Content-Type": "application/json"}) as reply:
+                    json.loads(await reply.read())["choices"]
 
-        async def ask_peer() -> None:
-            await peer.chat.completions.create(**body)
+            yield ask_aiohttp
+    else:
+        import openai
 
-        yield ask_peer
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=60.0) as peer:
+
+            async def ask_peer() -> None:
+                await peer.chat.completions.create(**body)
+
+            yield ask_peer

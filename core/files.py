@@ -229,8 +229,11 @@ def _journal_rows(path: Path, data: bytes, first: int) -> dict[str, dict[str, An
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the one lock of a run directory. Raises ValueError when another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Hold the one lock of a run directory. Raises ValueError when another process holds it.
+
+    A new directory is for its owner alone: prompts, answers and logs may hold a user's private data.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

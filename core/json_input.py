@@ -61,9 +61,9 @@ class Fields:
 
     def error(self, name: str, expected: str) -> ValueError:
         if name not in self.data:
-            return ValueError(f"{self.where}: {name} is missing; expected {expected}")
+            return ValueError(f"{self.where}: {name:.60} is missing; expected {expected}")
         value = self.data[name]
-        return ValueError(f"{self.where}: {name} is {shown(value)} ({type(value).__name__}); expected {expected}")
+        return ValueError(f"{self.where}: {name:.60} is {shown(value)} ({type(value).__name__}); expected {expected}")
 
     def integer(self, name: str, default: int | None = None, low: int | None = None, high: int | None = None) -> int:
         value = self.data.get(name, default)

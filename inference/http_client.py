@@ -1,13 +1,11 @@
-"""One pool of HTTP connections for JSON in and text out: what the black-box client sends its requests with.
+"""One pool of HTTP connections for JSON in and text out, to a vLLM server of ours.
 
-It knows nothing of models, retries or keys; it gives a reply, whatever its status, or raises TransportError, which says
-whether the server may have begun to work. The library underneath is aiohttp: `matryoshka bench rollout` measures it
-against the alternatives. The invariant: an exchange ends within its time-out, connecting and a slow body included.
+It knows nothing of models, retries or keys; it returns a reply, whatever its status, or raises TransportError, which
+says whether the server may have begun to work. The invariant: an exchange ends within its time-out, connecting and a
+slow body included.
 """
 
 import asyncio
-import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,7 +45,6 @@ class HttpClient:
         headers: Mapping[str, str],
         body: bytes | None,
         timeout_s: float,
-        proxy: str | None = None,
     ) -> Reply:
         """Return the server's reply. Raises TransportError when none came whole within `timeout_s`."""
         if self._session is None:
@@ -60,7 +57,7 @@ class HttpClient:
         try:
             async with asyncio.timeout(timeout_s):
                 response = await self._session.request(
-                    method, url, headers=headers, data=body, proxy=proxy, allow_redirects=False
+                    method, url, headers=headers, data=body, allow_redirects=False
                 )
                 try:
                     data = bytearray()
@@ -85,11 +82,3 @@ class HttpClient:
         if self._session is not None:
             await self._session.close()
             self._session = None
-
-
-def proxy_for(url: str) -> str | None:
-    """Return the proxy that the environment (HTTPS_PROXY, HTTP_PROXY, NO_PROXY) names for `url`, or None."""
-    parts = urllib.parse.urlsplit(url)
-    if urllib.request.proxy_bypass(parts.hostname or ""):
-        return None
-    return urllib.request.getproxies().get(parts.scheme)

@@ -77,20 +77,21 @@ async def serve_http(
     async def answer(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        task = asyncio.current_task()
-        assert task is not None and request.transport is not None
+        task, transport = asyncio.current_task(), request.transport
+        if task is None or transport is None:
+            raise ConnectionResetError("the client left before its request was looked at")
         running.add(task)
         try:
             response = await _respond(request, handler, check, served)
             if stop.is_set():
                 response.force_close()
-            request.transport.set_write_buffer_limits(0)  # so that an answer counts as sent once all of it is
+            transport.set_write_buffer_limits(0)  # so that an answer counts as sent once all of it is
             async with asyncio.timeout(TRANSFER_S):
                 await response.prepare(request)
                 await response.write_eof()
             return response
         except TimeoutError as err:
-            request.transport.abort()
+            transport.abort()
             raise ConnectionResetError("the client did not read its answer") from err
         finally:
             running.discard(task)

@@ -73,6 +73,8 @@ class OpenAITransport:
         headers = {"Accept-Encoding": "identity"}
         # What the package tells of this machine is no business of the server, and takes time.
         self._options: Any = {"headers": {f"X-Stainless-{name}": openai.omit for name in _TELLS}}
+        # Whole, which saves the package some of its work; Azure's client makes another URL of the path.
+        self._chat_url = ("" if config.api == "azure" else config.base_url.rstrip("/")) + "/chat/completions"
         self._client: openai.AsyncOpenAI
         if config.api == "azure":
             self._client = openai.AsyncAzureOpenAI(
@@ -117,7 +119,7 @@ class OpenAITransport:
                 if body is None:
                     response = await client.get("/models", cast_to=httpx2.Response, options=options)
                 else:
-                    path = "/chat/completions"
+                    path = self._chat_url
                     response = await client.post(path, cast_to=httpx2.Response, content=body, options=options)
             return _reply(response)
         except openai.APIStatusError as err:

@@ -104,7 +104,9 @@ def answer(request: Request, outcome: Sample | Exception) -> None:
     def settle() -> None:
         if request.future.done():
             return
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, StopIteration):  # futures refuse it, and the caller would wait for ever
+            request.future.set_exception(RuntimeError(f"a pass raised {outcome!r}"))
+        elif isinstance(outcome, Exception):
             request.future.set_exception(outcome)
         else:
             request.future.set_result(outcome)

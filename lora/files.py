@@ -112,7 +112,7 @@ def read_config(folder: Path) -> LoraConfig:
     handled = {*COMPUTED, *DESCRIPTIVE, *NO_EFFECT_ALONE, "bias", "init_lora_weights"}
     for key in sorted(data.keys() - handled):
         if data[key] not in (None, False, [], {}, ""):
-            raise ValueError(f"{path}: {key} = {shown(data[key])} is not supported; expected plain LoRA, rsLoRA or "
+            raise ValueError(f"{path}: {key:.60} = {shown(data[key])} is not supported; expected plain LoRA, rsLoRA or "
                              "DoRA, where this key is null or false")
     targets = fields.texts("target_modules")
     if not targets:
@@ -150,7 +150,8 @@ def load_adapter(model: nn.Module, name: str, folder: Path, device: torch.device
         remove_adapter(model, name)
         key = sorted(k for k in saved.keys() | here.keys() if saved.get(k) != here.get(k))[0]
         raise ValueError(
-            f"{path}: {key} has shape {saved.get(key)}, the model wants {here.get(key)}; is it for another base model?"
+            f"{path}: {key:.200} has shape {saved.get(key)}, the model wants {here.get(key)}; is it for another base "
+            "model?"
         )
     with torch.no_grad():
         for key, tensor in tensors.items():
@@ -161,14 +162,14 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], config: LoraConfig) -
     """Raise ValueError for tensors that are no adapter's, before the model is given anything of their size."""
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{path}: {key} is stored as {tensor.dtype}; expected floating-point numbers of 16 to 64 "
-                             "bits. Export the adapter again in one of these")
+            raise ValueError(f"{path}: {key:.200} is stored as {tensor.dtype}; expected floating-point numbers of 16 "
+                             "to 64 bits. Export the adapter again in one of these")
         if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {key} has numbers that are not finite; its training diverged or the file is "
-                             "damaged. Choose an earlier checkpoint")
+            raise ValueError(f"{path}: {key:.200} has numbers that are not finite; its training diverged or the file "
+                             "is damaged. Choose an earlier checkpoint")
         if key.endswith(".lora_A.weight") and tensor.shape[:1] != (config.rank,):
-            raise ValueError(f"{path}: {key} has shape {tuple(tensor.shape)}, but r is {config.rank} in {CONFIG}; the "
-                             "two files belong to different adapters")
+            raise ValueError(f"{path}: {key:.200} has shape {tuple(tensor.shape)}, but r is {config.rank} in {CONFIG}; "
+                             "the two files belong to different adapters")
 
 
 def adapter_hash(folder: Path) -> str:

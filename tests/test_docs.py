@@ -29,6 +29,40 @@ PAIRS = [{"prompt": f"What is {n} + 1?", "chosen": f"It is {n + 1}.", "rejected"
 CHATS = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
 
 
+OWN_TASK = """
+name = "own"
+rounds = 1
+star = false
+[controller]
+path = "models/smollm2-135m-instruct"
+[generator]
+base_url = "http://127.0.0.1:1/v1"
+model = "none"
+api_key_env = ""
+[serve]
+scripted = "parrot.py:Parrot"
+[task]
+name = "examples/own_task.py:ShortAnswers"
+warmup = 2
+train = 2
+validation = 2
+test = 2
+[warmup.train]
+epochs = 1
+[rollout]
+samples = 2
+guidance_tokens = 8
+"""
+PARROT = """
+from matryoshka.core.records import Sample, Usage
+class Parrot:
+    name = "parrot-1"
+    async def complete(self, prompt, sampling):
+        return Sample(prompt[-1].content.split()[-1], usage=Usage(5, 1))
+"""
+QUESTIONS = [{"question": f"What is {n} + 1?", "answer": str(n + 1), "hint": f"Say {n + 1}."} for n in range(8)]
+
+
 @dataclass(frozen=True)
 class Block:
     """A fenced block. directive: "run" or "not run", "" where none stands before it; detail: its kind or reason."""
@@ -122,7 +156,9 @@ def test_blocks_run(block: Block, tiny_dir: Path, tmp_path: Path) -> None:
     """Oracle: the exit status."""
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "smollm2-135m-instruct").symlink_to(tiny_dir)
-    for name, rows in (("pairs", PAIRS), ("chats", CHATS)):
+    (tmp_path / "own.toml").write_text(OWN_TASK)
+    (tmp_path / "parrot.py").write_text(PARROT)
+    for name, rows in (("pairs", PAIRS), ("chats", CHATS), ("qa", QUESTIONS)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     paths = [str(ROOT / ".ns"), os.environ.get("PYTHONPATH", "")]

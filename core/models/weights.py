@@ -36,9 +36,11 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None, devi
 
     Floating tensors are cast to `dtype` (None: as stored) and put on `device`; every parameter is replaced by a new one
     with the same requires_grad. Of a parameter that is cut up over ranks (a DTensor), this rank's rows alone are read.
-    Non-persistent buffers are not touched. Two surplus kinds of key are accepted: the buffers `*.rotary_emb.inv_freq`
-    of old checkpoints, and, where the model has a tied head and so no parameter of that name, an `lm_head.weight` that
-    equals the embedding. On an error the model is left partly filled.
+    On the CPU, weights that need no cast stay mapped from their files, which must not be changed in place while the
+    model lives; replacing or removing a file is harmless. Non-persistent buffers are not touched. Two surplus kinds of
+    key are accepted: the buffers `*.rotary_emb.inv_freq` of old checkpoints, and, where the model has a tied head and
+    so no parameter of that name, an `lm_head.weight` that equals the embedding. On an error the model is left partly
+    filled.
 
     A layer that stores its weight packed (`lora/quantized.py`) says so by a method `pack(weight, dtype)`, which gets
     the whole tensor in fp32, where the model computes, and returns what the parameter holds, and by `shape`, the
@@ -80,8 +82,9 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None, devi
                 tensor = part.to(device)
             else:
                 read = _own_part(slot, stored) if is_sharded(slot) else handle.get_tensor(key)
-                # Without copy=True an uncast tensor on the CPU would be a view of the memory map.
-                tensor = read.to(device=device, dtype=dtype if is_floating else None, copy=True)
+                # On the CPU and uncast it is a view of the file's private memory map: nothing is copied, pages are read
+                # when they are first used, and writing to the tensor leaves the file alone.
+                tensor = read.to(device=device, dtype=dtype if is_floating else None)
             _assign(model, key, slot, as_part(slot, tensor) if is_sharded(slot) else tensor)
 
 

@@ -144,7 +144,7 @@ def train(
         config.optimizer, parameters, config.learning_rate, betas, config.weight_decay, config.lora_plus_ratio
     )
     num_steps = config.epochs * math.ceil(len(items) / config.batch_size)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # weights may repeat private training data
     checkpoints = Checkpoints(
         folder,
         _fingerprint(config, objective, items, context.start),

@@ -1,6 +1,7 @@
 """scripts/gpu_check: what it runs, the promises that it checks, and the dry run, whose numbers nobody gets to see."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from matryoshka.benchmarks import gpu_check
+from matryoshka.benchmarks import compute, gpu_check
 from matryoshka.benchmarks.command import BENCHES
 from matryoshka.benchmarks.gpu_check import CHECKS, Config, commands, main, unmeasured
 
@@ -23,6 +24,12 @@ def row(name: str, value: float | None, **details: Any) -> dict[str, Any]:
 
 
 GOOD: dict[str, Any] = {
+    "compute": {
+        "rows": [
+            row("one step of dpo: first loss less the known one", 1e-6),
+            row("sampler against trainer, root mean square", 0.05),
+        ]
+    },
     "head": {
         "rows": [
             row("flash head, 8192 tokens", 25.0, extra_mib=300.0, gradient_error=1e-3),
@@ -57,7 +64,9 @@ def test_checks_read_the_numbers() -> None:
     """Oracle: by hand; 25 / 24 of the floor, half of eager's error, 40 GiB against 50 of TRL's best, 1.0625 - 1,
     10 MiB of 20 in four bits."""
     rows = [check.row(GOOD) for check in CHECKS]
-    assert [found["value"] for found in rows] == [25.0, 25 / 24, 300.0, 0.5, 13.0, 0.8, 0.01, 0.0, 0.0625, 0.5, 16000.0]
+    assert [found["value"] for found in rows[:2]] == [1e-6, 0.05]
+    by_hand = [25.0, 25 / 24, 300.0, 0.5, 13.0, 0.8, 0.01, 0.0, 0.0625, 0.5, 16000.0]
+    assert [found["value"] for found in rows[2:]] == by_hand
     assert all(found["holds"] is True for found in rows)
     assert all(check.row({})["holds"] is None for check in CHECKS)
     slow: dict[str, Any] = {"sft": {"rows": [row("token tree", 14999.0)]}, "step": {"ratio": 11.9, "rows": []}}
@@ -85,7 +94,10 @@ def test_a_bench_that_fails_leaves_the_others(
 ) -> None:
     """Oracle: stubbed processes; status 1, the reason by name, the results of the rest written."""
 
-    def stub(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def stub(module: str, *arguments: str, limit_s: float) -> subprocess.CompletedProcess[str] | None:
+        assert limit_s == math.inf
+        if arguments[1] == "ranks":
+            return None  # ended at the limit
         if arguments[1:2] == ("load",):
             return subprocess.CompletedProcess([], 2, "", "warning\nerror: no disk\n")
         name = "sft" if "sft" in arguments else arguments[1]
@@ -98,7 +110,8 @@ def test_a_bench_that_fails_leaves_the_others(
     (written,) = tmp_path.glob("*.json")
     result = json.loads(written.read_text())
     assert result == json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["failures"] == {"load": "error: no disk"} and set(result["benches"]) >= {"head", "step", "sft"}
+    assert result["failures"] == {"load": "error: no disk", "ranks": "out of time"}
+    assert set(result["benches"]) >= {"head", "step", "sft"}
     assert all(check["holds"] for check in result["checks"])
     assert result["hardware"]["commit"] and result["hardware"]["versions"]["torch"]
 
@@ -110,8 +123,17 @@ def test_no_gpu_and_wrong_settings_are_refused(tiny_dir: Path, monkeypatch: pyte
         main(Config(model=tiny_dir))
     with pytest.raises(ValueError, match="nowhere: no model folder"):
         main(Config(model=Path("nowhere"), dry_run=True))
-    with pytest.raises(ValueError, match="--only 'heads' is unknown; choose from tests, head"):
+    with pytest.raises(ValueError, match="--only 'heads' is unknown; choose from tests, compute, step"):
         Config(only=("heads",))
+    with pytest.raises(ValueError, match="--call 3; expected 1 or 2"):
+        Config(call=3)
+
+
+def test_two_calls_have_all_parts() -> None:
+    """Oracle: by definition; every bench belongs to one of the two calls, the tests to the first."""
+    parts = [Config(call=call).parts for call in (1, 2)]
+    known = commands(Config(), PEERS, Path("chart.png"))
+    assert sorted(parts[0] + parts[1]) == sorted({"tests", *known}) and parts[0][0] == "tests"
 
 
 def test_unmeasured_keeps_no_number() -> None:
@@ -136,3 +158,12 @@ def test_the_dry_run_goes_through_all_of_it(tiny_dir: Path, tmp_path: Path) -> N
     assert rows and all(row["value"] is None and row["note"] == "not measured" for row in rows)
     assert all(check["value"] is None for check in result["checks"])
     assert not (tmp_path / "out").exists()
+
+
+def test_compute_knows_the_first_losses(tiny_dir: Path) -> None:
+    """Oracle: the first loss of each objective by its equation, exact in eager code; float32's rounding."""
+    found = {row.name: row.value for row in compute.run(compute.Config(model=tiny_dir, draws=2, tokens=4)).rows}
+    known = {name: value for name, value in found.items() if "first loss less" in name}
+    assert len(known) >= 5 and max(value for value in known.values() if value is not None) <= 1e-6
+    assert all(value is not None for value in found.values())
+    assert (found["sampler against trainer, root mean square"] or 0) <= 1e-4

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from matryoshka.core.files import Journal, write_text
+from matryoshka.core.files import Journal, folder_lock, write_text
 
 
 def test_a_folder_may_be_renamed_as_soon_as_the_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,6 +20,20 @@ def test_a_folder_may_be_renamed_as_soon_as_the_file_is_there(tmp_path: Path, mo
     monkeypatch.setattr(os, "replace", replace_then_rename)
     write_text(tmp_path / "half" / "rank-1.json", "{}")
     assert [path.name for path in (tmp_path / "whole").iterdir()] == ["rank-1.json"]
+
+
+def test_a_new_run_folder_is_for_its_owner_alone(tmp_path: Path) -> None:
+    """Oracle: the permission bits under the usual umask; a folder that is there keeps its own."""
+    before = os.umask(0o022)
+    try:
+        (tmp_path / "old").mkdir()
+        for name, bits in (("new", 0o700), ("old", 0o755)):
+            with folder_lock(tmp_path / "runs" / name if name == "new" else tmp_path / name):
+                pass
+            folder = tmp_path / "runs" / name if name == "new" else tmp_path / name
+            assert folder.stat().st_mode & 0o777 == bits
+    finally:
+        os.umask(before)
 
 
 def test_a_journal_is_cut_where_a_kill_cut_it(tmp_path: Path) -> None:

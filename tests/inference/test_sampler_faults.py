@@ -223,12 +223,16 @@ def test_an_unknown_adapter_fails_its_own_requests_only(tiny_dir: Path) -> None:
 def test_a_fault_that_no_request_can_be_blamed_for(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: by definition: what waited fails with the fault, and the worker serves the next request."""
 
+    fault: list[Exception] = [KeyError("a fault in the code")]
+
     def raising(*arguments: Any) -> Any:
-        raise KeyError("a fault in the code")
+        raise fault[0]
 
     with sampler_of(tiny_dir) as sampler:
         monkeypatch.setattr(module, "common_prefix", raising)
         assert [type(outcome) for outcome in outcomes(sampler, [([1, 2], GREEDY, None)] * 3)] == [KeyError] * 3
+        fault[0] = StopIteration("which no future takes")
+        assert [type(outcome) for outcome in outcomes(sampler, [([1, 2], GREEDY, None)])] == [RuntimeError]
         monkeypatch.undo()
         assert isinstance(run(sampler, [([1, 2], GREEDY, None)])[0], Sample) and sampler.illness == ""
 

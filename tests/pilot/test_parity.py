@@ -13,6 +13,7 @@ from matryoshka.scripts.parity import parity
 TINY_VLLM = Path(__file__).with_name("tiny_vllm.py")
 
 
+@pytest.mark.slow
 def test_log_probs_agree_at_every_way_to_draw(
     tiny_dir: Path, adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,18 +62,22 @@ def become_nobody(needed: list[str]) -> None:
         if result < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
-    checked(libc.unshare(0x00020000))  # CLONE_NEWNS
-    checked(libc.mount(b"none", b"/", None, 0x44000, None))  # MS_REC | MS_PRIVATE
+    closed = {}  # a folder that is needed -> the first folder on the way to it that others may not search
     for path in needed:
-        for closed in reversed([Path(path), *Path(path).parents]):
-            if closed.stat().st_mode & 0o001:
-                continue
-            held = os.open(path, os.O_PATH)
-            checked(libc.mount(b"none", os.fsencode(closed), b"tmpfs", 0, b"mode=755"))
-            os.makedirs(path, exist_ok=True)
-            checked(libc.mount(f"/proc/self/fd/{held}".encode(), os.fsencode(path), None, 0x5000, None))
-            os.close(held)
-            break
+        way = reversed([Path(path), *Path(path).parents])
+        on_the_way = [place for place in way if not place.stat().st_mode & 0o001]
+        if on_the_way:
+            closed[path] = on_the_way[0]
+    if closed:
+        checked(libc.unshare(0x00020000))  # CLONE_NEWNS
+        checked(libc.mount(b"none", b"/", None, 0x44000, None))  # MS_REC | MS_PRIVATE
+    held = {path: os.open(path, os.O_PATH) for path in closed}
+    for place in set(closed.values()):
+        checked(libc.mount(b"none", os.fsencode(place), b"tmpfs", 0, b"mode=755"))
+    for path, descriptor in held.items():
+        os.makedirs(path, exist_ok=True)
+        checked(libc.mount(f"/proc/self/fd/{descriptor}".encode(), os.fsencode(path), None, 0x5000, None))
+        os.close(descriptor)
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)

@@ -18,9 +18,9 @@ from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item
 from matryoshka.dpo.data import text_completion
 from matryoshka.tasks.pal import synthetic_problems as words
-from matryoshka.tasks.pal.prompts import COMPACT, FULL, HEADER, PromptStyle
+from matryoshka.tasks.pal.prompt_style import PromptStyle
 
-STYLES = {style.name: style for style in (FULL, COMPACT)}
+STYLES = {name: PromptStyle(name) for name in ("full", "compact")}
 SENTENCE_END = re.compile(r"(?<=[.?!])\s+")
 
 
@@ -79,7 +79,8 @@ def _asked(question: str) -> str:
 
 
 def _plan(style: PromptStyle, steps: Sequence[str]) -> str:
-    return "\n".join([HEADER, *steps] if style is FULL else steps)
+    header = style.file.values.get("header")
+    return "\n".join([header, *steps] if header else steps)
 
 
 def _messages(rows: Any) -> Messages:

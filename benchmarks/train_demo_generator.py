@@ -20,14 +20,16 @@ from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT
 from matryoshka.lora.files import save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter, set_active, trainable_parameters
-from matryoshka.tasks.pal.prompts import COMPACT
+from matryoshka.tasks.pal.prompt_style import PromptStyle
 
 OUT = Path(__file__).resolve().parent.parent / "inference" / "demo_generator"
 
 
 def item(tokenizer: Tokenizer, lesson: Lesson) -> Item:
     """Return a training item: the prompt's ids, then program and end of turn, which alone are scored."""
-    prompt = tokenizer.render(COMPACT.code(lesson.question, lesson.steps), add_generation_prompt=True).ids
+    prompt = tokenizer.render(
+        PromptStyle("compact").code(lesson.question, lesson.steps), add_generation_prompt=True
+    ).ids
     answer = (*tokenizer.encode(lesson.program), tokenizer.eos_id)
     return Item((Tokens((*prompt, *answer), (0,) * len(prompt) + (1,) * len(answer)),), lesson.question)
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from matryoshka.core.intervals import wilson
 from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
@@ -18,7 +17,7 @@ from matryoshka.core.records import Example, Messages, Metric, RolloutSettings, 
 from matryoshka.tasks.episode import Episode
 from matryoshka.tasks.pal import gsm8k, synthetic_problems
 from matryoshka.tasks.pal.answers import same_answer
-from matryoshka.tasks.pal.prompts import STYLES
+from matryoshka.tasks.pal.prompt_style import PromptStyle
 from matryoshka.tasks.sandbox import Outcome, extract_code, run_solution
 from matryoshka.tasks.sandbox_backends import SCRIPT, in_words
 from matryoshka.tasks.sandbox_config import SandboxConfig
@@ -28,8 +27,9 @@ from matryoshka.tasks.sandbox_config import SandboxConfig
 class PalOptions:
     """The options of the task "pal"."""
 
-    prompts: Literal["compact", "full"] = "compact"
-    """Prompt style: "compact" for models of about a hundred million parameters, "full" for larger ones."""
+    prompts: str = "compact"
+    """Prompts: "compact" for models of about a hundred million parameters, "full" for larger ones, or a .toml file of
+    your own (tasks/pal/prompts/ holds the shipped ones)."""
     train_file: str = ""
     """GSM8K or GSM-Hard JSONL file for warm-up, training and validation; "" makes all problems from the seed."""
     test_file: str = ""
@@ -49,7 +49,7 @@ class PALTask(Task):
     free_options = ("sandbox.isolation", "sandbox.command")
 
     def __init__(self, options: PalOptions, setting: TaskSetting) -> None:
-        self.style = STYLES[options.prompts]
+        self.style = PromptStyle(options.prompts)
         self.sandbox = options.sandbox.sandbox()
         self.name = f"pal-{self.style.name}"
         self.label = "gsm8k" if options.train_file or options.test_file else "words"

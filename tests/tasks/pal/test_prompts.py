@@ -2,13 +2,17 @@
 
 import asyncio
 import os
+import re
+from pathlib import Path
 
 import pytest
 
-from matryoshka.core.records import Messages
-from matryoshka.tasks.pal.prompts import EXEMPLARS, FULL, HEADER, Exemplar
+from matryoshka.core.records import Message, Messages
+from matryoshka.tasks.pal.prompt_style import PromptStyle
 from matryoshka.tasks.sandbox import extract_code, run_solution
 
+FULL = PromptStyle("full")
+HEADER, EXEMPLARS = FULL.file.values["header"], FULL.file.values["exemplars"]
 QUESTION = "Tom has 3 cats. How many paws are there?"
 GUIDANCE = f"{HEADER}\nHow many paws does one cat have?\nHow many paws do they have together?"
 
@@ -17,38 +21,27 @@ def text_of(messages: Messages) -> str:
     return "\n".join(message.content for message in messages)
 
 
-@pytest.mark.parametrize("shot", EXEMPLARS, ids=lambda shot: str(shot.answer))
-@pytest.mark.parametrize("commented", [True, False])
-def test_every_worked_program_gives_the_answer(shot: Exemplar, commented: bool) -> None:
+@pytest.mark.parametrize("guidance", ["", GUIDANCE], ids=["plain", "guided"])
+def test_every_worked_program_gives_the_answer(guidance: str) -> None:
     """Oracle: the answers, worked out by hand: (24 + 18) / 6 = 7; 4 * 5 * 14 - 35 = 245; 480 - 120 - 90 = 270."""
-    outcome = asyncio.run(run_solution(shot.code(commented), 5.0, 256 * 2**20))
-    assert outcome.error is None and outcome.value == shot.answer
-
-
-def test_worked_answers_by_hand() -> None:
-    assert [shot.answer for shot in EXEMPLARS] == [(24 + 18) / 6, 4 * 5 * 14 - 35, 480 - 480 / 4 - 90]
-
-
-@pytest.mark.parametrize("shot", EXEMPLARS, ids=lambda shot: str(shot.answer))
-def test_structure_of_a_worked_example(shot: Exemplar) -> None:
-    """Header, one sub-question a line; docstring with the question, one comment per sub-question in order, result."""
-    header, *questions = shot.guidance().split("\n")
-    assert header == HEADER and len(questions) >= 2 and all(line.endswith("?") for line in questions)
-    lines = shot.code(commented=True).split("\n")
-    assert (
-        lines[0] == "def solution():" and lines[1] == f'    """{shot.question}"""' and lines[-1] == "    return result"
-    )
-    comments = [line.strip()[2:] for line in lines if line.strip().startswith("#")]
-    assert comments == ["Initialization of variables", *questions]
-    assert "#" not in shot.code(commented=False)
+    programs = re.findall(r"```python\n(.*?)\n```", text_of(FULL.code(QUESTION, guidance)), re.DOTALL)
+    values = [asyncio.run(run_solution(program, 5.0, 256 * 2**20)).value for program in programs]
+    assert values == [(24 + 18) / 6, 4 * 5 * 14 - 35, 480 - 480 / 4 - 90]
+    for program, shot in zip(programs, EXEMPLARS, strict=True):
+        lines = program.split("\n")
+        assert lines[:2] == ["def solution():", f'    """{shot["question"]}"""'] and lines[-1] == "    return result"
+        comments = [line.strip()[2:] for line in lines if line.strip().startswith("#")]
+        questions = [question for question, _ in shot["steps"]]
+        assert comments == (["Initialization of variables", *questions] if guidance else [])
 
 
 def test_prompts_without_guidance_show_none() -> None:
     """The baseline without a controller sees neither sub-questions nor the comments that repeat them."""
     plain, guided = text_of(FULL.code(QUESTION, "")), text_of(FULL.code(QUESTION, GUIDANCE))
     for shot in EXEMPLARS:
-        for sub_question, _ in shot.steps:
-            assert sub_question not in plain and guided.count(sub_question) == 2
+        for sub_question, _ in shot["steps"]:
+            assert sub_question.endswith("?") and sub_question not in plain and guided.count(sub_question) == 2
+            assert f"{HEADER}\n{shot['steps'][0][0]}\n" in text_of(FULL.guidance(QUESTION))
     assert HEADER not in plain and guided.endswith(f"Q: {QUESTION}\n{GUIDANCE}") and plain.endswith(f"Q: {QUESTION}")
 
 
@@ -72,3 +65,61 @@ def test_prompts_of_different_questions_share_their_beginning() -> None:
     assert one[0] == other[0]
     shared = os.path.commonprefix([one[1].content, other[1].content])
     assert len(shared) == len(one[1].content) - len("Why?\nA:")
+
+
+OWN = """
+greeting = "Hello"
+[[guidance]]
+role = "user"
+content = "{{ greeting }}, split: {{ question }}"
+[[code]]
+role = "user"
+content = "{{ question }} {{ guidance }}"
+[[retry]]
+role = "user"
+content = "{{ error }}"
+[[replan]]
+role = "user"
+content = "{{ feedback }}"
+"""
+
+
+def test_a_user_s_own_prompts_are_a_file(tmp_path: Path) -> None:
+    """Oracle: by hand. Another text has another name, so its episodes are other ones; shipped styles keep names."""
+    path = tmp_path / "mine.toml"
+    path.write_text(OWN)
+    own = PromptStyle(str(path))
+    (message,) = own.guidance("1 + 1?")
+    assert message == Message("user", "Hello, split: 1 + 1?") and own.retry("q", "g", "c", "e")[-1].content == "e"
+    path.write_text(OWN.replace("Hello", "Hi"))
+    assert own.name.startswith("mine-") and own.name != PromptStyle(str(path)).name
+    assert [PromptStyle(name).name for name in ("compact", "full")] == ["compact", "full"]
+
+
+@pytest.mark.parametrize("hostile", ["{{ 7 * 7 }}", "{% for x in y %}", "{{ ''.__class__ }}", "[[code]]\nrole = 'x'"])
+def test_a_question_is_never_read_as_a_template(hostile: str) -> None:
+    """Oracle: the text itself, in every request."""
+    for style in (FULL, PromptStyle("compact")):
+        asked = (style.guidance(hostile), style.code(hostile, hostile), style.retry("q", "g", hostile, hostile))
+        assert all(hostile in text_of(messages) for messages in asked)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("[[retry]]", "[[retries]]"), r"mine\.toml: \[\[retry\]\] is missing; expected one table for each message"),
+        (('role = "user"', 'role = "robot"'), r"mine\.toml: \[\[guidance\]\]: got .*robot.*; expected the keys role"),
+        (("{{ greeting }}", "{{ greeting"), r"mine\.toml: "),
+        (("{{ greeting }}", "{{ greetings }}"), r"mine\.toml: \[\[guidance\]\]: 'greetings' is undefined"),
+        (("{{ greeting }}", "{{ ''.__class__.__mro__ }}"), r"mine\.toml: \[\[guidance\]\]: access to attribute"),
+        (("greeting =", "greeting"), r"mine\.toml: "),
+    ],
+)
+def test_what_is_wrong_with_a_prompt_file_is_said(change: tuple[str, str], message: str, tmp_path: Path) -> None:
+    """Oracle: each message by hand."""
+    path = tmp_path / "mine.toml"
+    path.write_text(OWN.replace(*change, 1))
+    with pytest.raises(ValueError, match=message):
+        PromptStyle(str(path)).guidance("q")
+    with pytest.raises(FileNotFoundError, match="'fall': no such file; expected compact, full or the path of a .toml"):
+        PromptStyle("fall")

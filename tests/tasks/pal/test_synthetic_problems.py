@@ -12,11 +12,14 @@ from matryoshka.core.records import Messages, RolloutSettings, Sample, Sampling
 from matryoshka.eval.baselines import NoGuidance
 from matryoshka.tasks.pal import synthetic_problems as words
 from matryoshka.tasks.pal.problem_templates import FAMILIES, HELD_OUT, ITEMS, NAMES, Family
-from matryoshka.tasks.pal.prompts import COMPACT, COMPACT_CODE_SYSTEM, COMPACT_EXEMPLARS
+from matryoshka.tasks.pal.prompt_style import PromptStyle
 from matryoshka.tasks.pal.task import PalOptions, PALTask
 from matryoshka.tasks.sandbox import extract_code, run_solution
 from matryoshka.tasks.sandbox_config import SandboxConfig
 
+COMPACT = PromptStyle("compact")
+SHOTS = [message.content for message in COMPACT.guidance("Q?")[1:-1]]
+COMPACT_EXEMPLARS = list(zip(SHOTS[::2], SHOTS[1::2], strict=True))
 MEMORY = 512 * 2**20
 MANY = {split: words.problems(split, 300, 0) for split in words.SPLITS}
 
@@ -141,7 +144,7 @@ def test_compact_prompts_are_short_chats() -> None:
     assert [m.role for m in guidance] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert guidance[-1].content == "Q?" and guidance[1].content == COMPACT_EXEMPLARS[0][0]
     code = COMPACT.code("Q?", "How much?")
-    assert [(m.role, m.content) for m in code] == [("system", COMPACT_CODE_SYSTEM), ("user", "Q?\nHow much?")]
+    assert [m.content for m in code] == ["Write solution() from the steps.", "Q?\nHow much?"]
     assert COMPACT.code("Q?", "")[-1].content == "Q?"
     retry = COMPACT.retry("Q?", "g", "old", "NameError")
     assert retry[:2] == COMPACT.code("Q?", "g") and [m.role for m in retry[2:]] == ["assistant", "user"]

@@ -26,12 +26,13 @@ from matryoshka.core.records import (
     to_json,
 )
 from matryoshka.tasks.pal.gsm8k import load
-from matryoshka.tasks.pal.prompts import FULL
+from matryoshka.tasks.pal.prompt_style import PromptStyle
 from matryoshka.tasks.pal.task import PalOptions, PALTask
 from matryoshka.tasks.sandbox_config import SandboxConfig
 
 DATA = Path(os.environ.get("MATRYOSHKA_DATA", Path(__file__).parents[4] / "shared" / "data")) / "gsm8k"
 EXAMPLE = Example("e1", {"question": "How much is 3 times 4?", "answer": 12})
+FULL = PromptStyle("full")
 RIGHT, WRONG, CRASH = "return 3 * 4", "return 3 + 4", "return 3 * four"
 CRASH_ERROR = (
     'Traceback (most recent call last):\n  File "<solution>", line 2, in solution\n    return 3 * four\n'

@@ -25,7 +25,7 @@ from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.load import load_model
 from matryoshka.core.records import Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
-from matryoshka.core.training.train import Item, train
+from matryoshka.core.training.train import Item, TrainContext, train
 from matryoshka.dpo.data import completion
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import LOSSES, SFT, Preference
@@ -88,7 +88,7 @@ def _first_loss(name: str, model: LanguageModel, items: Sequence[Item], config: 
     try:
         with new_adapter(model, recipe) as parameters, tempfile.TemporaryDirectory() as folder:
             reference = partial(active, model, None) if needs_reference else None
-            steps = train(model, parameters, items, recipe.train, objective, token_logps, Path(folder), reference)
+            steps = train(model, parameters, items, recipe.train, objective, token_logps, Path(folder), TrainContext(reference))
             loss = list(steps)[0]["loss"]
     except (RuntimeError, ValueError, FloatingPointError) as err:
         return Row(f"one step of {name}", None, "nats", {"note": f"failed: {str(err)[:300]}"})

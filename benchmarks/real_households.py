@@ -59,6 +59,8 @@ class Options:
     transfer: str
     pack: bool
     config: Path
+    test_only: bool
+    conditions: tuple[str, ...]
 
 
 def main() -> None:
@@ -74,14 +76,16 @@ def main() -> None:
     print(f"{known} answers of earlier runs are used again", file=sys.stderr)
     say_plan(options, size)
     outcomes = Outcomes.load(saved(options, root, size))
-    for seed in options.seeds:
-        run_seed(options, configuration(options, seed, size, file), root, outcomes, saved(options, root, size))
-    if not options.quick:
-        run_react(configuration(options, options.seeds[0], size, file), root, outcomes, saved(options, root, size))
     path = root / "results" if options.quick else RESULTS / ("real_transfer" if options.transfer else "real_households")
-    result = write_results(outcomes, about(options, size, file), notes(path), path)
-    if options.pack:
-        pack(root, COMMITTED)
+    try:
+        for seed in options.seeds:
+            run_seed(options, configuration(options, seed, size, file), root, outcomes, saved(options, root, size))
+        if "react" in options.conditions and not options.quick:
+            run_react(configuration(options, options.seeds[0], size, file), root, outcomes, saved(options, root, size))
+    finally:  # a run that is stopped writes what there is
+        result = write_results(outcomes, about(options, size, file), notes(path), path)
+        if options.pack:
+            pack(root, COMMITTED)
     print(path.with_suffix(".md").read_text())
     last = {row["condition"]: row["success"] for row in result["conditions"]}
     print(json.dumps({"games": result["games"], **last, "seconds": round(time.time() - started, 1)}), flush=True)
@@ -100,11 +104,23 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--transfer", choices=list(FILES), default="", help="test the controllers with this generator")
     parser.add_argument("--pack", action="store_true", help=f"write what was learnt to {COMMITTED.relative_to(ROOT)}")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "real_households.toml")
+    parser.add_argument("--test-only", action="store_true", help="train nothing; test the stages that are trained")
+    parser.add_argument("--conditions", nargs="+", choices=list(TITLES), default=list(TITLES), help="of the test")
     args = parser.parse_args(arguments)
     seeds = tuple(args.seeds[:1] if args.quick else args.seeds)
     config = args.config.resolve()
     return Options(
-        args.size, args.generator, args.data, seeds, args.games, args.quick, args.transfer, args.pack, config
+        size=args.size,
+        generator=args.generator,
+        data=args.data,
+        seeds=seeds,
+        games=args.games,
+        quick=args.quick,
+        transfer=args.transfer,
+        pack=args.pack,
+        config=config,
+        test_only=args.test_only or args.quick or bool(args.transfer),
+        conditions=tuple(args.conditions),
     )
 
 
@@ -142,7 +158,8 @@ def run_react(config: RunConfig, root: Path, outcomes: Outcomes, path: Path) -> 
     )
     with open_run(config, root, cache=root / "answers.sqlite") as run:
         _, scheme = schemes(run)["no_guidance"]
-        outcomes.add("react", "", *tested(run, "react", scheme))
+        episodes, seconds = tested(run, "react", scheme)
+        outcomes.add("react", "", episodes, seconds)
     outcomes.save(path)
 
 
@@ -156,13 +173,14 @@ def run_seed(options: Options, config: RunConfig, root: Path, outcomes: Outcomes
     if options.transfer:
         unpack_adapters(root, folder)
     with open_run(config, folder, cache=root / "answers.sqlite") as run:
-        if not (options.quick or options.transfer):
+        if not options.test_only:
             outcomes.training[seed] = train(run, outcomes.training.get(seed))
         for name, (_, scheme) in ordered(schemes(run)):
-            if name in FIXED and len(outcomes.table.get(name, {}).get("", {})) >= config.task.test:
-                continue
-            outcomes.add(name, seed, *tested(run, name, scheme))
-            outcomes.save(path)
+            is_known = name in FIXED and len(outcomes.table.get(name, {}).get("", {})) >= config.task.test
+            if name in options.conditions and not is_known:
+                episodes, seconds = tested(run, name, scheme)
+                outcomes.add(name, seed, episodes, seconds)
+                outcomes.save(path)
 
 
 def train(run: Run, known: dict[str, Any] | None) -> dict[str, Any]:
@@ -217,10 +235,11 @@ def ordered(found: dict[str, tuple[str, Scheme]]) -> list[tuple[str, tuple[str, 
 
 
 def tested(run: Run, name: str, scheme: Scheme) -> tuple[list[Trajectory], float]:
-    """Return the greedy episodes of one condition over the test games, and the seconds that they took."""
-    started = time.monotonic()
-    episodes = run_episodes(run, scheme, ["test"], label=f"evaluate {name}")
-    return episodes, time.monotonic() - started
+    """Return the greedy episodes of one condition over the test games, and the seconds that they took over all starts.
+    """
+    label = f"evaluate {name}"
+    episodes = run_episodes(run, scheme, ["test"], label=label)
+    return episodes, run.seconds.as_dict()[label]
 
 
 def unpack_adapters(root: Path, folder: Path) -> None:
@@ -241,7 +260,7 @@ def say_plan(options: Options, size: str) -> None:
     fixed = games * 6  # no plan, wrong, gold, untrained; the generator's own plan takes two calls
     calls = fixed + seeds * policies * games
     stages = 0
-    if not (options.quick or options.transfer):
+    if not options.test_only:
         warm = task.warmup * config.warmup.samples * 2
         rounds = config.rounds * (task.train * config.rollout.samples * NEW_PLANS + task.validation)
         calls, stages = calls + int(seeds * (warm + rounds)), seeds * (config.rounds + 2)

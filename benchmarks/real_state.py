@@ -19,7 +19,8 @@ from matryoshka.inference.cache import ResponseCache
 from matryoshka.lora.files import WEIGHTS, adapter_hash
 
 ANSWERS, OUTCOMES = "answers.jsonl.xz", "outcomes.json"
-KEPT = ("config.toml", "environment.json", "seconds.json", "preferences.jsonl", "trajectories.jsonl")
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+KEPT = ("environment.json", "seconds.json", "preferences.jsonl", "trajectories.jsonl")
 
 
 def pack(root: Path, folder: Path) -> None:
@@ -43,11 +44,12 @@ def pack(root: Path, folder: Path) -> None:
                 if file.name == WEIGHTS:
                     half = {key: value.to(torch.float16) for key, value in load_file(file).items()}
                     save_file(half, target / WEIGHTS)
-                else:
-                    shutil.copyfile(file, target / file.name)
+                    (target / WEIGHTS).chmod(0o644)
+                else:  # the base is named as anybody finds it, not by a folder of this machine
+                    saved = json.loads(file.read_text())
+                    write_json(target / file.name, saved | {"base_model_name_or_path": BASE})
             hashes[f"{run.name}/{stage}"] = adapter_hash(target)
-            metrics = run / stage / "metrics.jsonl"
-            if metrics.exists():
+            for metrics in sorted((run / stage).rglob("metrics.jsonl")):
                 shutil.copyfile(metrics, folder / run.name / stage / metrics.name)
         for name in KEPT:
             if (run / name).exists():

@@ -1,9 +1,9 @@
-"""What is on its way and what was spent: the accounts of a response cache, in the same file and the same transactions.
+"""The accounts of a response cache, in the same file and the same transactions: claims, holds and what was spent.
 
-A claim is a process's word that it is asking a request, so that no other asks it too; a hold is the most that a claimed
-request can cost; what is spent is added up by generator and outlives pruned answers. The invariant: at any moment, also
-after kill -9, `spent` + `held` of a generator is at least what its provider can bill for requests that went out under a
-hold. Methods run in the caller's transaction.
+A claim says that a process is asking a request, so that no other process asks it too. A hold is the most that a claimed
+request can cost. Spending is added up by generator and stays when answers are pruned. The invariant: at any moment,
+also after kill -9, `spent` + `held` of a generator is at least what its provider can bill for requests that were sent
+under a hold. Methods run in the caller's transaction.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from matryoshka.core.records import Usage
 
-FOREIGN_CLAIM_S = 3600.0  # after this a claim counts as dead whose owner cannot be seen from here (another container)
+FOREIGN_CLAIM_S = 3600.0  # a claim whose owner cannot be seen from here (another container) counts as dead after this
 
 TABLES = (
     "CREATE TABLE spent (generator TEXT PRIMARY KEY, answers INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL,"
@@ -47,10 +47,11 @@ _COMMITTED = (
 
 @dataclass(frozen=True)
 class Spending:
-    """What one generator was ever asked through this file, pruned answers included.
+    """The account of one generator since the file was made, pruned answers included.
 
-    usage: of the answers that came. lost: attempts that may have been billed though no answer came, or none that says
-    what it cost, and lost_usage, at most what they cost. held: at most what requests on their way now will cost.
+    usage: the tokens of the answers. lost: the number of attempts that may have been billed although they brought no
+    answer, or an answer that does not say what it cost; lost_usage: the most that these cost. held: the most that the
+    requests that are on their way now will cost.
     """
 
     answers: int = 0
@@ -61,7 +62,7 @@ class Spending:
 
     @property
     def spent(self) -> Usage:
-        """What counts against a budget: the answers, and what may have been billed."""
+        """The tokens that count against a budget: those of answers, and those that may have been billed."""
         return add(self.usage, self.lost_usage)
 
 
@@ -77,14 +78,15 @@ class Accounts:
         self._db = db
 
     def claim(self, key: str, generator: str) -> bool:
-        """Return whether `key` is now ours to ask: False while a living process, this one included, is asking it.
+        """Claim `key` for this process and return True, or return False while a living process, this one included, is
+        asking it.
 
-        The claim of a process that died is taken over; what it held counts as lost.
+        The claim of a process that died is taken over, and its hold counts as lost.
         """
         row = self._db.execute("SELECT owner, since FROM claims WHERE key = ?", (key,)).fetchone()
         if row is not None and _is_alive(*row):
             return False
-        self._bury(key, generator)
+        self._end_dead_claim(key, generator)
         values = (key, generator, _owner(os.getpid()), time.time())
         self._db.execute("INSERT INTO claims VALUES (?, ?, ?, ?, 0, 0)", values)
         return True
@@ -94,7 +96,7 @@ class Accounts:
         self._db.execute("DELETE FROM claims WHERE key = ?", (key,))
 
     def hold(self, key: str, most: Usage) -> None:
-        """Hold `most` for the claimed `key`, in place of what it held."""
+        """Hold `most` for the claimed `key`, in place of its earlier hold."""
         values = (most.prompt_tokens, most.completion_tokens, key)
         self._db.execute("UPDATE claims SET prompt_tokens = ?, completion_tokens = ? WHERE key = ?", values)
 
@@ -106,20 +108,20 @@ class Accounts:
         """Add an attempt that may have cost `most`."""
         self._db.execute(_SPEND, (generator, 0, 0, 0, 1, most.prompt_tokens, most.completion_tokens))
 
-    def bury(self) -> None:
-        """End the claims of processes that died; what they held counts as lost."""
+    def end_dead_claims(self) -> None:
+        """End the claims of processes that died; their holds count as lost."""
         owners = self._db.execute("SELECT owner, max(since) FROM claims GROUP BY owner").fetchall()
         for owner in [owner for owner, since in owners if not _is_alive(owner, since)]:
             keys = self._db.execute("SELECT key, generator FROM claims WHERE owner = ?", (owner,))
             for key, generator in keys.fetchall():
-                self._bury(key, generator)
+                self._end_dead_claim(key, generator)
 
     def committed(self) -> dict[str, Usage]:
-        """Return what is spent and held, by generator."""
+        """Return the tokens that are spent and held, by generator."""
         return {generator: Usage(*tokens) for generator, *tokens in self._db.execute(_COMMITTED)}
 
     def held(self) -> Usage:
-        """Return what is held for all generators together."""
+        """Return the tokens that are held for all generators together."""
         return Usage(*self._db.execute(_HELD.replace("generator = ?", "1")).fetchone())
 
     def take_in(self, other: str) -> None:
@@ -140,7 +142,7 @@ class Accounts:
         _, answers, prompt, completion, lost, lost_prompt, lost_completion = row
         return Spending(answers, Usage(prompt, completion), lost, Usage(lost_prompt, lost_completion), held)
 
-    def _bury(self, key: str, generator: str) -> None:
+    def _end_dead_claim(self, key: str, generator: str) -> None:
         row = self._db.execute("SELECT prompt_tokens, completion_tokens FROM claims WHERE key = ?", (key,)).fetchone()
         if row is not None and row != (0, 0):
             self.lost(generator, Usage(*row))
@@ -149,27 +151,27 @@ class Accounts:
 
 @cache
 def _owner(pid: int) -> str:
-    """Return a name of process `pid` that no later one has: where its number counts, the number, when it started."""
-    return f"{_space()} {pid} {_started(pid)}"
+    """Return a name of process `pid` that no later process has: its PID namespace, its number and its start time."""
+    return f"{_pid_namespace()} {pid} {_start_time(pid)}"
 
 
 def _is_alive(owner: str, since: float) -> bool:
     space, pid, started = owner.rsplit(" ", 2)
-    if space != _space():
+    if space != _pid_namespace():
         return time.time() - since < FOREIGN_CLAIM_S
-    return _started(int(pid)) == started
+    return _start_time(int(pid)) == started
 
 
-def _space() -> str:
-    """Return what tells apart the process numbers of two containers or hosts."""
+def _pid_namespace() -> str:
+    """Return a name of the host and PID namespace, within which a process number is unique."""
     try:
         return f"{os.uname().nodename} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # a sandboxed kernel may not show it
         return os.uname().nodename
 
 
-def _started(pid: int) -> str:
-    """Return the clock tick at which process `pid` started, "" if there is none, or only its parent has yet to hear."""
+def _start_time(pid: int) -> str:
+    """Return the clock tick at which process `pid` started, "" if it does not exist or has ended (a zombie)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,10 +1,10 @@
-"""Every black-box answer that was paid for, and what was spent, in one SQLite file that several processes may share.
+"""The response cache: every answer that was paid for, and the spending, in one SQLite file for several processes.
 
 The invariant: an answer whose `put` returned is found by every later `get`, also after kill -9, and its tokens are in
 `spending`, also when the answer is pruned. The file is in WAL mode with synchronous=NORMAL: a commit hands its pages to
 the operating system, which outlives the process, but waits for no disk, so it takes microseconds of the event loop.
-What that leaves open is a power cut or a crash of the whole machine: it may take the last answers, never the file. WAL
-wants a local disk. Answers are never replaced: the first one stays. No request, header or key is ever stored.
+A power cut or a crash of the whole machine may therefore lose the last answers, but never the file. WAL needs a local
+disk. An answer is never replaced: the first one stays. No request, header or key is ever stored.
 """
 
 import json
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from matryoshka.core.database import Schema, database_errors, open_database, transaction
 from matryoshka.core.records import Messages, Sample, Sampling, Usage, content_key, from_json, to_json
+from matryoshka.core.redaction import to_redacted_json
 from matryoshka.inference.accounts import FROM_ANSWERS, PRICES, TABLES, Accounts, Spending, add
 
 APPLICATION_ID = 0x4D54524B  # in SQLite's header: this file is ours
@@ -38,7 +39,7 @@ SCHEMA = Schema(
 
 @dataclass(frozen=True)
 class CacheTotals:
-    """What one generator's answers in the cache have cost, and when (Unix time) they came."""
+    """The tokens of one generator's answers in the cache, and the Unix times of the first and the last of them."""
 
     answers: int
     prompt_tokens: int
@@ -54,7 +55,7 @@ def answer_key(endpoint: str, model: str, messages: Messages, sampling: Sampling
 
 
 class ResponseCache:
-    """SQLite table of answers by key. One object serves one thread; processes each open their own."""
+    """An SQLite table of answers by key. One object serves one thread; each process opens its own."""
 
     def __init__(self, path: Path) -> None:
         """Open or create `path`. Raises ValueError, leaving the file as it is, when it is not such a cache."""
@@ -77,10 +78,10 @@ class ResponseCache:
     def put(self, key: str, sample: Sample, generator: str = "") -> None:
         """Keep the answer durably and add its tokens to `spending` before returning; it ends a claim of its key.
 
-        An answer that is there already stays. `generator` names who answered. Raises ValueError when the file cannot be
-        written.
+        An answer that is there already stays. `generator` names the model that answered. Raises ValueError when the
+        file cannot be written.
         """
-        text = json.dumps(to_json(sample))
+        text = to_redacted_json(to_json(sample))
         usage = sample.usage
         row = (key, generator, text, time.time(), usage.prompt_tokens, usage.completion_tokens)
         with self._errors(), transaction(self._db):
@@ -88,49 +89,50 @@ class ResponseCache:
             self._accounts.answered(generator, usage)
             self._accounts.release(key)
 
-    # Requests on their way, and what was spent; see accounts.py.
+    # Requests on their way and spending; see accounts.py.
 
     def claim(self, key: str, generator: str = "") -> bool:
-        """Return whether `key` is now ours to ask: False while a living process, this one included, is asking it."""
+        """Claim `key` for this process and return True, or return False while a living process is asking it."""
         with self._errors(), transaction(self._db):
             return self._accounts.claim(key, generator)
 
     def release(self, key: str) -> None:
-        """End the claim of `key`: it is not asked any more."""
+        """End the claim of `key`."""
         with self._errors():
             self._accounts.release(key)
 
     def hold(self, key: str, generator: str, most: Usage, fits: Callable[[dict[str, Usage]], bool]) -> Usage | None:
-        """Hold `most` for the claimed `key` and return None, if `fits` takes it and all that is spent and held.
+        """Hold `most` for the claimed `key` and return None if `fits` returns True for the sum with all that is spent
+        and held, by generator.
 
-        fits: told of the tokens by generator, of all that this file knows. Otherwise nothing is held, and what others
-        hold is returned: no tokens if nothing is on its way that could cost less.
+        Otherwise hold nothing and return the tokens that other requests hold; none means that no request is on its way
+        that could turn out to cost less than it holds.
         """
         with self._errors(), transaction(self._db):
-            self._accounts.bury()
+            self._accounts.end_dead_claims()
             committed = self._accounts.committed()
             if not fits({**committed, generator: add(committed.get(generator, Usage()), most)}):
                 return self._accounts.held()
             self._accounts.hold(key, most)
         return None
 
-    def unhold(self, key: str, generator: str, cost: Usage) -> None:
-        """End the hold of `key`, whose attempt may have cost `cost`, no answer having said what."""
+    def end_hold(self, key: str, generator: str, cost: Usage) -> None:
+        """End the hold of `key` and count `cost`, the most that its attempt can have cost, as lost."""
         with self._errors(), transaction(self._db):
             if cost != Usage():
                 self._accounts.lost(generator, cost)
             self._accounts.hold(key, Usage())
 
     def spending(self, generator: str) -> Spending:
-        """Return what `generator` was asked and at most cost; what a killed process held counts as lost."""
+        """Return the account of `generator`; the holds of killed processes count as lost."""
         with self._errors(), transaction(self._db):
-            self._accounts.bury()
+            self._accounts.end_dead_claims()
             return self._accounts.spending(generator)
 
     def committed(self) -> dict[str, Usage]:
         """Return the tokens that are spent and held, by generator."""
         with self._errors(), transaction(self._db):
-            self._accounts.bury()
+            self._accounts.end_dead_claims()
             return self._accounts.committed()
 
     def prices(self) -> dict[str, tuple[float, float]]:
@@ -147,7 +149,9 @@ class ResponseCache:
     # Several machines: each has a file of its own, since a WAL database is for the processes of one.
 
     def take_in(self, path: Path) -> None:
-        """Add answers and accounts of the cache `path`, which no process uses any more. Twice would count twice."""
+        """Add the answers and accounts of the cache `path`, which no process uses any more. A second call with the same
+        file would count its spending twice.
+        """
         ResponseCache(path).close()  # it is one, and of our version
         with self._errors():
             self._db.execute("ATTACH ? AS other", (str(path),))
@@ -182,7 +186,7 @@ class ResponseCache:
         return {generator: CacheTotals(*numbers) for generator, *numbers in rows}
 
     def generators(self) -> list[str]:
-        """Return the names of all that were asked, those without an answer included."""
+        """Return the names of all generators that were asked, including those that gave no answer."""
         with self._errors():
             rows = self._db.execute("SELECT generator FROM spent UNION SELECT generator FROM answers ORDER BY 1")
             return [name for (name,) in rows.fetchall()]

@@ -1,8 +1,8 @@
-"""When the next request may go out: token buckets for limits a minute, waits after a failure, what Retry-After says.
+"""When the next request may be sent: token buckets for limits a minute, waits after a failure, the Retry-After header.
 
 Nothing here sleeps or sends; times are seconds on a monotonic clock that the caller may replace. The invariant of a
 bucket: no 60 s, wherever they begin, take more than the limit (a single request larger than a second's worth is let
-through on credit, and whoever comes next waits for it).
+through on credit, and the next request waits for it).
 """
 
 import math
@@ -33,14 +33,14 @@ class TokenBucket:
         return max(0.0, missing / self._per_s)
 
     def take(self, amount: float) -> float:
-        """Take `amount` and return how long to wait before using it. Callers are served in the order they come."""
+        """Take `amount` and return how long to wait before using it. Callers are served in the order of their calls."""
         wait = self.wait_s(amount)
         if self._per_s < math.inf:
             self._level -= amount
         return wait
 
     def put_back(self, amount: float) -> None:
-        """Return what was taken and not used; a negative `amount` takes more, without a wait."""
+        """Give back an amount that was taken and not used; a negative `amount` takes more, without a wait."""
         self._fill()
         if self._per_s < math.inf:
             self._level = min(self._capacity, self._level + amount)

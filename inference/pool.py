@@ -106,14 +106,14 @@ class Endpoint:
         return len(self._unclear) >= MANY_PROMPTS
 
     def failed(self, sent_at: float, retry_after_s: float, alone: bool) -> None:
-        """Note a failure that may pass of a request that was sent at `sent_at`; pause if it was one too many.
+        """Note that a request that was sent at `sent_at` failed in a way that may pass; pause after STREAK failures.
 
-        The only endpoint there is pauses only where it asks for it: every request waits for itself.
+        An endpoint that is `alone` pauses only when it asks for it, since each request waits by itself before a retry.
         """
         now = self._clock()
         if retry_after_s > 0:
             self.paused_until = max(self.paused_until, now + retry_after_s)
-        elif sent_at >= self._paused_at and not alone:  # those that were on their way when it paused say nothing new
+        elif sent_at >= self._paused_at and not alone:  # requests that were on their way when it paused are old news
             self._streak += 1
             if self._streak >= STREAK:
                 pause = min(MAX_BACKOFF_S, FIRST_PAUSE_S * 2.0 ** (self._streak - STREAK))
@@ -123,7 +123,7 @@ class Endpoint:
 
 @dataclass
 class Lease:
-    """A place at an endpoint. used: the tokens that the request turned out to cost, None while not known."""
+    """A place at an endpoint. used: the tokens that the request cost, None while that is not known."""
 
     endpoint: Endpoint
     used: int | None = field(default=None)

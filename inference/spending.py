@@ -138,7 +138,7 @@ class GeneratorAccount:
         """End the hold of a request that brought no answer, or none that says what it cost, and may have cost `cost`.
         """
         if self._cache is not None and (cost != Usage() or self._budget != Budget()):
-            self._cache.unhold(key, self._generator, cost)
+            self._cache.end_hold(key, self._generator, cost)
         self._release_first(key)
 
     def answered(self, key: str, most: Usage, usage: Usage) -> None:

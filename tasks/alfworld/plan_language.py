@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 NUMBERED = re.compile(r"\s*#?\s*(?:\[?step\s*\d+\]?|\d+\s*[.)])\s*:?\s*(.+)", re.IGNORECASE)
-_NOISE = re.compile(r"\b(?:a|an|the|some|any|another|first|second|hot|cool|clean)\b|[\[\]().]")
+_NOISE = re.compile(r"\b(?:a|an|the|some|any|another|first|second|hot|cool|clean)\b|[\[\]().'\"]")
 _VERBS = {
     **dict.fromkeys(("find", "look for", "search for", "take", "get", "pick up"), "find"),
     **{verb: verb for verb in ("clean", "heat", "cool")},
@@ -42,12 +42,13 @@ def parse_step(words: str) -> Step:
     """Return the step that one line describes."""
     verb, separator, rest = words.lower().strip().partition(" ")
     plain = re.sub(r"\s+", " ", verb + separator + _NOISE.sub(" ", rest)).strip()
-    match = _STEP.match(plain.partition(" and take")[0])
+    plain, _, used = plain.partition(" and take")[0].partition(" and use")  # "find a lamp in ... and use it"
+    match = _STEP.match(plain)
     if match is None:
         return Step("", words=words.strip())
     parts = [part.strip() for part in re.split(r",|;|\bor\b|\band\b", match[3])]
     places = tuple(part for part in parts if _PLACE.fullmatch(part))
-    return Step(_VERBS[match[1]], match[2], places, words.strip())
+    return Step("use" if used else _VERBS[match[1]], match[2], places, words.strip())
 
 
 def write_full(steps: Sequence[Step]) -> str:

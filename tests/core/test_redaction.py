@@ -181,3 +181,28 @@ def test_neither_proc_nor_a_child_shows_what_was_read() -> None:
         code = PROBE if not hides else PROBE.split("environment = ")[0].replace("redaction._hide_memory", "_")
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.stdout.split("\n")[:2] == ["['1', 'memory', '1']", after], done.stderr
+
+
+def test_a_crash_shows_no_secret() -> None:
+    """Oracle: the standard error of a process that ends in a traceback, in a thread and at its end, with the secret in
+    its errors and in a log line.
+    """
+    code = """
+import logging, threading
+from matryoshka.core.redaction import read_secret, redact_output
+redact_output()
+key = read_secret("SOME_KEY")
+logging.basicConfig()
+logging.warning("asked with %s", key)
+def fail():
+    raise ValueError(f"thread {key}")
+thread = threading.Thread(target=fail)
+thread.start()
+thread.join()
+raise RuntimeError(f"main {key}")
+"""
+    environment = {**os.environ, "SOME_KEY": KEY, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and KEY not in done.stderr
+    for line in ("asked with [key]", "ValueError: thread [key]", "RuntimeError: main [key]"):
+        assert line in done.stderr

@@ -49,7 +49,7 @@ SETTINGS = {
     "stop": st.text(min_size=1, max_size=3) | st.lists(st.text(min_size=1, max_size=3), max_size=4),
 }
 TOKENS = {"max_tokens": st.integers(1, 6)}
-GOOD = {
+GOOD: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "/v1/chat/completions": st.fixed_dictionaries(
         {"model": st.just("tiny"), "messages": st.lists(MESSAGE, min_size=1, max_size=2), **TOKENS},
         optional={**SETTINGS, "logprobs": st.booleans()},

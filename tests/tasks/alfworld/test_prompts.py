@@ -219,6 +219,8 @@ def test_the_brief_style_shows_sentences_to_the_generator_alone(task_type: str) 
     )
     assert solve[:-1] == style.solve(scene(task_type), "1. find mug: stove")[:-1] != bare[:-1]
     assert solve[2] == bare[2] == Message("assistant", brief.straight_program(shot.steps))
+    read = parse_plan(brief.in_sentences(write_compact(shot.steps)))  # a scripted reader takes them at their word
+    assert [(s.verb, s.thing, s.places) for s in read] == [(s.verb, s.thing, s.places) for s in shot.steps]
     assert brief.in_sentences("4. use desklamp: desk") == "4. Find a desklamp in 'desk' and use it."
 
 

@@ -87,8 +87,8 @@ def _first_loss(name: str, model: LanguageModel, items: Sequence[Item], config: 
     needs_reference = isinstance(objective, Preference) and objective.needs_reference
     try:
         with new_adapter(model, recipe) as parameters, tempfile.TemporaryDirectory() as folder:
-            reference = partial(active, model, None) if needs_reference else None
-            steps = train(model, parameters, items, recipe.train, objective, token_logps, Path(folder), TrainContext(reference))
+            context = TrainContext(partial(active, model, None) if needs_reference else None)
+            steps = train(model, parameters, items, recipe.train, objective, token_logps, Path(folder), context)
             loss = list(steps)[0]["loss"]
     except (RuntimeError, ValueError, FloatingPointError) as err:
         return Row(f"one step of {name}", None, "nats", {"note": f"failed: {str(err)[:300]}"})

@@ -87,7 +87,8 @@ def _first_loss(name: str, model: LanguageModel, items: Sequence[Item], config: 
     needs_reference = isinstance(objective, Preference) and objective.needs_reference
     try:
         with new_adapter(model, recipe) as parameters, tempfile.TemporaryDirectory() as folder:
-            context = TrainContext(partial(active, model, None) if needs_reference else None)
+            reference = partial(active, model, None) if needs_reference else None
+            context = TrainContext(reference)
             steps = train(model, parameters, items, recipe.train, objective, token_logps, Path(folder), context)
             loss = list(steps)[0]["loss"]
     except (RuntimeError, ValueError, FloatingPointError) as err:

@@ -4,13 +4,20 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from matryoshka.core.files import read_jsonl
+from matryoshka.core.records import Message, RolloutSettings
+from matryoshka.eval.baselines import NoGuidance, ScriptedGuidance
 from matryoshka.pilot import ray as ray_episodes
 from matryoshka.pilot.config import RunConfig, WarmupConfig
+from matryoshka.pilot.context import Scheme
+from matryoshka.pilot.episodes import policy_scheme
+from matryoshka.pilot.evaluate import _fixed
 from matryoshka.pilot.ray_cluster import joined_cluster
+from matryoshka.pilot.stages import generator_scheme
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import Generator, environment
 from matryoshka.tests.pilot.test_pilot import Runs, small
@@ -89,3 +96,36 @@ def test_ray_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match=r"needs the extra `cluster`: pip install 'matryoshka-pilot\[cluster\]'"):
         with joined_cluster():
             pass
+
+
+def test_a_scheme_travels_without_its_run() -> None:
+    """Oracle: Ray's own pickling, there and back; the run refuses to be pickled, and the copy works in another run."""
+
+    class Policies:
+        def name(self, stage: str) -> str:
+            return f"tiny+{stage}"
+
+        def controller(self, stage: str, sampler: str) -> tuple[str, str]:
+            return stage, sampler
+
+    class HereOnly:
+        """A run of this process."""
+
+        policies = Policies()
+        generator = NoGuidance()
+
+        def __init__(self, config: RunConfig) -> None:
+            self.config = config
+
+        def __reduce__(self) -> str:
+            raise AssertionError("the run is pickled")
+
+    run: Any = HereOnly(small("travels", Path("model"), "http://h/v1"))
+    there: Any = HereOnly(run.config)
+    gold = ScriptedGuidance("gold", {(Message("user", "q"),): "step"})
+    known = Scheme("gold", _fixed(gold), RolloutSettings())
+    schemes = [policy_scheme(run, "round-1"), generator_scheme(run.config), known]
+    policy, own, fixed = (ray.cloudpickle.loads(ray.cloudpickle.dumps(scheme)) for scheme in schemes)
+    assert policy.make(there, "sampler") == ("round-1", "sampler") and policy.name == "tiny+round-1"
+    assert own.make(there, "sampler")._generator is there.generator
+    assert fixed.make(there, "sampler").name == "gold"

@@ -7,9 +7,11 @@ reads that part once; games that look the same share the whole prompt, so that a
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from matryoshka.core.records import Message, Messages
+from matryoshka.tasks.alfworld.agent import kind_of
 from matryoshka.tasks.alfworld.compact import PLAN_SYSTEM, short
 from matryoshka.tasks.alfworld.exemplars import EXEMPLARS
 from matryoshka.tasks.alfworld.plan_language import NUMBERED, Step, parse_step, write_compact
@@ -64,6 +66,15 @@ def sentence(step: Step) -> str:
     return f"{step.verb.capitalize()} the {step.thing} in {places}."
 
 
+def write_kinds(steps: Sequence[Step]) -> str:
+    """Return the compact plan with types of places ("cabinet") in place of names ("cabinet 16").
+
+    The controller sees the types alone, so this is the plan that it can learn to write.
+    """
+    kinds = [replace(step, places=tuple(dict.fromkeys(map(kind_of, step.places)))) for step in steps]
+    return write_compact(kinds)
+
+
 def brief_style(max_steps: int = 50, verbs: str = "current") -> Style:
     """Return the style. max_steps, verbs: of the household."""
 
@@ -84,7 +95,7 @@ def brief_style(max_steps: int = 50, verbs: str = "current") -> Style:
         )
         return Message("system", PLAN_SYSTEM), *turns, Message("user", short(scene))
 
-    return Style("brief", plan, solve, partial(_act, max_steps=max_steps, verbs=verbs), write_compact)
+    return Style("brief", plan, solve, partial(_act, max_steps=max_steps, verbs=verbs), write_kinds)
 
 
 def _act(scene: Scene, plan: str, max_steps: int, verbs: str) -> Messages:

@@ -15,7 +15,7 @@ from matryoshka.tasks.alfworld.engine import Engine
 from matryoshka.tasks.alfworld.exemplars import EXEMPLARS
 from matryoshka.tasks.alfworld.game import load_game
 from matryoshka.tasks.alfworld.games import TASK_TYPES
-from matryoshka.tasks.alfworld.plan_language import parse_plan, program, write_compact, write_full
+from matryoshka.tasks.alfworld.plan_language import Step, parse_plan, program, write_compact, write_full
 from matryoshka.tasks.alfworld.playthrough import Session, screen_text
 from matryoshka.tasks.alfworld.program import AskRefusedError, Limits, run_program
 from matryoshka.tasks.alfworld.prompts import API, PLAN_MARK, Scene, Style, ask, full_style
@@ -219,6 +219,8 @@ def test_the_brief_style_shows_sentences_to_the_generator_alone(task_type: str) 
     )
     assert solve[:-1] == style.solve(scene(task_type), "1. find mug: stove")[:-1] != bare[:-1]
     assert solve[2] == bare[2] == Message("assistant", brief.straight_program(shot.steps))
+    steps = [Step("find", "mug", ("cabinet 16", "cabinet 2", "shelf 1")), Step("put", "mug", ("desk",))]
+    assert style.write(steps) == "1. find mug: cabinet, shelf\n2. put mug: desk"
     read = parse_plan(brief.in_sentences(write_compact(shot.steps)))  # a scripted reader takes them at their word
     assert [(s.verb, s.thing, s.places) for s in read] == [(s.verb, s.thing, s.places) for s in shot.steps]
     assert brief.in_sentences("4. use desklamp: desk") == "4. Find a desklamp in 'desk' and use it."

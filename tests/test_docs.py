@@ -132,8 +132,8 @@ def test_the_map_in_the_readme_has_every_file() -> None:
         if found := re.match(r"  (\w+\.py) +", line):
             named.add(f"{folder}/{found[1]}")
     folders = ("core", "lora", "dpo", "inference", "tasks", "eval", "pilot", "examples")
-    files = [path for top in folders for path in (ROOT / top).rglob("*.py") if path.name != "__init__.py"]
-    assert sorted(str(path.relative_to(ROOT)) for path in files if str(path.relative_to(ROOT)) not in named) == []
+    paths = [path for top in folders for path in (ROOT / top).rglob("*.py") if path.name != "__init__.py"]
+    assert sorted({str(path.relative_to(ROOT)) for path in paths} - named) == []
 
 
 def parse_bench(arguments: Sequence[str], read_config: Callable[[Any, Sequence[str], str], Any]) -> None:

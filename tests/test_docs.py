@@ -124,7 +124,7 @@ def test_commands_stand_in_fenced_blocks() -> None:
 
 
 def test_the_map_in_the_readme_has_every_file() -> None:
-    """Oracle: the files on disk. The commands of scripts/ and the benchmarks stand in one line each, by their folder."""
+    """Oracle: the files on disk. The commands of scripts/ and the benchmarks have one line each, by their folder."""
     chart = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The files")[2]
     folder, named = "", set()
     for line in chart.splitlines():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matryoshka.dpo.head import Scored, new_state, product, summary, to_direction
+from matryoshka.dpo.head_state import Scored, new_state, product, summary, to_direction
 
 try:
     import triton

@@ -6,14 +6,15 @@ is always drawn as asked; a null counts as not given. Every refusal names the pa
 
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from matryoshka.core.records import Message, Messages, Sampling
+from matryoshka.core.records import Message, Messages, Sample, Sampling
 from matryoshka.inference.http_server import HttpError
 
 if TYPE_CHECKING:
-    from matryoshka.inference.server import Engine
+    from matryoshka.core.text.tokenizer import Tokenizer
 
 MAX_N = 128
 MAX_ANSWERS = 1024  # to one request: prompts times n
@@ -40,6 +41,25 @@ _NEUTRAL: dict[str, tuple[Any, str]] = {
     "min_p": (0, "only top_p truncates"),
     "repetition_penalty": (1, "penalties are not implemented"),
 }
+
+
+class Engine(Protocol):
+    """The model behind the server: one base model with its adapters, on one tokenizer."""
+
+    tokenizer: "Tokenizer"
+    context_length: int
+
+    def models(self) -> list[str]:
+        """Return the names that `generate` takes: the base model and its adapters."""
+        ...
+
+    def illness(self) -> str:
+        """Return why no request can be answered any more, or "" while they can."""
+        ...
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, model: str) -> Sample:
+        """Return one draw, with token ids and log-probs. Cancelling it must end its work."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -10,42 +10,24 @@ import hmac
 import ipaddress
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from matryoshka.core.records import Sample, Sampling
+from matryoshka.core.records import Sample
 from matryoshka.inference.http_server import HttpError, json_response, serve_http
+from matryoshka.inference.openai_request import Engine as Engine
 from matryoshka.inference.openai_request import Job, chat_job, completion_job, read_json
 
 if TYPE_CHECKING:
-    from matryoshka.core.text.tokenizer import Tokenizer
+    pass
 
 MAX_DRAWS = 8192  # answers that are being drawn or wait for it, over all requests
 TOKENIZING_THREADS = 2
-
-
-class Engine(Protocol):
-    """The model behind the server: one base model with its adapters, on one tokenizer."""
-
-    tokenizer: "Tokenizer"
-    context_length: int
-
-    def models(self) -> list[str]:
-        """Return the names that `generate` takes: the base model and its adapters."""
-        ...
-
-    def illness(self) -> str:
-        """Return why no request can be answered any more, or "" while they can."""
-        ...
-
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, model: str) -> Sample:
-        """Return one draw, with token ids and log-probs. Cancelling it must end its work."""
-        ...
 
 
 async def serve(

@@ -9,6 +9,7 @@ hot swaps, a server that is killed and started again, and an adapter that the se
 import asyncio
 import json
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -291,6 +292,11 @@ class Vllm:
         ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not ids or not logprobs or len(ids) != len(logprobs) or None in logprobs:
             raise ValueError(f"vllm: {self.server.url} sent no log-prob for each token; a newer vLLM is needed")
+        if not all(isinstance(logp, int | float) and math.isfinite(logp) for logp in logprobs):
+            raise ValueError(
+                f"vllm: {self.server.url} sent log-probs that are not finite; the weights of model or adapter hold "
+                "NaN or infinity, or its numbers overflow the dtype"
+            )
         stream = TextStream(self.tokenizer)
         for id in ids[:-1] if ids[-1] in self.tokenizer.stop_ids else ids:
             stream.push(id)

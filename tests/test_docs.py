@@ -123,6 +123,19 @@ def test_commands_stand_in_fenced_blocks() -> None:
     assert indented == []
 
 
+def test_the_map_in_the_readme_has_every_file() -> None:
+    """Oracle: the files on disk. The commands of scripts/ and the benchmarks have one line each, by their folder."""
+    chart = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The files")[2]
+    folder, named = "", set()
+    for line in chart.splitlines():
+        folder = line.rstrip("/") if re.fullmatch(r"[a-z/]+/", line) else folder
+        if found := re.match(r"  (\w+\.py) +", line):
+            named.add(f"{folder}/{found[1]}")
+    folders = ("core", "lora", "dpo", "inference", "tasks", "eval", "pilot", "examples")
+    paths = [path for top in folders for path in (ROOT / top).rglob("*.py") if path.name != "__init__.py"]
+    assert sorted({str(path.relative_to(ROOT)) for path in paths} - named) == []
+
+
 def parse_bench(arguments: Sequence[str], read_config: Callable[[Any, Sequence[str], str], Any]) -> None:
     """Read the configuration of a benchmark as `benchmarks.command.bench` does, and run nothing."""
     name, *flags = arguments

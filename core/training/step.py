@@ -105,8 +105,9 @@ class MicroBatch:
 
     def logps(self) -> Tensor:
         """Return the [S] log-probs of the scored tokens."""
+        hidden_UD = self.hidden()  # before the head is looked at: a sharded head is whole only after a forward pass
         head_VD, softcap = self._model.head_weight, self._model.config.final_logit_softcapping
-        return self._token_logps(self.hidden(), head_VD, self._target_U, softcap)[self._of_S]
+        return self._token_logps(hidden_UD, head_VD, self._target_U, softcap)[self._of_S]
 
     def reference_logps(self, reference: Reference) -> Tensor:
         """Return the reference's [S] log-probs of the scored tokens."""

@@ -17,6 +17,7 @@ from matryoshka.dpo.head import (
     token_logps,
     token_logps_and_entropy,
 )
+from matryoshka.dpo.head_state import Scored
 
 TILES = [(1, 1), (5, 7), (1024, 2048)]  # rows, columns: single numbers, sizes that divide nothing, all at once
 
@@ -222,7 +223,7 @@ def test_a_pass_without_gradients_forms_no_direction(monkeypatch: pytest.MonkeyP
     asked: list[tuple[bool | None, ...]] = []
     tiles = head.score_tiles
 
-    def note(*arguments: Any) -> head.Scored:
+    def note(*arguments: Any) -> Scored:
         asked.append(arguments[3:])
         return tiles(*arguments)
 

@@ -82,6 +82,8 @@ class Handler(BaseHTTPRequestHandler):
             choice["token_ids"] = None
         elif fault == "no log-probs":
             choice["logprobs"] = None
+        elif fault == "nan":
+            choice["logprobs"] = {"token_logprobs": [float("nan")] * len(ids)}
         elif fault == "abort":
             choice["finish_reason"] = "abort"
         elif fault == "no choices":

@@ -123,6 +123,7 @@ REFUSED = {
     "wrong prompt": "read another prompt than was sent",
     "no ids": "no log-prob for each token",
     "no log-probs": "no log-prob for each token",
+    "nan": "sent log-probs that are not finite",
 }
 
 

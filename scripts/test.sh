@@ -11,7 +11,7 @@ all=false
 if [ "${1:-}" = "--all" ]; then
     all=true
     shift
-    extras+=(cluster)
+    extras+=(cluster llama)
     # The planner and the interpreter of the stock ALFWorld are built from source.
     if command -v cc >/dev/null && command -v make >/dev/null; then
         extras+=(alfworld)

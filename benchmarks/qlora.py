@@ -45,7 +45,7 @@ class Config:
     micro_batch_tokens: int = 8192
     """Most tree tokens in flight at once."""
     activations: str = "none"
-    """What the forward pass keeps; the same for both bases, so that their memory compares."""
+    """The activation policy of the forward pass. It is the same for both bases, so that their memory compares."""
     rank: int = 8
     """Rank of the adapter."""
     learning_rate: float = 1e-4

@@ -45,7 +45,7 @@ class GameOutcome:
 
 @dataclass
 class Outcomes:
-    """What is measured so far: condition -> seed ("" for a fixed condition) -> game -> outcome."""
+    """The outcomes measured so far: condition -> seed ("" for a fixed condition) -> game -> outcome."""
 
     table: dict[str, dict[str, dict[str, GameOutcome]]] = field(default_factory=dict)
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)

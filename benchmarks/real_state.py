@@ -1,4 +1,4 @@
-"""What a real experiment has learnt and paid for, in a folder of a few megabytes that goes into the repository.
+"""The state of a real experiment, learnt and paid for, in a folder of a few megabytes that goes into the repository.
 
 `pack` writes it after a run, `unpack` puts it back where a run looks for it: a later run on another machine asks for no
 answer again and trains no stage again.

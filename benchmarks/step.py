@@ -71,7 +71,7 @@ class Config:
     micro_batch_tokens: int = 8192
     """Most tree tokens in flight at once."""
     activations: str = "auto"
-    """What the token tree's forward pass keeps, as in `matryoshka dpo`."""
+    """The activation policy of the token tree, as in `matryoshka dpo`."""
     compile_blocks: bool = False
     """Compile whole blocks of the token tree with torch.compile."""
     padded_pairs: int = 5
@@ -123,7 +123,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Bench:
-    """What the trainers share: the model, its config.json, the items of the timed steps, the recipe."""
+    """Shared by all trainers: the model, its config.json, the items of the timed steps, the recipe."""
 
     model: LanguageModel
     model_config: dict[str, Any]

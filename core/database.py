@@ -11,7 +11,7 @@ BUSY_S = 30.0  # how long a statement waits for another process's lock
 
 @dataclass(frozen=True)
 class Schema:
-    """What a kind of file holds."""
+    """The content of one kind of file."""
 
     name: str
     """The kind, as error messages name it."""

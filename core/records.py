@@ -102,7 +102,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the controller saw and said, every black-box call that it caused, and the feedback that came back."""
+    """One turn: prompt and action of the controller, every black-box call that it caused, and the feedback."""
 
     prompt: Messages
     prompt_ids: Sequence[int] | None
@@ -120,7 +120,7 @@ VERDICTS: tuple[Verdict, ...] = typing.get_args(Verdict)
 
 @dataclass(frozen=True)
 class EpisodeInfo:
-    """What an episode reports besides its turns and its reward; `tasks.episode.Episode` alone makes one.
+    """The report of an episode besides its turns and its reward; `tasks.episode.Episode` alone makes one.
 
     verdict: "right"; "wrong"; "error", the last attempt gave no answer; "failed", a black-box call failed for good.
     controller, generator: their names; a controller's carries the hash of its adapter. seed, draw: of the controller's
@@ -178,7 +178,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class PairRule:
-    """What a task says about making pairs: kind "binary" (1 over 0) or "ranked" (gap > margin); cap per example.
+    """A task's rule for making pairs: kind "binary" (1 over 0) or "ranked" (gap > margin); cap per example.
 
     scores: names of an episode's measures whose mean rank among the example's episodes takes the reward's place.
     """

@@ -1,4 +1,4 @@
-"""What the flash head's two implementations share: the state of each row while its tiles of logits are folded.
+"""Shared by the flash head's two implementations: the state of each row while its tiles of logits are folded.
 
 `head.py` folds in torch and is the specification; `kernels.py` folds in a Triton kernel.
 """

@@ -1,4 +1,4 @@
-"""What the training loop minimises: SFT's cross-entropy and the preference losses, over a token tree's scored tokens.
+"""The objectives of training: SFT's cross-entropy and the preference losses, over a token tree's scored tokens.
 
 An objective divides by the global counts it is given, so accumulation over micro-batches adds up to one exact mean.
 Policy and reference are subtracted token by token before anything is summed: where they agree, the margin is exactly 0
@@ -30,7 +30,7 @@ class SFT:
 
 
 class Pairs(NamedTuple):
-    """What an objective makes of each preference pair, [P]: losses carry the gradient, the rest is for reading."""
+    """The result of an objective for each preference pair, [P]: losses carry the gradient, the rest is for reading."""
 
     losses_P: Tensor
     chosen_reward_P: Tensor

@@ -17,7 +17,7 @@ from matryoshka.core.records import Messages, PairRule, Preference, Sample, Traj
 
 @dataclass
 class PairCounts:
-    """What became of the samples: episodes whose call failed for good, episodes left out with them since they are of
+    """Counts of the samples: episodes whose call failed for good, episodes left out with them since they are of
     the same group, samples that were scored, distinct texts, samples cut by length, prompts, prompts with both sides,
     pairs.
     """

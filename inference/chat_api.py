@@ -42,7 +42,7 @@ _ABOUT_PROMPT = re.compile(
     r"|prohibited|(输入|长度|内容)[^。]{0,20}(过长|超过|超出|超限)|敏感|不安全|违规|风险",
     re.I,
 )
-# What every request to the endpoint meets: its key, account, model or address.
+# Subjects of a refusal that every request to the endpoint meets: its key, account, model or address.
 _ABOUT_ENDPOINT = re.compile(
     r"api.?key|credential|authenticat|unauthori|access denied|permission|\baccount\b|organi[sz]ation|\bcredits?\b"
     r"|balance|billing|payment|quota|subscription|\bregion\b|location|deployment"
@@ -59,7 +59,7 @@ _NAMES_PROMPT = re.compile(r"\b(prompt|input|message|content|text|conversation|q
 
 @dataclass(frozen=True)
 class Billed:
-    """What a reply says that it cost; unless it is exact, the real cost may be up to what the request could cost."""
+    """The cost that a reply states. Unless it is exact, the real cost may be as high as the request allows."""
 
     usage: Usage = Usage()
     is_exact: bool = True

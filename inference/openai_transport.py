@@ -71,7 +71,7 @@ class OpenAITransport:
             event_hooks={"response": [_bound]},
         )
         headers = {"Accept-Encoding": "identity"}
-        # What the package tells of this machine is no business of the server, and takes time.
+        # The package's headers describe this machine. The server does not need them, and they take time.
         self._options: Any = {"headers": {f"X-Stainless-{name}": openai.omit for name in _TELLS}}
         # Whole, which saves the package some of its work; Azure's client makes another URL of the path.
         self._chat_url = ("" if config.api == "azure" else config.base_url.rstrip("/")) + "/chat/completions"
@@ -238,7 +238,7 @@ class TokenError(OSError):
 
 
 class _Token:
-    """What a command prints: a token for Azure's Entra ID or another identity service, kept for TOKEN_LIFE_S."""
+    """The output of a command: a token for Azure's Entra ID or another identity service, kept for TOKEN_LIFE_S."""
 
     def __init__(self, command: str) -> None:
         self._command = command

@@ -1,4 +1,4 @@
-"""What a model's tokens cost: the table in prices.toml, with a user's own file laid over it.
+"""Prices of a model's tokens: the table in prices.toml, with a user's own file laid over it.
 
 Prices are list prices in US dollars for a million tokens. Discounts (cached prompts, batches) are not in them, so a
 cost is an upper bound of the bill; a model that no table names has no cost, never a cost of zero.
@@ -12,7 +12,7 @@ from pathlib import Path
 from matryoshka.core.records import Usage
 
 PRICES = Path(__file__).with_name("prices.toml")
-# What providers append to a model's name for one of its snapshots: a date, a revision, "latest".
+# Suffixes by which providers name a snapshot of a model: a date, a revision, "latest".
 _SNAPSHOT = re.compile(r"((-\d{4}-\d{2}-\d{2})|(-\d{2}-\d{2})|(-\d{3,8})|(-latest)|(:latest))$")
 
 

@@ -39,8 +39,8 @@ class VllmConfig:
     """How vLLM is started and asked, or where a server is that runs already."""
 
     command: str = "vllm serve"
-    """What starts the server, split as a shell would: "vllm serve", or "PYTHON -m vllm.entrypoints.openai.api_server"
-    with the interpreter of another virtual environment."""
+    """The command that starts the server, split as a shell would: "vllm serve", or
+    "PYTHON -m vllm.entrypoints.openai.api_server" with the interpreter of another virtual environment."""
     base_url: str = ""
     """A server that runs already, which is then neither started nor stopped."""
     api_key_env: str = ""

@@ -82,7 +82,7 @@ class LoraLinear(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the base computes in, however the weight is stored."""
+        """The dtype in which the base computes, however the weight is stored."""
         return self.weight.dtype
 
     def dense(self) -> Tensor:

@@ -41,11 +41,11 @@ class ControllerConfig:
     deterministic: bool = False
     """Run one request at a time, so that a run is repeatable bit for bit."""
     engine: Literal["local", "vllm"] = "local"
-    """What samples the controller: our own sampler, or vLLM as [controller.vllm] says. Training is ours in either case.
+    """The controller's sampler: our own, or vLLM as [controller.vllm] says. Training is ours in either case.
     """
     tune: Literal["adapter", "full"] = "adapter"
-    """What is trained: an adapter, or all weights in float32 ("full"). A policy is then a model folder, as large as the
-    model; [lora] is not used, and vLLM is started again for every policy."""
+    """The trained part: an adapter, or all weights in float32 ("full"). A policy is then a model folder, as large as
+    the model; [lora] is not used, and vLLM is started again for every policy."""
     scheme: str = ""
     """A control scheme of your own, FILE.py:CLASS or PACKAGE.MODULE:CLASS, which is made of every policy and gives
     guidance in its place (examples/own_scheme.py)."""
@@ -91,11 +91,11 @@ class ServeConfig:
     model: str = ""
     """A model folder or, for engine llama.cpp, a GGUF file; "" starts none: the endpoint of [generator] is used."""
     engine: Literal["local", "llama.cpp"] = "local"
-    """What computes: our own sampler, or llama.cpp (the extra `llama`)."""
+    """The engine: our own sampler, or llama.cpp (the extra `llama`)."""
     adapter: str = ""
     """An adapter folder for the model, or "embedded" for the demo's, which this package carries; engine local only."""
     name: str = "demo-generator"
-    """What the model is served as."""
+    """The name under which the model is served."""
     threads: int = 1
     """CPU threads of the server, 0 for as many as there are cores."""
     copies: int = 1
@@ -174,7 +174,7 @@ class WarmupConfig:
     """The warm-up: supervised training before the first round."""
 
     source: Literal["gold", "file", "generator", "adapter", "none"] = "gold"
-    """What it learns from: "gold", the examples' own guidance; "file", your rows in `data`; "generator", what the
+    """The source of the warm-up: "gold", the examples' own guidance; "file", your rows in `data`; "generator", what the
     generator itself proposed in episodes that succeeded. "adapter" takes [controller] adapter as the policy of the
     warm-up, and the base model is then the untrained policy. "none" leaves the warm-up out."""
     data: str = ""
@@ -230,7 +230,7 @@ class EpisodeConfig:
     code_tokens: int | None = None
     """Most tokens of one answer of the generator."""
     protocol: Literal["label_free", "oracle"] | None = None
-    """What retries see: execution errors only, or also whether the answer was wrong."""
+    """The feedback of retries: execution errors only, or also whether the answer was wrong."""
     inner_attempts: int | None = None
     """Attempts of the generator under one guidance."""
     outer_turns: int | None = None
@@ -271,7 +271,7 @@ class RunConfig:
     star: bool = True
     """Also train the STaR control: SFT on round 1's winners."""
     overlong: Literal["error", "skip"] = "error"
-    """What happens to a problem or a training item that does not fit the context: "skip" leaves it out and counts it.
+    """The treatment of a problem or item that does not fit the context: "skip" leaves it out and counts it.
     """
     tensorboard: bool = False
     """Write every stage's metrics as TensorBoard events, too (the extra `track`)."""

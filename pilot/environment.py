@@ -1,4 +1,4 @@
-"""What a reader needs to place a measured number: this machine's hardware, versions, commit, and the command typed."""
+"""The facts that place a measured number: hardware, versions, commit, and the command as it was typed."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""What a configuration will cost, estimated from a few training examples that are really run.
+"""The estimated cost of a configuration, from a few training examples that are really run.
 
 The generator is really called, with the untrained controller's guidance, and its answers are kept in the run's cache.
 The number of the whole run's episodes follows from the configuration; each is assumed to cost what these cost on

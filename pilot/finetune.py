@@ -36,7 +36,7 @@ class SftCommand:
     adapter: Path | None = None
     """An adapter folder to start from, which is then the reference, too; by default a fresh adapter is trained."""
     overlong: Literal["error", "skip"] = "error"
-    """What happens to a row that does not fit the context: "skip" leaves it out and counts it."""
+    """The treatment of a row that does not fit the context: "skip" leaves it out and counts it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the base model's weights."""
     quantization: Literal["none", "nf4"] = "none"
@@ -48,7 +48,7 @@ class SftCommand:
     tensorboard: bool = False
     """Write the metrics as TensorBoard events, too (the extra `track`)."""
     tune: Literal["adapter", "full"] = "adapter"
-    """What is trained: an adapter, or all weights ("full"), which are written to out/model."""
+    """The trained part: an adapter, or all weights ("full"), which are written to out/model."""
     parallel: ParallelConfig = ParallelConfig()
     """How the model lies on the ranks that torchrun starts."""
     lora: LoraConfig = LoraConfig()

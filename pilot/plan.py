@@ -1,4 +1,4 @@
-"""What is predicted of training on a cluster that has not been tried yet: the settings and the model's shapes.
+"""Predictions for training on a cluster that has not been tried yet: the settings and the model's shapes.
 
 Predictions from shapes (`cluster.py`, `core/parallel/forecast.py`); nothing is loaded, no GPU is needed. `--dry-run`
 besides builds the model with fake tensors and runs the first rank's step with a fake process group
@@ -29,7 +29,7 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 UNITS = {"GB": 10**9, "MB": 10**6, "TB": 10**12, "GIB": 2**30, "MIB": 2**20, "TIB": 2**40}
 _FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
            "head_dim", "vocab_size", "tie_word_embeddings")  # fmt: skip
-# What their config.json says of shapes.
+# The shapes in their config.json.
 MODELS: dict[str, tuple[int, int, int, int, int, int, int, bool]] = {
     "smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152, True),
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256, True),
@@ -74,7 +74,7 @@ class PlanConfig:
     sequence_tokens: int = 2048
     """Tokens of one sequence."""
     activations: str = "auto"
-    """What the forward pass keeps: auto, none, selective, full or offload."""
+    """The activation policy: auto, none, selective, full or offload."""
     hardware: str = "h100"
     """GPU model whose rates are assumed: h100 or a100."""
     tflops: float = 0.0

@@ -47,7 +47,7 @@ POLICY, REFERENCE = "policy", "reference"
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained on which items, and where the result goes."""
+    """One training: the trained part, the items, and the folder of the result."""
 
     model: LanguageModel
     base: Path

@@ -1,4 +1,4 @@
-"""What this machine has: hardware, versions, kernels, servers, data, keys. It looks and changes nothing.
+"""`matryoshka doctor` lists hardware, versions, kernels, servers, data and keys. It changes nothing.
 
 Of a key only its presence is reported; optional packages are found without importing them.
 """

@@ -33,7 +33,7 @@ class ServeCommand:
     model: Path
     """Hugging Face folder of a model; for engine llama.cpp a GGUF file."""
     engine: Literal["local", "vllm", "llama.cpp"] = "local"
-    """What computes: "local" is the pure-PyTorch sampler; "vllm" starts vLLM, which has no threads, max_rows or
+    """The engine: "local" is the pure-PyTorch sampler; "vllm" starts vLLM, which has no threads, max_rows or
     deterministic; "llama.cpp" serves a GGUF file (the extra `llama`) and has no adapters or max_rows."""
     adapter: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
     """Adapters as NAME=FOLDER, served under NAME; several after one flag, or a flag for each."""

@@ -1,4 +1,4 @@
-"""What of the forward pass is kept for the backward pass: one policy for the whole model, with bitwise equal gradients.
+"""Activations that are kept for the backward pass: one policy for the whole model, with bitwise equal gradients.
 
 none       keeps whatever the gradients need;
 selective  makes norms and SwiGLU again in the backward pass: element-wise work, a third of the memory less;
@@ -100,7 +100,7 @@ class CompiledBlocks:
 
 @dataclass(frozen=True)
 class _Now:
-    """What holds for the forward pass that runs."""
+    """The setting of the forward pass that runs now."""
 
     policy: str = "none"
     recipes: _Recipes | None = None

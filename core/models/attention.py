@@ -294,7 +294,7 @@ def attend_flex(
 
 @dataclass(frozen=True)
 class FlexKind:
-    """What a compiled kernel has built in beside its length: layers that agree on it share the kernel."""
+    """The constants that are compiled into a kernel, beside its length: layers that agree on it share the kernel."""
 
     scale: float
     softcap: float | None

@@ -28,7 +28,7 @@ SEPARATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up
 
 @dataclass(frozen=True)
 class Config:
-    """What shapes the computation of a decoder, under config.json's names, and what its layers' attention computes."""
+    """The numbers that shape a decoder, under config.json's names, and the attention of its layers."""
 
     vocab_size: int
     hidden_size: int
@@ -88,7 +88,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a family's config.json means where it leaves a field out."""
+    """A family's values for fields that its config.json leaves out."""
 
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32768

@@ -1,4 +1,4 @@
-"""What an architecture's file says about GGUF files of its family: names of tensors, and how llama.cpp changed them."""
+"""A family's GGUF files, as its architecture states them: names of tensors, and how llama.cpp changed them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,6 +34,6 @@ class GgufLayout:
     permuted: bool = False
     """Whether the rows of q and k stand in the order of a rotation of neighbours."""
     norm_offset: float = 0.0
-    """What llama.cpp added to the weights of all norms."""
+    """The number that llama.cpp added to the weights of all norms."""
     settings: Callable[[Callable[[str], Any]], Mapping[str, Any]] = lambda metadata: {}
     """Further fields of config.json, from a function that gives a metadata value by its name, or None."""

@@ -1,4 +1,4 @@
-"""What every controller architecture provides, so that trainer, sampler and adapters work with a new one unchanged.
+"""The interface of every controller architecture, so that trainer, sampler and adapters work with a new one unchanged.
 
 `core/models/<model_type>.py` exports `Model`, a `LanguageModel`; `read_config`, which makes its configuration of
 config.json's fields; and `LORA_TARGETS`. Shapes: B rows, T tokens, D hidden, V vocabulary.
@@ -15,7 +15,7 @@ from matryoshka.core.models.layer_attention import Attend, LayerAttention
 
 
 class ModelConfig(Protocol):
-    """What a cache, the head and the memory planner need to know, sizes under Llama's `config.json` names."""
+    """The facts that a cache, the head and the memory planner need, sizes under Llama's `config.json` names."""
 
     @property
     def hidden_size(self) -> int: ...

@@ -1,4 +1,4 @@
-"""What the attention of one layer computes, as one record, and the protocol of all that compute it.
+"""The attention of one layer as one record, and the protocol of its implementations.
 
 The record travels with q, k and v: to token trees and padded batches (`attention.py`, `varlen.py`), and to the
 sampler's cache (`inference/kv_cache.py`); the memory planner reads the same records from the configuration.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """What the attention of one layer computes; it travels with q, k and v to every implementation."""
+    """The settings of one layer's attention. They travel with q, k and v to every implementation."""
 
     index: int
     """The layer's place in the model, from 0; a cache finds the layer's keys by it."""

@@ -51,7 +51,7 @@ def rows_of(rows: int, ranks: int, rank: int) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained: `job_of` makes one of a model.
+    """The training to be planned; `job_of` makes one of a model.
 
     dtype: what is computed in. rank: of the adapter, 0 for full fine-tuning. eight_bit: AdamW's moments in 8 bits. A
     rank goes over micro_batches of micro_batch_tokens tokens each in a step, in sequences of sequence_tokens.

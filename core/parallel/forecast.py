@@ -18,7 +18,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce")
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is predicted for one layout. sent: bytes that a rank sends in a step, by kind of collective. Seconds of a
+    """The prediction for one layout. sent: bytes that a rank sends in a step, by kind of collective. Seconds of a
     step: compute_s, communication_s, and exposed_s, the part of it that computing does not hide. tokens_per_s: of the
     whole cluster."""
 

@@ -53,7 +53,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Cost:
-    """What collectives cost one rank: bytes sent, and seconds."""
+    """The cost of collectives for one rank: bytes sent, and seconds."""
 
     sent: float = 0.0
     seconds: float = 0.0

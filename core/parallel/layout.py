@@ -38,7 +38,7 @@ class ParallelConfig:
 
 
 class Needs(Protocol):
-    """What is trained, as far as it decides the layout: `cluster.py` has it as `Job`. full: all weights are."""
+    """The part of a training that decides the layout: `cluster.py` has it as `Job`. full: all weights are."""
 
     @property
     def full(self) -> bool: ...

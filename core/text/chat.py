@@ -39,7 +39,7 @@ LLAMA3_TEMPLATE = (
 )
 # The date that Llama 3's own templates fall back to. A template never sees the clock: prompts would change overnight.
 DEFAULT_DATE = datetime.date(2024, 7, 26)
-# What the code of a template may raise besides Jinja's own errors.
+# Errors that the code of a template may raise, besides Jinja's own.
 FAILURES = (
     ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError,
 )  # fmt: skip

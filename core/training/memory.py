@@ -33,7 +33,7 @@ HEAD_WORKSPACE_ELSEWHERE = 32 * 2**20
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a token costs in the blocks of a model. rank, dora: of the adapter that is trained, rank 0 without one."""
+    """The memory of a token in a model's blocks. rank, dora: of the adapter that is trained, rank 0 without one."""
 
     config: ModelConfig
     dtype: torch.dtype

@@ -61,7 +61,7 @@ class ReferenceCache(Protocol):
 
 @dataclass(frozen=True)
 class TrainContext:
-    """What a training has beside its model, data and objective.
+    """The parts of a training beside its model, data and objective.
 
     reference: inside of this context the model computes the reference policy (None: the objective has no reference).
     first_loss: the mean loss of the first micro-batch (ln 2 for DPO, where policy and reference are equal), which is

@@ -72,7 +72,7 @@ class TrainConfig:
     optimizer: str = "adamw"
     """Optimizer: "adamw", or "adamw8bit" or "paged_adamw8bit", which keep moments in 8 bits through bitsandbytes."""
     activations: str = "auto"
-    """What the forward pass keeps for the backward pass: "none" (everything), "selective", "full", "offload", or
+    """Activations kept for the backward pass: "none" (everything), "selective", "full", "offload", or
     "auto", the fastest that fits. No bit of the result depends on it."""
     attention: str = "auto"
     """Backend of attention: "auto", which leaves out every score that no token sees, or "varlen", FlashAttention over

@@ -46,7 +46,7 @@ class Agent:
         for command, observation in history:
             self._learn(command, observation)
 
-    # What is known. All are copies: writing to them changes nothing.
+    # The agent's knowledge. All are copies: writing to them changes nothing.
 
     @property
     def task(self) -> str:

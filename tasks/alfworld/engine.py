@@ -56,7 +56,7 @@ HELP = """Available commands:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a command led to. score: 1.0 where the goal holds, else 0.0; done and won: the goal holds.
+    """The result of a command. score: 1.0 where the goal holds, else 0.0; done and won: the goal holds.
 
     admissible: the commands that would now do something, sorted.
     """

@@ -11,12 +11,12 @@ from typing import Any
 
 from matryoshka.tasks.alfworld.pddl import Fact, Formula, ground, parse_problem
 
-# What an action of the domain can add or take back, as far as a goal or an observation can tell.
+# Facts that an action of the domain can add or remove, as far as a goal or an observation shows them.
 CHANGING = (
     *("atlocation", "objectatlocation", "inreceptacle", "holds", "holdsany"),
     *("opened", "isclean", "ishot", "iscool", "issliced", "istoggled"),
 )
-# What they change besides; no goal of ALFWorld asks for it, and one that did is refused.
+# Further facts that they change. No goal of ALFWorld asks for them; a goal that does is refused.
 HIDDEN = ("checked", "ison")
 # The predicates that say what can be done with an object or a receptacle; they never change.
 TRAITS = (

@@ -61,7 +61,7 @@ SIZES = {"small": Size(7, 6), "medium": Size(14, 16), "large": Size(26, 32)}
 
 @dataclass(frozen=True)
 class Goal:
-    """What a task is about: the thing's kind and type, and the receptacle type (or lamp) where it must come."""
+    """The subject of a task: the thing's kind and type, and the receptacle type (or lamp) where it must go."""
 
     room: Room
     kind: str

@@ -30,7 +30,7 @@ class AlfworldOptions:
     mode: Literal["program", "react"] = "program"
     """How the generator acts: it writes programs, or it gives one command after the other ("react")."""
     backend: Literal["engine", "textworld"] = "engine"
-    """What plays the games: our engine or the package textworld."""
+    """The engine of the games: ours or the package textworld."""
     verbs: Literal["current", "old"] = "current"
     """Words of the commands; "old" is ALFWorld before 0.4.0."""
     max_steps: int = 50

@@ -28,7 +28,7 @@ STDOUT_BYTES = 2**11
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. timeout_s: wall clock without the time that `ask` takes. asks: questions.
+    """The limits of one program. timeout_s: wall clock without the time that `ask` takes. asks: questions.
 
     ask_tokens: of one answer; the caller's `ask` keeps to it. sandbox: where it runs, by default this machine's sandbox
     with isolation "auto".

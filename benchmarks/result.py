@@ -33,8 +33,8 @@ class Row:
 @dataclass(frozen=True)
 class BenchResult:
     """The measurements of one run. ratio: ours against the best other row of the same run, above 1 is better, None
-    where there was no other; target: what the ratio must reach, None where nothing was asked; packages: distributions, beside
-    the run-time requirements, whose versions decide the numbers.
+    where there was no other; target: what the ratio must reach, None where nothing was asked; packages: distributions,
+    beside the run-time requirements, whose versions decide the numbers.
     """
 
     bench: str

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Room:
-    """A room: receptacles that it always has, those that it may have, and its kinds of things. number: in the games' ids."""
+    """A room: receptacles that it always has or may have, and its kinds of things. number: in the games' ids."""
 
     number: int
     always: tuple[str, ...]

@@ -65,7 +65,8 @@ class TaskSetting:
     """The facts that a run gives to its task.
 
     sizes: how many problems of each split ("warmup", "train", "validation", "test", "held_out") the run takes.
-    seed: the run's. count_tokens: of a prompt in the controller's context. gold_warmup: the warm-up teaches gold guidance, so each of its problems needs some.
+    seed: the run's. count_tokens: of a prompt in the controller's context. gold_warmup: the warm-up teaches gold
+    guidance, so each of its problems needs some.
     """
 
     sizes: Mapping[str, int]

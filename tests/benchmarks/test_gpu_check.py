@@ -69,7 +69,8 @@ def test_checks_read_the_numbers() -> None:
     assert [found["value"] for found in rows[2:]] == by_hand
     assert all(found["holds"] is True for found in rows)
     assert all(check.row({})["holds"] is None for check in CHECKS)
-    slow: dict[str, Any] = {"sft": {"rows": [row("token tree", 14999.0)]}, "step": {"ratio": 11.9, "rows": []}}
+    slow_step = {"rows": [row("token tree", 119.0), row("trl, 8 pairs", 10.0)]}
+    slow: dict[str, Any] = {"sft": {"rows": [row("token tree", 14999.0)]}, "step": slow_step}
     assert sorted(c.name for c in CHECKS if c.row(slow)["holds"] is False) == [
         "DPO over TRL's best configuration",
         "SFT, sequences of 4096 tokens",

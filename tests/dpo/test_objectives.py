@@ -266,7 +266,7 @@ def test_equals_trl(tiny_dir: Path, tmp_path: Path) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
 
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir)
-    config = peft.LoraConfig(r=2, lora_alpha=16, target_modules=list(LoraConfig().targets), task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=2, lora_alpha=16, target_modules=list(model.lora_targets), task_type="CAUSAL_LM")
     settings = trl.DPOConfig(
         output_dir=str(tmp_path), beta=0.5, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True,
         gradient_checkpointing=False,

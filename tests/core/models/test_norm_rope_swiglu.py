@@ -135,20 +135,20 @@ def test_second_derivatives_are_refused() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_the_compiler_takes_what_cuda_runs() -> None:
     """Oracle: the functions uncompiled, fp32, 1e-5 of the largest; same dtype and strides, for two lengths in turn."""
-    names = ("_normalise", "_normalise_backward", "_normalise_weight_grad", "_turn", "_gated", "_gated_backward")
+    gated = ("_silu_gated", "_silu_gated_backward", "_gelu_gated", "_gelu_gated_backward")
+    names = ("_normalise", "_normalise_backward", "_normalise_weight_grad", "_turn", *gated)
     plain = {name: getattr(elementwise, name).__wrapped__ for name in names}
     compiled = {name: torch.compile(function) for name, function in plain.items()}
     for tokens in (5, 9):
         x, other, grad = (random(1, tokens, 24, seed=seed).detach().float() for seed in range(3))
         weight, heads = random(24, seed=3).detach().float(), x.view(1, tokens, 3, 8)
-        _, inverse = plain["_normalise"](x, weight, 1e-5)
+        _, inverse = plain["_normalise"](x, weight, 1e-5, None)
         arguments: dict[str, tuple[Any, ...]] = {
-            "_normalise": (x, weight, 1e-5),
-            "_normalise_backward": (grad, x, weight, inverse),
+            "_normalise": (x, weight, 1e-5, None),
+            "_normalise_backward": (grad, x, weight, inverse, None),
             "_normalise_weight_grad": (grad, x, inverse),
             "_turn": (heads, *tables(1, tokens, 8, torch.float32)),
-            "_gated": (x, other),
-            "_gated_backward": (grad, x, other),
+            **{name: (grad, x, other) if name.endswith("backward") else (x, other) for name in gated},
         }
         for name in names:
             outputs, expected = (functions[name](*arguments[name]) for functions in (compiled, plain))

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from matryoshka.core.machine import usable_cores
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 MIB = 2**20
 T = TypeVar("T")
@@ -62,7 +64,7 @@ def peer(module: str) -> Any:
 def prepare(device: str, threads: int) -> None:
     """Set torch's threads (0: one for each core). Raises ValueError for a device that this machine does not have."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler behind `peak_bytes` writes lines to stderr
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or usable_cores())
     kind = device.partition(":")[0]
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"bench: device {device!r} is not measured here; choose cpu or cuda")

@@ -1,11 +1,11 @@
-"""The experiment that the project is judged by: a small controller learns to drive a model that nobody taught.
+"""The main experiment: a small controller learns to drive a generator that is used as it was published.
 
     bash scripts/real.sh                     seeds 0, 1 and 2 with the 0.5B generator; it may be stopped anywhere
     bash scripts/real.sh --quick             12 games under all conditions with the committed adapters, asked anew
     bash scripts/real.sh --transfer 1.5b     the trained controllers drive the 1.5B, which they never met
 
 The controller is SmolLM2-135M-Instruct, the games are ALFWorld's own (--data; the train split for training, valid_seen
-for tests), the generator is Qwen2.5-Coder behind llama.cpp. What earlier runs have learnt and paid for lies in
+for tests), the generator is Qwen2.5-Coder behind llama.cpp. The state of earlier runs lies in
 benchmarks/results/real_households/ and is used. The state of this run is in runs/real/.
 """
 

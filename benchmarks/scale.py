@@ -9,7 +9,6 @@ ring algorithms send: (n - 1) / n of the bytes for gathering and for scattering,
 """
 
 import json
-import os
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 from matryoshka.benchmarks.ranked import launch
 from matryoshka.benchmarks.result import BenchResult, Row
+from matryoshka.core.machine import usable_cores
 from matryoshka.core.parallel.layout import LAYOUTS
 
 MIB = 2**20
@@ -86,7 +86,7 @@ def run(config: Config) -> BenchResult:
                 "parameters": found["parameters"],
                 "dtype": config.dtype,
                 "trained": "all weights, SFT" if config.full else "adapter of rank 8, DPO",
-                "cores": os.cpu_count(),
+                "cores": usable_cores(),
             }))  # fmt: skip
     speeds = {row.details["ranks"]: row.value or 0.0 for row in rows if row.details["layout"] == config.layouts[0]}
     fewest = min(speeds, default=0)  # "hybrid" alone on two ranks has none

@@ -82,7 +82,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def own(tensor: Any) -> Tensor:
-    """Return the part of `tensor` that lies on this rank, which is all of it where it is not sharded."""
+    """Return the part of `tensor` that lies on this rank; of a tensor that is not sharded, all of it."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return part
 

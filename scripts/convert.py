@@ -10,6 +10,6 @@ def convert(out: Path, gguf: Path | None = None) -> None:
 
     Args:
         out: Folder to write, e.g. models/smollm2-135m-instruct.
-        gguf: A Llama-architecture GGUF file; by default the embedded SmolLM2-135M-Instruct.
+        gguf: A GGUF file of a family that can be converted; by default the embedded SmolLM2-135M-Instruct.
     """
     print(convert_gguf(gguf or smollm2_gguf(), out))

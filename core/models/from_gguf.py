@@ -5,7 +5,6 @@ to say: those that export a `GGUF` layout (`core/models/gguf_layout.py`). Any ot
 an error. The folder appears whole or not at all.
 """
 
-import argparse
 import importlib.util
 import re
 import sys
@@ -194,13 +193,3 @@ def _config(facts: Mapping[str, Any], layout: GgufLayout) -> dict[str, Any]:
         "use_cache": True,
         **layout.settings(value),
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert the embedded SmolLM2-135M-Instruct to a Hugging Face folder.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, e.g. models/smollm2-135m-instruct")
-    print(convert_gguf(smollm2_gguf(), parser.parse_args().out))
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from matryoshka.core.models import from_gguf as convert
-from matryoshka.core.models.from_gguf import FILES, convert_gguf, main, smollm2_gguf
+from matryoshka.core.models.from_gguf import FILES, convert_gguf, smollm2_gguf
+from matryoshka.scripts import convert as convert_command
+from matryoshka.scripts.cli import main
 
 gguf = pytest.importorskip("gguf", reason="the extra demo is not installed")
 
@@ -200,9 +202,8 @@ def test_errors_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: by hand; the command converts what smollm2_gguf names and prints the folder."""
     path = write_tiny(tmp_path / "tiny.gguf", tiny_tensors())
-    monkeypatch.setattr(convert, "smollm2_gguf", lambda: path)
-    monkeypatch.setattr("sys.argv", ["convert", "--out", str(tmp_path / "out")])
-    main()
+    monkeypatch.setattr(convert_command, "smollm2_gguf", lambda: path)
+    assert main(["convert", "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
     assert (tmp_path / "out" / "config.json").is_file()
 

@@ -14,6 +14,7 @@ from collections import Counter
 import pytest
 
 from matryoshka.tasks.sandbox_backends import SCRIPT, LocalSandbox
+from matryoshka.tests.pilot.conftest import environment
 from matryoshka.tests.safety.escapes import ESCAPES
 
 IS_ROOT = os.getuid() == 0
@@ -24,8 +25,8 @@ TIME_S = 900.0  # for all programs of a mode on a busy machine
 def results(user: str, mode: str, chosen: str) -> dict[str, dict[str, object]]:
     """Return what the harness tells of each program."""
     command = [sys.executable, "-m", "matryoshka.tests.safety.harness", user, mode, chosen]
-    environment = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_S, env=environment)
+    variables = {name: value for name, value in environment().items() if name != "OPENAI_API_KEY"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_S, env=variables)
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, dict[str, object]] = json.loads(done.stdout)
     return found

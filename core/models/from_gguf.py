@@ -52,8 +52,9 @@ def smollm2_gguf() -> Path:
 def convert_gguf(gguf_path: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Return `out`, a Hugging Face folder with the weights in `dtype`, config and tokenizer of `gguf_path`.
 
-    A complete `out` is returned untouched, whatever dtype it has. The whole model is held in memory in that dtype. Where the file has an output
-    matrix beside the embedding, the folder has both, though they may be one matrix quantised twice.
+    A complete `out` is returned untouched, whatever dtype it has. The whole model is held in memory in `dtype`. Where
+    the file has an output matrix beside the embedding, the folder has both, though they may be one matrix quantised
+    twice.
 
     Raises:
         FileNotFoundError: `gguf_path` is missing.

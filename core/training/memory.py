@@ -3,8 +3,8 @@
 The count is of what torch's allocator holds at its peak beyond the weights: gradients and moments of the trained
 parameters, the tensors that the blocks keep (`activations.py`), and those that the backward pass of the last
 feed-forward layer adds while all of these are still kept. It leaves out scratch space inside libraries and the
-allocator's own slack, for which `MARGIN` stays free. The blocks are those of `core/models/llama.py` in eager mode with
-LoRA on all projections; compiled blocks keep less.
+allocator's own slack, for which `MARGIN` stays free. Blocks keep the tensors that Llama's keep in eager mode with LoRA
+on all projections, and those that the architecture's `extra_kept` adds; compiled blocks keep less.
 """
 
 import logging
@@ -33,7 +33,7 @@ HEAD_WORKSPACE_ELSEWHERE = 32 * 2**20
 
 @dataclass(frozen=True)
 class Footprint:
-    """The memory of a token in a model's blocks. rank, dora: of the adapter that is trained, rank 0 without one."""
+    """The memory of a token in a model's blocks. rank, dora: of the adapter that is trained; rank 0: there is none."""
 
     config: ModelConfig
     dtype: torch.dtype

@@ -139,10 +139,10 @@ class MemoryPlan:
         """Return the predicted peak of a micro-batch of `tokens` tokens, all of them scored."""
         workspace = HEAD_WORKSPACE.get(self.device_type, HEAD_WORKSPACE_ELSEWHERE)
         hidden = tokens * self.footprint.config.hidden_size * at_least_fp32(self.footprint.dtype).itemsize
-        scores = 0 if self.device_type == "cuda" else min(tokens, PIECE) * self._keys(tokens)
+        scores = 0 if self.device_type == "cuda" else min(tokens, PIECE) * self.most_keys(tokens)
         return self.footprint.step_bytes(tokens, policy, 2 * hidden + workspace, scores) + self.scratch
 
-    def _keys(self, tokens: int) -> int:
+    def most_keys(self, tokens: int) -> int:
         """Return how many keys a block of queries sees at most: all, unless every layer has a window."""
         windows = [layer.window for layer in self.footprint.config.attention]
         return min(tokens, max(tokens if window is None else window + PIECE for window in windows))

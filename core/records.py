@@ -149,6 +149,17 @@ class EpisodeInfo:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """An answer, read and scored; verdict "error": it could not be read as an answer. Fields as in `EpisodeInfo`."""
+
+    prediction: str | int | float | None
+    verdict: Verdict
+    reward: float
+    score: float | None = None
+    measures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """One episode: what was said in it, what it was worth, and what else is known of it."""
 

@@ -27,6 +27,10 @@ from matryoshka.tasks.rollout import Job, Setup, failures, job_key, recorded, ru
 EXCHANGE_S = 0.2  # how often the ranks tell each other how far they are
 
 
+class NotRecordedError(ValueError):
+    """Episodes that a run which is only read does not hold."""
+
+
 def sampled_settings(config: RunConfig, seed: int, samples: int) -> list[RolloutSettings]:
     """Return the settings of `samples` draws at the collection temperature."""
     settings = rollout_settings(config, greedy=False)
@@ -97,6 +101,8 @@ async def _run_stage(stage: Stage, jobs: Sequence[Job]) -> list[Trajectory]:
     max_failed_share = run.config.rollout.max_failed_share
     # Prompts of one type of example begin alike: asked one after another, they keep a server's prefix cache warm.
     pending = [job for job in jobs if job.key not in journal.rows]
+    if pending and run.is_read:
+        raise NotRecordedError(f"{stage.label}: {len(pending)} of {len(jobs)} episodes are not recorded")
     pending.sort(key=lambda job: str(job.example.fields.get("task_type", "")))
     ranks.agree(content_key(*(job.key for job in pending)), f"{stage.label}: the episodes to run")
     mine = deal(pending, [job.example.id for job in pending], ranks.world.size)[ranks.world.rank]

@@ -20,8 +20,8 @@ CONFIG = "config.toml"
 # Settings whose value may change when a run is continued.
 _PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "total_timeout_s")
 FREE_TO_CHANGE = (
-    *("rounds:", "budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints", "controller.vllm."),
-    *("executor:", "ray_tasks:", "parallel."),
+    *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints", "controller.vllm."),
+    *("rounds:", "executor:", "ray_tasks:", "parallel."),
     *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
 )
 DECISIVE = "controller.vllm.dtype:"  # the exception among those: the samples depend on it

@@ -158,14 +158,19 @@ def in_controller_tokens(tokenizer: Tokenizer, episode: Trajectory) -> Trajector
 
 def write_pairs(run: Run, trajectories: Sequence[Trajectory]) -> tuple[list[Preference], PairCounts]:
     """Return the preference pairs of all trajectories so far, having written them to preferences.jsonl."""
-    rule = replace(run.task.pair_rule, cap=run.config.dpo.pairs_per_example)
-    pairs, counts = make_pairs(trajectories, rule, run.config.seed)
+    pairs, counts = pairs_so_far(run, trajectories)
     if counts.left_out:
         what = f"{counts.left_out} episodes, since other draws of their groups failed"
         logger.warning("pairs: left out %s; a run that is started again completes the groups", what)
     if run.world.is_first:
         write_jsonl(run.folder / "preferences.jsonl", [to_json(pair) for pair in pairs])
     return pairs, counts
+
+
+def pairs_so_far(run: Run, trajectories: Sequence[Trajectory]) -> tuple[list[Preference], PairCounts]:
+    """Return the preference pairs of all trajectories so far, by the task's rule."""
+    rule = replace(run.task.pair_rule, cap=run.config.dpo.pairs_per_example)
+    return make_pairs(trajectories, rule, run.config.seed)
 
 
 def train_round(run: Run, round: int, pairs: Sequence[Preference], trajectories: Sequence[Trajectory]) -> str:
@@ -215,7 +220,7 @@ def run_round(run: Run, round: int) -> dict[str, Any]:
     if round == 1:
         warm_up(run)
     elif not is_trained(run, before):
-        raise ValueError(f"round {round} starts from the policy of {before}, which is not trained; run that round first")
+        raise ValueError(f"round {round} starts from the policy of {before}, which is not trained; run that one first")
     summary: dict[str, Any] = {"round": round, "starts_from": before or "untrained"}
     if not is_trained(run, stage):
         trajectories = [episode for earlier in range(1, round + 1) for episode in collect(run, earlier)]

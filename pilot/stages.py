@@ -74,7 +74,8 @@ def _gold_item(run: Run, example: Example) -> Item:
 def _generator_wins(run: Run) -> list[Item]:
     """Return SFT items of what the generator wrote for itself and succeeded with, and of gold where that is too few."""
     config, examples = run.config.warmup, run.problems["warmup"]
-    settings = sampled_settings(run.config, stable_seed("warmup", run.config.seed), config.samples)
+    seed = run.config.seed if config.seed < 0 else config.seed
+    settings = sampled_settings(run.config, stable_seed("warmup", seed), config.samples)
     episodes = run_episodes(run, generator_scheme(run.config), ["warmup"], settings, "warmup runs")
     kept: dict[str, list[Item]] = {example.id: [] for example in examples}
     prompts = {example.id: run.task.first_prompt(example) for example in examples}

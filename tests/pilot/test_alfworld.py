@@ -221,6 +221,10 @@ def test_gold_makes_up_for_types_without_a_win(controller: Path, tmp_path: Path)
     with open_run(load_toml(RunConfig, DEMO, changes), tmp_path) as run:
         warm_up(run)
         episodes = [from_json(Trajectory, row["trajectory"]) for row in run.journal.rows.values()]
+    shared = changes | {"name": "shared", "seed": 5, "warmup.seed": 0, "task.options.games_seed": 0}
+    with open_run(load_toml(RunConfig, DEMO, shared), tmp_path) as other:
+        warm_up(other)
+        assert set(other.journal.rows) == set(run.journal.rows)  # the same episodes, of another run's seed
     won = {(episode.example_id, episode.turns[-1].action.text) for episode in episodes if episode.reward == 1}
     steps = (run.folder / "warmup" / "metrics.jsonl").read_text().splitlines()
     assert 0 < len(won) and len(steps) == len(won) + 6 - len({example for example, _ in won})

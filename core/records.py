@@ -228,6 +228,21 @@ class RolloutSettings:
             )
 
 
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a benchmark. path: in the folder of its files; place: its address behind that of a site or mirror.
+
+    site: the benchmark's own. sha256: "" where the site publishes none. unpack: it is a zip archive, whose members go
+    into the folder.
+    """
+
+    path: str
+    place: str
+    site: str
+    sha256: str = ""
+    unpack: bool = False
+
+
 R = TypeVar("R")
 
 

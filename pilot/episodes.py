@@ -7,7 +7,7 @@ done. A recorded episode is never run again, whatever the number of ranks was th
 import asyncio
 import json
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -65,7 +65,8 @@ def run_episodes(
     """
     examples = [example for split in splits for example in run.problems[split]][:first]
     examples = [example for example in examples if only is None or example.id in only]
-    with run.seconds.timed(label or f"{scheme.name} {'+'.join(splits)}"), run.open_sampler() as sampler:
+    timed = run.seconds.timed(label or f"{scheme.name} {'+'.join(splits)}")
+    with nullcontext() if run.is_read else timed, run.open_sampler() as sampler:
         stage = Stage(run, label or scheme.name, scheme, scheme.make(run, sampler))
         return run.runner.run(_run_stage(stage, stage.jobs(examples, settings or [scheme.settings])))
 

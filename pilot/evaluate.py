@@ -32,7 +32,7 @@ def evaluate(
         stage = f"{label} {name}"
         episodes = run_episodes(run, scheme, splits, label=stage)
         calls = sum(t.info.calls for t in episodes)
-        seconds = run.seconds.as_dict()[stage]
+        seconds = run.seconds.as_dict().get(stage, 0.0)
         found.append(Condition(name, title, episodes, seconds, calls, num_tokens(episodes)))
     return found
 

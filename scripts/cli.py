@@ -45,7 +45,7 @@ COMMANDS: dict[str, str] = {
     "estimate": "what a pilot will cost, from 20 training examples that are really run",
     "plan": "memory, communication and speed of training on a cluster, predicted, and the layout to take",
     "cache": "the answers that a run has paid for: stats, prune, export",
-    "data": "a benchmark's own files, checked and resumable: matryoshka data lamp --task 2N",
+    "data": "a benchmark's own files, checked and resumable: matryoshka data gsm8k, gsm-hard, alfworld, lamp",
     "serve": "a model and its adapters behind an OpenAI-compatible HTTP server",
     "parity": "log-probs of the same tokens from trainer, sampler and vLLM, with and without an adapter",
     "merge": "an adapter folded into its model, as a Hugging Face folder",

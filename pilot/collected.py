@@ -17,7 +17,8 @@ import tyro
 
 from matryoshka.core.config import load_toml
 from matryoshka.core.distributed import World
-from matryoshka.core.files import read_jsonl, write_jsonl
+from matryoshka.core.files import write_jsonl
+from matryoshka.core.json_input import parse_json
 from matryoshka.core.protocols import TaskSetting
 from matryoshka.core.records import Message, Messages, PairRule, Preference, Sample, Trajectory, from_json, to_json
 from matryoshka.core.text.tokenizer import Tokenizer
@@ -26,9 +27,11 @@ from matryoshka.pilot.config import RunConfig, run_part
 from matryoshka.pilot.context import open_run
 from matryoshka.pilot.episodes import run_episodes, sampled_settings
 from matryoshka.pilot.evaluate import policy_conditions
-from matryoshka.pilot.folder import CONFIG, RUNS, cache_path
+from matryoshka.pilot.folder import CONFIG, GATEWAY, RUNS, cache_path
 from matryoshka.pilot.stages import bootstrap_seed, collection_seed, in_controller_tokens
 from matryoshka.tasks.find import task_class
+
+MORE = "more"  # key of a journal's row: further trajectories of the same episode, one for each sample of its last call
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,13 @@ def read_episodes(path: Path) -> Episodes:
     Raises FileNotFoundError, ValueError naming file and line for what is no trajectory.
     """
     if not path.is_dir():
-        return Episodes(_read_rows(path))
+        return Episodes(read_rows(path))
     files = sorted(path.glob("trajectories*.jsonl"))
     if not files:
         raise FileNotFoundError(f"{path}: no trajectories.jsonl; expected the folder of a run or of `collect --out`")
-    rows = {key: row for file in files for key, row in _read_rows(file).items()}
+    rows = {key: row for file in files for key, row in read_rows(file).items()}
+    if (path / GATEWAY).is_file():
+        return Episodes({f"{key}/{i}": one for key, row in rows.items() for i, one in enumerate(single_turns(row))})
     if not (path / CONFIG).is_file():
         return Episodes(rows)
     config = load_toml(RunConfig, path / CONFIG)
@@ -164,17 +169,37 @@ def write_pairs_of(command: PairsCommand) -> dict[str, Any]:
     return {"episodes": len(episodes), **counts.as_dict(), "rows": len(rows), "out": str(command.out)}
 
 
-def _read_rows(path: Path) -> dict[str, Trajectory]:
-    """Return key -> trajectory of a journal, or of a file of bare trajectories (key: the line)."""
-    rows = {}
-    for number, row in enumerate(read_jsonl(path), start=1):
+def read_rows(path: Path) -> dict[str, Trajectory]:
+    """Return key -> trajectory of a journal, or of a file of bare trajectories (key: the line).
+
+    The last line of a journal that is being written may be torn, and is left out. Raises FileNotFoundError, ValueError
+    naming file and line for what is no trajectory.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected trajectories, one JSON object a line")
+    rows: dict[str, Trajectory] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         where = f"{path}:{number}"
+        if not line.endswith(b"\n") and line.startswith(b'{"key"'):
+            break
         try:
-            bare = "trajectory" not in row
-            rows[where if bare else str(row.get("key"))] = from_json(Trajectory, row if bare else row["trajectory"])
+            row = parse_json(line, where)
+            bare = not isinstance(row, dict) or "trajectory" not in row
+            key = where if bare else str(row.get("key"))
+            for place, found in enumerate([row if bare else row["trajectory"], *([] if bare else row.get(MORE, []))]):
+                rows[f"{key}#{place}" if place else key] = from_json(Trajectory, found)
         except ValueError as err:
             raise ValueError(f"{where}: not a trajectory ({err}); expected rows of a trajectories.jsonl") from err
     return rows
+
+
+def single_turns(episode: Trajectory) -> list[Trajectory]:
+    """Return a trajectory for each turn of an agent's episode, with the episode's reward.
+
+    The agent's calls are steps of one piece of work; that another call followed says nothing against a step, as it does
+    of a plan that a task's loop has replaced.
+    """
+    return [replace(episode, turns=(turn,)) for turn in episode.turns]
 
 
 def _group(trajectory: Trajectory) -> tuple[str, str, int]:

@@ -16,6 +16,7 @@ from matryoshka.tasks.find import task_class
 
 RUNS = Path("runs")  # where the commands keep runs
 CONFIG = "config.toml"
+GATEWAY = "gateway.toml"  # the configuration of a gateway, in the folder of its record
 
 # Settings whose value may change when a run is continued.
 _PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "total_timeout_s")

@@ -47,6 +47,8 @@ COMMANDS: dict[str, str] = {
     "cache": "the answers that a run has paid for: stats, prune, export",
     "data": "a benchmark's own files, checked and resumable: matryoshka data gsm8k, gsm-hard, alfworld, lamp",
     "serve": "a model and its adapters behind an OpenAI-compatible HTTP server",
+    "gateway": "an OpenAI-compatible endpoint that records an agent's calls to the controller, to train it on them",
+    "train-from": "the next policy of a gateway, trained on the episodes that have ended: matryoshka train-from RUN",
     "parity": "log-probs of the same tokens from trainer, sampler and vLLM, with and without an adapter",
     "merge": "an adapter folded into its model, as a Hugging Face folder",
     "export": "the policy of a run's stage: an adapter in PEFT layout, or a model folder",
@@ -57,8 +59,9 @@ COMMANDS: dict[str, str] = {
 
 def load_command(name: str) -> Callable[..., None]:
     """Return the function of a command; its module is imported only now, so that the others cost nothing."""
-    module = "matryoshka.benchmarks.command" if name == "bench" else f"matryoshka.scripts.{name}"
-    function: Callable[..., None] = getattr(importlib.import_module(module), name)
+    attribute = name.replace("-", "_")
+    module = "matryoshka.benchmarks.command" if name == "bench" else f"matryoshka.scripts.{attribute}"
+    function: Callable[..., None] = getattr(importlib.import_module(module), attribute)
     return function
 
 

@@ -32,7 +32,7 @@ def evaluate(
         stage = f"{label} {name}"
         episodes = run_episodes(run, scheme, splits, label=stage)
         calls = sum(t.info.calls for t in episodes)
-        seconds = run.seconds.as_dict()[stage]
+        seconds = run.seconds.as_dict().get(stage, 0.0)
         found.append(Condition(name, title, episodes, seconds, calls, num_tokens(episodes)))
     return found
 
@@ -66,7 +66,7 @@ def policy_conditions(run: Run, policies: Sequence[str], stack: ExitStack) -> Sc
         elif policy.endswith(".toml") or policy.startswith(("http://", "https://")):
             if run.config.executor == "ray":
                 what = "the client of another model belongs to one process"
-                raise ValueError(f"evaluate: policy {policy!r} needs executor = 'local', since {what}")
+                raise ValueError(f"policy {policy!r} needs executor = 'local', since {what}")
             config = with_generator(run.config, policy)
             other = stack.enter_context(open_generator(config, run.folder, run.ranks, run.runner, run.cache))
             scheme = Scheme(slug(policy), _fixed(GeneratorGuidance(other)), greedy)
@@ -75,7 +75,7 @@ def policy_conditions(run: Run, policies: Sequence[str], stack: ExitStack) -> Sc
             found[slug(policy)] = (policy, policy_scheme(run, str(folder)))
         else:
             raise ValueError(
-                f"evaluate: policy {policy!r} is neither a condition ({', '.join(known)}) nor an adapter folder, a "
+                f"policy {policy!r} is neither a condition ({', '.join(known)}) nor an adapter folder, a "
                 "stage as RUN:STAGE, a model folder, URL#MODEL or a TOML file of another model"
             )
     return found

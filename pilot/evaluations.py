@@ -4,7 +4,6 @@ The folder's name carries a hash of all settings, so that the same command conti
 begin another one. The answers of the generator are shared with the run of the configuration's name.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from matryoshka.core.distributed import World
 from matryoshka.core.files import write_json
 from matryoshka.core.records import content_key, to_json
 from matryoshka.eval.report import Condition, ReportInput, write_report
-from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.config import RunConfig, run_part
 from matryoshka.pilot.context import Run, open_run
 from matryoshka.pilot.environment import environment, typed_command
 from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, evaluate, policy_conditions, policy_folder, schemes, slug
@@ -46,7 +45,7 @@ class EvaluateConfig(RunConfig):
     @property
     def run(self) -> RunConfig:
         """The configuration of the run alone."""
-        return RunConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(RunConfig)})
+        return run_part(self)
 
 
 def evaluate_policies(config: EvaluateConfig, root: Path, world: World) -> list[dict[str, Any]]:

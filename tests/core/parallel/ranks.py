@@ -49,7 +49,7 @@ Result = tuple[list[dict[str, float]], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """A training run. full: all weights are trained. items: their number; their lengths differ. steps: of the optimizer.
+    """A training run. full: all weights are trained. items: their number, their lengths differ. steps: optimizer steps.
 
     dtype: of the computation; stored: of the weights, where it is another. model: a folder, by default the one that all
     cases share. folder: the run's own, by default its name; a case continues an earlier one of the same folder.

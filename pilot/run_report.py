@@ -1,6 +1,5 @@
 """The files in which a run reports its results: report.json, .md, .html, summary, verdicts, scores, transfer.json."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from matryoshka.pilot.context import Run
 from matryoshka.pilot.environment import environment, typed_command
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, evaluate_with, trained_rounds
-from matryoshka.pilot.stages import is_trained
+from matryoshka.pilot.stages import is_trained, left_out
 
 SPLIT_TITLES = {"test": "held-out problems", "held_out": "held-out families"}
 
@@ -114,13 +113,6 @@ def by_group(task: Task, examples: Sequence[Example]) -> dict[str, list[str]]:
         if group := task.group(example):
             groups.setdefault(group, []).append(example.id)
     return groups
-
-
-def left_out(run: Run) -> dict[str, int]:
-    """Return how much did not fit the context, by split of problems and by stage of training; {} if everything fits."""
-    files = sorted(run.folder.glob("**/left_out.json"))
-    items = {f"{path.parent.relative_to(run.folder)} items": json.loads(path.read_text()) for path in files}
-    return {**{f"{split} problems": n for split, n in run.skipped_problems.items()}, **items}
 
 
 def select_round(run: Run) -> dict[str, Any]:

@@ -9,7 +9,6 @@ bits (held by a test on CPU). Not here: the model's mode. Dropout is on where th
 
 import dataclasses
 import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from matryoshka.core.files import write_text
 from matryoshka.core.models.activations import POLICIES
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.records import stable_seed
+from matryoshka.core.redaction import to_redacted_json
 from matryoshka.core.signals import Interrupted, stop_event
 from matryoshka.core.training.checkpoint import Checkpoints
 from matryoshka.core.training.memory import free_bytes, plan_memory
@@ -203,7 +203,7 @@ def train(
             }
             if world.is_first:
                 with metrics_path.open("a") as handle:
-                    handle.write(json.dumps(row) + "\n")
+                    handle.write(to_redacted_json(row) + "\n")
             due = config.save_every and step % config.save_every == 0
             if due or step == num_steps or stopping:
                 checkpoints.save(step, parameters, optimizer)

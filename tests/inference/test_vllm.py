@@ -5,6 +5,7 @@ tests/pilot/test_vllm.py has the real vLLM.
 
 import asyncio
 import json
+import math
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from matryoshka.core.models.load import load_model
 from matryoshka.core.protocols import ContextError
@@ -27,7 +29,7 @@ from matryoshka.inference.http_client import HttpClient
 from matryoshka.inference.vllm import Vllm
 from matryoshka.inference.vllm_adapter import check_adapter, check_config
 from matryoshka.inference.vllm_server import VllmConfig, VllmServer, max_lora_rank, server_command
-from matryoshka.lora.files import CONFIG, adapter_hash, save_adapter
+from matryoshka.lora.files import CONFIG, WEIGHTS, adapter_hash, save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter
 
 FAKE = Path(__file__).parent / "fake_vllm.py"
@@ -342,12 +344,17 @@ def test_adapters_that_vllm_would_not_serve_are_refused(tiny_dir: Path, tmp_path
         check_config(LoraConfig(targets=("q_proj", "lm_head")))
     config = json.loads((good / CONFIG).read_text())
     (good / CONFIG).write_text(json.dumps({**config, "r": 2}))
-    with pytest.raises(ValueError, match=r"has shape \(\d+, \d+\), but adapter_config.json says rank 2"):
+    with pytest.raises(ValueError, match=r"has shape \(\d+, \d+\), but r is 2 in adapter_config.json"):
         check_adapter(good, 8)
     (good / CONFIG).write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}))
     with pytest.raises(ValueError, match="modules_to_save"):
         check_adapter(good, 8)
     (good / CONFIG).write_text(json.dumps(config))
-    (good / "adapter_model.safetensors").write_bytes(b"x")
+    weights = load_file(good / WEIGHTS)
+    next(iter(weights.values()))[0, 0] = math.nan
+    save_file(weights, good / WEIGHTS)
+    with pytest.raises(ValueError, match="has numbers that are not finite; its training diverged"):
+        check_adapter(good, 8)
+    (good / WEIGHTS).write_bytes(b"x")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         check_adapter(good, 8)

@@ -16,7 +16,7 @@ from matryoshka.core.records import Example, RolloutSettings, to_json
 from matryoshka.eval.baselines import ScriptedGuidance
 from matryoshka.pilot import curve
 from matryoshka.pilot.config import RunConfig
-from matryoshka.pilot.problems import Problems, load_problems, open_task
+from matryoshka.pilot.context import Problems, load_problems, open_task
 from matryoshka.scripts import cli
 from matryoshka.tasks.alfworld.games import TASK_TYPES
 from matryoshka.tasks.alfworld.households import households

@@ -42,8 +42,7 @@ from matryoshka.pilot.config import (
 )
 from matryoshka.pilot.context import Scheme, open_run
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
-from matryoshka.pilot.run_report import left_out
-from matryoshka.pilot.stages import warm_up
+from matryoshka.pilot.stages import left_out, warm_up
 from matryoshka.scripts import cli
 from matryoshka.scripts.demo import KEYS
 from matryoshka.tasks.pal.task import PalOptions

@@ -12,8 +12,7 @@ from matryoshka.pilot.config import WarmupConfig
 from matryoshka.pilot.context import open_run
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.progress import Progress, StatusLine
-from matryoshka.pilot.run_report import left_out
-from matryoshka.pilot.stages import collect, is_trained, train_round, train_star, warm_up, write_pairs
+from matryoshka.pilot.stages import collect, is_trained, left_out, train_round, train_star, warm_up, write_pairs
 from matryoshka.tests.pilot.conftest import Generator
 from matryoshka.tests.pilot.test_pilot import small
 

@@ -16,7 +16,7 @@ from matryoshka.core.config import load_toml, to_toml
 from matryoshka.core.records import Example, Messages
 from matryoshka.inference.generators import GeneratorConfig
 from matryoshka.pilot.config import ControllerConfig, RolloutConfig, RunConfig, TaskConfig
-from matryoshka.pilot.problems import load_problems, open_task
+from matryoshka.pilot.context import load_problems, open_task
 from matryoshka.tasks.lamp.data import Item, write_items
 from matryoshka.tasks.lamp.options import LampOptions
 from matryoshka.tasks.lamp.splits import with_other

@@ -70,7 +70,7 @@ def main() -> None:
     os.chdir(ROOT)
     root = Path("runs/real-quick" if options.quick else "runs/real")
     size = options.transfer or options.size
-    file = generator_file(size, options.generator, ROOT / "models")
+    file = generator_file(size, options.generator, Path("models"))
     convert_gguf(smollm2_gguf(), Path(load_toml(RunConfig, options.config).controller.path))
     known = unpack(COMMITTED, root, with_answers=not options.quick)
     print(f"{known} answers of earlier runs are used again", file=sys.stderr)
@@ -286,7 +286,8 @@ def about(options: Options, size: str, file: Path) -> dict[str, Any]:
         "summary": (
             f"SmolLM2-135M-Instruct plans, {file.stem} (untouched, behind llama.cpp) writes the program, ALFWorld's "
             f"own games judge. One attempt, label-free, greedy. Warm-up on {config.task.warmup} games with plans that "
-            f"the generator made for itself and won with; each round samples "
+            f"the generator made for itself and won with, and gold plans of types of which fewer than "
+            f"{config.warmup.gold_per_group} won; each round samples "
             f"{config.rollout.samples} plans for each of {config.task.train} games of the train split."
         ),
         "generator": {"file": file.name, "sha256": FILES[size].sha256, "repository": FILES[size].repository},

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 
 from matryoshka.core.protocols import GeneratorError
 from matryoshka.core.records import Messages, Sample, Sampling, stable_seed
-from matryoshka.tasks.alfworld import compact, prompts
+from matryoshka.tasks.alfworld import brief, compact, prompts
 from matryoshka.tasks.alfworld.agent import Agent, task_of
+from matryoshka.tasks.alfworld.exemplars import EXEMPLARS
 from matryoshka.tasks.alfworld.plan_language import Step, parse_plan, program, write_compact, write_full
 
 # What a task sentence asks for: object, then where it goes or the lamp.
@@ -36,7 +37,7 @@ class LiteralGenerator:
     async def complete(self, prompt: Messages, sampling: Sampling) -> Sample:
         """Return a program, an action or a plan, as asked. Raises GeneratorError for a prompt that asks for none."""
         system = prompt[0].content
-        if system.startswith((prompts.SOLVE_SYSTEM.partition("{")[0], compact.SOLVE_SYSTEM)):
+        if system.startswith((prompts.SOLVE_SYSTEM.partition("{")[0], compact.SOLVE_SYSTEM, brief.SOLVE_SYSTEM)):
             return Sample(prompts.fenced(program(parse_plan(_plan_in(prompt)))))
         if system.startswith(prompts.ACT_SYSTEM.partition("\n")[0]):
             return Sample(_next_action(prompt))
@@ -44,7 +45,9 @@ class LiteralGenerator:
             text = next(m.content for m in reversed(prompt) if "Your task is to: " in m.content)
             return Sample(own_plan(task_of(text), prompts.Scene(text, "").kinds, write_full, _draws(prompt, sampling)))
         if system == compact.PLAN_SYSTEM:
-            kinds, _, task = prompt[2 * len(compact.SHOTS) + 1].content.partition("\n")
+            worked = {compact.short(prompts.Scene(shot.screen, kind)) for kind, shot in EXEMPLARS.items()}
+            asked = next(message.content for message in prompt[1::2] if message.content not in worked)
+            kinds, _, task = asked.partition("\n")
             return Sample(own_plan(task, kinds.split(", "), write_compact, _draws(prompt, sampling)))
         raise GeneratorError(f"{self.name} writes programs, actions and plans only, and was asked: {system[:80]!r}")
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from matryoshka.core.protocols import GeneratorError, TaskSetting
 from matryoshka.core.records import Example, Message, RolloutSettings, Sampling, Trajectory
 from matryoshka.eval.baselines import GeneratorGuidance, NoGuidance, ScriptedGuidance
+from matryoshka.tasks.alfworld.brief import brief_style
 from matryoshka.tasks.alfworld.compact import compact_style
 from matryoshka.tasks.alfworld.engine import Engine
 from matryoshka.tasks.alfworld.game import Game, load_game
@@ -39,7 +40,7 @@ from matryoshka.tasks.alfworld.task import ALFWorldTask
 from matryoshka.tests.tasks.alfworld import kitchen
 
 DATA = Path(os.environ.get("MATRYOSHKA_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
-STYLES = [compact_style(), full_style()]
+STYLES = [brief_style(), compact_style(), full_style()]
 NAMES = st.sampled_from(["mug", "cellphone", "knife", "cd", "handtowel"])
 PLACES = st.lists(st.sampled_from(["cabinet", "cabinet 2", "sinkbasin", "desk 1", "tvstand"]), min_size=1, max_size=4)
 STEPS = st.builds(Step, st.sampled_from(["find", "clean", "heat", "cool", "put", "use"]), NAMES, PLACES.map(tuple))

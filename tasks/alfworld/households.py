@@ -2,17 +2,19 @@
 
 A household is a room with furniture, things in it and one task of the six types; rows are those of `games`. Each comes
 with a walkthrough that follows from how it was built and that has been played and won before the row is returned. They
-are far smaller than ALFWorld's rooms, and their ids carry no coordinates. Otherwise they have the same form. The names
-in the tables are ALFWorld's, whose problems and prompts use them; the tables are ours.
+are far smaller than ALFWorld's rooms, and their ids carry no coordinates. Otherwise they have the same form. The contents
+of rooms are in `households.toml`.
 
 A good plan depends on where things tend to be, so each kind of thing has its usual places. Tasks over one in five
 pairs of thing and target appear in valid_unseen alone; train and valid_seen share the others in different households.
 """
 
 import random
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from matryoshka.core.records import stable_seed
 from matryoshka.tasks.alfworld.engine import Engine
@@ -25,91 +27,22 @@ class Room:
     """A room: receptacles that it always has or may have, and its kinds of things. number: in the games' ids."""
 
     number: int
-    always: tuple[str, ...]
-    more: tuple[str, ...]
-    kinds: tuple[str, ...]
+    always: Sequence[str]
+    more: Sequence[str]
+    kinds: Sequence[str]
 
 
-ROOMS = (
-    Room(
-        1,
-        ("CounterTop", "Fridge", "Microwave", "SinkBasin", "Cabinet"),
-        ("Cabinet", "Cabinet", "Drawer", "Drawer", "Shelf", "StoveBurner", "CounterTop", "DiningTable", "GarbageCan"),
-        ("food", "dish", "cutlery", "pot", "jar"),
-    ),
-    Room(
-        301,
-        ("Bed", "Desk", "Drawer"),
-        ("Drawer", "Drawer", "Shelf", "SideTable", "Dresser", "Safe", "ArmChair", "GarbageCan"),
-        ("paper", "pocket", "soft", "lamp"),
-    ),
-    Room(
-        201,
-        ("Sofa", "CoffeeTable", "SideTable"),
-        ("ArmChair", "Drawer", "Shelf", "Cabinet", "DiningTable", "TVStand", "GarbageCan"),
-        ("paper", "pocket", "ornament", "soft", "lamp"),
-    ),
-    Room(
-        401,
-        ("SinkBasin", "Toilet", "CounterTop", "Cabinet"),
-        ("Cabinet", "Drawer", "Shelf", "GarbageCan", "SideTable"),
-        ("bath", "cloth"),
-    ),
-)
-# Kind -> its things, and where they can be; their first two places are the usual ones.
-THINGS = {
-    "food": ("Apple", "Potato", "Tomato", "Egg", "Bread", "Lettuce"),
-    "dish": ("Mug", "Cup", "Plate", "Bowl"),
-    "cutlery": ("Fork", "Spoon", "Knife", "ButterKnife", "Spatula", "Ladle"),
-    "pot": ("Pot", "Pan", "Kettle"),
-    "jar": ("SaltShaker", "PepperShaker", "SoapBottle", "WineBottle"),
-    "paper": ("Book", "Pen", "Pencil", "Newspaper", "Laptop"),
-    "pocket": ("CellPhone", "KeyChain", "CreditCard", "Watch", "RemoteControl", "CD", "AlarmClock"),
-    "ornament": ("Vase", "Statue", "Candle", "TissueBox"),
-    "soft": ("Pillow", "TeddyBear"),
-    "lamp": ("DeskLamp",),
-    "bath": ("SoapBar", "SprayBottle", "ToiletPaper", "Candle"),
-    "cloth": ("Cloth", "HandTowel"),
-}
-PLACES = {
-    "food": ("Fridge", "CounterTop", "DiningTable", "SinkBasin", "Microwave", "GarbageCan"),
-    "dish": ("Cabinet", "CounterTop", "DiningTable", "Shelf", "SinkBasin", "Fridge", "Microwave"),
-    "cutlery": ("Drawer", "CounterTop", "DiningTable", "SinkBasin"),
-    "pot": ("StoveBurner", "CounterTop", "Cabinet", "DiningTable", "SinkBasin"),
-    "jar": ("Cabinet", "CounterTop", "Shelf", "Drawer", "DiningTable", "GarbageCan"),
-    "paper": ("Desk", "CoffeeTable", "Drawer", "SideTable", "Shelf", "Dresser", "Bed", "Sofa", "DiningTable"),
-    "pocket": ("Drawer", "SideTable", "Desk", "CoffeeTable", "Shelf", "Dresser", "Safe", "TVStand", "ArmChair", "Sofa"),
-    "ornament": ("Shelf", "CoffeeTable", "SideTable", "Cabinet", "DiningTable", "TVStand", "GarbageCan"),
-    "soft": ("Bed", "Sofa", "ArmChair"),
-    "lamp": ("Desk", "SideTable", "Dresser", "CoffeeTable"),
-    "bath": ("Cabinet", "CounterTop", "Drawer", "Shelf", "Toilet", "SideTable", "GarbageCan"),
-    "cloth": ("CounterTop", "Cabinet", "SinkBasin", "Drawer", "SideTable"),
-}
-OPENABLE = frozenset({"Cabinet", "Drawer", "Fridge", "Microwave", "Safe"})
-CLEANABLE = frozenset(
-    {"Apple", "Potato", "Tomato", "Lettuce", *THINGS["dish"], *THINGS["cutlery"], *THINGS["pot"], "SoapBar", "Cloth"}
-)
-HEATABLE = frozenset({"Apple", "Potato", "Tomato", "Egg", "Bread", "Mug", "Cup", "Plate"})
-COOLABLE = frozenset({*THINGS["food"], *THINGS["dish"], "Pot", "Pan", "WineBottle"})
-SLICEABLE = frozenset({"Apple", "Potato", "Tomato", "Lettuce", "Bread"})
-HOLLOW = frozenset({*THINGS["dish"], "Pot", "Pan"})
-TRAITS = {
-    "cleanable": CLEANABLE,
-    "heatable": HEATABLE,
-    "coolable": COOLABLE,
-    "sliceable": SLICEABLE,
-    "isReceptacleObject": HOLLOW,
-}
-
-
+_DATA = tomllib.loads(Path(__file__).with_name("households.toml").read_text(encoding="utf-8"))
+ROOMS = tuple(Room(**room) for room in _DATA["rooms"])
+THINGS, PLACES, TRAITS, OPENABLE = (_DATA[name] for name in ("things", "places", "traits", "openable"))
 SIMPLE, LOOK, CLEAN, HEAT, COOL, TWO = TASK_TYPES
 UNSEEN_SHARE = 5
 START = "loc_bar_00"  # in the middle of the room, beside no receptacle
 # Task -> (what its thing must be, the verb that makes it so, with which receptacle).
 TREATMENT = {
-    CLEAN: (CLEANABLE, "clean", "SinkBasin"),
-    HEAT: (HEATABLE, "heat", "Microwave"),
-    COOL: (COOLABLE, "cool", "Fridge"),
+    CLEAN: (TRAITS["cleanable"], "clean", "SinkBasin"),
+    HEAT: (TRAITS["heatable"], "heat", "Microwave"),
+    COOL: (TRAITS["coolable"], "cool", "Fridge"),
 }
 SENTENCES = {
     SIMPLE: ("put a {} in {}", "put some {} on {}"),

@@ -2,7 +2,7 @@
 
 A household is a room with furniture, things in it and one task of the six types; rows are those of `games`. Each comes
 with a walkthrough that follows from how it was built and that has been played and won before the row is returned. They
-are far smaller than ALFWorld's rooms, and their ids carry no coordinates. Otherwise they have the same form. The contents
+are far smaller than ALFWorld's rooms, and their ids carry no coordinates. Otherwise they have the same form. Contents
 of rooms are in `households.toml`.
 
 A good plan depends on where things tend to be, so each kind of thing has its usual places. Tasks over one in five

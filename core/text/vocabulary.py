@@ -85,7 +85,7 @@ class Vocabulary:
     def encode(self, text: str, prefix: str = "") -> list[int]:
         """Return the ids of `prefix + text` as it stands, without BOS; special strings in it are plain text.
 
-        Raises ValueError for a lone surrogate and for a character without a token, which other tokenizers drop silently.
+        Raises ValueError for a lone surrogate, and for a character without a token: other tokenizers drop it silently.
         """
         try:
             data = text.encode()

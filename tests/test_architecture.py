@@ -1,6 +1,7 @@
-"""The shape of the code: who imports whom, what the packages are, which of them work with the run-time packages alone.
+"""The shape of the code: the direction of imports, the packages, and the modules that need the run-time packages alone.
 
-Import statements are read from the source wherever they stand; what an import pulls in is tried in a fresh process.
+Import statements are read from the source wherever they stand; the modules that an import loads are tried in a fresh
+process.
 """
 
 import ast
@@ -113,7 +114,7 @@ def layer(path: Path) -> str:
 
 
 def fault(folder: str, name: str) -> str | None:
-    """Return what is wrong with a module of `folder` importing `name`, or None."""
+    """Return the rule that a module of `folder` breaks by importing `name`, or None."""
     top, _, rest = name.partition(".")
     if not top:
         return "relative import"

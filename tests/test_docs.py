@@ -124,7 +124,7 @@ def test_commands_stand_in_fenced_blocks() -> None:
 
 
 def test_the_walks_of_the_architecture_page_exist_and_are_short() -> None:
-    """Oracle: the source: each stop's file defines its function; 27 stops are half of what the walks once took."""
+    """Oracle: the source: each stop's file defines its function; 27 stops are half of the 55 that one walk once had."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     walks = re.findall(r"^## The (?:walk|life) of a (\w+).*?\n(.*?)(?=^## )", page, re.DOTALL | re.MULTILINE)
     assert [name for name, _ in walks] == ["configuration", "preference"]

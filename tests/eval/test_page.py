@@ -1,4 +1,4 @@
-"""report.html: what it carries, that it needs nothing else, and that nothing in it can run but its own script."""
+"""report.html carries every episode and needs no other file; only its own script can run in it."""
 
 import base64
 import hashlib

@@ -47,7 +47,7 @@ def wait_for_end(pid: int) -> None:
 
 @pytest.fixture
 def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A function that says what the next requests for a completion meet; retries do not wait."""
+    """A function that sets the faults of the next requests for a completion; retries do not wait."""
     path = tmp_path / "faults"
     monkeypatch.setenv("FAKE_FAULTS", str(path))
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log.jsonl"))
@@ -92,7 +92,7 @@ def with_server(
 
 
 def test_a_request_is_what_vllm_takes(tiny_dir: Path, tmp_path: Path, faults: Callable[..., None]) -> None:
-    """Oracle: the request, written by hand; the sample is what the stand-in drew, its text the ids' bytes."""
+    """Oracle: the request, written by hand; the sample is the stand-in's draw, and its text the ids' bytes."""
     folder = adapter(tiny_dir, tmp_path / "adapter")
 
     async def use(vllm: Vllm) -> None:
@@ -272,7 +272,7 @@ def test_a_failed_start_shows_the_end_of_the_log(
 
 
 def test_nothing_of_the_server_outlives_whoever_started_it(tiny_dir: Path, tmp_path: Path) -> None:
-    """kill -9 of the process that started it: the server goes, though nobody could stop it."""
+    """Oracle: after kill -9 of its parent, which could stop nothing, the server's process ends by itself."""
     code = (
         "import asyncio, sys, time\nfrom pathlib import Path\n"
         "from matryoshka.inference.http_client import HttpClient\n"
@@ -333,7 +333,7 @@ def test_ranks() -> None:
 
 
 def test_adapters_that_vllm_would_not_serve_are_refused(tiny_dir: Path, tmp_path: Path) -> None:
-    """Each rule broken once; what is served passes."""
+    """Oracle: the message, with each rule broken once; a good adapter passes."""
     good = adapter(tiny_dir, tmp_path / "good")
     assert check_adapter(good, 8).rank == 4
     with pytest.raises(ValueError, match="rank 16, but the server takes up to 8"):

@@ -369,7 +369,7 @@ def test_tensors_that_are_no_adapter_are_refused(
 def test_a_folder_is_replaced_whole_or_not_at_all(
     tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the hash of what was there. A save that fails leaves it, and nothing else; a good one replaces it."""
+    """Oracle: the hash of the old adapter. A save that fails leaves it, and nothing else; a good one replaces it."""
     folder = tmp_path / "adapter"
     save_adapter(adapted(tiny_dir), "policy", folder, "base")
     before = adapter_hash(folder)

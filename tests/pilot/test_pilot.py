@@ -162,7 +162,7 @@ def policies(folder: Path) -> dict[str, bytes]:
 
 
 def assert_equal_runs(folder: Path, expected: Path) -> None:
-    """Keys, token ids, log-probs, rewards, pairs and policies are the same, bit for bit; so is what is reported."""
+    """Keys, token ids, log-probs, rewards, pairs and policies are the same, bit for bit; so is the report."""
     assert journal(folder) == journal(expected)
     assert (folder / "preferences.jsonl").read_bytes() == (expected / "preferences.jsonl").read_bytes()
     assert policies(folder) == policies(expected) and len(policies(folder)) >= 4

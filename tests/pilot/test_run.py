@@ -1,4 +1,4 @@
-"""pilot/stages.py and progress.py: what a stage decides, on a run whose episodes take a second."""
+"""pilot/stages.py and progress.py: the decisions of a stage, on a run whose episodes take a second."""
 
 import time
 from dataclasses import replace

@@ -93,7 +93,7 @@ def items_of(case: Case) -> list[Item]:
 
 
 def build(case: Case, model_folder: Path, world: World) -> tuple[Any, dict[str, torch.nn.Parameter]]:
-    """Return the model as this rank holds it under the case's layout, and what is trained of it."""
+    """Return the model as this rank holds it under the case's layout, and its trained parameters."""
     dtype, stored = DTYPES[case.dtype], DTYPES[case.stored or case.dtype]
     model_folder = Path(case.model or model_folder)
     model: Any = empty_model(model_folder)

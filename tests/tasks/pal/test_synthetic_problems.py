@@ -24,7 +24,7 @@ MANY = {split: words.problems(split, 300, 0) for split in words.SPLITS}
 
 
 def skeleton(question: str) -> str:
-    """Return a question with every number, name and item replaced: its wording, whoever wrote the template."""
+    """Return the wording of a question: every number, name and item is replaced."""
     text = re.sub(r"\d+", "#", question)
     for kind, choices in (("NAME", words.NAMES), ("ITEM", words.ITEMS)):
         text = re.sub(rf"\b({'|'.join(choices)})\b", kind, text)

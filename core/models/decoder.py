@@ -53,6 +53,8 @@ class Config:
     """Logits become c * tanh(logit / c)."""
     extra_kept: int = 0
     """How many numbers of a token a block keeps for the backward pass beyond those that Llama's keeps."""
+    extra_recomputed: int = 0
+    """The same for numbers that activation policy "selective" makes again instead of keeping."""
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:

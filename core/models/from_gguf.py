@@ -1,6 +1,6 @@
 """Makes a Hugging Face model folder, as one would download it, of a GGUF file.
 
-Weights come in any GGUF quantisation and are dequantised to fp32. An architecture is converted if its file exports a
+Weights come in any GGUF quantisation and are dequantised in fp32. An architecture is converted if its file exports a
 `GGUF` layout (`core/models/gguf_layout.py`). Tokenizers are the byte-level BPE of the families in SPLITS, or
 sentencepiece models, whose merges are rebuilt from the tokens' scores. Anything else is an error. The folder appears
 whole or not at all.
@@ -49,11 +49,12 @@ def smollm2_gguf() -> Path:
     return found[0]
 
 
-def convert_gguf(gguf_path: Path, out: Path) -> Path:
-    """Return `out`, a Hugging Face folder with the weights (fp32), config and tokenizer of `gguf_path`.
+def convert_gguf(gguf_path: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Return `out`, a Hugging Face folder with the weights in `dtype`, config and tokenizer of `gguf_path`.
 
-    A complete `out` is returned untouched. The whole model is held in memory in fp32. Where the file has an output
-    matrix beside the embedding, the folder has both, though they may be one matrix quantised twice.
+    A complete `out` is returned untouched, whatever dtype it has. The whole model is held in memory in `dtype`. Where
+    the file has an output matrix beside the embedding, the folder has both, though they may be one matrix quantised
+    twice.
 
     Raises:
         FileNotFoundError: `gguf_path` is missing.
@@ -71,10 +72,11 @@ def convert_gguf(gguf_path: Path, out: Path) -> Path:
     check_tokenizer(gguf_path, facts)
     try:
         with write_folder(out, replace=False) as temporary:
-            weights = _weights(gguf_path, reader.tensors, facts, layout)
+            weights = _weights(gguf_path, reader.tensors, facts, layout, dtype)
             save_weights(weights, temporary, max_shard_bytes=sys.maxsize)
             embedding = weights["model.embed_tokens.weight"]
             config = {"model_type": model_type, "vocab_size": len(embedding), **_config(facts, layout)}
+            config |= {"torch_dtype": str(dtype).removeprefix("torch.")}
             write_json(temporary / "config.json", config | {"tie_word_embeddings": "lm_head.weight" not in weights})
             write_json(temporary / "generation_config.json", special_ids(facts))
             context = facts[f"{layout.architecture}.context_length"]
@@ -125,8 +127,10 @@ def _layout(path: Path, facts: Mapping[str, Any]) -> tuple[GgufLayout, str]:
     return layouts[architecture]
 
 
-def _weights(path: Path, tensors: Any, facts: Mapping[str, Any], layout: GgufLayout) -> dict[str, Tensor]:
-    """Return fp32 tensors under their Hugging Face names, each shaped (out, in)."""
+def _weights(
+    path: Path, tensors: Any, facts: Mapping[str, Any], layout: GgufLayout, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the tensors under their Hugging Face names, each shaped (out, in)."""
     import numpy as np
 
     dequantize = _gguf().quants.dequantize
@@ -146,7 +150,7 @@ def _weights(path: Path, tensors: Any, facts: Mapping[str, Any], layout: GgufLay
                 weight = _unpermute(weight, heads[match[2]])
         if layout.norm_offset and name.endswith("norm.weight"):
             weight = weight - layout.norm_offset
-        weights[name] = torch.from_numpy(np.require(weight, np.float32, ["C", "W"]))
+        weights[name] = torch.from_numpy(np.require(weight, np.float32, ["C", "W"])).to(dtype)
     expected = 2 + (len(layout.layer) + len(layout.biases)) * facts[f"{layout.architecture}.block_count"]
     expected += "lm_head.weight" in weights
     if len(weights) != expected:
@@ -189,7 +193,6 @@ def _config(facts: Mapping[str, Any], layout: GgufLayout) -> dict[str, Any]:
         "rms_norm_eps": float(str(np.float32(value("attention.layer_norm_rms_epsilon")))),
         "max_position_embeddings": value("context_length"),
         **special_ids(facts),
-        "torch_dtype": "float32",
         "use_cache": True,
         **layout.settings(value),
     }

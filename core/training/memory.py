@@ -50,7 +50,7 @@ class Footprint:
         numbers += 2 * inner  # gate and up
         numbers += 7 * self.rank + config.extra_kept
         if not recompute:
-            numbers += 2 * hidden + inner  # outputs of the two norms and of SwiGLU
+            numbers += 2 * hidden + inner + config.extra_recomputed  # outputs of the two norms and of SwiGLU
         if self.dora:
             numbers += queries + 2 * keys + 2 * inner + 2 * hidden  # outputs of all projections, before the scale
         return numbers * self.dtype.itemsize + 2 * at_least_fp32(self.dtype).itemsize

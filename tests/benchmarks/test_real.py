@@ -24,7 +24,7 @@ from matryoshka.inference.cache import ResponseCache
 from matryoshka.lora.files import WEIGHTS, load_adapter, save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter
 from matryoshka.pilot.config import RunConfig
-from matryoshka.pilot.problems import open_task
+from matryoshka.pilot.context import open_task
 from matryoshka.tasks.alfworld.task import ALFWorldTask
 
 PIECES = [b"GGUF" + bytes(range(100)), b"the second piece"]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from matryoshka.core.models.load import load_model
@@ -31,6 +32,7 @@ from matryoshka.inference.vllm_adapter import check_adapter, check_config
 from matryoshka.inference.vllm_server import VllmConfig, VllmServer, max_lora_rank, server_command
 from matryoshka.lora.files import CONFIG, WEIGHTS, adapter_hash, save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter
+from matryoshka.tests.core.models.controller_contract import Architecture, architectures
 
 FAKE = Path(__file__).parent / "fake_vllm.py"
 COMMAND = f"{sys.executable} {FAKE}"
@@ -358,3 +360,17 @@ def test_adapters_that_vllm_would_not_serve_are_refused(tiny_dir: Path, tmp_path
     (good / WEIGHTS).write_bytes(b"x")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         check_adapter(good, 8)
+
+
+@pytest.mark.parametrize("architecture", architectures(None), ids=lambda one: one.model_type)
+def test_adapters_of_every_family_pass(architecture: Architecture, tmp_path: Path) -> None:
+    """Oracle: the names of vLLM's own modules, which are the checkpoint's, fused projections included, under PEFT's
+    prefix; all of the family's linear layers are trained."""
+    model = architecture.cases[0].save(tmp_path / "model")
+    folder = adapter(model, tmp_path / "adapter", targets=())
+    assert set(check_adapter(folder, 8).targets) == set(architecture.module.LORA_TARGETS)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        names = {key.split(".layers.0.")[1] for key in file.keys() if ".layers.0." in key}
+    modules = {f"{'mlp' if one.startswith(('gate', 'up', 'down')) else 'self_attn'}.{one}" for one in
+               architecture.module.LORA_TARGETS}
+    assert names == {f"{one}.{part}.weight" for one in modules for part in ("lora_A", "lora_B")}

@@ -4,6 +4,8 @@ Oracles: transformers in true float64, PEFT, and invariants; `controller_contrac
 clause, the architecture and the configuration.
 """
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from matryoshka.tests.core.models.controller_contract import (
     some_ids,
     unread_fields,
 )
+from matryoshka.tests.core.parallel import ranks
 
 pytest.importorskip("transformers")
 
@@ -200,8 +203,6 @@ def test_clause_6_cached_decoding_is_the_full_pass(case: Case, prefix: int) -> N
 @pytest.mark.parametrize("config", [LoraConfig(8), LoraConfig(8, dora=True)], ids=["lora", "dora"])
 def test_clause_7_adapters_are_pefts(architecture: Architecture, config: LoraConfig, tmp_path: Path) -> None:
     """Clauses 7, 8: an adapter on LORA_TARGETS, written here, gives the same logits in PEFT, read again, and merged."""
-    import dataclasses
-
     import peft
 
     case, ids = base(architecture), some_ids(base(architecture))
@@ -236,8 +237,6 @@ def test_clause_7_adapters_are_pefts(architecture: Architecture, config: LoraCon
 def test_clause_9_bf16_errs_no_more_than_transformers(architecture: Architecture) -> None:
     """Clause 9: the root mean square error of bf16 logits against float64 ones of the same weights is at most 1.5 times
     that of eager transformers in bf16."""
-    import copy
-
     case = base(architecture)
     ids, ours = some_ids(case, rows=4), case.ours().to(torch.bfloat16)
     theirs = copy.deepcopy(case.theirs).to(torch.bfloat16)
@@ -248,3 +247,21 @@ def test_clause_9_bf16_errs_no_more_than_transformers(architecture: Architecture
         truth = wide.logits(wide(ids))
     errors = [(x.double() - truth).square().mean().sqrt().item() for x in (low, reference)]
     assert 0 < errors[0] <= 1.5 * errors[1], f"clause 9: error {errors[0]:.1e}, transformers' is {errors[1]:.1e}"
+
+
+RANKS_CASES = (
+    ranks.Case("dpo", preference=True, steps=2, batch_size=4),
+    ranks.Case("shard sft", layout="shard"),
+    ranks.Case("shard full sft", layout="shard", full=True, max_grad_norm=0.1),
+)
+
+
+@pytest.mark.slow
+def test_clause_10_two_ranks_equal_one(architecture: Architecture, tmp_path: Path) -> None:
+    """Clause 10: training on two ranks (gloo), adapters replicated, adapters over a sharded base and all weights
+    sharded, gives the losses, gradients and weights of one process with the whole batch in one micro-batch."""
+    folder = base(architecture).save(tmp_path / "model", vocab_size=256)
+    found = ranks.launch(list(RANKS_CASES), 2, folder, tmp_path / "two")
+    for case in RANKS_CASES:
+        alone = dataclasses.replace(case, layout="replicate", micro_batch_tokens=10**6)
+        ranks.check_equal(found[case.name], ranks.run(alone, folder, tmp_path / "one"), case.steps)

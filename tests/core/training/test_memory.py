@@ -15,6 +15,7 @@ from matryoshka.benchmarks.measure import peak_bytes
 from matryoshka.core.models.activations import POLICIES, CompiledBlocks, activations, run_block
 from matryoshka.core.models.attention import blocks, tree_attention
 from matryoshka.core.models.llama import Model, read_config
+from matryoshka.core.models.load import model_architecture
 from matryoshka.core.models.norm_rope_swiglu import rope_tables
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree
 from matryoshka.core.training import memory
@@ -33,6 +34,13 @@ WIDE: dict[str, Any] = {
     "num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True,
 }  # fmt: skip
 LONG = WIDE | {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 128, "num_hidden_layers": 12}
+WINDOWS = WIDE | {"sliding_window": 50, "query_pre_attn_scalar": 32}  # five layers with, one without
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma3_text": WINDOWS | {"model_type": "gemma3_text"},
+    "gemma2": WINDOWS | {"model_type": "gemma2", "attn_logit_softcapping": 5.0, "final_logit_softcapping": 9.0},
+    "phi3": WIDE | {"model_type": "phi3", "pad_token_id": 0},
+    "olmo2": WIDE | {"model_type": "olmo2"},
+}
 LLAMA3_8B = read_config(
     {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -43,7 +51,8 @@ LLAMA3_8B = read_config(
 
 def trained(config: dict[str, Any], dtype: torch.dtype, **lora: Any) -> tuple[Any, Any]:
     """Return a random model with an adapter, and its trainable parameters, which have their gradients already."""
-    model = Model(read_config(config))
+    architecture = model_architecture({"model_type": "llama", **config}, Path("tiny"))
+    model = architecture.Model(architecture.read_config(config))
     draws = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.05, generator=draws)
@@ -90,8 +99,9 @@ def step(model: Any, tree: TokenTree, policy: str) -> None:
         (WIDE, torch.bfloat16, {}),
         (WIDE, torch.float32, {"dora": True, "rank": 32}),
         (LONG, torch.float64, {}),
+        *((family, torch.float32, {}) for family in FAMILIES.values()),
     ],
-    ids=["wide", "wide bf16", "dora", "deep float64"],
+    ids=["wide", "wide bf16", "dora", "deep float64", *FAMILIES],
 )
 def test_predicted_peaks_are_the_allocators(config: dict[str, Any], dtype: torch.dtype, lora: dict[str, Any]) -> None:
     """Oracle: what torch's CPU allocator says that it held at the highest point of a step; within 10%.
@@ -102,7 +112,8 @@ def test_predicted_peaks_are_the_allocators(config: dict[str, Any], dtype: torch
     tree = forest(200, 3, 30, 4, 20, config["vocab_size"])
     tokens, scored = len(tree.ids_T), len(tree.source_S)
     assert tokens == 200 + 3 * (30 + 4 * 19)  # the last token of an answer is only predicted
-    scores = max((block.stop - block.start) * len(block.keys_K) for block in blocks(tree))
+    windows = {layer.window for layer in model.config.attention}
+    scores = max((b.stop - b.start) * len(b.keys_K) for window in windows for b in blocks(tree, window))
     footprint = Footprint(model.config, dtype, lora.get("rank", 8), lora.get("dora", False))
     head = extra_bytes(scored, config["hidden_size"], config["vocab_size"], dtype, gpu=False, training=True)
     measured = {}

@@ -5,9 +5,10 @@ process.
 """
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,44 @@ def test_a_circle_is_seen() -> None:
         "matryoshka.d": "from matryoshka.a import f",
     }
     assert circles(dependencies(files)) == {("matryoshka.a", "matryoshka.b", "matryoshka.c")}
+
+
+def only_importers(files: Mapping[str, str], packages: Iterable[str]) -> dict[str, str]:
+    """Return the modules of `packages` that one other module imports, each with that module.
+
+    Benchmarks count as importers. Left out are modules that are also found without an import: architectures and tasks
+    by their names, and files that run as a process of their own.
+    """
+    importers: dict[str, list[str]] = {module: [] for module in files}
+    for module, targets in dependencies(files).items():
+        for target in targets:
+            importers[target].append(module)
+    found = re.compile(r"^LORA_TARGETS = |^if __name__ == \"__main__\"", re.MULTILINE)
+    return {
+        module: importers[module][0]
+        for module, source in files.items()
+        if module.split(".")[1] in packages and len(importers[module]) == 1 and source and not found.search(source)
+    }
+
+
+def test_few_files_have_one_importer() -> None:
+    """Oracle: the imports in the source. A short file with one importer belongs into it, unless it is an idea of its
+    own."""
+    files = {module_name(path): path.read_text() for path in sources(*MAY_IMPORT)}
+    alone = only_importers(files, MAY_IMPORT.keys() - {"benchmarks"})
+    assert len(alone) < 36, "\n".join(f"{module} <- {importer}" for module, importer in sorted(alone.items()))
+
+
+def test_a_file_with_one_importer_is_seen() -> None:
+    """Oracle: by hand: one module has two importers, one is run, one is an architecture, and one has one importer."""
+    files = {
+        "matryoshka.core.a": "from matryoshka.core import b, c, d, e",
+        "matryoshka.core.b": "from matryoshka.core import c",
+        "matryoshka.core.c": "C = 1",
+        "matryoshka.core.d": 'if __name__ == "__main__":\n    pass',
+        "matryoshka.core.e": 'LORA_TARGETS = ("q_proj",)',
+    }
+    assert only_importers(files, {"core"}) == {"matryoshka.core.b": "matryoshka.core.a"}
 
 
 def test_the_rooms_of_core_import_downwards() -> None:

@@ -39,7 +39,7 @@ def explains_disk_errors(path: Path) -> Iterator[None]:
         raise OSError(err.errno, what) from err
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then fsync and rename it: `path` is whole or untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -108,7 +108,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` atomically."""
-    write_atomic(path, lambda temporary: _write_all(temporary, redact(text)))
+    write_atomic(path, lambda temporary: temporary.write_text(redact(text), encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -274,10 +274,6 @@ def folder_lock(folder: Path) -> Iterator[None]:
         handle.write(str(os.getpid()))
         handle.flush()
         yield
-
-
-def _write_all(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def fsync(path: Path) -> None:

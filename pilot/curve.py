@@ -58,7 +58,9 @@ def summary(runs: Mapping[int, Outcomes]) -> dict[str, Any]:
     pooled = {name: [score for conditions in runs.values() for score in conditions[name].values()] for name in names}
     conditions = {
         name: {
-            "by_seed": {str(seed): round(_share(conditions[name]), 4) for seed, conditions in runs.items()},
+            "by_seed": {
+                str(seed): round(sum(found[name].values()) / len(found[name]), 4) for seed, found in runs.items()
+            },
             "pooled": to_json(_pooled(pooled[name])),
         }
         for name in names
@@ -102,7 +104,3 @@ def _gain(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
 
 def _solved(scores: Sequence[float]) -> bool:
     return all(isinstance(score, bool) for score in scores)
-
-
-def _share(episodes: Mapping[str, float]) -> float:
-    return sum(episodes.values()) / len(episodes)

@@ -170,7 +170,9 @@ def train(
         forget_gathered(model)
         step = checkpoints.load(parameters, optimizer)
         if world.is_first:
-            _keep_metrics(metrics_path, step)
+            # Later rows were written after the checkpoint that training continues from.
+            lines = metrics_path.read_text().splitlines(keepends=True) if metrics_path.exists() else []
+            write_text(metrics_path, "".join(lines[:step]))
         while step < num_steps:
             started = time.perf_counter()
             epoch, batch = batch_at(items, step, config.batch_size, config.seed)
@@ -245,9 +247,3 @@ def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
     progress = (step - warmup) / max(1, num_steps - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
-
-
-def _keep_metrics(path: Path, step: int) -> None:
-    """Drop rows after `step`: they were written after the checkpoint that training continues from."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    write_text(path, "".join(lines[:step]))

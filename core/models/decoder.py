@@ -257,6 +257,12 @@ class Block(nn.Module):
         return out
 
 
+def plain_block(config: Config) -> Block:
+    """Return Llama's layer: attention and SwiGLU, with biases where the configuration has them."""
+    bias = config.attention_bias
+    return Block(config, Attention(config, qkv_bias=bias, o_bias=bias), MLP(config, config.mlp_bias))
+
+
 def both(cos_BTH: Tensor | None, sin_BTH: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Return the pair of tables, or None. `run_block` marks the lengths of tensors that it is given one by one."""
     return None if cos_BTH is None or sin_BTH is None else (cos_BTH, sin_BTH)
@@ -276,7 +282,7 @@ class DecoderModel(LanguageModel):
     """Embedding, blocks, last norm. `forward` returns hidden states; callers apply the head where they need it."""
 
     def __init__(
-        self, config: Config, block: Callable[[Config], nn.Module], norm: nn.Module | None = None
+        self, config: Config, block: Callable[[Config], nn.Module] = plain_block, norm: nn.Module | None = None
     ) -> None:
         """block: makes one layer; its forward takes x, cos, sin, attend and the layer's `LayerAttention`. norm: the
         last one, default as in Llama."""

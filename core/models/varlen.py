@@ -51,11 +51,8 @@ class Sequences:
 
 def calls_of(tree: TokenTree, device: torch.device, window: int | None = None) -> list[Sequences]:
     """Return the one or two calls whose merged softmax is the attention of `tree` in a layer of that window."""
-    parent, end = tree.parent_T.numpy(), tree.end_T.numpy()
+    parent, end, edges = tree.parent_T.numpy(), tree.end_T.numpy(), tree.chains()
     size = len(parent)
-    jump = np.flatnonzero(parent != np.arange(size) - 1)
-    branching = parent[jump]
-    edges = np.unique(np.concatenate(([0, size], jump, branching[branching >= 0] + 1)))
     chains, paths, roots, below = [], [], [], []
     path_of: dict[int, Indices] = {-1: np.empty(0, dtype=np.int64)}  # the path to copy that ends with a chain's end
     for start, stop in zip(edges, edges[1:], strict=False):

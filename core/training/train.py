@@ -22,6 +22,7 @@ from torch import nn
 from matryoshka.core.distributed import TIMEOUT_S, World, forget_gathered, is_sharded, whole
 from matryoshka.core.files import write_text
 from matryoshka.core.models.activations import POLICIES
+from matryoshka.core.models.attention import BACKENDS
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.records import stable_seed
 from matryoshka.core.redaction import to_redacted_json
@@ -105,6 +106,8 @@ class TrainConfig:
             raise ValueError(f"train: optimizer {self.optimizer!r} is unknown; choose from {list(OPTIMIZERS)}")
         if self.activations not in ("auto", *POLICIES):
             raise ValueError(f"train: activations {self.activations!r} is unknown; choose from {['auto', *POLICIES]}")
+        if self.attention not in BACKENDS:
+            raise ValueError(f"train: attention {self.attention!r} is unknown; choose from {list(BACKENDS)}")
 
 
 ALONE_WITHOUT_REFERENCE = TrainContext()

@@ -18,6 +18,7 @@ from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.layer_attention import Attend
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree
+from matryoshka.core.models.varlen import Varlen
 from matryoshka.core.models.weights import save_weights
 from matryoshka.dpo.head import token_logps
 from matryoshka.inference.kv_cache import CachedAttention, Prefix
@@ -137,7 +138,7 @@ def test_clause_5_a_tree_equals_its_sequences(case: Case) -> None:
 
     expected = torch.cat([alone(sequence) for sequence in sequences])
     gradients = torch.autograd.grad(expected.sum(), weights)
-    attends: list[Attend] = [Branches(tree), Masked(tree)]
+    attends: list[Attend] = [Branches(tree), Masked(tree), Varlen(tree, torch.device("cpu"))]
     for attend in attends:
         hidden_TD = model(tree.ids_T[None], tree.positions_T[None], attend)[0]
         logps = token_logps(hidden_TD[tree.source_S], model.head_weight, tree.target_S, cap)

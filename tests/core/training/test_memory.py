@@ -201,6 +201,22 @@ def test_auto_takes_the_fastest_that_fits() -> None:
     assert plan_memory("none", model, parameters, 10**9, free=0).policy_for(10**9) == "none"  # asked for by name
 
 
+@pytest.mark.parametrize(("model_type", "all_have_windows"), [("mistral", True), ("gemma3_text", False)])
+def test_windows_lower_the_plan_where_every_layer_has_one(model_type: str, all_have_windows: bool) -> None:
+    """Oracle: the blocks that attention makes of one long chain, and the plan of the same model without windows."""
+    ids = tuple(index % 300 for index in range(3001))
+    tree = build_tree([Tokens(ids, (0,) * 3000 + (1,))])
+    plans = []
+    for window in (50, 5000):
+        model, parameters = trained(WINDOWS | {"model_type": model_type, "sliding_window": window}, torch.float32)
+        plans.append(plan_memory("full", model, parameters, 3000, free=GIB))
+        windows = {layer.window for layer in model.config.attention}
+        most = max(len(block.keys_K) for one in windows for block in blocks(tree, one if one != 5000 else None))
+        assert plans[-1].most_keys(3000) >= most > 0.9 * plans[-1].most_keys(3000)
+    with_windows, without = (plan.peak_bytes(3000, "full") for plan in plans)
+    assert with_windows < without if all_have_windows else with_windows == without
+
+
 def test_a_quantised_base_by_hand() -> None:
     """Oracle: the allocator's peak within 10%, the largest weight being dense for a while; and moments in 8 bits.
 

@@ -303,3 +303,15 @@ def test_nothing_outside_a_task_s_folder_names_it() -> None:
         }
         faults += [f"{path.relative_to(ROOT)}: {name}" for name in (imports | compared) & (names - {own})]
     assert faults == []
+
+
+def test_functions_take_at_most_eight_parameters() -> None:
+    """Oracle: the signatures, `self`, `cls` and `ctx` aside; Triton's kernel takes pointers one by one."""
+    faults = []
+    for path in sources(*MAY_IMPORT):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = [x.arg for x in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                if len([name for name in names if name not in ("self", "cls", "ctx")]) > 8:
+                    faults.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert faults == ["dpo/kernels.py: _fold"]

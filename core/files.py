@@ -43,7 +43,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then fsync and rename it: `path` is whole or untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    folder = os.open(path.parent, os.O_RDONLY)  # later it may have another name: who waits for the file may rename it
+    folder = os.open(path.parent, os.O_RDONLY)  # now: a process that waits for the file may rename the folder
     try:
         with explains_disk_errors(path):
             write(temporary)
@@ -144,9 +144,9 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 class Journal:
-    """Append-only JSONL file keyed by content: what was recorded once is never recorded again.
+    """Append-only JSONL file keyed by content: a recorded row is never recorded again.
 
-    A last line without its newline is what a kill leaves behind: it is cut off when the journal is opened, and `torn`
+    A last line without its newline is left by a kill: it is cut off when the journal is opened, and `torn`
     counts it. Any other unreadable line is an error that names its number.
     """
 
@@ -189,7 +189,7 @@ class Journal:
             self.sync()
 
     def sync(self) -> None:
-        """Return when the disk holds what was appended; it may run in another thread than `append`."""
+        """Return when the disk holds all appended rows; it may run in another thread than `append`."""
         with explains_disk_errors(self.path):
             os.fsync(self._handle.fileno())
 

@@ -120,7 +120,7 @@ def _fold(  # type: ignore[no-untyped-def]  # Triton reads annotations: it knows
             rest = rest * keep
             reference = highest
             if store > 0:
-                tl.debug_barrier()  # other threads of this program wrote what is read here
+                tl.debug_barrier()  # other threads of this program wrote the values that are read here
                 for before in range(0, column_start + start, BLOCK):
                     earlier = before + tl.arange(0, BLOCK)
                     written = earlier < column_start + start

@@ -93,7 +93,7 @@ def save_adapter(model: nn.Module, name: str, folder: Path, base_model: str, dty
 def read_config(folder: Path) -> LoraConfig:
     """Return the LoraConfig of an adapter folder.
 
-    Every key that changes what is computed is either read or refused by name, unknown keys as well.
+    Every key that changes the computation is either read or refused by name, unknown keys as well.
     Raises FileNotFoundError, ValueError naming file and key.
     """
     path = folder / CONFIG
@@ -176,7 +176,7 @@ def read_tensors(path: Path, config: LoraConfig) -> dict[str, Tensor]:
 
 
 def adapter_hash(folder: Path) -> str:
-    """Return 16 hex digits of the SHA-256 of an adapter folder's two files: what a served adapter's name carries."""
+    """Return 16 hex digits of the SHA-256 of an adapter folder's two files: it is part of a served adapter's name."""
     digest = hashlib.sha256()
     for name in (CONFIG, WEIGHTS):
         digest.update((folder / name).read_bytes())

@@ -1,8 +1,8 @@
-"""An open run and how it is opened: its folder, its problems, its generator, its model, its journal.
+"""Opens a run: its folder, its problems, its generator, its model, its journal.
 
-Every stage finds by itself what is done: training is complete when its policy's folder exists, an episode when its key
-is in the journal, a generator's answer when it is in the cache. A run that is killed anywhere loses at most the work
-that was in flight.
+Every stage sees its finished work by itself: training is complete when its policy's folder exists, an episode when its
+key is in the journal, a generator's answer when it is in the cache. A run that is killed anywhere loses at most the
+work that was in flight.
 """
 
 import asyncio

@@ -24,7 +24,7 @@ TIMEOUT_S = 60.0
 
 
 def fetch(files: Mapping[str, str], out: Path) -> list[Path]:
-    """Return the paths of `files` (path in `out` -> address), after fetching what is not there yet.
+    """Return the paths of `files` (path in `out` -> address), after fetching the missing ones.
 
     An address in the manifest counts before the one given. Raises ValueError for a damaged manifest, an answer that is
     no file and bytes of another checksum; OSError when the connection fails: what was received stays for the next call.
@@ -87,7 +87,7 @@ def _download(url: str, path: Path) -> None:
                 os.fsync(handle.fileno())
                 got = handle.tell()
     except urllib.error.HTTPError as err:
-        if err.code == 416:  # what we have is as long as the file, or longer: it was not renamed, or has changed
+        if err.code == 416:  # our part is as long as the file, or longer: it was not renamed, or has changed
             mark.unlink()
             return _download(url, path)
         raise ValueError(f"{url}: the server answered {err.code} {err.reason}; the manifest names the address") from err

@@ -92,7 +92,7 @@ class StageSeconds:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a kill left half-written; while we hold the lock, no other process writes here."""
+    """Remove half-written files that a kill left; while we hold the lock, no other process writes here."""
     for path in list(folder.rglob(".*.*.old")):
         if path.name.split(".")[-2].isdecimal():  # by `write_folder`; a checkpoint's `.step-<n>.old` is half removed
             recover_folder(path)

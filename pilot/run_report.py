@@ -158,7 +158,7 @@ def summarise(run: Run, conditions: Sequence[Condition], last: str) -> dict[str,
 
 
 def notes(run: Run, validation: dict[str, Any]) -> list[str]:
-    """Return what a reader must know to judge the numbers."""
+    """Return the notes that a reader needs to judge the numbers."""
     lines = [
         f"Chosen on {len(run.problems['validation'])} validation problems: {validation['chosen']}. The held-out "
         "problems were used for this report alone.",

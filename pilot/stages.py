@@ -1,6 +1,6 @@
 """The stages of a pilot that make policies: warm-up, collection, pairs, a round of training, the STaR control.
 
-Each is a function of an open run. It reads back what is recorded and trained already, and does the rest.
+Each is a function of an open run. It reads back recorded episodes and trained policies, and does the rest.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`matryoshka cache stats|prune|export`: what a run's file of black-box answers holds, less of it, or all as JSONL."""
+"""`matryoshka cache stats|prune|export`: looks into a run's file of black-box answers, shortens it, or exports it."""
 
 import json
 import time

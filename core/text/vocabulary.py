@@ -279,7 +279,7 @@ def _list(path: Path, data: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def _take_prefix(data: dict[str, Any]) -> tuple[str, str]:
-    """Return what a tokenizer.json puts before a text, and before text after a special token; take it out of `data`."""
+    """Take the prefixes of a text, and of text after a special token, out of a tokenizer.json's `data`; return them."""
     prefix = special_prefix = ""
     if any(part.get("type") == "Prepend" for part in _parts(data.get("normalizer"))):
         prefix = special_prefix = " "

@@ -277,7 +277,7 @@ def step_of(path: Path) -> int:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return state.json. Raises ValueError where it, or one of the files that it lists, is not what was written."""
+    """Return state.json. Raises ValueError if it or a file that it lists is not as it was written."""
     mend = "remove this folder to go on from an earlier checkpoint, where there is one, or from the start"
     try:
         state: dict[str, Any] = json.loads((path / STATE).read_text())

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 from matryoshka.core.intervals import wilson
 from matryoshka.core.records import (
     Example,
+    Judgement,
     Messages,
     Metric,
     PairRule,
@@ -160,6 +161,18 @@ class Task(Protocol):
     def check(self, settings: RolloutSettings) -> None:
         """Raise ValueError for settings that the loop does not have; it is called before anything is run."""
         return None
+
+    def judge(self, example: Example, prediction: Any) -> Judgement:
+        """Return what an answer that was made elsewhere is worth.
+
+        By default it is right if it is the field "answer" as a text, apart from capitals, outer blanks and a last full
+        stop. None stands for no answer. Raises ValueError for a prediction of a form that the task does not read.
+        """
+        if prediction is None:
+            return Judgement(None, "error", 0.0)
+        said, gold = (str(text).strip().casefold().removesuffix(".") for text in (prediction, example.fields["answer"]))
+        right = said == gold
+        return Judgement(str(prediction), "right" if right else "wrong", float(right))
 
     def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]:
         """Return the metrics of episodes: by default "accuracy" and "failed", the share that failed for good.

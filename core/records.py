@@ -149,6 +149,17 @@ class EpisodeInfo:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """An answer, read and scored; verdict "error": it could not be read as an answer. Fields as in `EpisodeInfo`."""
+
+    prediction: str | int | float | None
+    verdict: Verdict
+    reward: float
+    score: float | None = None
+    measures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """One episode: its turns, its reward, and a record of how it went."""
 
@@ -215,6 +226,21 @@ class RolloutSettings:
             raise ValueError(
                 f"settings: inner_attempts {self.inner_attempts} and outer_turns {self.outer_turns} must be at least 1"
             )
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a benchmark. path: in the folder of its files; place: its address behind that of a site or mirror.
+
+    site: the benchmark's own. sha256: "" where the site publishes none. unpack: it is a zip archive, whose members go
+    into the folder.
+    """
+
+    path: str
+    place: str
+    site: str
+    sha256: str = ""
+    unpack: bool = False
 
 
 R = TypeVar("R")

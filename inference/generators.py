@@ -86,7 +86,7 @@ class OpenAIGenerator:
         cannot be kept; FileNotFoundError for a file of prices that is not there.
         """
         self.config = config
-        self.name = f"{config.model}@{config.where}"
+        self.name = config.name
         self.stats = GeneratorStats()
         prices = load_prices(Path(config.prices) if config.prices else None)
         self.price = price_of(prices, config.served_model or config.model)

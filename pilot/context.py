@@ -20,7 +20,7 @@ from matryoshka.core.files import Journal, SharedJournal, UnwrittenJournal, writ
 from matryoshka.core.machine import usable_cores
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
-from matryoshka.core.records import Example, Messages, RolloutSettings
+from matryoshka.core.records import Example, Messages, RolloutSettings, Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.inference.generators import OpenAIGenerator
 from matryoshka.inference.local_controller import TokenSampler
@@ -31,7 +31,7 @@ from matryoshka.lora.files import read_config
 from matryoshka.pilot.config import SPLITS, RunConfig, rollout_settings
 from matryoshka.pilot.environment import environment
 from matryoshka.pilot.folder import CONFIG, StageSeconds, cache_path, claim, deal_caches
-from matryoshka.pilot.generator import open_generator
+from matryoshka.pilot.generator import RecordedGenerator, open_generator
 from matryoshka.pilot.policies import Policies, open_policies
 from matryoshka.pilot.progress import StatusLine
 from matryoshka.pilot.ranks import Ranks
@@ -39,6 +39,7 @@ from matryoshka.pilot.ray_cluster import joined_cluster
 from matryoshka.pilot.serving import open_vllm
 from matryoshka.tasks.find import task_class
 
+ENVIRONMENT = "environment.json"  # the machine and the versions that a run was started with
 logger = logging.getLogger(__name__)
 Problems = Mapping[str, Sequence[Example]]
 
@@ -70,6 +71,8 @@ class Run:
     """Threads of torch in this process."""
     vllm: Vllm | None = None
     """The controller's sampler where [controller] engine = "vllm"."""
+    is_read: bool = False
+    """Whether the run is only read: then a missing episode is an error, and no model and no generator is opened."""
 
     @property
     def world(self) -> World:
@@ -97,10 +100,23 @@ class Run:
 
     def open_sampler(self) -> AbstractContextManager[TokenSampler]:
         """Return what samples the controller: vLLM, or our own sampler, to be closed before the model is trained."""
+        if self.is_read:
+            return nullcontext(_NoSampler(self.tokenizer))
         if self.vllm is not None:
             return nullcontext(self.vllm)
         config = self.config.controller
         return Sampler(self.model, self.tokenizer, config.max_rows, config.deterministic, self.threads)
+
+
+class _NoSampler:
+    """The sampler of a run that is only read."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: str | None = None) -> Sample:
+        """Raise RuntimeError."""
+        raise RuntimeError("the controller was asked although the run is only read")
 
 
 @dataclass(frozen=True)
@@ -118,14 +134,19 @@ class Scheme:
 
 @contextmanager
 def open_run(
-    config: RunConfig, root: Path, cache: Path | None = None, world: World = ALONE, trains: bool = True
+    config: RunConfig,
+    root: Path,
+    cache: Path | None = None,
+    world: World = ALONE,
+    trains: bool = True,
+    is_read: bool = False,
 ) -> Iterator[Run]:
     """Open or continue the run in `root/<name>` on all ranks of `world`; the first rank holds the folder's lock.
 
     cache: the file of answers, by default the folder's own. trains: whether anything will be trained; if not, no
-    weights are loaded where vLLM samples. Raises ValueError when the run was started with another configuration (naming
-    every difference) or is in use. Budgets, limits and patience may change: they decide how fast and how far a run
-    goes, not what it finds.
+    weights are loaded where vLLM samples. is_read: the record alone is read; nothing is asked and no weights are
+    loaded. Raises ValueError when the run was started with another configuration (naming every difference) or is in
+    use. Budgets, limits and patience may change: they decide how fast and how far a run goes, not what it finds.
     """
     folder, ranks = root / config.name, Ranks(world)
     with ExitStack() as stack:
@@ -139,19 +160,21 @@ def open_run(
                 raise ValueError("executor = 'ray' and torchrun's ranks exclude each other; start one process")
             stack.enter_context(joined_cluster())
         cache = cache or cache_path(folder, str(ranks.node) if ranks.node else "")
-        run = assemble(config, folder, cache, ranks, stack, trains)
+        run = assemble(config, folder, cache, ranks, stack, trains and not is_read, is_read)
         name = "trajectories" if world.size == 1 else f"trajectories.rank-{world.rank}"
         with ranks.all_or_none():
             journal = SharedJournal(folder / f"{name}.jsonl", "trajectories*.jsonl")
         stack.callback(journal.close)
         if world.is_first and not saved:  # a configuration that cannot start must not bind the folder's name
-            write_json(folder / "environment.json", environment())
+            write_json(folder / ENVIRONMENT, environment())
         if world.is_first and (changed or not saved):
             write_text(folder / CONFIG, to_toml(config))
         yield replace(run, journal=journal)
 
 
-def assemble(config: RunConfig, folder: Path, cache: Path, ranks: Ranks, stack: ExitStack, trains: bool) -> Run:
+def assemble(
+    config: RunConfig, folder: Path, cache: Path, ranks: Ranks, stack: ExitStack, trains: bool, is_read: bool = False
+) -> Run:
     """Return the run in `folder`, its episodes not being recorded on disk; `stack` closes what this opens.
 
     The cheap parts are checked first, so that a missing key or file is reported before a model is loaded.
@@ -169,17 +192,20 @@ def assemble(config: RunConfig, folder: Path, cache: Path, ranks: Ranks, stack: 
 
         task = open_task(config, count_tokens)
         problems = load_problems(task)
-    generator = stack.enter_context(open_generator(config, folder, ranks, runner, cache))
+    generator: Generator = RecordedGenerator(config)
+    if not is_read:
+        generator = stack.enter_context(open_generator(config, folder, ranks, runner, cache))
     threads = config.controller.threads or max(1, usable_cores() // world.local_size)
     torch.set_num_threads(threads)
     vllm = None
     with ranks.all_or_none():
-        policies = open_policies(config, folder, world, trains)
+        policies = open_policies(config, folder, world, trains, not is_read)
         context = policies.model.config.max_position_embeddings
         if config.controller.engine == "vllm":
-            line = stack.enter_context(StatusLine())
-            vllm = open_vllm(config, tokenizer, folder / "vllm.log", world.size, line.show)
-            stack.callback(lambda: runner.run(vllm.aclose()))
+            if not is_read:
+                line = stack.enter_context(StatusLine())
+                vllm = opened = open_vllm(config, tokenizer, folder / "vllm.log", world.size, line.show)
+                stack.callback(lambda: runner.run(opened.aclose()))
             context = min(context, config.controller.vllm.context or context)
         problems, skipped = fitting_problems(config, task, problems, context)
     if skipped:
@@ -197,11 +223,11 @@ def assemble(config: RunConfig, folder: Path, cache: Path, ranks: Ranks, stack: 
         policies=policies,
         tokenizer=tokenizer,
         journal=UnwrittenJournal(),
-        seconds=StageSeconds(folder / "seconds.json", writes=world.is_first),
+        seconds=StageSeconds(folder / "seconds.json", writes=world.is_first and not is_read),
         threads=threads,
         vllm=vllm,
+        is_read=is_read,
     )
-
 
 
 def open_task(config: RunConfig, count_tokens: Callable[[Messages], int]) -> Task:

@@ -5,7 +5,6 @@ folder's name carries a hash of all settings, so the same command continues an e
 another one. It shares the generator's answers with the run of the configuration's name.
 """
 
-import dataclasses
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from matryoshka.core.records import Trajectory, content_key, stable_seed, to_jso
 from matryoshka.eval.baselines import GeneratorGuidance, NoGuidance, ScriptedGuidance
 from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.inference.local_controller import TokenSampler
-from matryoshka.pilot.config import RunConfig, rollout_settings
+from matryoshka.pilot.config import RunConfig, rollout_settings, run_part
 from matryoshka.pilot.context import Run, Scheme, open_run
 from matryoshka.pilot.environment import environment, typed_command
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
@@ -43,7 +42,7 @@ def evaluate(
         stage = f"{label} {name}"
         episodes = run_episodes(run, scheme, splits, label=stage)
         calls = sum(t.info.calls for t in episodes)
-        seconds = run.seconds.as_dict()[stage]
+        seconds = run.seconds.as_dict().get(stage, 0.0)
         found.append(Condition(name, title, episodes, seconds, calls, num_tokens(episodes)))
     return found
 
@@ -77,7 +76,7 @@ def policy_conditions(run: Run, policies: Sequence[str], stack: ExitStack) -> Sc
         elif policy.endswith(".toml") or policy.startswith(("http://", "https://")):
             if run.config.executor == "ray":
                 what = "the client of another model belongs to one process"
-                raise ValueError(f"evaluate: policy {policy!r} needs executor = 'local', since {what}")
+                raise ValueError(f"policy {policy!r} needs executor = 'local', since {what}")
             config = with_generator(run.config, policy)
             other = stack.enter_context(open_generator(config, run.folder, run.ranks, run.runner, run.cache))
             scheme = Scheme(slug(policy), _fixed(GeneratorGuidance(other)), greedy)
@@ -86,7 +85,7 @@ def policy_conditions(run: Run, policies: Sequence[str], stack: ExitStack) -> Sc
             found[slug(policy)] = (policy, policy_scheme(run, str(folder)))
         else:
             raise ValueError(
-                f"evaluate: policy {policy!r} is neither a condition ({', '.join(known)}) nor an adapter folder, a "
+                f"policy {policy!r} is neither a condition ({', '.join(known)}) nor an adapter folder, a "
                 "stage as RUN:STAGE, a model folder, URL#MODEL or a TOML file of another model"
             )
     return found
@@ -195,7 +194,7 @@ class EvaluateConfig(RunConfig):
     @property
     def run(self) -> RunConfig:
         """The configuration of the run alone."""
-        return RunConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(RunConfig)})
+        return run_part(self)
 
 
 def evaluate_policies(config: EvaluateConfig, root: Path, world: World) -> list[dict[str, Any]]:

@@ -16,12 +16,13 @@ from matryoshka.tasks.find import task_class
 
 RUNS = Path("runs")  # where the commands keep runs
 CONFIG = "config.toml"
+GATEWAY = "gateway.toml"  # the configuration of a gateway, in the folder of its record
 
 # Settings whose value may change when a run is continued.
 _PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "total_timeout_s")
 FREE_TO_CHANGE = (
     *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints", "controller.vllm."),
-    *("executor:", "ray_tasks:", "parallel."),
+    *("rounds:", "executor:", "ray_tasks:", "parallel."),
     *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
 )
 DECISIVE = "controller.vllm.dtype:"  # the exception among those: the samples depend on it

@@ -1,21 +1,29 @@
 """The files in which a run reports its results: report.json, .md, .html, summary, verdicts, scores, transfer.json."""
 
+import json
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from matryoshka.core.config import load_toml
 from matryoshka.core.files import read_jsonl, write_json
 from matryoshka.core.protocols import Task
-from matryoshka.core.records import Example, to_json
+from matryoshka.core.records import Example, Trajectory, to_json
 from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.eval.statistics import Paired, PairedScores, paired_difference, paired_scores
 from matryoshka.eval.summary import graded_scores
 from matryoshka.lora.files import adapter_hash
-from matryoshka.pilot.config import EMBEDDED_ADAPTER
-from matryoshka.pilot.context import Run
+from matryoshka.pilot.config import EMBEDDED_ADAPTER, RunConfig
+from matryoshka.pilot.context import ENVIRONMENT, Run, open_run
 from matryoshka.pilot.environment import environment, typed_command
-from matryoshka.pilot.episodes import policy_scheme, run_episodes
-from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, evaluate_with, trained_rounds
-from matryoshka.pilot.stages import is_trained, left_out
+from matryoshka.pilot.episodes import NotRecordedError, policy_scheme, run_episodes
+from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, evaluate, evaluate_with, schemes, trained_rounds
+from matryoshka.pilot.folder import CONFIG
+from matryoshka.pilot.stages import collect, is_trained, left_out, pairs_so_far
+
+logger = logging.getLogger(__name__)
 
 SPLIT_TITLES = {"test": "held-out problems", "held_out": "held-out families"}
 
@@ -40,12 +48,43 @@ def write_run_report(run: Run, conditions: Sequence[Condition], counts: dict[str
     return summary
 
 
+def report_again(folder: Path) -> dict[str, Any]:
+    """Write the report of the run in `folder` again from its record alone, and return the summary.
+
+    Conditions whose episodes are not all recorded are left out, with a warning. Raises FileNotFoundError where there is
+    no run; ValueError where the untrained controller or a choice on validation problems is not recorded.
+    """
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder}: no {CONFIG}; expected the folder of a run, such as runs/demo-0")
+    config = replace(load_toml(RunConfig, folder / CONFIG), name=folder.name)
+    with open_run(config, folder.parent, is_read=True) as run:
+        conditions: list[Condition] = []
+        counts: dict[str, Any] = {}
+        for name, scheme in schemes(run).items():
+            try:
+                conditions += evaluate(run, {name: scheme})
+            except NotRecordedError as err:
+                logger.warning("%s; the report has no row of it", err)
+        try:
+            trajectories: list[Trajectory] = []
+            for round in trained_rounds(run):
+                trajectories += collect(run, round)
+                counts[f"round_{round}"] = pairs_so_far(run, trajectories)[1].as_dict()
+            if "untrained" not in [condition.name for condition in conditions]:
+                raise NotRecordedError("evaluate untrained: episodes are not recorded")
+            return write_run_report(run, conditions, counts)
+        except NotRecordedError as err:
+            raise ValueError(f"{folder}: {err}; `matryoshka evaluate --config` runs them") from err
+
+
 def _report_input(
     run: Run, conditions: Sequence[Condition], counts: dict[str, Any], validation: dict[str, Any]
 ) -> ReportInput:
     examples = [e for split in HELD_OUT_SPLITS for e in run.problems[split]]
     groups = {split: [e.id for e in run.problems[split]] for split in HELD_OUT_SPLITS}
     machine = environment()
+    if run.is_read and (run.folder / ENVIRONMENT).is_file():  # the machine that the run was started on
+        machine = json.loads((run.folder / ENVIRONMENT).read_text())
     stages = [path.parent for path in sorted(run.folder.glob("**/metrics.jsonl"))]
     by_split = {SPLIT_TITLES[split]: ids for split, ids in groups.items() if ids and groups["held_out"]}
     return ReportInput(

@@ -33,16 +33,22 @@ COMMANDS: dict[str, str] = {
     "init": "a recipe as a commented configuration in the current folder: matryoshka init demo",
     "pilot": "the main job: warm-up, rounds of collect, pair and train, evaluation, report",
     "sft": "supervised training of an adapter on your own conversations",
-    "collect": "a pilot's episodes, round by round as far as its policies are trained",
-    "pairs": "a pilot's preference pairs from the episodes collected so far",
+    "collect": "a pilot's episodes, or with --out those of any policy in a folder of their own",
+    "pairs": "preference pairs from collected episodes, in our form, TRL's or the original's",
     "dpo": "preference training of an adapter on your own pairs",
+    "round": "one round of a pilot alone: matryoshka round 2 --config FILE",
     "evaluate": "every policy of a pilot on the held-out problems, and the report",
+    "score": "predictions made elsewhere by a task's own measure: matryoshka score FILE --task.name pal",
+    "report": "the report of a run again, from its record alone: matryoshka report runs/demo-0",
+    "compare": "runs and evaluations with one another, problem by problem where these are equal",
     "curve": "a pilot over several seeds, and what its policies gain stage by stage",
     "estimate": "what a pilot will cost, from 20 training examples that are really run",
     "plan": "memory, communication and speed of training on a cluster, predicted, and the layout to take",
     "cache": "the answers that a run has paid for: stats, prune, export",
-    "data": "a benchmark's own files, checked and resumable: matryoshka data lamp --task 2N",
+    "data": "a benchmark's own files, checked and resumable: matryoshka data gsm8k, gsm-hard, alfworld, lamp",
     "serve": "a model and its adapters behind an OpenAI-compatible HTTP server",
+    "gateway": "an OpenAI-compatible endpoint that records an agent's calls to the controller, to train it on them",
+    "train-from": "the next policy of a gateway, trained on the episodes that have ended: matryoshka train-from RUN",
     "parity": "log-probs of the same tokens from trainer, sampler and vLLM, with and without an adapter",
     "merge": "an adapter folded into its model, as a Hugging Face folder",
     "export": "the policy of a run's stage: an adapter in PEFT layout, or a model folder",
@@ -53,8 +59,9 @@ COMMANDS: dict[str, str] = {
 
 def load_command(name: str) -> Callable[..., None]:
     """Return the function of a command; its module is imported only now, so that the others cost nothing."""
-    module = "matryoshka.benchmarks.command" if name == "bench" else f"matryoshka.scripts.{name}"
-    function: Callable[..., None] = getattr(importlib.import_module(module), name)
+    attribute = name.replace("-", "_")
+    module = "matryoshka.benchmarks.command" if name == "bench" else f"matryoshka.scripts.{attribute}"
+    function: Callable[..., None] = getattr(importlib.import_module(module), attribute)
     return function
 
 

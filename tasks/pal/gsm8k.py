@@ -18,10 +18,11 @@ LARGEST = sys.float_info.max
 
 
 def load_splits(
-    train_file: Path, test_file: Path, sizes: Mapping[str, int], gold_warmup: bool
+    train_file: Path | None, test_file: Path | None, sizes: Mapping[str, int], gold_warmup: bool
 ) -> dict[str, Sequence[Example]]:
     """Return the problems of each split in file order: warm-up, training and validation are cut from `train_file`.
 
+    A file of which no problem is taken may be None.
     gold_warmup: the warm-up takes annotated rows alone, for it teaches their steps; the other splits take the rest.
     Raises FileNotFoundError, or ValueError for files that are malformed, too short or have questions in common.
     """
@@ -63,7 +64,9 @@ def load(path: Path) -> list[Example]:
     return examples
 
 
-def _load(path: Path, key: str, count: int) -> list[Example]:
+def _load(path: Path | None, key: str, count: int) -> list[Example]:
+    if path is None:
+        return []
     examples = load(path)
     if len(examples) < count:
         where = f"[task.options] {key} {path}"

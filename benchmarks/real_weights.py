@@ -42,18 +42,18 @@ from matryoshka.lora.linear import LoraConfig, add_adapter, set_active, trainabl
 from matryoshka.pilot.environment import environment
 
 QUESTIONS = ("What is the capital of France?", "Write a Python function that returns the n-th Fibonacci number.")
-GREEDY = Sampling(temperature=0.0, max_tokens=40)
 Drawn = tuple[tuple[int, ...], Sample]  # ids of the prompt, and the reply
 
 
-def draw(model: LanguageModel, tokenizer: Tokenizer) -> list[Drawn]:
+def draw(model: LanguageModel, tokenizer: Tokenizer, max_tokens: int) -> list[Drawn]:
     """Return our sampler's replies, asked one after the other."""
     with Sampler(model, tokenizer, num_threads=torch.get_num_threads()) as sampler:
         controller = LocalController(sampler, None, "model")
 
         async def ask() -> list[Drawn]:
             prompts = [(Message("user", question),) for question in QUESTIONS]
-            return [(controller.prompt_ids(one), (await controller.propose(one, 1, GREEDY))[0]) for one in prompts]
+            greedy = Sampling(temperature=0.0, max_tokens=max_tokens)
+            return [(controller.prompt_ids(one), (await controller.propose(one, 1, greedy))[0]) for one in prompts]
 
         return asyncio.run(ask())
 
@@ -85,7 +85,7 @@ def llama_cpp_logps(gguf: Path, drawn: Sequence[Drawn]) -> list[float]:
     return found
 
 
-def served(folder: Path, dtype: str) -> list[dict[str, Any]]:
+def served(folder: Path, max_tokens: int) -> list[dict[str, Any]]:
     """Return the choices that `matryoshka serve` gives over HTTP to the same questions."""
     command = [sys.executable, "-m", "matryoshka.scripts.cli", "serve", "--model", str(folder), "--port", "0"]
     command += ["--threads", str(torch.get_num_threads()), "--name", "model"]
@@ -93,7 +93,7 @@ def served(folder: Path, dtype: str) -> list[dict[str, Any]]:
         assert process.stdout is not None
         try:
             url = process.stdout.readline().split()[-1]
-            rest = {"model": "model", "max_tokens": GREEDY.max_tokens, "temperature": 0, "logprobs": True}
+            rest = {"model": "model", "max_tokens": max_tokens, "temperature": 0, "logprobs": True}
             asked = [{**rest, "messages": [{"role": "user", "content": question}]} for question in QUESTIONS]
             return [post(f"{url.removesuffix('/v1')}/v1/chat/completions", one)["choices"][0] for one in asked]
         finally:
@@ -118,9 +118,9 @@ def sft_losses(model: LanguageModel, drawn: Sequence[Drawn]) -> list[float]:
         return [row["loss"] for row in rows]
 
 
-def main(folder: Path, gguf: Path, dtype: str, serve: bool, out: Path) -> None:
+def main(folder: Path, gguf: Path, out: Path, dtype: str, max_tokens: int, serve: bool) -> None:
     tokenizer, model = Tokenizer.load(folder), load_model(folder, DTYPES[dtype])
-    drawn = draw(model, tokenizer)
+    drawn = draw(model, tokenizer, max_tokens)
     ours = [logp for _, sample in drawn for logp in sample.logprobs or ()]
     trainer = [logp for prompt, sample in drawn for logp in trainer_logps(model, completion(prompt, sample))]
     losses = sft_losses(model, drawn)
@@ -136,7 +136,7 @@ def main(folder: Path, gguf: Path, dtype: str, serve: bool, out: Path) -> None:
         "trainer, llama.cpp": difference([one for one, _ in known], [two for _, two in known]),
     }
     if serve:
-        over_http = [one["logprob"] for choice in served(folder, dtype) for one in choice["logprobs"]["content"]]
+        over_http = [one["logprob"] for choice in served(folder, max_tokens) for one in choice["logprobs"]["content"]]
         found["our sampler, over HTTP"] = difference(ours, over_http)
     result = {
         "model": folder.name, "dtype": dtype, "replies": [sample.text for _, sample in drawn],
@@ -153,6 +153,6 @@ if __name__ == "__main__":
     parser.add_argument("--gguf", type=Path, required=True, help="the file that it was converted from")
     parser.add_argument("--out", type=Path, required=True, help="file for the result")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="data type that is computed in")
+    parser.add_argument("--max-tokens", type=int, default=40, help="most tokens of a reply")
     parser.add_argument("--serve", action="store_true", help="also ask matryoshka serve, which computes in float32")
-    given = parser.parse_args()
-    main(given.folder, given.gguf, given.dtype, given.serve, given.out)
+    main(**vars(parser.parse_args()))

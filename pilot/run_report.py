@@ -59,22 +59,32 @@ def report_again(folder: Path) -> dict[str, Any]:
     config = replace(load_toml(RunConfig, folder / CONFIG), name=folder.name)
     with open_run(config, folder.parent, is_read=True) as run:
         conditions: list[Condition] = []
-        counts: dict[str, Any] = {}
         for name, scheme in schemes(run).items():
             try:
                 conditions += evaluate(run, {name: scheme})
             except NotRecordedError as err:
                 logger.warning("%s; the report has no row of it", err)
         try:
-            trajectories: list[Trajectory] = []
-            for round in trained_rounds(run):
-                trajectories += collect(run, round)
-                counts[f"round_{round}"] = pairs_so_far(run, trajectories)[1].as_dict()
             if "untrained" not in [condition.name for condition in conditions]:
                 raise NotRecordedError("evaluate untrained: episodes are not recorded")
-            return write_run_report(run, conditions, counts)
+            return write_run_report(run, conditions, round_counts(run))
         except NotRecordedError as err:
             raise ValueError(f"{folder}: {err}; `matryoshka evaluate --config` runs them") from err
+
+
+def round_counts(run: Run) -> dict[str, Any]:
+    """Return what became of the samples of each trained round, as far as its episodes are all recorded."""
+    trajectories: list[Trajectory] = []
+    counts: dict[str, Any] = {}
+    recorded = replace(run, is_read=True)
+    for round in trained_rounds(run):
+        try:
+            trajectories += collect(recorded, round)
+        except NotRecordedError as err:
+            logger.warning("%s; the report has no counts from this round on", err)
+            break
+        counts[f"round_{round}"] = pairs_so_far(run, trajectories)[1].as_dict()
+    return counts
 
 
 def _report_input(

@@ -108,7 +108,7 @@ def collect(run: Run, round: int) -> list[Trajectory]:
     scheme = policy_scheme(run, policy_before(run.config, round))
     settings = sampled_settings(run.config, collection_seed(run.config, round), run.config.rollout.samples)
     done = run_episodes(run, scheme, ["train"], settings, f"collect {round}")
-    return done + _bootstrapped(run, round, done)
+    return done + bootstrapped(run, round, done)
 
 
 def collection_seed(config: RunConfig, round: int) -> int:
@@ -132,7 +132,7 @@ def collected(run: Run) -> list[Trajectory]:
     return rows
 
 
-def _bootstrapped(run: Run, round: int, done: Sequence[Trajectory]) -> list[Trajectory]:
+def bootstrapped(run: Run, round: int, done: Sequence[Trajectory]) -> list[Trajectory]:
     """Return episodes that the generator guides, for each training problem that no episode of `done` solved."""
     samples = run.config.rollout.bootstrap
     solved = {trajectory.example_id for trajectory in done if trajectory.reward > 0.5}

@@ -116,8 +116,8 @@ class Varlen:
     def __call__(self, layer: LayerAttention, q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor) -> Tensor:
         if len(q_BNTH) != 1:
             raise ValueError(f"attention: {len(q_BNTH)} rows; a token tree lies in one row")
-        if q_BNTH.is_cuda and q_BNTH.dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"attention: FlashAttention takes bf16 or fp16, not {q_BNTH.dtype}; use backend auto")
+        if q_BNTH.is_cuda:
+            check_flash(q_BNTH.dtype, q_BNTH.shape[-1])
         q, k, v = (x[0].transpose(0, 1) for x in (q_BNTH, k_BGTH, v_BGTH))
         out_TNH: Tensor = MergedAttention.apply(q, k, v, self._kernel, layer, self.calls(layer.window))  # type: ignore[no-untyped-call]
         return out_TNH.transpose(0, 1)[None]
@@ -167,6 +167,17 @@ def _rows(x: Tensor, rows: Tensor | None, dim: int = 0) -> Tensor:
 
 def _read(at: Sequences, q: Tensor, k: Tensor, v: Tensor) -> QKV:
     return _rows(q, at.queries_Q), _rows(k, at.keys_K), _rows(v, at.keys_K)
+
+
+def check_flash(dtype: torch.dtype, head_dim: int) -> None:
+    """Raise ValueError for a dtype or a head size that FlashAttention's kernels do not compute."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"attention: FlashAttention takes bf16 or fp16, not {dtype}; use backend auto")
+    if head_dim % 8 or head_dim > 256:
+        raise ValueError(
+            "attention: FlashAttention takes head sizes up to 256 that are multiples of 8, not "
+            f"{head_dim}; use backend auto"
+        )
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from torch import Tensor
 from matryoshka.core.models.attention import Masked, tree_attention
 from matryoshka.core.models.layer_attention import LayerAttention
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree, packed_sequences
-from matryoshka.core.models.varlen import TORCH, Varlen, calls_of
+from matryoshka.core.models.varlen import TORCH, Varlen, calls_of, check_flash
 
 CPU = torch.device("cpu")
 KINDS = [LayerAttention(0, 0.5), LayerAttention(0, 0.3, window=3), LayerAttention(0, 0.7, softcap=0.9, window=9)]
@@ -96,6 +96,12 @@ def test_errors() -> None:
     """Oracle: the message."""
     with pytest.raises(ValueError, match="backend 'flash' is unknown; choose from"):
         tree_attention(build_tree([]), CPU, "flash")
+    check_flash(torch.bfloat16, 64)
+    with pytest.raises(ValueError, match="bf16 or fp16, not torch.float32; use backend auto"):
+        check_flash(torch.float32, 64)
+    for size in (100, 264):
+        with pytest.raises(ValueError, match=f"multiples of 8, not {size}"):
+            check_flash(torch.float16, size)
     tree = build_tree(some_sequences())
     with pytest.raises(ValueError, match="2 rows; a token tree lies in one row"):
         Varlen(tree, CPU)(KINDS[0], *(x.expand(2, -1, -1, -1) for x in inputs(len(tree.ids_T))))

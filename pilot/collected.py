@@ -28,7 +28,7 @@ from matryoshka.pilot.context import open_run
 from matryoshka.pilot.episodes import run_episodes, sampled_settings
 from matryoshka.pilot.evaluate import policy_conditions
 from matryoshka.pilot.folder import CONFIG, GATEWAY, RUNS, cache_path
-from matryoshka.pilot.stages import bootstrap_seed, collection_seed, in_controller_tokens
+from matryoshka.pilot.stages import bootstrap_seed, bootstrapped, collection_seed, in_controller_tokens
 from matryoshka.tasks.find import task_class
 
 MORE = "more"  # key of a journal's row: further trajectories of the same episode, one for each sample of its last call
@@ -51,7 +51,8 @@ class CollectConfig(RunConfig):
 def collect_apart(config: CollectConfig, world: World, runs: Path = RUNS) -> dict[str, Any]:
     """Sample `config.policy` on its splits, [rollout] samples times each, into the folder `config.out`; return counts.
 
-    The folder's trajectories.jsonl takes the episodes of several policies. The answers of the generator are shared with
+    Training problems that it never solves are tried by the generator itself, where [rollout] bootstrap says so. The
+    folder's trajectories.jsonl takes the episodes of several policies. The answers of the generator are shared with
     the run of the configuration's name. Raises ValueError for a policy or a split that is none, and for a folder that
     was begun under other settings.
     """
@@ -65,6 +66,8 @@ def collect_apart(config: CollectConfig, world: World, runs: Path = RUNS) -> dic
         (found,) = policy_conditions(run, [config.policy], stack).values()
         draws = sampled_settings(named, collection_seed(named, 1), named.rollout.samples)
         episodes = run_episodes(run, found[1], config.split, draws, f"collect {config.policy}")
+        if config.split == CollectConfig.split and config.policy != "own":
+            episodes += bootstrapped(run, 1, episodes)
         right = sum(episode.reward > 0.5 for episode in episodes)
         return {"episodes": len(episodes), "right": right, "policy": episodes[0].info.controller, "out": str(out)}
 

@@ -21,7 +21,7 @@ from matryoshka.pilot.environment import environment, typed_command
 from matryoshka.pilot.episodes import NotRecordedError, policy_scheme, run_episodes
 from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, evaluate, evaluate_with, schemes, trained_rounds
 from matryoshka.pilot.folder import CONFIG
-from matryoshka.pilot.stages import collect, is_trained, pairs_so_far
+from matryoshka.pilot.stages import collect, is_trained, left_out, pairs_so_far
 
 logger = logging.getLogger(__name__)
 
@@ -59,22 +59,32 @@ def report_again(folder: Path) -> dict[str, Any]:
     config = replace(load_toml(RunConfig, folder / CONFIG), name=folder.name)
     with open_run(config, folder.parent, is_read=True) as run:
         conditions: list[Condition] = []
-        counts: dict[str, Any] = {}
         for name, scheme in schemes(run).items():
             try:
                 conditions += evaluate(run, {name: scheme})
             except NotRecordedError as err:
                 logger.warning("%s; the report has no row of it", err)
         try:
-            trajectories: list[Trajectory] = []
-            for round in trained_rounds(run):
-                trajectories += collect(run, round)
-                counts[f"round_{round}"] = pairs_so_far(run, trajectories)[1].as_dict()
             if "untrained" not in [condition.name for condition in conditions]:
                 raise NotRecordedError("evaluate untrained: episodes are not recorded")
-            return write_run_report(run, conditions, counts)
+            return write_run_report(run, conditions, round_counts(run))
         except NotRecordedError as err:
             raise ValueError(f"{folder}: {err}; `matryoshka evaluate --config` runs them") from err
+
+
+def round_counts(run: Run) -> dict[str, Any]:
+    """Return what became of the samples of each trained round, as far as its episodes are all recorded."""
+    trajectories: list[Trajectory] = []
+    counts: dict[str, Any] = {}
+    recorded = replace(run, is_read=True)
+    for round in trained_rounds(run):
+        try:
+            trajectories += collect(recorded, round)
+        except NotRecordedError as err:
+            logger.warning("%s; the report has no counts from this round on", err)
+            break
+        counts[f"round_{round}"] = pairs_so_far(run, trajectories)[1].as_dict()
+    return counts
 
 
 def _report_input(
@@ -154,13 +164,6 @@ def by_group(task: Task, examples: Sequence[Example]) -> dict[str, list[str]]:
     return groups
 
 
-def left_out(run: Run) -> dict[str, int]:
-    """Return how much did not fit the context, by split of problems and by stage of training; {} if everything fits."""
-    files = sorted(run.folder.glob("**/left_out.json"))
-    items = {f"{path.parent.relative_to(run.folder)} items": json.loads(path.read_text()) for path in files}
-    return {**{f"{split} problems": n for split, n in run.skipped_problems.items()}, **items}
-
-
 def select_round(run: Run) -> dict[str, Any]:
     """Return validation accuracies of warm-up and rounds, and the policy that they choose (the earlier on a tie)."""
     accuracies = {}
@@ -204,7 +207,7 @@ def summarise(run: Run, conditions: Sequence[Condition], last: str) -> dict[str,
 
 
 def notes(run: Run, validation: dict[str, Any]) -> list[str]:
-    """Return what a reader must know to judge the numbers."""
+    """Return the notes that a reader needs to judge the numbers."""
     lines = [
         f"Chosen on {len(run.problems['validation'])} validation problems: {validation['chosen']}. The held-out "
         "problems were used for this report alone.",

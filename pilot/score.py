@@ -10,7 +10,7 @@ import tyro
 from matryoshka.core.files import write_json
 from matryoshka.core.json_input import parse_json, shown
 from matryoshka.core.protocols import Task, TaskSetting
-from matryoshka.core.records import EpisodeInfo, Example, Metric, Trajectory, to_json
+from matryoshka.core.records import EpisodeInfo, Example, Metric, Trajectory, from_json, to_json
 from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.pilot.config import SPLITS, TaskConfig
 from matryoshka.pilot.environment import environment, typed_command
@@ -83,6 +83,8 @@ def score_files(command: ScoreCommand) -> list[dict[str, Any]]:
 def read_predictions(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Return (place, row) of each row of JSONL, of one JSON list, or of LaMP's {"task", "golds": [...]}.
 
+    The rows of an evaluation's trajectories.jsonl are read as their episodes' predictions.
+
     Raises FileNotFoundError, and ValueError naming file and row.
     """
     if not path.is_file():
@@ -101,7 +103,13 @@ def read_predictions(path: Path) -> list[tuple[str, dict[str, Any]]]:
             raise ValueError(f"{where}: expected an object with a prediction, got {type(row).__name__}")
     if not rows:
         raise ValueError(f"{path}: no predictions; expected JSONL or one JSON list")
-    return rows
+    return [(where, _of_episode(row) if isinstance(row.get("trajectory"), dict) else row) for where, row in rows]
+
+
+def _of_episode(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the prediction of a row of a trajectories.jsonl."""
+    episode = from_json(Trajectory, row["trajectory"])
+    return {"id": episode.example_id, "prediction": episode.info.prediction}
 
 
 Rows = Sequence[tuple[str, dict[str, Any]]]

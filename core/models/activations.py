@@ -151,7 +151,7 @@ def run_block(block: nn.Module, x: Tensor, *rest: object) -> Tensor:
     if now.policy not in ("full", "offload") or not torch.is_grad_enabled():
         output = run(x, *rest)
         return output
-    # Only x goes through the hooks of save_on_cpu: the tensors in `rest` are common to all blocks and stay where they are.
+    # Only x goes through the hooks of save_on_cpu: the tensors in `rest` are common to all blocks and stay in place.
     with save_on_cpu(pin_memory=x.is_cuda) if now.policy == "offload" else nullcontext():
         output = checkpoint(lambda x: run(x, *rest), x, use_reentrant=False)
     return output

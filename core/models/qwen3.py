@@ -28,7 +28,7 @@ GGUF = GgufLayout(
 
 
 def read_config(data: dict[str, Any]) -> Config:
-    """Return the configuration of a `config.json`. Raises ValueError for a field that is missing or not computed here."""
+    """Return the configuration of a `config.json`. Raises ValueError for a field that is missing or not computed."""
     fields = Fields(data, "Qwen3")
     fields.fixed(hidden_act="silu")
     config = qwen_windows(fields, read_common(fields, Defaults(head_dim=128)))

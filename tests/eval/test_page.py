@@ -17,8 +17,7 @@ from urllib.parse import quote
 import pytest
 
 from matryoshka.core.records import Call, EpisodeInfo, Example, Message, Sample, Trajectory, Turn
-from matryoshka.eval.page import curve, fitted_scale, place
-from matryoshka.eval.report import Condition, write_report
+from matryoshka.eval.report import Condition, curve, fitted_scale, place, write_report
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&lt;b&gt; `|`"
 

@@ -317,3 +317,14 @@ def test_functions_take_at_most_eight_parameters() -> None:
                 if len([name for name in names if name not in ("self", "cls", "ctx")]) > 8:
                     faults.append(f"{path.relative_to(ROOT)}: {node.name}")
     assert faults == ["dpo/kernels.py: _fold"]
+
+
+def test_every_test_names_its_oracle() -> None:
+    """Oracle: the docstrings; a clause of the controllers' contract counts as one."""
+    faults = []
+    for path in sources("tests"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+                if not re.match(r"(Oracle|Invariant|Clause)", ast.get_docstring(node) or ""):
+                    faults.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert faults == []

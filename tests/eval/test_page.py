@@ -114,6 +114,7 @@ def test_the_page_carries_every_episode_whole(make_input: Any, tmp_path: Path) -
     [([("none", "trained"), ("trained", "untrained")], (2, 1)), ([("none", "trained")], (1, 2)), ([], (1, 2))],
 )
 def test_before_and_after(make_input: Any, tmp_path: Path, comparisons: Any, expected: tuple[int, int]) -> None:
+    """Oracle: the pair of conditions, chosen by hand for each list of comparisons."""
     write_report(make_input(comparisons=comparisons), tmp_path)
     packed = unpacked((tmp_path / "report.html").read_text())
     assert (packed["before"], packed["after"]) == expected

@@ -67,7 +67,7 @@ def test_a_result_is_a_finite_number_or_a_short_clean_error(message: bytes) -> N
 
 
 def test_a_household_takes_any_bytes() -> None:
-    """Oracle: nothing raises. Messages of every kind, of random sizes and contents, then noise, are drawn from a seed."""
+    """Oracle: nothing raises. Messages of every kind and random size, then noise, are drawn from a seed."""
     draws = random.Random(0)
 
     def message() -> bytes:

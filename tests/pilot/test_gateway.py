@@ -234,6 +234,7 @@ def test_which_sample_was_used_is_read_from_the_next_prompt() -> None:
         trajectories_of([calls[0], call(2, ["x"], "one or two")], Ending((1.0,)), "p")
 
 
+@pytest.mark.slow
 def test_a_restart_in_mid_episode_loses_nothing(controller_dir: Path, tmp_path: Path) -> None:
     """Oracle: the same calls without a kill. The command is killed with SIGKILL between two calls of an episode."""
     settings = config(controller_dir)

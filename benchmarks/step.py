@@ -24,7 +24,7 @@ from matryoshka.benchmarks.shapes import SHAPES, random_model
 from matryoshka.benchmarks.step_memory import memory_row
 from matryoshka.benchmarks.step_profile import profile_chart
 from matryoshka.benchmarks.training import Block, Recipe, new_adapter, packed_block, padded_block, tree_block
-from matryoshka.benchmarks.trl_training import trl_block
+from matryoshka.benchmarks.trl_training import TrlSettings, trl_block
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.load import load_model, read_config
 from matryoshka.core.models.tree import Tokens
@@ -268,11 +268,9 @@ def _trainers(config: Config, bench: Bench) -> dict[str, Trainer]:
 
 def _trl(config: Config, bench: Bench, pairs: int, liger: bool) -> Trainer:
     def block(items: Sequence[Item], recipe: Recipe) -> Block:
-        size = min(pairs, recipe.batch_size)
+        settings = TrlSettings(min(pairs, recipe.batch_size), config.trl_checkpointing, liger)
         initial = _initial_adapter(bench.model, recipe)
-        folder = str(config.model)
-        checkpointing = config.trl_checkpointing
-        return trl_block(bench.model, bench.model_config, folder, items, recipe, size, checkpointing, liger, initial)
+        return trl_block(bench.model, bench.model_config, str(config.model), items, recipe, settings, initial)
 
     return block
 

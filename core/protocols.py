@@ -54,7 +54,7 @@ class GeneratorError(RuntimeError):
 
 
 class RunStopped(RuntimeError):
-    """The run ends here by intent, a spent budget or the user's wish; what it has is kept and it can be continued."""
+    """The run ends here by intent, a spent budget or the user's wish; its records are kept and it can be continued."""
 
 
 class ContextError(ValueError):
@@ -89,7 +89,7 @@ class TaskSetting:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Guidance that a task knows without any controller. label: what the report calls this condition."""
+    """Guidance that a task knows without any controller. label: the condition's name in the report."""
 
     name: str
     label: str
@@ -133,7 +133,7 @@ class Task(Protocol):
         ...
 
     def first_prompt(self, example: Example) -> Messages:
-        """Return what the controller sees first; it decides whether the example fits the context."""
+        """Return the first prompt of the controller; its size decides whether the example fits the context."""
         ...
 
     async def rollout(
@@ -155,7 +155,7 @@ class Task(Protocol):
         return ""
 
     def facts(self) -> dict[str, str]:
-        """Return what a reader of the report must know of where the task runs, by name."""
+        """Return facts about the place where the task runs, by name, for a reader of the report."""
         return {}
 
     def check(self, settings: RolloutSettings) -> None:

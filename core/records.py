@@ -30,7 +30,7 @@ Messages = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Example:
-    """One problem of a task; `fields` holds what the task needs, e.g. {"question": ..., "answer": 8}."""
+    """One problem of a task; `fields` has the task's data, e.g. {"question": ..., "answer": 8}."""
 
     id: str
     fields: dict[str, Any]
@@ -93,7 +93,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Call:
-    """One black-box call and what the environment made of its answer (e.g. "value 12.0" or a traceback)."""
+    """One black-box call and the environment's outcome of its answer (e.g. "value 12.0" or a traceback)."""
 
     prompt: Messages
     sample: Sample
@@ -161,7 +161,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One episode: what was said in it, what it was worth, and what else is known of it."""
+    """One episode: its turns, its reward, and a record of how it went."""
 
     task: str
     example_id: str
@@ -172,7 +172,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two completions of one prompt, the first scored higher. prompt_ids: what the sampler was conditioned on."""
+    """Two completions of one prompt, the first scored higher. prompt_ids: the ids that the sampler read."""
 
     prompt: Messages
     prompt_ids: Sequence[int] | None

@@ -1,8 +1,8 @@
-"""An open run and how it is opened: its folder, its problems, its generator, its model, its journal.
+"""Opens a run: its folder, its problems, its generator, its model, its journal.
 
-Every stage finds by itself what is done: training is complete when its policy's folder exists, an episode when its key
-is in the journal, a generator's answer when it is in the cache. A run that is killed anywhere loses at most the work
-that was in flight.
+Every stage sees its finished work by itself: training is complete when its policy's folder exists, an episode when its
+key is in the journal, a generator's answer when it is in the cache. A run that is killed anywhere loses at most the
+work that was in flight.
 """
 
 import asyncio
@@ -19,8 +19,8 @@ from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.files import Journal, SharedJournal, UnwrittenJournal, write_json, write_text
 from matryoshka.core.machine import usable_cores
 from matryoshka.core.models.language_model import LanguageModel
-from matryoshka.core.protocols import Controller, Generator, Task
-from matryoshka.core.records import Messages, RolloutSettings, Sample, Sampling
+from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
+from matryoshka.core.records import Example, Messages, RolloutSettings, Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.inference.generators import OpenAIGenerator
 from matryoshka.inference.local_controller import TokenSampler
@@ -28,19 +28,20 @@ from matryoshka.inference.sampler import Sampler
 from matryoshka.inference.spending import GeneratorAccount
 from matryoshka.inference.vllm import Vllm
 from matryoshka.lora.files import read_config
-from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.config import SPLITS, RunConfig, rollout_settings
 from matryoshka.pilot.environment import environment
 from matryoshka.pilot.folder import CONFIG, StageSeconds, cache_path, claim, deal_caches
 from matryoshka.pilot.generator import RecordedGenerator, open_generator
 from matryoshka.pilot.policies import Policies, open_policies
-from matryoshka.pilot.problems import Problems, fitting_problems, load_problems, open_task
 from matryoshka.pilot.progress import StatusLine
 from matryoshka.pilot.ranks import Ranks
 from matryoshka.pilot.ray_cluster import joined_cluster
 from matryoshka.pilot.serving import open_vllm
+from matryoshka.tasks.find import task_class
 
 ENVIRONMENT = "environment.json"  # the machine and the versions that a run was started with
 logger = logging.getLogger(__name__)
+Problems = Mapping[str, Sequence[Example]]
 
 
 @dataclass(frozen=True)
@@ -227,3 +228,48 @@ def assemble(
         vllm=vllm,
         is_read=is_read,
     )
+
+
+def open_task(config: RunConfig, count_tokens: Callable[[Messages], int]) -> Task:
+    """Return the task that [task] names. count_tokens: of a prompt in the controller's context.
+
+    Raises ValueError for options or settings that the task does not have.
+    """
+    wants_gold = config.warmup.source == "gold" or config.warmup.gold_per_group > 0
+    setting = TaskSetting(config.task.sizes, config.seed, count_tokens, wants_gold)
+    task = task_class(config.task.name)(config.task.options, setting)
+    for greedy in (False, True):
+        task.check(rollout_settings(config, greedy))
+    return task
+
+
+def load_problems(task: Task) -> Problems:
+    """Return the problems of each split: warmup, train, validation, test, held_out.
+
+    Raises ValueError, FileNotFoundError for files that are missing, malformed or too short.
+    """
+    return {split: task.examples(split) for split in SPLITS}
+
+
+def fitting_problems(
+    config: RunConfig, task: Task, problems: Problems, context_length: int
+) -> tuple[Problems, dict[str, int]]:
+    """Return the problems that fit the context, and how many of each split are left out.
+
+    A problem fits if the controller's first prompt and guidance_tokens fit the context together. That is the sampler's
+    own comparison, made before anything is drawn, so that every condition has the same problems. With overlong =
+    "error" the first one that does not fit raises ValueError; so does a split that "skip" would leave without problems.
+    """
+    guidance_tokens = max(rollout_settings(config, greedy).controller.max_tokens for greedy in (False, True))
+    room = context_length - guidance_tokens
+    kept: dict[str, Sequence[Example]] = {}
+    for split, examples in problems.items():
+        sizes = [task.setting.count_tokens(task.first_prompt(example)) for example in examples]
+        kept[split] = [example for example, size in zip(examples, sizes, strict=True) if size <= room]
+        if len(kept[split]) < len(examples) and (config.overlong == "error" or not kept[split]):
+            raise ValueError(
+                f"[task] {split}: {len(examples) - len(kept[split])} of {len(examples)} prompts (the longest has "
+                f"{max(sizes)} tokens) and guidance_tokens {guidance_tokens} exceed the controller's "
+                f"context of {context_length}; lower guidance_tokens, use shorter problems or set overlong = 'skip'"
+            )
+    return kept, {split: n for split, examples in problems.items() if (n := len(examples) - len(kept[split]))}

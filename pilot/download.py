@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def fetch(files: Sequence[RemoteFile], out: Path, mirrors: Sequence[str] = ()) -> list[Path]:
-    """Return the paths of `files` in the folder `out`, after fetching and unpacking what is not there yet.
+    """Return the paths of `files` in the folder `out`, after fetching and unpacking the missing ones.
 
     mirrors: tried in turn before a file's own site. An address in the manifest counts before them all. An archive that
     is unpacked may be deleted. Raises ValueError for a damaged manifest, an answer that is no file and bytes of another
@@ -139,7 +139,7 @@ def _download(url: str, path: Path) -> None:
                 os.fsync(handle.fileno())
                 got = handle.tell()
     except urllib.error.HTTPError as err:
-        if err.code == 416:  # what we have is as long as the file, or longer: it was not renamed, or has changed
+        if err.code == 416:  # our part is as long as the file, or longer: it was not renamed, or has changed
             mark.unlink()
             return _download(url, path)
         raise ValueError(f"{url}: the server answered {err.code} {err.reason}; the manifest names the address") from err

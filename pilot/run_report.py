@@ -21,7 +21,7 @@ from matryoshka.pilot.environment import environment, typed_command
 from matryoshka.pilot.episodes import NotRecordedError, policy_scheme, run_episodes
 from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, evaluate, evaluate_with, schemes, trained_rounds
 from matryoshka.pilot.folder import CONFIG
-from matryoshka.pilot.stages import collect, is_trained, pairs_so_far
+from matryoshka.pilot.stages import collect, is_trained, left_out, pairs_so_far
 
 logger = logging.getLogger(__name__)
 
@@ -167,13 +167,6 @@ def by_group(task: Task, examples: Sequence[Example]) -> dict[str, list[str]]:
     return groups
 
 
-def left_out(run: Run) -> dict[str, int]:
-    """Return how much did not fit the context, by split of problems and by stage of training; {} if everything fits."""
-    files = sorted(run.folder.glob("**/left_out.json"))
-    items = {f"{path.parent.relative_to(run.folder)} items": json.loads(path.read_text()) for path in files}
-    return {**{f"{split} problems": n for split, n in run.skipped_problems.items()}, **items}
-
-
 def select_round(run: Run) -> dict[str, Any]:
     """Return validation accuracies of warm-up and rounds, and the policy that they choose (the earlier on a tie)."""
     accuracies = {}
@@ -217,7 +210,7 @@ def summarise(run: Run, conditions: Sequence[Condition], last: str) -> dict[str,
 
 
 def notes(run: Run, validation: dict[str, Any]) -> list[str]:
-    """Return what a reader must know to judge the numbers."""
+    """Return the notes that a reader needs to judge the numbers."""
     lines = [
         f"Chosen on {len(run.problems['validation'])} validation problems: {validation['chosen']}. The held-out "
         "problems were used for this report alone.",

@@ -1,8 +1,9 @@
 """The stages of a pilot that make policies: warm-up, collection, pairs, a round of training, the STaR control.
 
-Each is a function of an open run. It reads back what is recorded and trained already, and does the rest.
+Each is a function of an open run. It reads back recorded episodes and trained policies, and does the rest.
 """
 
+import json
 import logging
 import shutil
 from collections import Counter
@@ -278,3 +279,10 @@ def _train(
         run.policies.train(stage, start, items, config, objective)
     for checkpoint in (run.folder / stage).glob("step-*") if run.world.is_first else ():
         shutil.rmtree(checkpoint)  # the policy is complete; the optimizer's state is not needed again
+
+
+def left_out(run: Run) -> dict[str, int]:
+    """Return how much did not fit the context, by split of problems and by stage of training; {} if everything fits."""
+    files = sorted(run.folder.glob("**/left_out.json"))
+    items = {f"{path.parent.relative_to(run.folder)} items": json.loads(path.read_text()) for path in files}
+    return {**{f"{split} problems": n for split, n in run.skipped_problems.items()}, **items}

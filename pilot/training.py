@@ -3,11 +3,12 @@
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,6 @@ from matryoshka.lora.linear import (
 from matryoshka.lora.quantized import quantize_linears
 from matryoshka.pilot.export import copy_tokenizer
 from matryoshka.pilot.progress import Progress
-from matryoshka.pilot.tracking import scalar_writer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUANTIZATIONS: dict[str, Callable[[nn.Module], None] | None] = {"none": None, "nf4": quantize_linears}
@@ -217,3 +217,36 @@ def load_base(base: Base, items: Sequence[Item] | None, config: TrainConfig, wor
     shard(model, make_mesh(layout, world), parallel, dtype, world.device)
     model.gathered_bytes = memory_of(job, layout.group, free).gathered
     return fill_model(model, base.path, stored, "cpu" if parallel.offload else world.device)
+
+
+@contextmanager
+def scalar_writer(folder: Path, enabled: bool) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Yield a function that writes a metrics row, which must have "step", as scalars into `folder`.
+
+    After a resume the steps that are done again replace the old ones. Not enabled, it does nothing.
+    Raises ValueError naming the extra when TensorBoard is not installed.
+    """
+    if not enabled:
+        yield lambda row: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as err:
+        raise ValueError("tensorboard = true needs the extra `track`: pip install 'matryoshka-pilot[track]'") from err
+    make_writer: Any = SummaryWriter  # its methods are not annotated
+    writer: Any = None
+
+    def write(row: Mapping[str, float]) -> None:
+        nonlocal writer
+        step = int(row["step"])
+        if writer is None:
+            writer = make_writer(folder, purge_step=step)
+        for name, value in row.items():
+            if name not in ("step", "steps"):
+                writer.add_scalar(name, value, step)
+
+    try:
+        yield write
+    finally:
+        if writer is not None:
+            writer.close()

@@ -22,7 +22,7 @@ from matryoshka.core.signals import Interrupted
 from matryoshka.core.terminal import printable
 
 DEBUG = "MATRYOSHKA_DEBUG"
-INTERRUPTED = 143  # what a shell reports of a process that SIGTERM ended
+INTERRUPTED = 143  # a shell's status for a process that SIGTERM ended
 STOPPED = 3
 
 
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tell_torchrun(err: Exception) -> None:
-    """Leave `err` and its traceback where torchrun looks for them: what it prints at the end has both, and the rank."""
+    """Leave `err` and its traceback where torchrun looks for them: its last message has both, and the rank."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

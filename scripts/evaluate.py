@@ -5,9 +5,8 @@ import json
 from matryoshka.core.distributed import open_world
 from matryoshka.core.records import to_json
 from matryoshka.pilot.context import open_run
-from matryoshka.pilot.evaluate import chosen, schemes
+from matryoshka.pilot.evaluate import EvaluateConfig, chosen, evaluate_policies, schemes
 from matryoshka.pilot.evaluate import evaluate as evaluate_conditions
-from matryoshka.pilot.evaluations import EvaluateConfig, evaluate_policies
 from matryoshka.pilot.folder import RUNS
 from matryoshka.pilot.run_report import round_counts, write_run_report, write_transfer
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 GIB = 2**30
 MARGIN = 0.1  # of the free memory
-HEAD_WORKSPACE = {"cuda": 400 * 2**20}  # what the head's tiles may take
+HEAD_WORKSPACE = {"cuda": 400 * 2**20}  # the most that the head's tiles take
 HEAD_WORKSPACE_ELSEWHERE = 32 * 2**20
 
 
@@ -171,8 +171,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Return the plan for training `parameters` with micro-batches of at most `max_tokens` tokens.
 
-    Call it with the weights in place and before the optimizer has its state. free: bytes, default what the device has.
-    Raises ValueError where policy is "auto" and max_tokens tokens fit under none.
+    Call it with the weights in place and before the optimizer has its state. free: bytes, by default those that are
+    free on the device. Raises ValueError where policy is "auto" and max_tokens tokens fit under none.
     """
     device = model.device
     rank = max((len(p) for name, p in parameters.items() if ".lora_A." in name), default=0)

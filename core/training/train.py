@@ -9,7 +9,6 @@ bits (held by a test on CPU). Not here: the model's mode. Dropout is on where th
 
 import dataclasses
 import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from matryoshka.core.models.activations import POLICIES
 from matryoshka.core.models.attention import BACKENDS
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.records import stable_seed
+from matryoshka.core.redaction import to_redacted_json
 from matryoshka.core.signals import Interrupted, stop_event
 from matryoshka.core.training.checkpoint import Checkpoints
 from matryoshka.core.training.memory import free_bytes, plan_memory
@@ -173,7 +173,9 @@ def train(
         forget_gathered(model)
         step = checkpoints.load(parameters, optimizer)
         if world.is_first:
-            _keep_metrics(metrics_path, step)
+            # Later rows were written after the checkpoint that training continues from.
+            lines = metrics_path.read_text().splitlines(keepends=True) if metrics_path.exists() else []
+            write_text(metrics_path, "".join(lines[:step]))
         while step < num_steps:
             started = time.perf_counter()
             epoch, batch = batch_at(items, step, config.batch_size, config.seed)
@@ -206,7 +208,7 @@ def train(
             }
             if world.is_first:
                 with metrics_path.open("a") as handle:
-                    handle.write(json.dumps(row) + "\n")
+                    handle.write(to_redacted_json(row) + "\n")
             due = config.save_every and step % config.save_every == 0
             if due or step == num_steps or stopping:
                 checkpoints.save(step, parameters, optimizer)
@@ -248,9 +250,3 @@ def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
     progress = (step - warmup) / max(1, num_steps - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
-
-
-def _keep_metrics(path: Path, step: int) -> None:
-    """Drop rows after `step`: they were written after the checkpoint that training continues from."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    write_text(path, "".join(lines[:step]))

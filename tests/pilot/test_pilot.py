@@ -43,8 +43,7 @@ from matryoshka.pilot.config import (
 )
 from matryoshka.pilot.context import Scheme, open_run
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
-from matryoshka.pilot.run_report import left_out
-from matryoshka.pilot.stages import warm_up
+from matryoshka.pilot.stages import left_out, warm_up
 from matryoshka.scripts import cli
 from matryoshka.scripts.demo import KEYS
 from matryoshka.tasks.pal.task import PalOptions
@@ -164,7 +163,7 @@ def policies(folder: Path) -> dict[str, bytes]:
 
 
 def assert_equal_runs(folder: Path, expected: Path) -> None:
-    """Keys, token ids, log-probs, rewards, pairs and policies are the same, bit for bit; so is what is reported."""
+    """Keys, token ids, log-probs, rewards, pairs and policies are the same, bit for bit; so is the report."""
     assert journal(folder) == journal(expected)
     assert (folder / "preferences.jsonl").read_bytes() == (expected / "preferences.jsonl").read_bytes()
     assert policies(folder) == policies(expected) and len(policies(folder)) >= 4

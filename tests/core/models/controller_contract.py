@@ -104,7 +104,7 @@ class Case:
 
 
 def architectures(folder: Path | None) -> list[Architecture]:
-    """Return what is under the contract: the files of core/models/, or of a folder of one's own."""
+    """Return the files that the contract covers: those of core/models/, or of a user's own folder."""
     settings = SETTINGS if folder is None else folder
     if folder is not None:
         os.environ[OWN_FOLDERS] = str(folder)

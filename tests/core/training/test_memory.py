@@ -264,7 +264,7 @@ def test_full_fine_tuning_has_no_rank(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_free_memory_of_this_machine() -> None:
-    """Oracle: between what a running test needs and what is built in."""
+    """Oracle: the value lies between the memory that a running test needs and the memory of the machine."""
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     assert 50 * 2**20 < free_bytes(CPU) < total
 

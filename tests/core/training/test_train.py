@@ -320,7 +320,7 @@ def test_the_checkpoint_of_another_run_is_refused(
 
 
 def test_torn_checkpoints_are_ignored(tiny_dir: Path, tmp_path: Path) -> None:
-    """Oracle: what a kill leaves: an unfinished temporary folder. Training starts where the last whole one is."""
+    """Oracle: a kill leaves an unfinished temporary folder, and training starts from the last complete checkpoint."""
     rows = sft(make_model(tiny_dir), tmp_path, replace(CONFIG, save_every=2))
     for _ in range(2):
         next(rows)
@@ -442,7 +442,7 @@ def test_a_wrong_first_loss_is_refused(tiny_dir: Path, tmp_path: Path) -> None:
 
 
 def test_a_signal_while_the_caller_holds_a_row(tiny_dir: Path, tmp_path: Path) -> None:
-    """Oracle: what the message promises: the state it names is on disk. A second signal acts as before training."""
+    """Oracle: the state that the message names is on disk. A second signal acts as it would without training."""
     reached: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: reached.append(number))
     interrupt = signal.getsignal(signal.SIGINT)  # ignored where a shell started us in the background

@@ -5,6 +5,7 @@ any other. Both are journals keyed by content that a kill leaves whole, so that 
 policy is named by its stage: "" is the model as [controller] has it, "round-1" the first that was trained on it.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,9 @@ class GatewayConfig:
 
 @dataclass(frozen=True)
 class Call:
-    """One call. number: of the episode, from 1. request: key of what was asked, by which a retry is known."""
+    """One call. number: of the episode, from 1. request: key of what was asked, by which a retry is known; once: the
+    caller's idempotency key, "" for none.
+    """
 
     episode: str
     number: int
@@ -92,6 +95,7 @@ class Call:
     prompt: Messages
     prompt_ids: tuple[int, ...]
     samples: tuple[Sample, ...]
+    once: str = ""
 
     @property
     def key(self) -> str:
@@ -246,14 +250,16 @@ def claim(config: GatewayConfig, folder: Path) -> None:
     write_text(path, to_toml(config))
 
 
-def train_from(folder: Path) -> dict[str, Any] | None:
+def train_from(folder: Path) -> dict[str, Any]:
     """Train the next policy on all episodes that ended, starting from the last one, and return the summary.
 
-    The result is None on further ranks of torchrun. A training that was interrupted goes on with the pairs that it had
-    begun with. Raises FileNotFoundError where no gateway has been; ValueError without a new episode or without pairs.
+    A training that was interrupted goes on with the pairs that it had begun with. Raises FileNotFoundError where no
+    gateway has been; ValueError without a new episode or without pairs.
     """
     if not (folder / GATEWAY).is_file():
         raise FileNotFoundError(f"{folder}: no {GATEWAY}; expected the folder of `matryoshka gateway`")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("train-from: start it as one process; torchrun takes its pairs: pairs --in RUN, then dpo")
     config, before = load_toml(GatewayConfig, folder / GATEWAY), newest_stage(folder)
     stage = f"round-{int(before[6:] or 0) + 1}"
     out, summary = folder / stage, dict[str, Any]()
@@ -279,8 +285,8 @@ def train_from(folder: Path) -> dict[str, Any] | None:
             device=controller.device, threads=controller.threads, lora=config.lora, train=config.train,
             objective=config.objective,
         )  # fmt: skip
-        trained = finetune(command, config.objective)
-    return None if trained is None else {"stage": stage, "starts_from": before or "untrained", **summary, **trained}
+        trained = finetune(command, config.objective) or {}
+    return {"stage": stage, "starts_from": before or "untrained", **summary, **trained}
 
 
 def read_ending(data: Mapping[str, Any]) -> Ending:

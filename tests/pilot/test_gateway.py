@@ -5,6 +5,7 @@ Clients are the openai package and raw HTTP; the server runs in a thread of its 
 
 import asyncio
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ import pytest
 from matryoshka.core.config import to_toml
 from matryoshka.core.files import read_jsonl, write_jsonl
 from matryoshka.core.models.load import load_model
-from matryoshka.core.records import Message, Sample
+from matryoshka.core.records import Message, Sample, from_json
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import TrainConfig
 from matryoshka.dpo.objectives import Preference
@@ -40,6 +41,7 @@ from matryoshka.pilot.gateway_record import (
     Ending,
     GatewayConfig,
     newest_stage,
+    train_from,
     trajectories_of,
 )
 from matryoshka.scripts import cli
@@ -205,9 +207,15 @@ def test_lost_clients_and_their_retries(controller_dir: Path, folder: Path) -> N
         assert again["call"] == 2
         changed = ask(talk, chat("b"), X_Episode_Id="kept", X_Stainless_Retry_Count="1")[1]
         assert changed["call"] == 3  # it was lost before it came here
+        once = {"X_Episode_Id": "kept", "Idempotency_Key": "k"}
+        fourth = ask(talk, chat("c"), **once)[1]
+        assert fourth["call"] == 4 and ask(talk, chat("d"), X_Episode_Id="kept")[1]["call"] == 5
+        assert ask(talk, chat("c"), **once)[1]["choices"] == fourth["choices"]
+        status, answer = ask(talk, chat("e"), **once)
+        assert status == 409 and "call 4 of episode 'kept' had the Idempotency-Key 'k'" in answer["error"]["message"]
         assert ask(f"{url}/episodes/lost")[0] in (404, 200)
     calls = [row["key"] for row in read_jsonl(folder / "calls.jsonl")]
-    assert [key for key in calls if key.startswith("kept")] == ["kept/1", "kept/2", "kept/3"]
+    assert [key for key in calls if key.startswith("kept")] == [f"kept/{n}" for n in range(1, 6)]
 
 
 def test_which_sample_was_used_is_read_from_the_next_prompt() -> None:
@@ -226,6 +234,7 @@ def test_which_sample_was_used_is_read_from_the_next_prompt() -> None:
         trajectories_of([calls[0], call(2, ["x"], "one or two")], Ending((1.0,)), "p")
 
 
+@pytest.mark.slow
 def test_a_restart_in_mid_episode_loses_nothing(controller_dir: Path, tmp_path: Path) -> None:
     """Oracle: the same calls without a kill. The command is killed with SIGKILL between two calls of an episode."""
     settings = config(controller_dir)
@@ -256,6 +265,79 @@ def test_a_restart_in_mid_episode_loses_nothing(controller_dir: Path, tmp_path: 
         assert ask(f"{url}/episodes/e", {"reward": 0.5})[0] == 200
     whole, killed = (tmp_path / name / "trajectories.jsonl" for name in ("undisturbed", "runs/planner"))
     assert whole.read_bytes() == killed.read_bytes()
+
+
+def test_episodes_run_side_by_side_while_a_policy_arrives(
+    controller_dir: Path, adapter_dir: Path, folder: Path
+) -> None:
+    """Oracle: what each client got is what is recorded of its episode, in its order, and under one policy.
+
+    A trained policy appears while draws of the first one run; each episode keeps the policy that it began with.
+    """
+    settings = replace(config(controller_dir), controller=ControllerConfig(str(controller_dir), threads=1, max_rows=8))
+    told: dict[str, list[Any]] = {}
+
+    def play(url: str, episode: str, calls: int = 2) -> None:
+        for number in range(1, calls + 1):
+            body = chat(f"{episode} {number}", temperature=1, n=2, max_tokens=40)
+            answer = ask(f"{url}/chat/completions", body, X_Episode_Id=episode)[1]
+            texts = [choice["message"]["content"] for choice in answer["choices"]]
+            told.setdefault(episode, []).append((answer["call"], answer["policy"], texts))
+
+    with serving(settings, folder) as url:
+        play(url, "first-0", 1)
+        threads = [threading.Thread(target=play, args=(url, f"early-{i}")) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        shutil.copytree(adapter_dir, folder / "round-1" / ".tmp")
+        (folder / "round-1" / ".tmp").rename(folder / "round-1" / "adapter")
+        late = [threading.Thread(target=play, args=(url, f"late-{i}")) for i in range(4)]
+        for thread in late:
+            thread.start()
+        for thread in (*threads, *late):
+            thread.join(120)
+        play(url, "first-0", 1)
+        assert len(ask(f"{url}/episodes")[1]["data"]) == 11
+    assert [policy for _, policy, _ in told["first-0"]] == ["untrained", "untrained"]
+    assert all({policy for _, policy, _ in told[f"late-{i}"]} == {"round-1"} for i in range(4))
+    assert all(len({policy for _, policy, _ in calls}) == 1 for calls in told.values())
+    assert all([number for number, _, _ in calls] == [1, 2] for calls in told.values())
+    calls = [from_json(Call, row["call"]) for row in read_jsonl(folder / "calls.jsonl")]
+    assert {(c.episode, c.number): [s.text for s in c.samples] for c in calls} == {
+        (episode, number): texts for episode, rows in told.items() for number, _, texts in rows
+    }
+
+
+def test_a_training_goes_on_with_its_pairs(
+    controller_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the pairs file of the training that was interrupted, whatever ended since; no new episode is an error."""
+    with serving(config(controller_dir), folder) as url:
+        for episode in range(6):
+            ask(f"{url}/chat/completions", chat(temperature=1), X_Episode_Id=f"e{episode}")
+            ask(f"{url}/episodes/e{episode}", {"reward": episode % 2})
+    with pytest.raises(FileNotFoundError, match="no gateway.toml; expected the folder of `matryoshka gateway`"):
+        train_from(folder.parent)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("matryoshka.pilot.gateway_record.finetune", killed)
+        train_from(folder)
+    pairs = (folder / "round-1" / "pairs.jsonl").read_bytes()
+    assert newest_stage(folder) == ""
+    with serving(config(controller_dir), folder) as url:
+        ask(f"{url}/chat/completions", chat(temperature=1), X_Episode_Id="late")
+        ask(f"{url}/episodes/late", {"reward": 1})
+    assert train_from(folder)["starts_from"] == "untrained" and newest_stage(folder) == "round-1"
+    assert (folder / "round-1" / "pairs.jsonl").read_bytes() == pairs
+    assert train_from(folder)["starts_from"] == "round-1"  # "late" ended since
+    with pytest.raises(ValueError, match="no episode has ended since round-2 was trained"):
+        train_from(folder)
+    other = open_gateway(config(controller_dir, seed=1), folder)
+    with pytest.raises(ValueError, match="was started with another configuration: seed: 0 -> 1"), other:
+        pass
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from matryoshka.core.files import write_json, write_jsonl
+from matryoshka.core.protocols import Task
 from matryoshka.core.records import Example, Preference, Trajectory, Turn, stable_seed, to_json
+from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item, TrainConfig
 from matryoshka.dpo import objectives
 from matryoshka.dpo.data import completion, distinct, fitting, preference_items, read_conversations, text_completion
@@ -55,17 +57,18 @@ def warm_up(run: Run) -> str:
     elif config.source == "generator":
         items = _generator_wins(run)
     else:
-        items = [_gold_item(run, example) for example in run.problems["warmup"]]
+        items = [sft_item(run.task, run.tokenizer, example) for example in run.problems["warmup"]]
     _train(run, stage, "", items, config.train, None)
     return stage
 
 
-def _gold_item(run: Run, example: Example) -> Item:
-    guidance = run.task.gold_guidance(example)
+def sft_item(task: Task, tokenizer: Tokenizer, example: Example) -> Item:
+    """Return the item that teaches an example's gold guidance. Raises ValueError if it has none."""
+    guidance = task.gold_guidance(example)
     if guidance is None:
         what = f"example {example.id} has no gold guidance"
         raise ValueError(f"[warmup] source = 'gold', but {what}; use source = 'file'")
-    return Item((text_completion(run.tokenizer, run.task.first_prompt(example), guidance),), example.id)
+    return Item((text_completion(tokenizer, task.first_prompt(example), guidance),), example.id)
 
 
 def _generator_wins(run: Run) -> list[Item]:

@@ -1,4 +1,4 @@
-"""tasks/lamp/prompts.py: the token budget against trying every length, and what is shown where."""
+"""tasks/lamp/prompt_style.py: the token budget against trying every length, and what is shown where."""
 
 import random
 import time
@@ -8,7 +8,8 @@ import pytest
 
 from matryoshka.core.records import Messages
 from matryoshka.core.text.tokenizer import Tokenizer
-from matryoshka.tasks.lamp.prompts import HISTORY, KNOWN, Line, answer, joined, line, summarise
+from matryoshka.tasks.lamp.prompt_style import PLAIN, Line, joined, line, summarise
+from matryoshka.tasks.lamp.scripted_generator import HISTORY, KNOWN
 from matryoshka.tasks.lamp.task_specs import KINDS
 
 NEWS, PAPERS = KINDS["2N"], KINDS["1"]
@@ -85,7 +86,7 @@ def test_the_question_is_left_out_unless_asked_for() -> None:
 def test_the_generator_sees_guidance_history_and_question() -> None:
     """Oracle: by hand; without either part it is the question alone."""
     question = NEWS.ask("X")
-    (message,) = answer(NEWS, question, "sports: X", [("a", "crime")])
+    (message,) = PLAIN.answer(NEWS, question, "sports: X", [("a", "crime")])
     lines = ["sports: X", HISTORY, "a => crime", f"The question is: {question}"]
     assert message.content.split(f"{KNOWN}\n")[1] == "\n".join(lines)
-    assert [m.content for m in answer(NEWS, question, "")] == [f"The question is: {question}"]
+    assert [m.content for m in PLAIN.answer(NEWS, question, "", [])] == [f"The question is: {question}"]

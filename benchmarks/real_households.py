@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from matryoshka.benchmarks.real_causes import causes
 from matryoshka.benchmarks.real_generator import FILES, generator_file
 from matryoshka.benchmarks.real_results import FIXED, TITLES, Outcomes, write_results
 from matryoshka.benchmarks.real_state import OUTCOMES, pack, unpack
@@ -33,6 +34,7 @@ from matryoshka.pilot.episodes import run_episodes
 from matryoshka.pilot.evaluate import schemes
 from matryoshka.pilot.stages import collect, is_trained, policy_before, train_round, train_star, warm_up, write_pairs
 from matryoshka.tasks.alfworld.options import AlfworldOptions
+from matryoshka.tasks.alfworld.task import ALFWorldTask
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -70,7 +72,7 @@ def main() -> None:
     os.chdir(ROOT)
     root = Path("runs/real-quick" if options.quick else "runs/real")
     size = options.transfer or options.size
-    file = generator_file(size, options.generator, ROOT / "models")
+    file = generator_file(size, options.generator, Path("models"))
     convert_gguf(smollm2_gguf(), Path(load_toml(RunConfig, options.config).controller.path))
     known = unpack(COMMITTED, root, with_answers=not options.quick)
     print(f"{known} answers of earlier runs are used again", file=sys.stderr)
@@ -159,7 +161,7 @@ def run_react(config: RunConfig, root: Path, outcomes: Outcomes, path: Path) -> 
     with open_run(config, root, cache=root / "answers.sqlite") as run:
         _, scheme = schemes(run)["no_guidance"]
         episodes, seconds = tested(run, "react", scheme)
-        outcomes.add("react", "", episodes, seconds)
+        outcomes.add("react", "", episodes, seconds, {})
     outcomes.save(path)
 
 
@@ -179,7 +181,8 @@ def run_seed(options: Options, config: RunConfig, root: Path, outcomes: Outcomes
             is_known = name in FIXED and len(outcomes.table.get(name, {}).get("", {})) >= config.task.test
             if name in options.conditions and not is_known:
                 episodes, seconds = tested(run, name, scheme)
-                outcomes.add(name, seed, episodes, seconds)
+                assert isinstance(run.task, ALFWorldTask)
+                outcomes.add(name, seed, episodes, seconds, causes(run.task, episodes))
                 outcomes.save(path)
 
 
@@ -286,7 +289,8 @@ def about(options: Options, size: str, file: Path) -> dict[str, Any]:
         "summary": (
             f"SmolLM2-135M-Instruct plans, {file.stem} (untouched, behind llama.cpp) writes the program, ALFWorld's "
             f"own games judge. One attempt, label-free, greedy. Warm-up on {config.task.warmup} games with plans that "
-            f"the generator made for itself and won with; each round samples "
+            f"the generator made for itself and won with, and gold plans of types of which fewer than "
+            f"{config.warmup.gold_per_group} won; each round samples "
             f"{config.rollout.samples} plans for each of {config.task.train} games of the train split."
         ),
         "generator": {"file": file.name, "sha256": FILES[size].sha256, "repository": FILES[size].repository},

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matryoshka.benchmarks.real_causes import CAUSES
 from matryoshka.core.files import write_json, write_text
 from matryoshka.core.records import Trajectory
 from matryoshka.eval.levels import LevelledDifference, holm, levelled_difference
@@ -33,7 +34,10 @@ FIXED = ("no_guidance", "react", "wrong_guidance", "own_guidance", "untrained", 
 
 @dataclass(frozen=True)
 class GameOutcome:
-    """One greedy episode. calls, prompt_tokens, completion_tokens: of the generator, as the server counts them."""
+    """One greedy episode. calls, prompt_tokens, completion_tokens: of the generator, as the server counts them.
+
+    cause: why it is lost, a key of `CAUSES`; "" if it is won, or not known.
+    """
 
     won: bool
     verdict: str
@@ -41,6 +45,7 @@ class GameOutcome:
     calls: int
     prompt_tokens: int
     completion_tokens: int
+    cause: str = ""
 
 
 @dataclass
@@ -52,10 +57,13 @@ class Outcomes:
     training: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Seed -> what its training took and used: calls, tokens and seconds by stage, wins and pairs."""
 
-    def add(self, condition: str, seed: str, episodes: Sequence[Trajectory], seconds: float) -> None:
+    def add(
+        self, condition: str, seed: str, episodes: Sequence[Trajectory], seconds: float, causes: Mapping[str, str]
+    ) -> None:
         """Record the episodes of a condition over the test games.
 
-        seconds: that they took; the longest time stays, since episodes that are read back take none.
+        seconds: that they took; the longest time stays, since episodes that are read back take none. causes: of the
+        lost games, by game.
         """
         rows = {
             episode.example_id: GameOutcome(
@@ -65,6 +73,7 @@ class Outcomes:
                 episode.info.calls,
                 episode.info.prompt_tokens,
                 episode.info.completion_tokens,
+                causes.get(episode.example_id, ""),
             )
             for episode in episodes
         }
@@ -158,6 +167,7 @@ def condition_rows(outcomes: Outcomes) -> list[dict[str, Any]]:
                 "by_seed": [round(_mean([row[game].won for game in games]), 4) for row in picked],
                 "by_type": {kind: round(_mean(won), 3) for kind, won in sorted(types.items())},
                 "verdicts": {v: sum(e.verdict == v for e in episodes) for v in sorted({e.verdict for e in episodes})},
+                "causes": {cause: sum(e.cause == cause for e in episodes) for cause in CAUSES},
                 "calls": round(_mean([episode.calls for episode in episodes]), 2),
                 "prompt_tokens": round(_mean([episode.prompt_tokens for episode in episodes]), 1),
                 "completion_tokens": round(_mean([episode.completion_tokens for episode in episodes]), 1),
@@ -229,6 +239,7 @@ def _markdown(result: Mapping[str, Any]) -> str:
             f"| {_words(row['comparison'])} | {points} | {interval} | {row['p']:.3g} | {row['p_holm']:.3g} | {seeds} |"
         )
     lines += ["", "Success by type of task:", "", _types(result["conditions"]), ""]
+    lines += ["Lost games by cause:", "", *_causes(result["conditions"]), ""]
     if (gain := result["points_per_thousand_calls"]) is not None:
         lines += [f"The rounds gained {gain:+.1f} points for each thousand calls of the generator in training.", ""]
     return "\n".join(lines)
@@ -241,6 +252,12 @@ def _types(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [f"{row['by_type'][kind]:.2f}" if kind in row["by_type"] else "" for kind in kinds]
         lines.append(f"| {row['title']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _causes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [f"| condition | {' | '.join(CAUSES)} |", "|---" * (len(CAUSES) + 1) + "|"]
+    lines += [f"| {row['title']} | {' | '.join(str(row['causes'][cause]) for cause in CAUSES)} |" for row in rows]
+    return [*lines, "", "; ".join(f"{cause}: {meaning}" for cause, meaning in CAUSES.items()) + "."]
 
 
 def _words(comparison: str) -> str:

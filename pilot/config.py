@@ -183,6 +183,12 @@ class WarmupConfig:
     """Episodes for each example at the collection temperature, for source "generator"."""
     wins_per_example: int = 2
     """How many successful texts of an example are kept, for source "generator"."""
+    seed: int = -1
+    """Seed of the episodes for source "generator"; -1 is the run's own. Runs of several seeds that share these episodes
+    set it."""
+    gold_per_group: int = 0
+    """For source "generator": where fewer texts than this succeeded in a group of examples (as the task groups them, by
+    type), gold guidance of examples that none succeeded in makes up the number. 0 takes no gold guidance."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-5, epochs=3))
     """How the warm-up trains."""
 

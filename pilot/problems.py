@@ -15,7 +15,8 @@ def open_task(config: RunConfig, count_tokens: Callable[[Messages], int]) -> Tas
 
     Raises ValueError for options or settings that the task does not have.
     """
-    setting = TaskSetting(config.task.sizes, config.seed, count_tokens, config.warmup.source == "gold")
+    wants_gold = config.warmup.source == "gold" or config.warmup.gold_per_group > 0
+    setting = TaskSetting(config.task.sizes, config.seed, count_tokens, wants_gold)
     task = task_class(config.task.name)(config.task.options, setting)
     for greedy in (False, True):
         task.check(rollout_settings(config, greedy))

@@ -5,6 +5,7 @@ Each is a function of an open run. It reads back what is recorded and trained al
 
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -67,20 +68,26 @@ def sft_item(task: Task, tokenizer: Tokenizer, example: Example) -> Item:
     guidance = task.gold_guidance(example)
     if guidance is None:
         what = f"example {example.id} has no gold guidance"
-        raise ValueError(f"[warmup] source = 'gold', but {what}; use source = 'file'")
+        raise ValueError(f"[warmup] source and gold_per_group ask for gold, but {what}; use source = 'file'")
     return Item((text_completion(tokenizer, task.first_prompt(example), guidance),), example.id)
 
 
 def _generator_wins(run: Run) -> list[Item]:
-    """Return SFT items of the plans that the generator made for itself and succeeded with."""
+    """Return SFT items of what the generator wrote for itself and succeeded with, and of gold where that is too few."""
     config, examples = run.config.warmup, run.problems["warmup"]
-    settings = sampled_settings(run.config, stable_seed("warmup", run.config.seed), config.samples)
+    seed = run.config.seed if config.seed < 0 else config.seed
+    settings = sampled_settings(run.config, stable_seed("warmup", seed), config.samples)
     episodes = run_episodes(run, generator_scheme(run.config), ["warmup"], settings, "warmup runs")
     kept: dict[str, list[Item]] = {example.id: [] for example in examples}
     prompts = {example.id: run.task.first_prompt(example) for example in examples}
     for _, _, sample, id in winners(episodes):
         if len(kept[id]) < config.wins_per_example:
             kept[id].append(Item((text_completion(run.tokenizer, prompts[id], sample.text),), id))
+    found = Counter(run.task.group(example) for example in examples for _ in kept[example.id])
+    for example in examples:
+        if not kept[example.id] and found[run.task.group(example)] < config.gold_per_group:
+            kept[example.id].append(sft_item(run.task, run.tokenizer, example))
+            found[run.task.group(example)] += 1
     items = [item for items in kept.values() for item in items]
     if not items:
         runs = f"{len(kept)} examples x {config.samples} episodes"

@@ -1,5 +1,4 @@
-"""One worked household for each type of task, read from `exemplars.toml`: its first screen, a plan, the plan as actions.
-"""
+"""One worked household for each type of task, read from `exemplars.toml`: first screen, plan, the plan as actions."""
 
 import tomllib
 from collections.abc import Sequence

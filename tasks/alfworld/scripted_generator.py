@@ -26,7 +26,11 @@ _SENTENCES = (
 )
 _APPLIANCES = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
 # How the shipped styles begin to ask: for a program, for an action, for a plan in sentences, for a compact plan.
-PROGRAM = ("You write Python programs that act in a household", "Write step_1(agent, memory), step_2(agent, memory)")
+PROGRAM = (
+    "You write Python programs that act in a household",
+    "Write step_1(agent, memory), step_2(agent, memory)",
+    "You write a Python function step_1(agent, memory) that acts in a household",
+)
 ACTION = "You act in a household, one action at a time."
 PLAN_FULL, PLAN_COMPACT = "You plan household tasks.", "Plan the household task in short steps."
 GUESSES = (2, 4)  # how many types of receptacles a plan of its own names, at least and at most

@@ -90,8 +90,9 @@ def summarise(
 
     count = most(len(lines), lambda i: lines[:i])
     if count < 0:
+        bare = count_tokens(style.summarise(kind, (), question))
         raise ValueError(
-            f"LaMP-{kind.name}: the request for a summary takes {count_tokens(style.summarise(kind, (), question))} tokens "
+            f"LaMP-{kind.name}: the request for a summary takes {bare} tokens "
             f"without any history, more than prompt_tokens {budget}; raise it"
         )
     kept, cut = tuple(lines[:count]), False

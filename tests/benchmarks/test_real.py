@@ -12,17 +12,20 @@ import torch
 from safetensors.torch import load_file
 
 from matryoshka.benchmarks import real_households
+from matryoshka.benchmarks.real_causes import causes
 from matryoshka.benchmarks.real_generator import FILES, GeneratorFile, generator_file
 from matryoshka.benchmarks.real_results import GameOutcome, Outcomes, comparisons, differences, write_results
 from matryoshka.benchmarks.real_state import pack, unpack
 from matryoshka.core.config import load_toml
 from matryoshka.core.models.load import load_model
-from matryoshka.core.records import Sample, Usage
+from matryoshka.core.records import EpisodeInfo, Sample, Trajectory, Turn, Usage
 from matryoshka.eval.levels import levelled_difference
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.lora.files import WEIGHTS, load_adapter, save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter
 from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.problems import open_task
+from matryoshka.tasks.alfworld.task import ALFWorldTask
 
 PIECES = [b"GGUF" + bytes(range(100)), b"the second piece"]
 DIGEST = hashlib.sha256(b"".join(PIECES)).hexdigest()
@@ -162,3 +165,26 @@ def test_the_plan_is_said_before_the_start(capsys: pytest.CaptureFixture[str], t
     config = real_households.configuration(quick, 0, "0.5b", file)
     assert (config.task.test, config.serve.model, config.generator.model) == (12, str(file), "coder")
     assert load_toml(RunConfig, quick.config).task.test == 60
+
+
+def test_causes_of_lost_games() -> None:
+    """Oracle: a gold plan that was lost is the program's fault; the same with another place, without its last step, and
+    no plan are each what was changed.
+    """
+    config = load_toml(RunConfig, real_households.parse([]).config, {"task.options.data": "", "task.test": 6})
+    task = open_task(config, len)
+    assert isinstance(task, ALFWorldTask)
+    example = next(example for example in task.examples("test") if "pick_heat" in example.fields["task_type"])
+    gold = str(task.gold_guidance(example))
+    first, *others = gold.splitlines()
+    plans = {
+        "program": gold,
+        "places": "\n".join([f"{first.partition(':')[0]}: sofa", *others]),
+        "steps": "\n".join([first, *others[:-1]]),
+        "other": "",
+    }
+    for cause, plan in plans.items():
+        info = EpisodeInfo("wrong", "label_free", "c", "g", 0, 0)
+        turn = Turn(task.first_prompt(example), None, Sample(plan), ())
+        assert causes(task, [Trajectory(task.name, example.id, (turn,), 0.0, info)]) == {example.id: cause}
+        assert causes(task, [Trajectory(task.name, example.id, (turn,), 1.0, info)]) == {}

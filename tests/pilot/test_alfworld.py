@@ -12,11 +12,13 @@ import pytest
 
 from matryoshka.core.config import load_toml
 from matryoshka.core.intervals import wilson
-from matryoshka.core.records import Example, RolloutSettings, to_json
+from matryoshka.core.records import Example, RolloutSettings, Trajectory, from_json, to_json
 from matryoshka.eval.baselines import ScriptedGuidance
 from matryoshka.pilot import curve
 from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.context import open_run
 from matryoshka.pilot.problems import Problems, load_problems, open_task
+from matryoshka.pilot.stages import warm_up
 from matryoshka.scripts import cli
 from matryoshka.tasks.alfworld.games import TASK_TYPES
 from matryoshka.tasks.alfworld.households import households
@@ -210,6 +212,22 @@ def test_a_curve_over_seeds(
     assert len(own) == 12 and 0 < len(won_texts) < 12
     steps = [json.loads(line) for line in (tmp_path / "runs/c-3/warmup/metrics.jsonl").open()]
     assert len(steps) == -(-len(won_texts) // 4)
+
+
+def test_gold_makes_up_for_types_without_a_win(controller: Path, tmp_path: Path) -> None:
+    """Oracle: one step for each text that won and for each type of household, of which there is one each, without."""
+    changes = {**FEW, "controller.path": str(controller), "task.options.size": "small", "warmup.samples": 2}
+    changes |= {"warmup.gold_per_group": 1, "warmup.train.batch_size": 1, "warmup.train.epochs": 1}
+    with open_run(load_toml(RunConfig, DEMO, changes), tmp_path) as run:
+        warm_up(run)
+        episodes = [from_json(Trajectory, row["trajectory"]) for row in run.journal.rows.values()]
+    shared = changes | {"name": "shared", "seed": 5, "warmup.seed": 0, "task.options.games_seed": 0}
+    with open_run(load_toml(RunConfig, DEMO, shared), tmp_path) as other:
+        warm_up(other)
+        assert set(other.journal.rows) == set(run.journal.rows)  # the same episodes, of another run's seed
+    won = {(episode.example_id, episode.turns[-1].action.text) for episode in episodes if episode.reward == 1}
+    steps = (run.folder / "warmup" / "metrics.jsonl").read_text().splitlines()
+    assert 0 < len(won) and len(steps) == len(won) + 6 - len({example for example, _ in won})
 
 
 def test_pooled_gains_by_hand() -> None:

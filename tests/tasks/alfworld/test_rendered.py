@@ -62,7 +62,7 @@ def rendered(style: str, request: str) -> Iterator[Messages]:
 @pytest.mark.parametrize("request_name", REQUESTS)
 @pytest.mark.parametrize("style", STYLES)
 def test_a_style_s_bytes_are_those_of_before(style: str, request_name: str) -> None:
-    """Oracle: hashes of what the code of commit b27320d rendered. Answers that runs paid for are keyed by such texts."""
+    """Oracle: hashes of what the code of commit b27320d rendered; a run's answers are kept by such texts."""
     assert content_key(*rendered(style, request_name)) == HASHES[style, request_name]
 
 

@@ -38,7 +38,7 @@ from matryoshka.tasks.alfworld.task import ALFWorldTask
 from matryoshka.tests.tasks.alfworld import kitchen
 
 DATA = Path(os.environ.get("MATRYOSHKA_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
-STYLES = [Style("compact"), Style("full")]
+STYLES = [Style("brief"), Style("compact"), Style("full")]
 NAMES = st.sampled_from(["mug", "cellphone", "knife", "cd", "handtowel"])
 PLACES = st.lists(st.sampled_from(["cabinet", "cabinet 2", "sinkbasin", "desk 1", "tvstand"]), min_size=1, max_size=4)
 STEPS = st.builds(Step, st.sampled_from(["find", "clean", "heat", "cool", "put", "use"]), NAMES, PLACES.map(tuple))

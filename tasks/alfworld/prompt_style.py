@@ -1,10 +1,10 @@
 """What controller and generator are shown of a household; the texts are in `prompts/*.toml`.
 
-Templates see `screen` (the first words of the household), `kinds` (the types of its receptacles), `task`, `task_type`,
+Templates see `screen` (the first words of the household), `receptacles`, `kinds` (their types), `task`, `task_type`,
 `max_steps`, `verbs` and `plan` ("" for none). `exemplar` is the worked household of the same type of task, `exemplars`
-has all of them by type; each has `screen`, `kinds`, `task` and `steps`, and whatever a file's own [exemplars.TYPE] says
-besides. Plans are written by functions: `sentences(steps)`, `compact(steps)`, `of_kinds(steps)`, `in_sentences(plan)`;
-programs by `program(steps)`, `straight_program(steps)` and `fenced(code)`.
+has all of them by type; each has `screen`, `receptacles`, `kinds`, `task` and `steps`, and whatever a file's own
+[exemplars.TYPE] says besides. Plans are written by functions: `sentences(steps)`, `compact(steps)`, `of_kinds(steps)`,
+`in_sentences(plan)`; programs by `program(steps)`, `straight_program(steps)` and `fenced(code)`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -107,9 +107,10 @@ class Style:
 
 
 def _seen(screen: str) -> dict[str, Any]:
-    """Return what a template sees of a household: its first words, the types of its receptacles, its task."""
-    kinds = list(dict.fromkeys(kind_of(receptacle) for receptacle in receptacles_of(screen)))
-    return {"screen": screen, "kinds": kinds, "task": task_of(screen)}
+    """Return what a template sees of a household: its first words, its receptacles and their types, its task."""
+    receptacles = receptacles_of(screen)
+    kinds = list(dict.fromkeys(map(kind_of, receptacles)))
+    return {"screen": screen, "receptacles": receptacles, "kinds": kinds, "task": task_of(screen)}
 
 
 def _own(table: Mapping[str, Any]) -> dict[str, Any]:

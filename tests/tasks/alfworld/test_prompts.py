@@ -3,11 +3,12 @@
 import asyncio
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
 from matryoshka.core.records import Message, Messages
-from matryoshka.tasks.alfworld import react
+from matryoshka.tasks.alfworld import prompt_style, react
 from matryoshka.tasks.alfworld.agent import Agent, kind_of, receptacles_of, task_of
 from matryoshka.tasks.alfworld.engine import Engine
 from matryoshka.tasks.alfworld.exemplars import EXEMPLARS, played
@@ -260,3 +261,30 @@ def test_the_screen_loses_only_its_title() -> None:
     text = Engine(load_game(room("pick_heat_then_place_in_recep"))).observation.text
     assert text == f"-= Welcome to TextWorld, ALFRED! =-\n\n{screen_text(text)}"
     assert screen_text("no title") == "no title"
+
+
+def test_a_user_s_own_file_changes_exemplars_and_requests(tmp_path: Path) -> None:
+    """Oracle: by hand: an exemplar of one type is changed key by key; a retry that inserts nothing begins anew."""
+    shipped = (Path(prompt_style.__file__).with_name("prompts") / "published.toml").read_text()
+    own = tmp_path / "mine.toml"
+    own.write_text(shipped + '\n[exemplars.pick_heat_then_place_in_recep]\nplan = "# General Plan: mine."\n')
+    style, published = Style(str(own)), Style("published")
+    assert style.name.startswith("mine-") and published.name == "published"
+    (asked,), (other,) = style.plan(scene()), style.plan(scene("pick_two_obj_and_place"))
+    assert "Here is a decomposition:\n# General Plan: mine.\n" in asked.content and asked.role == "user"
+    assert "cabinet 2, cabinet 1, stove 1" in asked.content and asked.content.endswith("Here is a decomposition:")
+    assert (other,) == published.plan(scene("pick_two_obj_and_place"))
+    (retry,) = style.retry(scene(), "the plan", "the code", "it broke")
+    assert "it broke" in retry.content and "the code" not in retry.content
+    steps = EXEMPLARS["look_at_obj_in_light"].steps
+    assert style.write(steps).startswith("# General Plan: ") and len(parse_plan(style.write(steps))) == 2
+
+
+def test_an_unknown_style_is_named(tmp_path: Path) -> None:
+    """Oracle: the names of the shipped files; a file that inserts what there is not."""
+    with pytest.raises(FileNotFoundError, match="'fall': no such file; expected brief, compact, full, published"):
+        Style("fall")
+    text = (Path(prompt_style.__file__).with_name("prompts") / "full.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text.replace('insert = "played"', 'insert = "plaid"'))
+    with pytest.raises(ValueError, match=r"mine.toml: \[\[act\]\]: there are no messages 'plaid' to insert here"):
+        Style(str(tmp_path / "mine.toml")).act(scene(), "")

@@ -136,5 +136,5 @@ def test_what_is_wrong_with_a_prompt_file_is_said(change: tuple[str, str], messa
     path.write_text(OWN.replace(*change, 1))
     with pytest.raises(ValueError, match=message):
         PromptStyle(str(path)).guidance("q")
-    with pytest.raises(FileNotFoundError, match="'fall': no such file; expected compact, full or the path of a .toml"):
+    with pytest.raises(FileNotFoundError, match="'fall': no such file; expected compact, full, published or the path"):
         PromptStyle("fall")

@@ -65,7 +65,7 @@ def check_run(config: RunConfig) -> Checked:
     if not model:  # the files are read all the same, so that all that is missing is reported together
         checked.part(partial(_files, config))
         return checked
-    tokenizer = Tokenizer.load(Path(config.controller.path))
+    tokenizer = Tokenizer.load(config.controller.folder)
 
     def count(prompt: Messages) -> int:
         return len(tokenizer.render(prompt, add_generation_prompt=True).ids)
@@ -81,7 +81,7 @@ def check_run(config: RunConfig) -> Checked:
 
 def _model(config: RunConfig) -> str:
     controller = config.controller
-    folder = Path(controller.path)
+    folder = controller.folder
     model = empty_model(folder)
     check_weights(model, folder)
     Tokenizer.load(folder)
@@ -128,7 +128,7 @@ def _problems(
     config: RunConfig, count: Callable[[Messages], int], tasks: list[Task], problems: dict[str, Sequence[Example]]
 ) -> str:
     task = open_task(config, count)
-    context = empty_model(Path(config.controller.path)).config.max_position_embeddings
+    context = empty_model(config.controller.folder).config.max_position_embeddings
     context = min(context, config.controller.vllm.context or context)
     found, skipped = fitting_problems(config, task, load_problems(task), context)
     tasks.append(task)
@@ -156,7 +156,7 @@ def _warm_up(config: RunConfig, tokenizer: Tokenizer, task: Task, problems: Prob
         return f"warm-up: {source}"
     if not items:
         raise ValueError(f"[warmup] source = {source!r}, but [task] warmup is 0, so there is nothing to learn from")
-    context = empty_model(Path(config.controller.path)).config.max_position_embeddings
+    context = empty_model(config.controller.folder).config.max_position_embeddings
     items, skipped = fitting(items, context, config.overlong)
     check_budget(items, limit)
     longest = max(len(item.sequences[0].ids) for item in items)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from matryoshka.core.config import parse, to_toml
+from matryoshka.core.models.load import model_folder
 from matryoshka.core.parallel.layout import ParallelConfig
 from matryoshka.core.records import RolloutSettings, Sampling
 from matryoshka.core.training.train import TrainConfig
@@ -25,7 +26,7 @@ class ControllerConfig:
     """The white-box model that is trained to guide the generator."""
 
     path: str
-    """A Hugging Face folder."""
+    """A Hugging Face folder, or the hub id (OWNER/NAME) of a model in the local hub cache."""
     adapter: str = ""
     """An adapter folder to start from: it is the untrained policy, and the reference of the first training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -51,6 +52,11 @@ class ControllerConfig:
     guidance in its place (examples/own_scheme.py)."""
     vllm: VllmConfig = VllmConfig()
     """How vLLM serves the controller."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the model. Raises FileNotFoundError for an id that the hub cache does not have."""
+        return model_folder(self.path)
 
     def __post_init__(self) -> None:
         if self.scheme:

@@ -1,9 +1,11 @@
-"""TensorBoard events of training: every number of a metrics row under its own name, beside metrics.jsonl."""
+"""Metrics of training for TensorBoard and Weights & Biases: every number of a row under its own name."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from matryoshka.core.records import content_key
 
 
 @contextmanager
@@ -37,3 +39,31 @@ def scalar_writer(folder: Path, enabled: bool) -> Iterator[Callable[[Mapping[str
     finally:
         if writer is not None:
             writer.close()
+
+
+@contextmanager
+def wandb_writer(folder: Path, project: str, title: str) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Yield a function that logs a metrics row, which must have "step", to a run of `project` named after `folder`.
+
+    Its own environment variables decide where it goes (WANDB_MODE=offline keeps it in `folder`). With project "" it
+    does nothing. A continued training continues its run. Raises ValueError naming the extra without the package wandb.
+    """
+    if not project:
+        yield lambda row: None
+        return
+    try:
+        import wandb
+    except ImportError as err:
+        raise ValueError("wandb needs the extra `track`: pip install 'matryoshka-pilot[track]'") from err
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = content_key(project, str(folder.absolute()))[:16]
+    run = wandb.init(project=project, name=folder.name, group=title, dir=folder, id=identity, resume="allow")
+
+
+    def write(row: Mapping[str, float]) -> None:
+        run.log({name: value for name, value in row.items() if name not in ("step", "steps")}, step=int(row["step"]))
+
+    try:
+        yield write
+    finally:
+        run.finish()

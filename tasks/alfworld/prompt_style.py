@@ -69,7 +69,8 @@ class Style:
             for task_type, shot in EXEMPLARS.items()
         }
         self._verbs = verbs
-        self._values = FUNCTIONS | {"max_steps": max_steps, "verbs": verbs, "exemplars": exemplars}
+        self._exemplars = exemplars
+        self._values: dict[str, Any] = {**FUNCTIONS, "max_steps": max_steps, "verbs": verbs, "exemplars": exemplars}
 
     def plan(self, scene: Scene) -> Messages:
         """Return the request for a plan."""
@@ -101,7 +102,7 @@ class Style:
         return self.file.render("ask", question=question)
 
     def _render(self, request: str, scene: Scene, plan: str, **more: Any) -> Messages:
-        exemplar = self._values["exemplars"][scene.task_type]
+        exemplar = self._exemplars[scene.task_type]
         shown = _seen(scene.screen) | {"task_type": scene.task_type, "plan": plan, "exemplar": exemplar}
         return self.file.render(request, **self._values, **shown, **more)
 

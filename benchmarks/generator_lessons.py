@@ -9,8 +9,7 @@ import random
 from dataclasses import dataclass
 
 from matryoshka.core.records import stable_seed
-from matryoshka.tasks.pal.problem_templates import ITEMS
-from matryoshka.tasks.pal.synthetic_problems import Problem, problems, program
+from matryoshka.tasks.pal.synthetic_problems import ITEMS, Problem, problems, program
 
 # {x}, {y}: numbers. {last}: name of the previous line's result; {before}: of the line before that.
 OPENING = (

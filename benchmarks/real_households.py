@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from matryoshka.benchmarks.levels import smallest_difference
 from matryoshka.benchmarks.real_causes import causes
 from matryoshka.benchmarks.real_generator import FILES, generator_file
 from matryoshka.benchmarks.real_results import FIXED, TITLES, Outcomes, write_results
@@ -26,7 +27,6 @@ from matryoshka.benchmarks.real_state import OUTCOMES, pack, unpack
 from matryoshka.core.config import load_toml
 from matryoshka.core.models.from_gguf import convert_gguf, smollm2_gguf
 from matryoshka.core.records import Trajectory
-from matryoshka.eval.levels import smallest_difference
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.context import Run, Scheme, open_run
 from matryoshka.pilot.environment import environment

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matryoshka.benchmarks.levels import LevelledDifference, holm, levelled_difference
 from matryoshka.benchmarks.real_causes import CAUSES
 from matryoshka.core.files import write_json, write_text
 from matryoshka.core.records import Trajectory
-from matryoshka.eval.levels import LevelledDifference, holm, levelled_difference
 
 TITLES = {
     "no_guidance": "no plan",

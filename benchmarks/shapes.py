@@ -28,24 +28,50 @@ SHAPES: dict[str, dict[str, Any]] = {
         "mlp_bias": False,
     }
 }
-# Small members of three families, of the shape of SmolLM2-135M, for comparing them on a CPU.
+# Layers of SmolLM2-135M, Qwen3-0.6B and Gemma 3 270M as they are, fewer of them, over the vocabulary of SmolLM2's
+# tokenizer: for comparing families on a CPU. Gemma has five layers with a window for one without.
 _SMALL: dict[str, Any] = {
     "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
     "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
+    "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
 }
 SHAPES |= {
-    "llama-small": {"model_type": "llama", **_SMALL},
-    "qwen3-small": {"model_type": "qwen3", **_SMALL},
-    "gemma3-small": {"model_type": "gemma3_text", **_SMALL, "sliding_window": 512, "query_pre_attn_scalar": 64},
+    "llama-small": {
+        **_SMALL,
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+    },
+    "qwen3-small": {
+        **_SMALL,
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "gemma3-small": {
+        **_SMALL,
+        "model_type": "gemma3_text",
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 512,
+    },
 }
+# The same with a window that is shorter than the benchmark's prompts.
+SHAPES["gemma3-narrow"] = {**SHAPES["gemma3-small"], "sliding_window": 128}
 
 
 def random_model(config: dict[str, Any], dtype: torch.dtype, device: str, seed: int) -> LanguageModel:

@@ -7,6 +7,7 @@ difference is a row of its own.
 """
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,7 @@ from matryoshka.benchmarks.shapes import SHAPES, random_model
 from matryoshka.benchmarks.step_memory import memory_row
 from matryoshka.benchmarks.step_profile import profile_chart
 from matryoshka.benchmarks.training import Block, Recipe, new_adapter, packed_block, padded_block, tree_block
-from matryoshka.benchmarks.trl_training import trl_block
+from matryoshka.benchmarks.trl_training import TrlSettings, trl_block
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.load import load_model, read_config
 from matryoshka.core.models.tree import Tokens
@@ -51,7 +52,8 @@ class Config:
     model: Path = Path("models/smollm2-135m-instruct")
     """A Hugging Face folder."""
     shape: str = ""
-    """Random weights of this shape instead of the model's own (llama3-8b); the tokenizer is still from `model`."""
+    """Random weights of this shape instead of the model's own: llama3-8b, llama-small, qwen3-small, gemma3-small or
+    gemma3-narrow. The tokenizer is still from `model`."""
     data: Path | None = None
     """JSONL with question and answer, or prompt and response; default: the embedded word problems."""
     style: str = "full"
@@ -94,6 +96,8 @@ class Config:
     """Data type; "" is float32 on a CPU, bfloat16 on a GPU."""
     threads: int = 0
     """CPU threads, 0 for as many as there are cores."""
+    cpu_time: bool = False
+    """Compare CPU seconds of this process instead of seconds of the clock, where other programs use the same cores."""
     seed: int = 0
     """Seed of everything random."""
     target: float | None = None
@@ -142,12 +146,12 @@ def run(config: Config) -> BenchResult:
     too_large = _warm_up(trainers, bench, on_gpu)
     graphs.append(compiled_graphs())
     blocks = alternate(
-        {name: partial(trainers[name], bench.items, bench.recipe) for name in trainers if name not in too_large},
+        {name: partial(_with_cpu_time, trainers[name], bench) for name in trainers if name not in too_large},
         config.repeats,
     )
     graphs.append(compiled_graphs())
     per_step, unit = _unit(config, bench)
-    rows = speed_rows(blocks, per_step, unit)
+    rows = speed_rows(blocks, per_step, unit, config.cpu_time)
     rows += [Row(name, None, unit, {"note": "not measured: out of memory"}) for name in too_large]
     rows += [_difference(name, blocks[OURS][0], blocks[name][0]) for name in blocks if name != OURS]
     if on_gpu:
@@ -184,14 +188,22 @@ def _warm_up(trainers: Mapping[str, Trainer], bench: Bench, on_gpu: bool) -> lis
     return too_large
 
 
-def speed_rows(blocks: dict[str, list[Block]], per_step: float, unit: str) -> list[Row]:
-    """Return a row per trainer: `per_step` units over the median seconds of all its steps."""
+def _with_cpu_time(trainer: Trainer, bench: Bench) -> Block:
+    began = time.process_time()
+    block = trainer(bench.items, bench.recipe)
+    return replace(block, cpu_seconds=(time.process_time() - began) / len(block.seconds))
+
+
+def speed_rows(blocks: dict[str, list[Block]], per_step: float, unit: str, cpu_time: bool = False) -> list[Row]:
+    """Return a row per trainer: `per_step` units over the median seconds of all its steps, or of all its blocks' mean
+    CPU seconds."""
     rows = []
     for name, taken in blocks.items():
-        seconds = [value for block in taken for value in block.seconds]
+        seconds = [value for block in taken for value in ([block.cpu_seconds] if cpu_time else block.seconds)]
         median = statistics.median(seconds)
         details: dict[str, object] = {"seconds_per_step": median, "min_s": min(seconds), "max_s": max(seconds)}
-        details |= {"steps": len(seconds), "tokens_per_step": taken[0].tokens / len(taken[0].seconds)}
+        details |= {"steps": sum(len(block.seconds) for block in taken), "clock": "cpu" if cpu_time else "wall"}
+        details |= {"tokens_per_step": taken[0].tokens / len(taken[0].seconds)}
         if taken[0].peak_bytes is not None:
             details["peak_gib"] = round(max(block.peak_bytes or 0 for block in taken) / GIB, 2)
         rows.append(Row(name, per_step / median, unit, details))
@@ -256,11 +268,9 @@ def _trainers(config: Config, bench: Bench) -> dict[str, Trainer]:
 
 def _trl(config: Config, bench: Bench, pairs: int, liger: bool) -> Trainer:
     def block(items: Sequence[Item], recipe: Recipe) -> Block:
-        size = min(pairs, recipe.batch_size)
+        settings = TrlSettings(min(pairs, recipe.batch_size), config.trl_checkpointing, liger)
         initial = _initial_adapter(bench.model, recipe)
-        folder = str(config.model)
-        checkpointing = config.trl_checkpointing
-        return trl_block(bench.model, bench.model_config, folder, items, recipe, size, checkpointing, liger, initial)
+        return trl_block(bench.model, bench.model_config, str(config.model), items, recipe, settings, initial)
 
     return block
 

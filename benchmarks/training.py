@@ -82,12 +82,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Block:
-    """One training run from the untrained adapter: seconds and loss of each step, highest allocation."""
+    """One training run from the untrained adapter: seconds and loss of each step, highest allocation, and how many CPU
+    seconds of this process a step took on average, the set-up of the run included."""
 
     seconds: list[float]
     losses: list[float]
     peak_bytes: int | None
     tokens: int
+    cpu_seconds: float = 0.0
 
 
 def tree_block(model: LanguageModel, items: Sequence[Item], recipe: Recipe) -> Block:

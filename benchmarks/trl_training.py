@@ -9,6 +9,7 @@ TRL's own: on a GPU its fused head takes response tokens only, on a CPU it proje
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,21 +42,29 @@ def transformers_model(model: LanguageModel, config: dict[str, Any], device: str
     return theirs
 
 
+@dataclass(frozen=True)
+class TrlSettings:
+    """How TRL computes the steps: pairs in a micro-batch, gradient checkpointing, Liger's layer kernels."""
+
+    micro_pairs: int
+    checkpointing: bool
+    liger: bool
+
+
 def trl_block(
     model: LanguageModel,
     config: dict[str, Any],
     tokenizer_folder: str,
     items: Sequence[Item],
     recipe: Recipe,
-    micro_pairs: int,
-    checkpointing: bool,
-    liger: bool,
+    settings: TrlSettings,
     initial: dict[str, Tensor],
 ) -> Block:
     """Train with TRL from the adapter `initial` (our names) and return seconds and losses of each optimizer step.
 
-    Raises ValueError when micro-batches of `micro_pairs` do not add up to the batch.
+    config: the fields of config.json. Raises ValueError when micro-batches do not add up to the batch.
     """
+    micro_pairs = settings.micro_pairs
     datasets, transformers, peft, trl = map(peer, ("datasets", "transformers", "peft", "trl"))
     if recipe.batch_size % micro_pairs:
         raise ValueError(f"bench step: --trl-pairs {micro_pairs} does not divide the batch of {recipe.batch_size}")
@@ -95,8 +104,8 @@ def trl_block(
             max_length=None,
             per_device_train_batch_size=micro_pairs,
             gradient_accumulation_steps=recipe.batch_size // micro_pairs,
-            gradient_checkpointing=checkpointing,
-            use_liger_kernel=liger,
+            gradient_checkpointing=settings.checkpointing,
+            use_liger_kernel=settings.liger,
             learning_rate=train.learning_rate,
             lr_scheduler_type="constant",
             adam_beta1=train.beta1,

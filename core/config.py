@@ -35,7 +35,7 @@ EXPECTED = {  # pydantic's types of error -> words
 
 
 class ConfigError(ValueError):
-    """A value that cannot be used. key: its dotted name; problem: what is wrong with it."""
+    """A value that cannot be used. key: its dotted name; problem: the fault, in words."""
 
     def __init__(self, where: str, key: str, problem: str) -> None:
         super().__init__(f"{where}: {key}: {problem}" if key else f"{where}: {problem}")
@@ -174,7 +174,7 @@ def _check_none(config: Any, key: str, base: Any) -> None:
 
 
 def _problem(cls: Any, error: Any) -> str:
-    """Return what is wrong in words, with the nearest known key or choice."""
+    """Return the fault in words, with the nearest known key or choice."""
     kind, got, loc = error["type"], error["input"], error["loc"][1:]
     if kind == "unexpected_keyword_argument":
         return f"unknown key; {_suggestion(cls, loc)}"

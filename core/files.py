@@ -3,6 +3,7 @@
 Texts go through `redact`, so no file that is written here holds a known secret.
 """
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -38,11 +39,11 @@ def explains_disk_errors(path: Path) -> Iterator[None]:
         raise OSError(err.errno, what) from err
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then fsync and rename it: `path` is whole or untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    folder = os.open(path.parent, os.O_RDONLY)  # later it may have another name: who waits for the file may rename it
+    folder = os.open(path.parent, os.O_RDONLY)  # now: a process that waits for the file may rename the folder
     try:
         with explains_disk_errors(path):
             write(temporary)
@@ -59,30 +60,55 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 def write_folder(target: Path, replace: bool = True) -> Iterator[Path]:
     """Yield the path of a folder to make, which becomes `target`, fsynced, when the block ends without an error.
 
-    `target` is complete or as it was; the block makes the folder itself. A folder that is there at the end is replaced
-    or, where `replace` is False, an OSError.
+    `target` is complete or as it was; the block makes the folder itself. A folder that is there at the end is an
+    OSError where `replace` is False. Otherwise it is replaced in one step where the file system can exchange two names,
+    and in two renames elsewhere; `recover_folder` undoes the first one if the process is killed before the second.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    for left_by_a_kill in (temporary, old):
-        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    recover_folder(old)
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         with explains_disk_errors(target):
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
                 fsync(path)
-            if replace and target.exists():
+            if not replace or not target.exists():
+                os.rename(temporary, target)
+            elif not _exchange(temporary, target):
                 os.rename(target, old)
-            os.rename(temporary, target)
+                os.rename(temporary, target)
             fsync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        recover_folder(old)
+
+
+def recover_folder(old: Path) -> None:
+    """Give `old`, a folder `.NAME.PID.old` that `write_folder` left, its name back, or remove it if NAME is taken."""
+    target = old.with_name(old.name[1:].rsplit(".", 2)[0])
+    with suppress(OSError):  # it is not there, or the name is taken
+        if not target.exists():
+            os.rename(old, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders in one step; return False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc 2.28
+    here = -100  # AT_FDCWD: relative paths begin in the current folder
+    if renameat2 is None:
+        return False
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), 2) == 0:  # RENAME_EXCHANGE
+        return True
+    if (code := ctypes.get_errno()) in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` atomically."""
-    write_atomic(path, lambda temporary: _write_all(temporary, redact(text)))
+    write_atomic(path, lambda temporary: temporary.write_text(redact(text), encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -118,9 +144,9 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 class Journal:
-    """Append-only JSONL file keyed by content: what was recorded once is never recorded again.
+    """Append-only JSONL file keyed by content: a recorded row is never recorded again.
 
-    A last line without its newline is what a kill leaves behind: it is cut off when the journal is opened, and `torn`
+    A last line without its newline is left by a kill: it is cut off when the journal is opened, and `torn`
     counts it. Any other unreadable line is an error that names its number.
     """
 
@@ -163,7 +189,7 @@ class Journal:
             self.sync()
 
     def sync(self) -> None:
-        """Return when the disk holds what was appended; it may run in another thread than `append`."""
+        """Return when the disk holds all appended rows; it may run in another thread than `append`."""
         with explains_disk_errors(self.path):
             os.fsync(self._handle.fileno())
 
@@ -248,10 +274,6 @@ def folder_lock(folder: Path) -> Iterator[None]:
         handle.write(str(os.getpid()))
         handle.flush()
         yield
-
-
-def _write_all(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def fsync(path: Path) -> None:

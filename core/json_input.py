@@ -1,6 +1,6 @@
-"""JSON from files that somebody else wrote: one reader for whole files and rows, one for each number and string.
+"""Reads JSON files from elsewhere: whole files and rows, and each number and string of them, with checks.
 
-Every fault ends in a ValueError that says in which file, at which line or key, what came and what was expected. The
+Every fault ends in a ValueError that names the file, the line or key, the value that came and the expected one. The
 standard library ends deep nesting in a RecursionError, keeps the last of two equal keys and takes NaN for a number;
 this reader refuses all three.
 """
@@ -37,7 +37,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def read_json(path: Path, purpose: str) -> dict[str, Any]:
-    """Return the JSON object in the file at `path`. purpose: what the file is, for the error where it is missing.
+    """Return the JSON object in the file at `path`. purpose: a description of the file, for the error if it is missing.
 
     Raises FileNotFoundError, and ValueError for anything but one JSON object.
     """

@@ -21,7 +21,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_json(data: bytes | str) -> Any:
-    """Return the value that `data`, UTF-8, holds. Raises ValueError, saying what is wrong, where that is not JSON, is
+    """Return the value that `data`, UTF-8, holds. Raises ValueError naming the fault if that is not JSON, is
     nested too deeply or holds too many values.
     """
     text = data if isinstance(data, str) else data.decode("latin-1")  # a byte is a character, so that one can count

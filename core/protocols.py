@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 from matryoshka.core.intervals import wilson
 from matryoshka.core.records import (
     Example,
+    Judgement,
     Messages,
     Metric,
     PairRule,
@@ -53,7 +54,7 @@ class GeneratorError(RuntimeError):
 
 
 class RunStopped(RuntimeError):
-    """The run ends here by intent, a spent budget or the user's wish; what it has is kept and it can be continued."""
+    """The run ends here by intent, a spent budget or the user's wish; its records are kept and it can be continued."""
 
 
 class ContextError(ValueError):
@@ -88,7 +89,7 @@ class TaskSetting:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Guidance that a task knows without any controller. label: what the report calls this condition."""
+    """Guidance that a task knows without any controller. label: the condition's name in the report."""
 
     name: str
     label: str
@@ -132,7 +133,7 @@ class Task(Protocol):
         ...
 
     def first_prompt(self, example: Example) -> Messages:
-        """Return what the controller sees first; it decides whether the example fits the context."""
+        """Return the first prompt of the controller; its size decides whether the example fits the context."""
         ...
 
     async def rollout(
@@ -154,12 +155,24 @@ class Task(Protocol):
         return ""
 
     def facts(self) -> dict[str, str]:
-        """Return what a reader of the report must know of where the task runs, by name."""
+        """Return facts about the place where the task runs, by name, for a reader of the report."""
         return {}
 
     def check(self, settings: RolloutSettings) -> None:
         """Raise ValueError for settings that the loop does not have; it is called before anything is run."""
         return None
+
+    def judge(self, example: Example, prediction: Any) -> Judgement:
+        """Return what an answer that was made elsewhere is worth.
+
+        By default it is right if it is the field "answer" as a text, apart from capitals, outer blanks and a last full
+        stop. None stands for no answer. Raises ValueError for a prediction of a form that the task does not read.
+        """
+        if prediction is None:
+            return Judgement(None, "error", 0.0)
+        said, gold = (str(text).strip().casefold().removesuffix(".") for text in (prediction, example.fields["answer"]))
+        right = said == gold
+        return Judgement(str(prediction), "right" if right else "wrong", float(right))
 
     def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]:
         """Return the metrics of episodes: by default "accuracy" and "failed", the share that failed for good.

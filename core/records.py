@@ -30,7 +30,7 @@ Messages = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Example:
-    """One problem of a task; `fields` holds what the task needs, e.g. {"question": ..., "answer": 8}."""
+    """One problem of a task; `fields` has the task's data, e.g. {"question": ..., "answer": 8}."""
 
     id: str
     fields: dict[str, Any]
@@ -93,7 +93,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Call:
-    """One black-box call and what the environment made of its answer (e.g. "value 12.0" or a traceback)."""
+    """One black-box call and the environment's outcome of its answer (e.g. "value 12.0" or a traceback)."""
 
     prompt: Messages
     sample: Sample
@@ -149,8 +149,19 @@ class EpisodeInfo:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """An answer, read and scored; verdict "error": it could not be read as an answer. Fields as in `EpisodeInfo`."""
+
+    prediction: str | int | float | None
+    verdict: Verdict
+    reward: float
+    score: float | None = None
+    measures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Trajectory:
-    """One episode: what was said in it, what it was worth, and what else is known of it."""
+    """One episode: its turns, its reward, and a record of how it went."""
 
     task: str
     example_id: str
@@ -161,7 +172,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two completions of one prompt, the first scored higher. prompt_ids: what the sampler was conditioned on."""
+    """Two completions of one prompt, the first scored higher. prompt_ids: the ids that the sampler read."""
 
     prompt: Messages
     prompt_ids: Sequence[int] | None
@@ -215,6 +226,21 @@ class RolloutSettings:
             raise ValueError(
                 f"settings: inner_attempts {self.inner_attempts} and outer_turns {self.outer_turns} must be at least 1"
             )
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a benchmark. path: in the folder of its files; place: its address behind that of a site or mirror.
+
+    site: the benchmark's own. sha256: "" where the site publishes none. unpack: it is a zip archive, whose members go
+    into the folder.
+    """
+
+    path: str
+    place: str
+    site: str
+    sha256: str = ""
+    unpack: bool = False
 
 
 R = TypeVar("R")

@@ -106,7 +106,7 @@ def to_redacted_json(value: Any, **options: Any) -> str:
 
 
 def redact_output() -> None:
-    """Redact what is written to standard output and standard error from now on, tracebacks and log lines included."""
+    """Redact all later text on standard output and standard error, tracebacks and log lines included."""
     if not isinstance(sys.stdout, _Redacted):
         sys.stdout, sys.stderr = (cast(TextIO, _Redacted(stream)) for stream in (sys.stdout, sys.stderr))
 

@@ -45,19 +45,21 @@ def token_logps(hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, softcap: f
     Differentiable in the hidden states and, where it requires a gradient, in the head; not twice. Raises ValueError for
     shapes that do not fit and, on a CPU, targets outside the vocabulary (elsewhere such a log-prob is not a number).
     """
-    return _apply(hidden_SD, head_VD, target_S, softcap, False)[0]
-
-
-def token_logps_and_entropy(
-    hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, softcap: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return the log-probs of `token_logps`, to the bit, and the entropy of each row's distribution in nats, [S].
-
-    The entropy comes from the same tiles and is a metric: no gradient flows through it.
-    """
-    logps_S, entropy_S = _apply(hidden_SD, head_VD, target_S, softcap, True)
-    assert entropy_S is not None
-    return logps_S, entropy_S
+    if hidden_SD.ndim != 2 or head_VD.ndim != 2 or hidden_SD.shape[1] != head_VD.shape[1]:
+        raise ValueError(
+            f"head: hidden states {list(hidden_SD.shape)} and head {list(head_VD.shape)}; expected [S, D] and [V, D]"
+        )
+    if target_S.shape != hidden_SD.shape[:1]:
+        raise ValueError(f"head: {list(target_S.shape)} targets for {len(hidden_SD)} hidden states; expected one each")
+    if target_S.device.type == "cpu" and len(target_S) and not 0 <= target_S.min() <= target_S.max() < len(head_VD):
+        raise ValueError(
+            f"head: targets from {target_S.min()} to {target_S.max()}, but the head has rows 0 to {len(head_VD) - 1}; "
+            "tokenizer and model differ, or a padding id was scored"
+        )
+    if not torch.is_grad_enabled():  # otherwise the pass would form gradients for leaves that require one
+        hidden_SD, head_VD = hidden_SD.detach(), head_VD.detach()
+    logps_S: Tensor = FlashHead.apply(hidden_SD, head_VD, target_S, softcap)  # type: ignore[no-untyped-call]
+    return logps_S
 
 
 def extra_bytes(
@@ -91,51 +93,26 @@ def extra_bytes(
     return kept + max(tiles, gradient)
 
 
-def _apply(
-    hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, softcap: float | None, with_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    if hidden_SD.ndim != 2 or head_VD.ndim != 2 or hidden_SD.shape[1] != head_VD.shape[1]:
-        raise ValueError(
-            f"head: hidden states {list(hidden_SD.shape)} and head {list(head_VD.shape)}; expected [S, D] and [V, D]"
-        )
-    if target_S.shape != hidden_SD.shape[:1]:
-        raise ValueError(f"head: {list(target_S.shape)} targets for {len(hidden_SD)} hidden states; expected one each")
-    if target_S.device.type == "cpu" and len(target_S) and not 0 <= target_S.min() <= target_S.max() < len(head_VD):
-        raise ValueError(
-            f"head: targets from {target_S.min()} to {target_S.max()}, but the head has rows 0 to {len(head_VD) - 1}; "
-            "tokenizer and model differ, or a padding id was scored"
-        )
-    if not torch.is_grad_enabled():  # otherwise the pass would form gradients for leaves that require one
-        hidden_SD, head_VD = hidden_SD.detach(), head_VD.detach()
-    pair: tuple[Tensor, Tensor | None] = FlashHead.apply(hidden_SD, head_VD, target_S, softcap, with_entropy)  # type: ignore[no-untyped-call]
-    return pair
-
-
 class FlashHead(torch.autograd.Function):
-    """(logp_S, entropy_S or None) of (hidden_SD, head_VD, target_S, softcap, with_entropy)."""
+    """Computes `token_logps`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, softcap: float | None, with_entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, softcap: float | None) -> Tensor:
         for_hidden, for_head = ctx.needs_input_grad[:2]
         if _takes_kernels(hidden_SD, head_VD):
             from matryoshka.dpo import kernels
 
             scored = kernels.score_tiles(hidden_SD, head_VD, target_S, softcap, for_hidden)
         else:
-            scored = score_tiles(hidden_SD, head_VD, target_S, softcap, for_hidden, with_entropy)
+            scored = score_tiles(hidden_SD, head_VD, target_S, softcap, for_hidden)
         again = (hidden_SD, head_VD, target_S, scored.logps_S, scored.logsumexp_S) if for_head else (None,) * 5
         ctx.save_for_backward(scored.direction_SD, *again)
         ctx.hidden_dtype, ctx.softcap = hidden_SD.dtype, softcap
-        entropy_S = scored.entropy_S if with_entropy else None
-        if entropy_S is not None:
-            ctx.mark_non_differentiable(entropy_S)
-        return scored.logps_S, entropy_S
+        return scored.logps_S
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_S: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor | None, ...]:
         direction_SD, hidden_SD, head_VD, target_S, logps_S, logsumexp_S = ctx.saved_tensors
         grad_hidden = grad_head = None
         if direction_SD is not None:
@@ -143,7 +120,7 @@ class FlashHead(torch.autograd.Function):
             torch.mul(direction_SD, grad_S.unsqueeze(1), out=grad_hidden)
         if head_VD is not None:
             grad_head = head_gradient(hidden_SD, head_VD, target_S, (logps_S, logsumexp_S), grad_S, ctx.softcap)
-        return grad_hidden, grad_head, None, None, None
+        return grad_hidden, grad_head, None, None
 
 
 def _takes_kernels(hidden_SD: Tensor, head_VD: Tensor) -> bool:
@@ -153,24 +130,19 @@ def _takes_kernels(hidden_SD: Tensor, head_VD: Tensor) -> bool:
 
 
 def score_tiles(
-    hidden_SD: Tensor,
-    head_VD: Tensor,
-    target_S: Tensor,
-    softcap: float | None,
-    with_direction: bool,
-    with_entropy: bool,
+    hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, softcap: float | None, with_direction: bool
 ) -> Scored:
-    """Return log-probs, log-sum-exps and, where asked for, directions and entropies, on any device and dtype."""
+    """Return log-probs, log-sum-exps and, where asked for, directions, on any device and dtype."""
     dtype = _wide(hidden_SD, head_VD)
     (num_tokens, size), vocabulary = hidden_SD.shape, len(head_VD)
     rows, columns = _balanced(num_tokens, ROWS), min(COLUMNS, vocabulary)
     logits = hidden_SD.new_empty(rows * columns, dtype=dtype)
-    state_4S = new_state(hidden_SD, dtype)
+    state_3S = new_state(hidden_SD, dtype)
     direction_SD = hidden_SD.new_zeros(num_tokens, size, dtype=dtype) if with_direction else None
     for start in range(0, num_tokens, rows):
         tile = slice(start, start + rows)
         hidden, target = hidden_SD[tile].to(dtype), target_S[tile].unsqueeze(1)
-        reference, rest, moment, own = state_4S[:, tile].unsqueeze(2)
+        reference, rest, own = state_3S[:, tile].unsqueeze(2)
         for first in range(0, vocabulary, columns):
             weight = head_VD[first : first + columns].to(dtype)
             shape = len(hidden), len(weight)
@@ -185,19 +157,15 @@ def score_tiles(
             own.copy_(torch.where(here, picked, own))
             z.scatter_(1, column, picked.masked_fill_(here, torch.finfo(dtype).min))
             highest = torch.maximum(reference, z.amax(1, keepdim=True))
-            shift = reference - highest
-            keep = shift.exp()
+            keep = (reference - highest).exp()
             reference.copy_(highest)
-            z.sub_(highest)
-            if with_entropy:
-                moment.add_(shift * rest).mul_(keep).add_(z.exp().mul_(z).sum(1, keepdim=True))
-            mass = z.exp_()
+            mass = z.sub_(highest).exp_()
             rest.mul_(keep).add_(mass.sum(1, keepdim=True))
             if direction_SD is not None:
                 direction_SD[tile].mul_(keep).addmm_(mass if slope is None else mass.mul_(slope), weight)
         if direction_SD is not None:
-            to_direction(direction_SD[tile], head_VD, target_S[tile], state_4S[:, tile], softcap)
-    return summary(state_4S, direction_SD)
+            to_direction(direction_SD[tile], head_VD, target_S[tile], state_3S[:, tile], softcap)
+    return summary(state_3S, direction_SD)
 
 
 def head_gradient(

@@ -37,7 +37,7 @@ SAFE = 60.0
 def score_tiles(
     hidden_SD: Tensor, head_VD: Tensor, target_S: Tensor, softcap: float | None, with_direction: bool
 ) -> Scored:
-    """Return the results of `head.score_tiles`, entropy included, for bf16 or fp32 operands of one dtype.
+    """Return the results of `head.score_tiles` for bf16 or fp32 operands of one dtype.
 
     The direction comes in their dtype. Error, bf16: e^(z - reference) is rounded to bf16 for the second product and the
     direction once more, log-probs are not. Error, soft-cap c: tanh is 1 - 2 / (e^2x + 1), within 1.2e-7 c of a logit.
@@ -46,7 +46,7 @@ def score_tiles(
     rows, columns = tile_shape(num_tokens, vocabulary, head_VD.dtype)
     logits = hidden_SD.new_empty(rows * columns, dtype=torch.float32)
     mass = head_VD.new_empty(rows if with_direction else 0, vocabulary)
-    state_4S = new_state(hidden_SD, torch.float32)
+    state_3S = new_state(hidden_SD, torch.float32)
     direction_SD = torch.empty_like(hidden_SD) if with_direction else None
     target_S = target_S.contiguous()
     for start in range(0, num_tokens, rows):
@@ -56,16 +56,16 @@ def score_tiles(
             num_rows, num_columns = len(hidden), len(weight)
             tile = product(hidden, weight.T, out=logits[: num_rows * num_columns].view(num_rows, num_columns))
             fold_kernel()[(num_rows,)](
-                tile, mass, target_S, state_4S, start, num_tokens, first, num_columns, vocabulary,
+                tile, mass, target_S, state_3S, start, num_tokens, first, num_columns, vocabulary,
                 int(with_direction), softcap or 0.0, SAFE=SAFE, LOWEST=torch.finfo(torch.float32).min, BLOCK=BLOCK,
                 num_warps=8,
             )  # fmt: skip
         if direction_SD is not None:
             here = slice(start, start + rows)
             sums = product(mass[: len(hidden)], head_VD)
-            to_direction(sums, head_VD, target_S[here], state_4S[:, here], softcap)
+            to_direction(sums, head_VD, target_S[here], state_3S[:, here], softcap)
             direction_SD[here] = sums
-    return summary(state_4S, direction_SD)
+    return summary(state_3S, direction_SD)
 
 
 def tile_shape(num_tokens: int, vocabulary: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -89,7 +89,7 @@ def _fold(  # type: ignore[no-untyped-def]  # Triton reads annotations: it knows
     logits, mass, targets, state, row_start, num_tokens, column_start, num_columns, vocabulary, store,
     softcap, SAFE: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Fold row `program_id` of a [rows, num_columns] tile of logits into `state`, [4, num_tokens], and `mass`.
+    """Fold row `program_id` of a [rows, num_columns] tile of logits into `state`, [3, num_tokens], and `mass`.
 
     softcap: of the logits, 0 for none; `mass` then holds e^(z - reference) times the slope of the cap.
     """
@@ -97,8 +97,7 @@ def _fold(  # type: ignore[no-untyped-def]  # Triton reads annotations: it knows
     at = state + row_start + row
     reference = tl.load(at)
     rest = tl.load(at + num_tokens)
-    moment = tl.load(at + 2 * num_tokens)
-    own = tl.load(at + 3 * num_tokens)
+    own = tl.load(at + 2 * num_tokens)
     target = tl.load(targets + row_start + row) - column_start
     num_stored = num_columns * store  # as a bound, unlike a condition, it lets the compiler see that stores are aligned
     for start in range(0, num_columns, BLOCK):
@@ -117,13 +116,11 @@ def _fold(  # type: ignore[no-untyped-def]  # Triton reads annotations: it knows
         z = tl.where(column == target, LOWEST, z)
         highest = tl.max(z, axis=0)
         if highest - reference > SAFE:
-            shift = reference - highest
-            keep = tl.exp(shift)
-            moment = (moment + shift * rest) * keep
+            keep = tl.exp(reference - highest)
             rest = rest * keep
             reference = highest
             if store > 0:
-                tl.debug_barrier()  # other threads of this program wrote what is read here
+                tl.debug_barrier()  # other threads of this program wrote the values that are read here
                 for before in range(0, column_start + start, BLOCK):
                     earlier = before + tl.arange(0, BLOCK)
                     written = earlier < column_start + start
@@ -131,13 +128,10 @@ def _fold(  # type: ignore[no-untyped-def]  # Triton reads annotations: it knows
                     value = (value.to(tl.float32) * keep).to(mass.dtype.element_ty)
                     tl.store(mass + row * vocabulary + earlier, value, mask=written)
                 tl.debug_barrier()
-        z = z - reference
-        e = tl.exp(z)
+        e = tl.exp(z - reference)
         rest += tl.sum(e, axis=0)
-        moment += tl.sum(e * z, axis=0)
         to = mass + row * vocabulary + column_start + column
         tl.store(to, (e * slope).to(mass.dtype.element_ty), mask=column < num_stored)
     tl.store(at, reference)
     tl.store(at + num_tokens, rest)
-    tl.store(at + 2 * num_tokens, moment)
-    tl.store(at + 3 * num_tokens, own)
+    tl.store(at + 2 * num_tokens, own)

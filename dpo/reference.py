@@ -148,7 +148,7 @@ class ReferenceLogps:
         return torch.from_numpy(np.frombuffer(row, self._dtype).copy())
 
     def _put(self, sequences: Sequence[Tokens], logps_S: Tensor) -> None:
-        """Store the rows of `sequences` in one transaction; what is there already stays."""
+        """Store the rows of `sequences` in one transaction; rows that are there stay."""
         values = []
         for sequence, part in zip(sequences, torch.split(logps_S, [sum(s.mask) for s in sequences]), strict=True):
             key, row = self._key(sequence), part.numpy().astype(self._dtype).tobytes()

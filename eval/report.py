@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.core.files import write_json, write_text
-from matryoshka.core.records import to_json
+from matryoshka.core.records import content_key, to_json
 from matryoshka.eval import markdown, page
-from matryoshka.eval.summary import Condition, ReportInput, Table, summarise
+from matryoshka.eval.summary import Condition, ReportInput, Table, graded_scores, summarise
 
 __all__ = ["Condition", "ReportInput", "write_report"]
 
@@ -30,6 +30,7 @@ def write_report(data: ReportInput, folder: Path) -> None:
 
 def _json(data: ReportInput, tables: tuple[Table, ...]) -> Any:
     verdicts = {c.name: {t.example_id: t.info.verdict for t in c.trajectories} for c in data.conditions}
+    graded = {c.name: graded_scores(c.trajectories) for c in data.conditions}
     return _finite(
         {
             "title": data.title,
@@ -37,6 +38,8 @@ def _json(data: ReportInput, tables: tuple[Table, ...]) -> Any:
             "protocol": tables[0].protocol,
             "tables": to_json(tables),
             "verdicts": verdicts,
+            "scores": graded if all(graded.values()) else {},
+            "problems": {e.id: content_key(e.fields["question"], e.fields["answer"]) for e in data.examples},
             "training": {stage: list(rows) for stage, rows in data.training.items()},
             "counts": data.counts,
             "metrics": to_json(data.metrics),

@@ -88,6 +88,40 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Paired:
 
 
 @dataclass(frozen=True)
+class Unpaired:
+    """Second minus first share of two samples of different examples, with its 95% interval; p: two-sided Fisher."""
+
+    n_first: int
+    n_second: int
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def unpaired(first: Sequence[bool], second: Sequence[bool]) -> Unpaired:
+    """Return the share of `second` minus that of `first`, two samples of different examples.
+
+    Interval: Newcombe's method 10 for independent proportions, which is that of `paired_difference` with phi = 0
+    (Newcombe, Statistics in Medicine 17 (1998) 873-890). p: Fisher's exact test, the tables that are at most as likely
+    as the observed one, in integers.
+
+    Raises ValueError if a sample is empty.
+    """
+    n, m = len(first), len(second)
+    if not n or not m:
+        raise ValueError(f"unpaired: got {n} and {m} outcomes; expected at least one of both")
+    one, two = wilson(sum(first), n), wilson(sum(second), m)
+    difference = two.value - one.value
+    low = difference - _add(two.value - two.low, one.high - one.value, 0.0)
+    high = difference + _add(two.high - two.value, one.value - one.low, 0.0)
+    right = sum(first) + sum(second)
+    ways = [math.comb(n, k) * math.comb(m, right - k) for k in range(max(0, right - m), min(n, right) + 1)]
+    observed = math.comb(n, sum(first)) * math.comb(m, sum(second))
+    return Unpaired(n, m, difference, max(-1.0, low), min(1.0, high), sum(w for w in ways if w <= observed) / sum(ways))
+
+
+@dataclass(frozen=True)
 class PairedScores:
     """Mean of second minus first over n examples, its 95% bootstrap interval, two-sided p of the sign-flip test."""
 

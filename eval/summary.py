@@ -20,7 +20,7 @@ PROTOCOLS = {"label_free": "label-free", "oracle": "oracle"}
 
 @dataclass(frozen=True)
 class Condition:
-    """One row of the table: one episode for each held-out example, and what they cost together.
+    """One row of the table: one episode for each held-out example, and their cost.
 
     seconds: wall-clock; calls: black-box calls; tokens: tokens read and written.
     """

@@ -1,4 +1,4 @@
-"""The accounts of a response cache, in the same file and the same transactions: claims, holds and what was spent.
+"""The accounts of a response cache, in the same file and the same transactions: claims, holds and spending.
 
 A claim says that a process is asking a request, so that no other process asks it too. A hold is the most that a claimed
 request can cost. Spending is added up by generator and stays when answers are pruned. The invariant: at any moment,

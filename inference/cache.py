@@ -142,7 +142,7 @@ class ResponseCache:
         return {generator: (read, written) for generator, read, written in rows}
 
     def set_price(self, generator: str, read: float, written: float) -> None:
-        """Keep the prices of `generator`, so that a budget over several knows what the others cost."""
+        """Keep the prices of `generator`, so that a budget over several generators knows each one's cost."""
         with self._errors():
             self._db.execute("INSERT OR REPLACE INTO prices VALUES (?, ?, ?)", (generator, read, written))
 
@@ -203,7 +203,7 @@ class ResponseCache:
     def prune(self, before: float, generator: str | None = None) -> int:
         """Delete the answers that came before the Unix time `before`, give the space back and return their number.
 
-        What they cost stays in `spending`.
+        Their cost stays in `spending`.
         """
         where, values = "created < ?", [before, *([] if generator is None else [generator])]
         where += "" if generator is None else " AND generator = ?"

@@ -1,4 +1,4 @@
-"""OpenAI's chat format from the client's side: the request's bytes, the answer's Sample, and what a refusal means.
+"""OpenAI's chat format from the client's side: the request's bytes, the answer's Sample, and the meaning of a refusal.
 
 Nothing is sent or waited for here. The invariant: everything that can come back from a server is either an Answer or an
 AttemptError, whose `blame` decides what happens next and whose `billed` says what it may have cost; neither holds a
@@ -79,7 +79,7 @@ UNKNOWN = Billed(is_exact=False)
 
 @dataclass(frozen=True)
 class Answer:
-    """A 200's sample, the model that it says it is from ("" where it does not say), and what it cost."""
+    """The sample of a reply with status 200, the model that it names ("" for none), and its cost."""
 
     sample: Sample
     model: str
@@ -150,7 +150,7 @@ def chat_body(
 
 
 def parse_answer(body: bytes) -> Answer:
-    """Return what a 200's body holds. Raises AttemptError when that is no answer."""
+    """Return the answer in the body of a reply with status 200. Raises AttemptError if it has none."""
     try:
         data = read_json(body)
     except ValueError as err:
@@ -210,7 +210,7 @@ def _content(message: dict[str, Any]) -> tuple[str | None, str]:
 
 
 def _billed(usage: Any) -> Billed:
-    """Return what a reply's usage says: at least its total, thinking included that is billed beside the answer."""
+    """Return a reply's usage: at least its total, with thinking that is billed beside the answer."""
     if not isinstance(usage, dict):
         return UNKNOWN
     details = usage.get("completion_tokens_details")
@@ -226,7 +226,7 @@ def _billed(usage: Any) -> Billed:
 
 
 def _reported_error(error: Any, billed: Billed) -> AttemptError:
-    """Return what an error object in a reply with status 200 means."""
+    """Return the meaning of an error object in a reply with status 200."""
     message, codes, param = _told(error)
     blame: Blame = "passing"
     if _NO_MONEY in codes:
@@ -237,7 +237,7 @@ def _reported_error(error: Any, billed: Billed) -> AttemptError:
 
 
 def refusal(reply: Reply, sent: Collection[str] = ()) -> AttemptError:
-    """Return what a reply that is no 200 means; `sent` are the names of the request's fields."""
+    """Return the meaning of a reply with another status; `sent` are the names of the request's fields."""
     message, codes, param = _error_of(reply.body)
     status = reply.status
     reason = f"{status} {message or reply.body[:1200].decode('utf-8', 'replace').strip()[:300]}"
@@ -256,7 +256,7 @@ def refusal(reply: Reply, sent: Collection[str] = ()) -> AttemptError:
 
 
 def _blame(message: str, codes: Collection[str], param: str, sent: Collection[str]) -> Blame:
-    """Return what a refusal is about, by its words; a refusal in no words of ours is "unclear"."""
+    """Return the subject of a refusal, by its words; other words than ours make it "unclear"."""
     if _PROMPT_CODES & set(codes) or param.startswith(("messages", "prompt", "input")):
         return "prompt"
     if _ABOUT_PROMPT.search(message):
@@ -271,7 +271,7 @@ def _blame(message: str, codes: Collection[str], param: str, sent: Collection[st
 
 
 def remedy(status: int, key_name: str) -> str:
-    """Return what a user can do about a refusal that ends the run."""
+    """Return the remedy for a refusal that ends the run."""
     remedies = {
         401: f"check the key in {key_name or 'api_key_env (none is set)'}",
         402: "the account has no credit left: add to it, then start again",

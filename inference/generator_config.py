@@ -139,6 +139,11 @@ class GeneratorConfig:
         return extra
 
     @property
+    def name(self) -> str:
+        """The name of the generator in every record."""
+        return f"{self.model}@{self.where}"
+
+    @property
     def where(self) -> str:
         """The name that answers are kept under: requests with other fields have other answers."""
         place = self.identity or self.base_url

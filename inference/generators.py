@@ -53,7 +53,7 @@ CLAIM_POLL_S = 0.2  # how often to look whether another process has its answer
 class GeneratorStats:
     """Counts since construction. HTTP requests sent = asked + retries; calls = asked + shared + cache_hits.
 
-    reasons: how often an attempt failed, by what the failure was.
+    reasons: how often an attempt failed, by the kind of failure.
     """
 
     asked: int = 0
@@ -86,7 +86,7 @@ class OpenAIGenerator:
         cannot be kept; FileNotFoundError for a file of prices that is not there.
         """
         self.config = config
-        self.name = f"{config.model}@{config.where}"
+        self.name = config.name
         self.stats = GeneratorStats()
         prices = load_prices(Path(config.prices) if config.prices else None)
         self.price = price_of(prices, config.served_model or config.model)
@@ -155,7 +155,7 @@ class OpenAIGenerator:
                 self._pool.retire(endpoint, problem)
 
     async def aclose(self) -> None:
-        """Cancel what is on its way and close the connections."""
+        """Cancel requests in flight and close the connections."""
         tasks = [flight.task for flight in self._flights.values()]
         for task in tasks:
             task.cancel()
@@ -227,7 +227,7 @@ class OpenAIGenerator:
     async def _attempt(
         self, endpoint: Endpoint, key: str, prompt: Messages, sampling: Sampling, deadline: float
     ) -> Sample:
-        """Return the answer to one request, kept. Raises AttemptError, what it may have cost being accounted for."""
+        """Return the answer to one request and keep it. Raises AttemptError after accounting for its possible cost."""
         config, most = self.config, most_tokens(prompt, sampling)
         request = chat_body(endpoint.model, prompt, sampling, config.length_key, config.omit, self._extra)
         await self.account.hold(key, most)
@@ -239,7 +239,7 @@ class OpenAIGenerator:
         self._sent.add(key)
         try:
             reply = await endpoint.transport.chat(json.dumps(request).encode(), timeout_s)
-            # No await from here to the return: what was received is kept before anything can cancel us.
+            # No await from here to the return: a received answer is kept before anything can cancel us.
             answer = self._answer_of(endpoint, reply, request)
         except TransportError as err:
             error = AttemptError(str(err), "passing", UNKNOWN if err.sent else NOTHING)

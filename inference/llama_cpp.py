@@ -36,7 +36,7 @@ class LlamaConfig:
 
 
 def check_gguf(path: Path) -> None:
-    """Return if `path` is a GGUF file. Raises FileNotFoundError, ValueError saying what is expected there."""
+    """Return if `path` is a GGUF file. Raises FileNotFoundError or ValueError, which name the expected file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; engine llama.cpp serves a model's .gguf file")
     with path.open("rb") as handle:

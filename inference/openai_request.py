@@ -88,7 +88,7 @@ def chat_job(engine: "Engine", data: dict[str, Any]) -> Job:
     """Return the job of a /v1/chat/completions request. Raises HttpError 400 or 404."""
     _check_names(data, _HONOURED | {"messages", "max_completion_tokens"})
     model = _model(engine, data)
-    messages = _messages(data)
+    messages = read_messages(data)
     _check_length("messages", sum(len(message.content) for message in messages), engine)
     try:
         prompt = tuple(engine.tokenizer.render(messages, add_generation_prompt=True).ids)
@@ -164,7 +164,8 @@ def _model(engine: "Engine", data: dict[str, Any]) -> str:
     return model
 
 
-def _messages(data: dict[str, Any]) -> Messages:
+def read_messages(data: dict[str, Any]) -> Messages:
+    """Return the messages of a chat request. Raises HttpError 400."""
     rows = data.get("messages")
     if not isinstance(rows, list) or not 0 < len(rows) <= MAX_MESSAGES:
         got = f"{len(rows)} messages" if isinstance(rows, list) else _show(rows)

@@ -31,7 +31,7 @@ class Price:
 def load_prices(own: Path | None = None) -> dict[str, Price]:
     """Return model -> price: prices.toml, and over it the table of the user's file `own`.
 
-    Raises FileNotFoundError, and ValueError naming file and model for what is not a table of prices.
+    Raises FileNotFoundError, and ValueError naming file and model if it is not a table of prices.
     """
     prices: dict[str, Price] = {}
     for path in (PRICES, own) if own is not None else (PRICES,):

@@ -37,8 +37,11 @@ async def serve(
     api_key: str | None = None,
     ready: Callable[[int], None] | None = None,
     allow_anonymous: bool = False,
+    make: "Callable[[Engine, str | None, bool, ThreadPoolExecutor], Api] | None" = None,
 ) -> None:
     """Serve `engine` until SIGTERM or SIGINT, finish the requests that run (bounded), and return.
+
+    make: returns the handlers and their routes, by default an `Api`.
 
     Port 0 takes any free one; `ready` gets the real port. With `api_key`, everything but /health wants it as a bearer
     token. Raises ValueError when the server cannot listen, when the key is empty, and for a host beyond loopback
@@ -46,14 +49,8 @@ async def serve(
     """
     check_exposure(host, api_key, allow_anonymous)
     with ThreadPoolExecutor(TOKENIZING_THREADS, "tokenizing") as threads:
-        api = _Api(engine, api_key, is_loopback(host), threads)
-        routes = [
-            web.route("GET", "/health", api.health),
-            web.route("GET", "/v1/models", api.models),
-            web.route("POST", "/v1/chat/completions", api.chat),
-            web.route("POST", "/v1/completions", api.complete),
-        ]
-        await serve_http(routes, host, port, ready, api.check)
+        api = (make or Api)(engine, api_key, is_loopback(host), threads)
+        await serve_http(api.routes(), host, port, ready, api.check)
 
 
 def check_exposure(host: str, api_key: str | None, allow_anonymous: bool) -> None:
@@ -75,12 +72,21 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class _Api:
+class Api:
     """The handlers. loopback: whether the server listens for this machine alone."""
 
     def __init__(self, engine: Engine, api_key: str | None, loopback: bool, threads: ThreadPoolExecutor) -> None:
         self.engine, self.api_key, self.loopback, self.threads = engine, api_key, loopback, threads
         self.draws = 0  # being drawn, or waiting for it
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return what is served by which handler."""
+        return [
+            web.route("GET", "/health", self.health),
+            web.route("GET", "/v1/models", self.models),
+            web.route("POST", "/v1/chat/completions", self.chat),
+            web.route("POST", "/v1/completions", self.complete),
+        ]
 
     def check(self, request: web.Request) -> None:
         """Raise HttpError for a request that a web page sent behind its reader's back, or that lacks the key.
@@ -112,7 +118,10 @@ class _Api:
 
     async def chat(self, request: web.Request) -> web.Response:
         job = await self._job(chat_job, await request.read())
-        samples = await self._draw(job)
+        return json_response(self._chat_answer(job, await self._draw(job)))
+
+    def _chat_answer(self, job: Job, samples: list[Sample]) -> dict[str, Any]:
+        """Return the answer to a chat request, in OpenAI's form."""
         choices = []
         for index, sample in enumerate(samples):
             choice: dict[str, Any] = {
@@ -130,7 +139,7 @@ class _Api:
                 choice |= {"logprobs": {"content": content, "refusal": None}, "token_ids": ids}
             choices.append(choice)
         answer = _answer("chatcmpl", "chat.completion", job, samples, choices)
-        return json_response(answer | ({"prompt_token_ids": list(job.prompts[0])} if job.logprobs else {}))
+        return answer | ({"prompt_token_ids": list(job.prompts[0])} if job.logprobs else {})
 
     async def complete(self, request: web.Request) -> web.Response:
         job = await self._job(completion_job, await request.read())

@@ -1,6 +1,6 @@
 """A run's budget: every request holds the most that it can cost before it is sent, so that the budget is not crossed.
 
-What is spent and held stands in the response cache's file, so it survives a kill and is one account for all processes
+Spending and holds are in the response cache's file, so they survive a kill and are one account for all processes
 that share the file, and for all generators that are asked through it. The invariant: spent + held never exceeds the
 budget, as long as a request costs no more than `chat_api.most_tokens` says. Servers that bill thinking beside the
 answer break that bound, so the first request of a process goes alone, and later ones hold twice the largest excess seen
@@ -34,7 +34,7 @@ class Budget:
             raise ValueError(f"budget: {self.usd} USD and {self.tokens} tokens must not be negative; 0 is no limit")
 
     def part(self, index: int, spent: Sequence[tuple[float, int]]) -> "Budget":
-        """Return the budget of machine `index`, which keeps accounts of its own: what is left is shared evenly.
+        """Return the budget of machine `index`, which keeps accounts of its own: the rest is shared evenly.
 
         spent: dollars and tokens by machine so far.
         """
@@ -85,7 +85,7 @@ class GeneratorAccount:
         self._excess: Usage | None = None  # the largest excess over the bound, None before the first answer
 
     def spending(self) -> Spending:
-        """Return what was spent so far, in earlier processes too; nothing without a cache."""
+        """Return the spending so far, in earlier processes too; nothing without a cache."""
         return Spending() if self._cache is None else self._cache.spending(self._generator)
 
     def usd(self) -> float | None:

@@ -1,17 +1,14 @@
-"""Whether vLLM serves an adapter folder as it was trained: looked at before anything is sent, told in plain words.
+"""Checks, before anything is sent, whether vLLM serves an adapter folder as it was trained.
 
 vLLM ignores keys of adapter_config.json that it does not know, so that an adapter may load and compute something else.
-`lora.files.read_config` refuses adapters that neither program computes; this file refuses those that we train and vLLM
-does not serve.
+`lora.files` refuses adapters that neither program computes, and numbers that are not finite; this file refuses adapters
+that we train and vLLM does not serve.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from matryoshka.inference.vllm_server import max_lora_rank
-from matryoshka.lora.files import CONFIG, PREFIX, WEIGHTS, read_config
+from matryoshka.lora.files import CONFIG, PREFIX, WEIGHTS, read_config, read_tensors
 from matryoshka.lora.linear import LoraConfig
 
 # The projections of the blocks that we train, fused ones too. vLLM takes embeddings and heads for some models only.
@@ -40,28 +37,18 @@ def check_adapter(folder: Path, max_rank: int) -> LoraConfig:
             "for the largest rank that is to be served"
         )
     path = folder / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected the adapter's weights")
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    except SafetensorError as err:
-        raise ValueError(f"{path}: not a readable safetensors file ({err}); copy it again") from err
-    _check_tensors(path, shapes, config)
-    return config
-
-
-def _check_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> None:
     parts: dict[str, set[str]] = {}
-    for key, shape in shapes.items():
+    for key, tensor in read_tensors(path, config).items():
         module, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if not key.startswith(PREFIX) or part not in ("lora_A", "lora_B") or module.rpartition(".")[2] not in TARGETS:
             raise ValueError(f"{path}: {key} is not served by vLLM; expected {PREFIX}MODULE.lora_A.weight or "
                              f"lora_B.weight of {', '.join(TARGETS)}")
+        shape = tuple(tensor.shape)
         if len(shape) != 2 or shape[0 if part == "lora_A" else 1] != config.rank:
-            raise ValueError(f"{path}: {key} has shape {shape}, but {CONFIG} says rank {config.rank}")
+            raise ValueError(f"{path}: {key} has shape {shape}, but r is {config.rank} in {CONFIG}")
         parts.setdefault(module, set()).add(part)
     if alone := sorted(module for module, found in parts.items() if len(found) < 2):
         raise ValueError(f"{path}: {alone[0]} has only one of lora_A and lora_B; save the adapter again")
     if not parts:
         raise ValueError(f"{path}: no LoRA tensors; save the adapter again")
+    return config

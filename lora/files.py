@@ -93,7 +93,7 @@ def save_adapter(model: nn.Module, name: str, folder: Path, base_model: str, dty
 def read_config(folder: Path) -> LoraConfig:
     """Return the LoraConfig of an adapter folder.
 
-    Every key that changes what is computed is either read or refused by name, unknown keys as well.
+    Every key that changes the computation is either read or refused by name, unknown keys as well.
     Raises FileNotFoundError, ValueError naming file and key.
     """
     path = folder / CONFIG
@@ -134,15 +134,8 @@ def load_adapter(model: nn.Module, name: str, folder: Path, device: torch.device
 
     Raises FileNotFoundError, ValueError naming the key whose presence, shape or numbers are wrong.
     """
-    config = read_config(folder)
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected the adapter's weights")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as err:
-        raise ValueError(f"{path}: not a readable safetensors file ({err}); copy it again") from err
-    _check_tensors(path, tensors, config)
+    config, path = read_config(folder), folder / WEIGHTS
+    tensors = read_tensors(path, config)
     add_adapter(model, name, config, 0, device)
     expected = adapter_tensors(model, name)
     saved, here = ({key: tuple(t.shape) for key, t in group.items()} for group in (tensors, expected))
@@ -158,8 +151,17 @@ def load_adapter(model: nn.Module, name: str, folder: Path, device: torch.device
             expected[key].copy_(tensor)  # detached views share memory with the parameters
 
 
-def _check_tensors(path: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
-    """Raise ValueError for tensors that are no adapter's, before the model is given anything of their size."""
+def read_tensors(path: Path, config: LoraConfig) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file, before a model is given anything of their size.
+
+    Raises FileNotFoundError, and ValueError naming the tensor whose type, numbers or rank are not an adapter's.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected the adapter's weights")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as err:
+        raise ValueError(f"{path}: not a readable safetensors file ({err}); copy it again") from err
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{path}: {key:.200} is stored as {tensor.dtype}; expected floating-point numbers of 16 "
@@ -170,10 +172,11 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], config: LoraConfig) -
         if key.endswith(".lora_A.weight") and tensor.shape[:1] != (config.rank,):
             raise ValueError(f"{path}: {key:.200} has shape {tuple(tensor.shape)}, but r is {config.rank} in {CONFIG}; "
                              "the two files belong to different adapters")
+    return tensors
 
 
 def adapter_hash(folder: Path) -> str:
-    """Return 16 hex digits of the SHA-256 of an adapter folder's two files: what a served adapter's name carries."""
+    """Return 16 hex digits of the SHA-256 of an adapter folder's two files: it is part of a served adapter's name."""
     digest = hashlib.sha256()
     for name in (CONFIG, WEIGHTS):
         digest.update((folder / name).read_bytes())

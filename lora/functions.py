@@ -1,10 +1,10 @@
-"""The LoRA product with its gradient by hand, and DoRA's weight norm; frozen weights get no gradient.
+"""Computes the LoRA product, with its gradient by hand, and DoRA's weight norm. Frozen weights get no gradient.
 
-Layers that read the same input (q, k, v; gate, up) may be computed together: one product with all A, one gradient of
-the input summed by the matrix products themselves. Kept for the backward pass: the input, which other layers keep as
-well, and R numbers a row and layer. They are 0.5% of the activations at rank 8, and spare another read of the input.
-A dropout mask is drawn again from its seed. A weight that is packed in four bits (`lora/quantized.py`) is made dense
-for each product and dropped after it, in the backward pass again.
+Layers that read the same input (q, k, v; gate, up) can be computed together: one product takes all A, and the matrix
+products themselves sum the gradient of the input. The backward pass keeps the input, which other layers keep as well,
+and R numbers for each row and layer: 0.5% of the activations at rank 8, for one read of the input less. A dropout mask
+is drawn again from its seed. A weight that is packed in four bits (`lora/quantized.py`) is made dense for each product,
+in the backward pass too, and dropped after it.
 
 Shapes: M rows (all leading dimensions), I inputs, O outputs, R rank, S the ranks of all layers together.
 """
@@ -21,7 +21,7 @@ from matryoshka.lora.nf4 import NF4, dense
 
 
 class BaseFunction(torch.autograd.Function):
-    """x W^T + bias for a packed W: as F.linear, but what is kept for the backward pass is the packed bytes."""
+    """Computes x W^T + bias for a packed W as F.linear does, but keeps only the packed bytes for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, scales: NF4, bias_O: Tensor | None) -> Tensor:
@@ -38,11 +38,11 @@ class BaseFunction(torch.autograd.Function):
 
 
 class LoraFunction(torch.autograd.Function):
-    """For each layer x W^T + bias + scale * (dropout(x) A^T) B^T, in x's dtype; W and bias are frozen.
+    """Computes x W^T + bias + scale * (dropout(x) A^T) B^T for each layer, in x's dtype; W and bias are frozen.
 
-    drop: probability, seed: which mask, the same for all layers. scales: of each layer whose weight is packed, None of
-    the others. layers: weight_OI, bias_O (or None), a_RI, b_OR of each, one after the other. A and B may be wider than
-    x: they are rounded to its dtype in the products, and their gradients come in their own.
+    drop: probability of dropout. seed: decides the mask, which all layers share. scales: those of each packed weight,
+    None for other layers. layers: weight_OI, bias_O (or None), a_RI, b_OR of each layer, one layer after the other. A
+    and B may have a wider dtype than x: the products round them to x's, and their gradients have their own dtype.
     """
 
     @staticmethod

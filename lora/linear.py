@@ -253,7 +253,7 @@ def set_active(model: nn.Module, name: str | None) -> None:
 
 @contextmanager
 def active(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Compute with adapter `name` inside the block, with what was active before after it."""
+    """Compute with adapter `name` inside the block; after it the former adapter is active again."""
     before = _active(model)
     set_active(model, name)
     try:

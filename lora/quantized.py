@@ -30,7 +30,7 @@ class QuantizedLinear(LoraLinear):
         self.weight = nn.Parameter(packed, requires_grad=False)
 
     def pack(self, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the bytes of `weight_OI` for the parameter and keep the scales; dtype: what the model computes in.
+        """Return the bytes of `weight_OI` for the parameter and keep the scales; dtype: that of the computation.
 
         `core/models/weights.py` calls it with each whole tensor that it reads. Raises ValueError for an odd I.
         """

@@ -26,9 +26,9 @@ from matryoshka.inference.llama_cpp import check_gguf
 from matryoshka.inference.prices import Price
 from matryoshka.lora.files import read_config
 from matryoshka.pilot.config import RunConfig, rollout_settings
+from matryoshka.pilot.context import Problems, fitting_problems, load_problems, open_task
 from matryoshka.pilot.estimate import num_episodes
 from matryoshka.pilot.generator import scripted_generator
-from matryoshka.pilot.problems import Problems, fitting_problems, load_problems, open_task
 from matryoshka.pilot.stages import sft_item
 
 COUNTED = 8  # training examples whose requests are counted

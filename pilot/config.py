@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -335,6 +335,11 @@ class RunConfig:
             )
         if self.ray_tasks < 0:
             raise ValueError(f"ray_tasks {self.ray_tasks} must not be negative; 0 is one for each GPU or machine")
+
+
+def run_part(config: RunConfig) -> RunConfig:
+    """Return the configuration of the run alone, without the fields that the configuration of a command adds."""
+    return RunConfig(**{field.name: getattr(config, field.name) for field in fields(RunConfig)})
 
 
 def rollout_settings(config: RunConfig, greedy: bool) -> RolloutSettings:

@@ -1,13 +1,13 @@
-"""An open run and how it is opened: its folder, its problems, its generator, its model, its journal.
+"""Opens a run: its folder, its problems, its generator, its model, its journal.
 
-Every stage finds by itself what is done: training is complete when its policy's folder exists, an episode when its key
-is in the journal, a generator's answer when it is in the cache. A run that is killed anywhere loses at most the work
-that was in flight.
+Every stage sees its finished work by itself: training is complete when its policy's folder exists, an episode when its
+key is in the journal, a generator's answer when it is in the cache. A run that is killed anywhere loses at most the
+work that was in flight.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +19,8 @@ from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.files import Journal, SharedJournal, UnwrittenJournal, write_json, write_text
 from matryoshka.core.machine import usable_cores
 from matryoshka.core.models.language_model import LanguageModel
-from matryoshka.core.protocols import Controller, Generator, Task
-from matryoshka.core.records import Messages, RolloutSettings
+from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
+from matryoshka.core.records import Example, Messages, RolloutSettings, Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.inference.generators import OpenAIGenerator
 from matryoshka.inference.local_controller import TokenSampler
@@ -28,18 +28,20 @@ from matryoshka.inference.sampler import Sampler
 from matryoshka.inference.spending import GeneratorAccount
 from matryoshka.inference.vllm import Vllm
 from matryoshka.lora.files import read_config
-from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.config import SPLITS, RunConfig, rollout_settings
 from matryoshka.pilot.environment import environment
 from matryoshka.pilot.folder import CONFIG, StageSeconds, cache_path, claim, deal_caches
-from matryoshka.pilot.generator import open_generator
+from matryoshka.pilot.generator import RecordedGenerator, open_generator
 from matryoshka.pilot.policies import Policies, open_policies
-from matryoshka.pilot.problems import Problems, fitting_problems, load_problems, open_task
 from matryoshka.pilot.progress import StatusLine
 from matryoshka.pilot.ranks import Ranks
 from matryoshka.pilot.ray_cluster import joined_cluster
 from matryoshka.pilot.serving import open_vllm
+from matryoshka.tasks.find import task_class
 
+ENVIRONMENT = "environment.json"  # the machine and the versions that a run was started with
 logger = logging.getLogger(__name__)
+Problems = Mapping[str, Sequence[Example]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Run:
     """Threads of torch in this process."""
     vllm: Vllm | None = None
     """The controller's sampler where [controller] engine = "vllm"."""
+    is_read: bool = False
+    """Whether the run is only read: then a missing episode is an error, and no model and no generator is opened."""
 
     @property
     def world(self) -> World:
@@ -96,10 +100,23 @@ class Run:
 
     def open_sampler(self) -> AbstractContextManager[TokenSampler]:
         """Return what samples the controller: vLLM, or our own sampler, to be closed before the model is trained."""
+        if self.is_read:
+            return nullcontext(_NoSampler(self.tokenizer))
         if self.vllm is not None:
             return nullcontext(self.vllm)
         config = self.config.controller
         return Sampler(self.model, self.tokenizer, config.max_rows, config.deterministic, self.threads)
+
+
+class _NoSampler:
+    """The sampler of a run that is only read."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, adapter: str | None = None) -> Sample:
+        """Raise RuntimeError."""
+        raise RuntimeError("the controller was asked although the run is only read")
 
 
 @dataclass(frozen=True)
@@ -117,14 +134,19 @@ class Scheme:
 
 @contextmanager
 def open_run(
-    config: RunConfig, root: Path, cache: Path | None = None, world: World = ALONE, trains: bool = True
+    config: RunConfig,
+    root: Path,
+    cache: Path | None = None,
+    world: World = ALONE,
+    trains: bool = True,
+    is_read: bool = False,
 ) -> Iterator[Run]:
     """Open or continue the run in `root/<name>` on all ranks of `world`; the first rank holds the folder's lock.
 
     cache: the file of answers, by default the folder's own. trains: whether anything will be trained; if not, no
-    weights are loaded where vLLM samples. Raises ValueError when the run was started with another configuration (naming
-    every difference) or is in use. Budgets, limits and patience may change: they decide how fast and how far a run
-    goes, not what it finds.
+    weights are loaded where vLLM samples. is_read: the record alone is read; nothing is asked and no weights are
+    loaded. Raises ValueError when the run was started with another configuration (naming every difference) or is in
+    use. Budgets, limits and patience may change: they decide how fast and how far a run goes, not what it finds.
     """
     folder, ranks = root / config.name, Ranks(world)
     with ExitStack() as stack:
@@ -138,19 +160,21 @@ def open_run(
                 raise ValueError("executor = 'ray' and torchrun's ranks exclude each other; start one process")
             stack.enter_context(joined_cluster())
         cache = cache or cache_path(folder, str(ranks.node) if ranks.node else "")
-        run = assemble(config, folder, cache, ranks, stack, trains)
+        run = assemble(config, folder, cache, ranks, stack, trains and not is_read, is_read)
         name = "trajectories" if world.size == 1 else f"trajectories.rank-{world.rank}"
         with ranks.all_or_none():
             journal = SharedJournal(folder / f"{name}.jsonl", "trajectories*.jsonl")
         stack.callback(journal.close)
         if world.is_first and not saved:  # a configuration that cannot start must not bind the folder's name
-            write_json(folder / "environment.json", environment())
+            write_json(folder / ENVIRONMENT, environment())
         if world.is_first and (changed or not saved):
             write_text(folder / CONFIG, to_toml(config))
         yield replace(run, journal=journal)
 
 
-def assemble(config: RunConfig, folder: Path, cache: Path, ranks: Ranks, stack: ExitStack, trains: bool) -> Run:
+def assemble(
+    config: RunConfig, folder: Path, cache: Path, ranks: Ranks, stack: ExitStack, trains: bool, is_read: bool = False
+) -> Run:
     """Return the run in `folder`, its episodes not being recorded on disk; `stack` closes what this opens.
 
     The cheap parts are checked first, so that a missing key or file is reported before a model is loaded.
@@ -168,17 +192,20 @@ def assemble(config: RunConfig, folder: Path, cache: Path, ranks: Ranks, stack: 
 
         task = open_task(config, count_tokens)
         problems = load_problems(task)
-    generator = stack.enter_context(open_generator(config, folder, ranks, runner, cache))
+    generator: Generator = RecordedGenerator(config)
+    if not is_read:
+        generator = stack.enter_context(open_generator(config, folder, ranks, runner, cache))
     threads = config.controller.threads or max(1, usable_cores() // world.local_size)
     torch.set_num_threads(threads)
     vllm = None
     with ranks.all_or_none():
-        policies = open_policies(config, folder, world, trains)
+        policies = open_policies(config, folder, world, trains, not is_read)
         context = policies.model.config.max_position_embeddings
         if config.controller.engine == "vllm":
-            line = stack.enter_context(StatusLine())
-            vllm = open_vllm(config, tokenizer, folder / "vllm.log", world.size, line.show)
-            stack.callback(lambda: runner.run(vllm.aclose()))
+            if not is_read:
+                line = stack.enter_context(StatusLine())
+                vllm = opened = open_vllm(config, tokenizer, folder / "vllm.log", world.size, line.show)
+                stack.callback(lambda: runner.run(opened.aclose()))
             context = min(context, config.controller.vllm.context or context)
         problems, skipped = fitting_problems(config, task, problems, context)
     if skipped:
@@ -196,7 +223,53 @@ def assemble(config: RunConfig, folder: Path, cache: Path, ranks: Ranks, stack: 
         policies=policies,
         tokenizer=tokenizer,
         journal=UnwrittenJournal(),
-        seconds=StageSeconds(folder / "seconds.json", writes=world.is_first),
+        seconds=StageSeconds(folder / "seconds.json", writes=world.is_first and not is_read),
         threads=threads,
         vllm=vllm,
+        is_read=is_read,
     )
+
+
+def open_task(config: RunConfig, count_tokens: Callable[[Messages], int]) -> Task:
+    """Return the task that [task] names. count_tokens: of a prompt in the controller's context.
+
+    Raises ValueError for options or settings that the task does not have.
+    """
+    wants_gold = config.warmup.source == "gold" or config.warmup.gold_per_group > 0
+    setting = TaskSetting(config.task.sizes, config.seed, count_tokens, wants_gold)
+    task = task_class(config.task.name)(config.task.options, setting)
+    for greedy in (False, True):
+        task.check(rollout_settings(config, greedy))
+    return task
+
+
+def load_problems(task: Task) -> Problems:
+    """Return the problems of each split: warmup, train, validation, test, held_out.
+
+    Raises ValueError, FileNotFoundError for files that are missing, malformed or too short.
+    """
+    return {split: task.examples(split) for split in SPLITS}
+
+
+def fitting_problems(
+    config: RunConfig, task: Task, problems: Problems, context_length: int
+) -> tuple[Problems, dict[str, int]]:
+    """Return the problems that fit the context, and how many of each split are left out.
+
+    A problem fits if the controller's first prompt and guidance_tokens fit the context together. That is the sampler's
+    own comparison, made before anything is drawn, so that every condition has the same problems. With overlong =
+    "error" the first one that does not fit raises ValueError; so does a split that "skip" would leave without problems.
+    """
+    guidance_tokens = max(rollout_settings(config, greedy).controller.max_tokens for greedy in (False, True))
+    room = context_length - guidance_tokens
+    kept: dict[str, Sequence[Example]] = {}
+    for split, examples in problems.items():
+        sizes = [task.setting.count_tokens(task.first_prompt(example)) for example in examples]
+        kept[split] = [example for example, size in zip(examples, sizes, strict=True) if size <= room]
+        if len(kept[split]) < len(examples) and (config.overlong == "error" or not kept[split]):
+            raise ValueError(
+                f"[task] {split}: {len(examples) - len(kept[split])} of {len(examples)} prompts (the longest has "
+                f"{max(sizes)} tokens) and guidance_tokens {guidance_tokens} exceed the controller's "
+                f"context of {context_length}; lower guidance_tokens, use shorter problems or set overlong = 'skip'"
+            )
+    return kept, {split: n for split, examples in problems.items() if (n := len(examples) - len(kept[split]))}

@@ -1,9 +1,9 @@
-"""A pilot over several seeds, and what its policies gain stage by stage: the learning curve with its intervals.
+"""Runs a pilot over several seeds and measures the gain of its policies, stage by stage, with intervals.
 
 Each seed has its own problems, adapters and episodes in its own run folder, so the series can be stopped and continued.
-Pooled shares treat the held-out problems of all seeds as one sample; the share of each seed is listed, too, since
-training differs between seeds more than a sample of problems does. Where a task grades its answers, mean scores take
-the place of shares, and sign-flip tests that of exact McNemar tests.
+Pooled shares treat the held-out problems of all seeds as one sample. The share of each seed is listed too, because
+training varies more between seeds than the shares of one policy vary between samples of problems. A task that grades
+its answers has mean scores in place of shares, and sign-flip tests in place of exact McNemar tests.
 """
 
 import json
@@ -20,7 +20,7 @@ from matryoshka.eval.statistics import paired_difference, paired_scores
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.loop import run_pilot
 
-Outcomes = Mapping[str, Mapping[str, float]]  # a solved problem is True, so 1
+Outcomes = Mapping[str, Mapping[str, float]]  # condition -> problem -> score; True for a solved problem counts as 1
 
 
 def run_seeds(
@@ -28,7 +28,7 @@ def run_seeds(
 ) -> dict[str, Any]:
     """Run or continue a pilot for each seed as root/NAME-SEED and return the summary over all of them.
 
-    on_run: takes the short summary of each run as it ends.
+    on_run: is called with the short summary of each run when it ends.
     """
     runs: dict[int, Outcomes] = {}
     by_seed: dict[str, Any] = {}
@@ -42,7 +42,7 @@ def run_seeds(
 
 
 def outcomes(folder: Path) -> Outcomes:
-    """Return condition -> held-out problem -> its score, or whether it was solved, as `folder` says."""
+    """Return condition -> held-out problem -> its score, or whether it was solved, from the files in `folder`."""
     if (folder / "scores.json").exists():
         scores: dict[str, dict[str, float]] = json.loads((folder / "scores.json").read_text())
         return scores
@@ -51,12 +51,16 @@ def outcomes(folder: Path) -> Outcomes:
 
 
 def summary(runs: Mapping[int, Outcomes]) -> dict[str, Any]:
-    """Return the conditions that every seed has, with their shares by seed and pooled, and the stages' pooled gains."""
+    """Return the shares, by seed and pooled, of the conditions that every seed has, and the pooled gains of the
+    stages.
+    """
     names = [name for name in next(iter(runs.values())) if all(name in conditions for conditions in runs.values())]
     pooled = {name: [score for conditions in runs.values() for score in conditions[name].values()] for name in names}
     conditions = {
         name: {
-            "by_seed": {str(seed): round(_share(conditions[name]), 4) for seed, conditions in runs.items()},
+            "by_seed": {
+                str(seed): round(sum(found[name].values()) / len(found[name]), 4) for seed, found in runs.items()
+            },
             "pooled": to_json(_pooled(pooled[name])),
         }
         for name in names
@@ -100,7 +104,3 @@ def _gain(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
 
 def _solved(scores: Sequence[float]) -> bool:
     return all(isinstance(score, bool) for score in scores)
-
-
-def _share(episodes: Mapping[str, float]) -> float:
-    return sum(episodes.values()) / len(episodes)

@@ -7,34 +7,47 @@ file under its final name is complete and has the manifest's checksum; a partial
 
 import hashlib
 import json
+import logging
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections.abc import Sequence
+from functools import partial
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 
-from matryoshka.core.files import write_json
+from matryoshka.core.files import write_atomic, write_json
+from matryoshka.core.records import RemoteFile
 from matryoshka.pilot.progress import Progress
 
 MANIFEST = "manifest.json"
+UNPACKED = "unpacked"  # key of a manifest: the checksum of the archive whose members are all there
 PIECE_BYTES = 2**20
 TIMEOUT_S = 60.0
+logger = logging.getLogger(__name__)
 
 
-def fetch(files: Mapping[str, str], out: Path) -> list[Path]:
-    """Return the paths of `files` (path in `out` -> address), after fetching what is not there yet.
+def fetch(files: Sequence[RemoteFile], out: Path, mirrors: Sequence[str] = ()) -> list[Path]:
+    """Return the paths of `files` in the folder `out`, after fetching and unpacking the missing ones.
 
-    An address in the manifest counts before the one given. Raises ValueError for a damaged manifest, an answer that is
-    no file and bytes of another checksum; OSError when the connection fails: what was received stays for the next call.
+    mirrors: tried in turn before a file's own site. An address in the manifest counts before them all. An archive that
+    is unpacked may be deleted. Raises ValueError for a damaged manifest, an answer that is no file and bytes of another
+    checksum; OSError when the connection fails: what was received stays for the next call.
     """
     manifest = _read_manifest(out / MANIFEST)
     paths = []
-    for file, url in files.items():
-        path, entry = out / file, manifest.setdefault(file, {"url": url, "sha256": ""})
+    for file in files:
+        path = out / file.path
+        paths.append(path)
+        if manifest.get(file.path, {}).get(UNPACKED) and not path.exists():
+            continue
+        urls = [f"{site.rstrip('/')}/{file.place}" for site in (*mirrors, file.site)]
+        entry = manifest.setdefault(file.path, {"url": "", "sha256": file.sha256})
         if not path.exists():
-            _download(entry["url"], path)
+            entry["url"] = _download_first([entry["url"]] if entry["url"] else urls, path, entry["sha256"])
         digest = _sha256(path)
         if entry["sha256"] and digest != entry["sha256"]:
             raise ValueError(
@@ -43,8 +56,47 @@ def fetch(files: Mapping[str, str], out: Path) -> list[Path]:
             )
         entry["sha256"] = digest
         write_json(out / MANIFEST, manifest)
-        paths.append(path)
+        if file.unpack and entry.get(UNPACKED) != digest:
+            _unpack(path, out)
+            entry[UNPACKED] = digest
+            write_json(out / MANIFEST, manifest)
     return paths
+
+
+def _download_first(urls: Sequence[str], path: Path, sha256: str) -> str:
+    """Fetch the file from the first address that gives it whole and right, and return that address."""
+    for url in urls[:-1]:
+        try:
+            _download(url, path)
+            if not sha256 or (digest := _sha256(path)) == sha256:
+                return url
+            path.unlink()
+            logger.warning("%s: SHA-256 is %s, expected %s; trying the next address", url, digest, sha256)
+        except (ValueError, OSError) as err:
+            logger.warning("%s; trying the next address", err)
+    _download(urls[-1], path)
+    return urls[-1]
+
+
+def _unpack(archive: Path, out: Path) -> None:
+    """Put the members of a zip archive into `out`; those that are there in full are left alone."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            members = [member for member in opened.infolist() if not member.is_dir()]
+            with Progress(f"unpack {archive.name}", len(members)) as progress:
+                for number, member in enumerate(members, start=1):
+                    target = out / member.filename
+                    if not target.resolve().is_relative_to(out.resolve()):
+                        raise ValueError(f"{archive}: member {member.filename!r} leads out of the folder")
+                    if not target.is_file() or target.stat().st_size != member.file_size:
+                        write_atomic(target, partial(_write, body=opened.read(member)))
+                    progress.update(number, "files")
+    except (zipfile.BadZipFile, EOFError, zlib.error) as err:
+        raise ValueError(f"{archive}: not a whole zip archive ({err}); delete it to fetch it again") from err
+
+
+def _write(path: Path, body: bytes) -> None:
+    path.write_bytes(body)
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, str]]:
@@ -56,7 +108,7 @@ def _read_manifest(path: Path) -> dict[str, dict[str, str]]:
     except ValueError as err:
         raise ValueError(f"{path}: malformed JSON ({err}); expected {expected}") from err
     for file, row in rows.items() if isinstance(rows, dict) else [("", None)]:
-        if not isinstance(row, dict) or {type(row.get(key)) for key in ("url", "sha256")} != {str}:
+        if not isinstance(row, dict) or {type(row.get(key, "")) for key in ("url", "sha256", UNPACKED)} != {str}:
             raise ValueError(f"{path}: entry {file!r} is {row!r}; expected {expected}")
     return dict(rows)
 
@@ -87,7 +139,7 @@ def _download(url: str, path: Path) -> None:
                 os.fsync(handle.fileno())
                 got = handle.tell()
     except urllib.error.HTTPError as err:
-        if err.code == 416:  # what we have is as long as the file, or longer: it was not renamed, or has changed
+        if err.code == 416:  # our part is as long as the file, or longer: it was not renamed, or has changed
             mark.unlink()
             return _download(url, path)
         raise ValueError(f"{url}: the server answered {err.code} {err.reason}; the manifest names the address") from err

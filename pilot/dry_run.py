@@ -124,7 +124,7 @@ def _micro_batch(model: LanguageModel, job: Job, policy: str, reference: bool) -
         with activations(policy):
             hidden_TD = model(ids_BT)[0]
         cap = model.config.final_logit_softcapping
-        out: torch.Tensor = FlashHead.apply(hidden_TD, model.head_weight, ids_BT[0], cap, False)[0]  # type: ignore[no-untyped-call]
+        out: torch.Tensor = FlashHead.apply(hidden_TD, model.head_weight, ids_BT[0], cap)  # type: ignore[no-untyped-call]
         return out
 
     if reference:

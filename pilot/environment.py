@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RUNTIME = ("torch", "safetensors", "tokenizers", "numpy", "aiohttp", "tyro", "rich", "jinja2")
 GIB = 1024**3
-TYPED = "MATRYOSHKA_TYPED"  # set by a shell script that runs a command for its user: what the user typed
+TYPED = "MATRYOSHKA_TYPED"  # set by a shell script that runs a command for its user: the user's command line
 
 
 def environment() -> dict[str, Any]:

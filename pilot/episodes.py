@@ -7,7 +7,7 @@ done. A recorded episode is never run again, whatever the number of ranks was th
 import asyncio
 import json
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -25,6 +25,10 @@ from matryoshka.tasks.find import own_class
 from matryoshka.tasks.rollout import Job, Setup, failures, job_key, recorded, run_rollouts
 
 EXCHANGE_S = 0.2  # how often the ranks tell each other how far they are
+
+
+class NotRecordedError(ValueError):
+    """Episodes that a run which is only read does not hold."""
 
 
 def sampled_settings(config: RunConfig, seed: int, samples: int) -> list[RolloutSettings]:
@@ -61,7 +65,8 @@ def run_episodes(
     """
     examples = [example for split in splits for example in run.problems[split]][:first]
     examples = [example for example in examples if only is None or example.id in only]
-    with run.seconds.timed(label or f"{scheme.name} {'+'.join(splits)}"), run.open_sampler() as sampler:
+    timed = run.seconds.timed(label or f"{scheme.name} {'+'.join(splits)}")
+    with nullcontext() if run.is_read else timed, run.open_sampler() as sampler:
         stage = Stage(run, label or scheme.name, scheme, scheme.make(run, sampler))
         return run.runner.run(_run_stage(stage, stage.jobs(examples, settings or [scheme.settings])))
 
@@ -97,6 +102,8 @@ async def _run_stage(stage: Stage, jobs: Sequence[Job]) -> list[Trajectory]:
     max_failed_share = run.config.rollout.max_failed_share
     # Prompts of one type of example begin alike: asked one after another, they keep a server's prefix cache warm.
     pending = [job for job in jobs if job.key not in journal.rows]
+    if pending and run.is_read:
+        raise NotRecordedError(f"{stage.label}: {len(pending)} of {len(jobs)} episodes are not recorded")
     pending.sort(key=lambda job: str(job.example.fields.get("task_type", "")))
     ranks.agree(content_key(*(job.key for job in pending)), f"{stage.label}: the episodes to run")
     mine = deal(pending, [job.example.id for job in pending], ranks.world.size)[ranks.world.rank]

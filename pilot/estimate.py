@@ -16,10 +16,9 @@ from typing import Any
 from matryoshka.core.protocols import Task
 from matryoshka.core.records import Trajectory, Usage
 from matryoshka.pilot.config import RunConfig, rollout_settings
-from matryoshka.pilot.context import Run, open_run
+from matryoshka.pilot.context import Problems, Run, open_run
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, fixed_schemes
-from matryoshka.pilot.problems import Problems
 
 EXAMPLES = 20
 

@@ -9,19 +9,20 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from matryoshka.core.config import diff, load_toml
-from matryoshka.core.files import folder_lock, write_folder, write_json
+from matryoshka.core.files import folder_lock, recover_folder, write_folder, write_json
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.pilot.config import RunConfig
 from matryoshka.tasks.find import task_class
 
 RUNS = Path("runs")  # where the commands keep runs
 CONFIG = "config.toml"
+GATEWAY = "gateway.toml"  # the configuration of a gateway, in the folder of its record
 
 # Settings whose value may change when a run is continued.
 _PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "total_timeout_s")
 FREE_TO_CHANGE = (
     *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints", "controller.vllm."),
-    *("executor:", "ray_tasks:", "parallel."),
+    *("rounds:", "executor:", "ray_tasks:", "parallel."),
     *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
 )
 DECISIVE = "controller.vllm.dtype:"  # the exception among those: the samples depend on it
@@ -92,7 +93,10 @@ class StageSeconds:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a kill left half-written; while we hold the lock, no other process writes here."""
+    """Remove half-written files that a kill left; while we hold the lock, no other process writes here."""
+    for path in list(folder.rglob(".*.*.old")):
+        if path.name.split(".")[-2].isdecimal():  # by `write_folder`; a checkpoint's `.step-<n>.old` is half removed
+            recover_folder(path)
     for path in [*folder.rglob(".*.tmp"), *folder.rglob(".*.old")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

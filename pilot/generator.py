@@ -10,6 +10,7 @@ from pathlib import Path
 
 from matryoshka.core.config import load_toml
 from matryoshka.core.protocols import Generator
+from matryoshka.core.records import Messages, Sample, Sampling
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generator_config import EndpointConfig
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
@@ -56,6 +57,20 @@ def scripted_generator(config: RunConfig) -> Generator:
         generator: Generator = own_class(name, "[serve] scripted")()
         return generator
     return task_class(config.task.name).scripted_generator(name)
+
+
+class RecordedGenerator:
+    """Stands for the generator of a run of which nothing but the record is read: it has its name and is never asked."""
+
+    def __init__(self, config: RunConfig) -> None:
+        client = config.generator
+        if config.serve.model:
+            client = replace(client, model=config.serve.name, identity=_served_identity(config.serve))
+        self.name = scripted_generator(config).name if config.serve.scripted else client.name
+
+    async def complete(self, prompt: Messages, sampling: Sampling) -> Sample:
+        """Raise RuntimeError."""
+        raise RuntimeError(f"{self.name}: asked although the run is only read")
 
 
 @contextmanager

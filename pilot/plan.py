@@ -1,8 +1,8 @@
-"""Predictions for training on a cluster that has not been tried yet: the settings and the model's shapes.
+"""Settings and model shapes of `matryoshka plan`, which predicts training on a cluster that has not been tried yet.
 
-Predictions from shapes (`cluster.py`, `core/parallel/forecast.py`); nothing is loaded, no GPU is needed. `--dry-run`
-besides builds the model with fake tensors and runs the first rank's step with a fake process group
-(`pilot/dry_run.py`).
+`core/parallel/cluster.py` and `core/parallel/forecast.py` predict from the shapes alone, so nothing is loaded and no
+GPU is needed. With `--dry-run`, `pilot/dry_run.py` also builds the model with fake tensors and runs the first rank's
+step with a fake process group.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 UNITS = {"GB": 10**9, "MB": 10**6, "TB": 10**12, "GIB": 2**30, "MIB": 2**20, "TIB": 2**40}
 _FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
            "head_dim", "vocab_size", "tie_word_embeddings")  # fmt: skip
-# The shapes in their config.json.
+# The values of these fields in the models' config.json.
 MODELS: dict[str, tuple[int, int, int, int, int, int, int, bool]] = {
     "smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152, True),
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256, True),
@@ -42,7 +42,7 @@ MODELS: dict[str, tuple[int, int, int, int, int, int, int, bool]] = {
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """A prediction of what a training run takes on a cluster: memory of a GPU, bytes sent, time, the best layout."""
+    """Predicts what a training run takes on a cluster: memory of a GPU, bytes sent, time, and the best layout."""
 
     model: str
     """A known name (llama-3-8b, llama-3-70b, llama-3.1-405b, llama-3.2-1b, llama-3.2-3b, smollm2-135m) or a folder with
@@ -50,7 +50,7 @@ class PlanConfig:
     gpus: int = 1
     """GPUs in all."""
     gpus_per_node: int = 0
-    """GPUs of a node; 0 is 8, or all where there are fewer."""
+    """GPUs of a node; 0 means 8, or all GPUs if there are fewer."""
     gpu_memory: str = "80GB"
     """Memory of one GPU, as "80GB" or "80GiB"."""
     full: bool = False
@@ -58,15 +58,15 @@ class PlanConfig:
     rank: int = 8
     """Rank of the adapter."""
     dora: bool = False
-    """The adapter is a DoRA."""
+    """Train a DoRA adapter instead of a plain LoRA adapter."""
     quantization: str = ""
-    """"nf4" holds the frozen base in four bits."""
+    """Set to "nf4" to hold the frozen base in four bits."""
     optimizer: str = "adamw"
-    """adamw or adamw8bit."""
+    """Optimizer: adamw or adamw8bit."""
     dtype: str = "bfloat16"
     """Data type of the weights: bfloat16 or float32."""
     sft: bool = False
-    """Supervised training: no pass of the reference policy."""
+    """Predict supervised training, which has no pass of the reference policy."""
     micro_batch_tokens: int = 8192
     """Tokens in flight on a GPU."""
     micro_batches: int = 1
@@ -78,19 +78,19 @@ class PlanConfig:
     hardware: str = "h100"
     """GPU model whose rates are assumed: h100 or a100."""
     tflops: float = 0.0
-    """Product rate of a GPU in TFLOP/s, 0 for that of `hardware`."""
+    """Product rate of a GPU in TFLOP/s; 0 takes that of `hardware`."""
     share: float = 0.0
-    """Share of the product rate that a step reaches, 0 for that of `hardware`."""
+    """Share of the product rate that a step reaches; 0 takes that of `hardware`."""
     link_gbs: float = 0.0
-    """Bandwidth of a GPU to the others of its node in GB/s and one direction, 0 for that of `hardware`."""
+    """Bandwidth of a GPU to the others of its node, in GB/s and one direction; 0 takes that of `hardware`."""
     network_gbs: float = 0.0
-    """Bandwidth of a node to the others in GB/s and one direction, 0 for that of `hardware`."""
+    """Bandwidth of a node to the others, in GB/s and one direction; 0 takes that of `hardware`."""
     dry_run: bool = False
     """Also build and run the first rank with fake tensors and a fake process group."""
     peak: bool = False
-    """Follow every allocation of the dry run, which takes minutes."""
+    """Follow every allocation of the dry run to find its peak memory; this takes minutes."""
     layout: str = ""
-    """Layout of the dry run; default: the one that "auto" takes."""
+    """Layout of the dry run; by default the one that layout = "auto" would take."""
     json: bool = False
     """Print one JSON object as the last line."""
 
@@ -119,7 +119,7 @@ class PlanConfig:
 
     @property
     def cluster(self) -> Cluster:
-        """The cluster. Raises ValueError for memory or hardware that is not understood."""
+        """The cluster that the settings describe. Raises ValueError for a memory size or hardware that is unknown."""
         given = {"flops": self.tflops * 1e12, "share": self.share, "link": self.link_gbs * 1e9}
         given["network"] = self.network_gbs * 1e9
         hardware = dataclasses.replace(known_hardware(self.hardware), **{k: v for k, v in given.items() if v})
@@ -127,7 +127,7 @@ class PlanConfig:
 
 
 def memory_size(text: str) -> int:
-    """Return the bytes that "80GB" (10^9 each) or "80GiB" (2^30 each) means. Raises ValueError for anything else."""
+    """Return the bytes of a size as "80GB" (10^9 each) or "80GiB" (2^30 each). Raises ValueError for another text."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     if match is None or match[2].upper() not in UNITS or not float(match[1]) > 0:
         raise ValueError(f'plan: GPU memory {text!r} is not understood; expected a size as "80GB" or "80GiB"')
@@ -137,7 +137,7 @@ def memory_size(text: str) -> int:
 def architecture_of(name: str) -> tuple[ModuleType, Any]:
     """Return the module of `core/models/` and the configuration of a known model or of a folder.
 
-    Raises ValueError, naming the nearest, for a name that is neither; and as `read_config` for a folder.
+    Raises ValueError for a name that is neither, naming the nearest known one; for a folder as `read_config` does.
     """
     if name in MODELS:
         data = {"model_type": "llama", **dict(zip(_FIELDS, MODELS[name], strict=True))}
@@ -152,7 +152,7 @@ def architecture_of(name: str) -> tuple[ModuleType, Any]:
 
 
 def predicted_peak(job: Job, one: Forecast) -> int:
-    """Return the predicted peak where the head is computed as on a CPU, as a dry run does."""
+    """Return the predicted peak of a dry run, which computes the head as on a CPU."""
     config, tokens = job.config, job.micro_batch_tokens
     head = extra_bytes(tokens, config.hidden_size, config.vocab_size, job.dtype, gpu=False, training=True)
     policy = "full" if one.memory.policy == "offload" else one.memory.policy

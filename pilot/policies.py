@@ -44,17 +44,20 @@ class Adapters:
     """Policies that are adapters of one base model: `<stage>/adapter` in PEFT's layout.
 
     model: the base with the adapters in use. Where vLLM samples, the ranks hold it as [parallel] says; our own sampler
-    needs all of it on every rank. Where vLLM samples and nothing will be trained, it has no weights.
+    needs all of it on every rank. Where it computes nothing, since vLLM samples or all is recorded, it has no weights.
     """
 
-    def __init__(self, config: RunConfig, root: Path, world: World, trains: bool) -> None:
-        """root: the run's folder. trains: whether anything will be trained. Raises as `load_model` and `load_base`."""
+    def __init__(self, config: RunConfig, root: Path, world: World, trains: bool, samples: bool = True) -> None:
+        """root: the run's folder. trains, samples: whether anything will be trained or sampled.
+
+        Raises as `load_model` and `load_base`.
+        """
         self._config, self._root, self.world = config, root, world
         self._base = config.controller.folder
         self._first = Path(config.controller.adapter) if config.controller.adapter else None
         if config.warmup.source == "adapter":  # it is the warm-up's policy, so that "" is the base model
             self._first = None
-        self.model = _load(config, world, trains)
+        self.model = _load(config, world, trains, samples)
         # Not the device of the model's weights, which may lie in the host's memory while it computes on a GPU.
         self._device = torch.device("cpu") if self.model.head_weight.is_meta else world.device
 
@@ -135,11 +138,11 @@ class Weights:
     model: holds one policy at a time; the weights of another policy are read from its folder when it is needed.
     """
 
-    def __init__(self, config: RunConfig, root: Path, world: World, trains: bool) -> None:
-        """root: the run's folder. trains: whether anything will be trained. Raises as `load_model`."""
+    def __init__(self, config: RunConfig, root: Path, world: World, trains: bool, samples: bool = True) -> None:
+        """Take the arguments of `Adapters`. Raises as `load_model`."""
         self._config, self._root, self.world = config, root, world
         self._base, self._dtype = config.controller.folder, DTYPES[config.controller.dtype]
-        if trains or config.controller.engine == "local":
+        if trains or (samples and config.controller.engine == "local"):
             self.model = load_model(self._base, self._dtype, world.device)
         else:
             self.model = empty_model(self._base)
@@ -161,7 +164,7 @@ class Weights:
         """Make `sampler` draw from the policy of `stage` and return the controller that asks it."""
         if isinstance(sampler, Vllm):
             sampler.use_model(self.folder(stage))
-        else:
+        elif not self.model.head_weight.is_meta:
             self._load_policy(stage)
         return LocalController(sampler, None, self.name(stage))
 
@@ -203,15 +206,15 @@ class Weights:
 Policies = Adapters | Weights
 
 
-def open_policies(config: RunConfig, root: Path, world: World, trains: bool) -> Policies:
+def open_policies(config: RunConfig, root: Path, world: World, trains: bool, samples: bool = True) -> Policies:
     """Return the policies of the run in `root` as [controller] tune says; arguments and errors are those of both."""
-    return (Weights if config.controller.tune == "full" else Adapters)(config, root, world, trains)
+    return (Weights if config.controller.tune == "full" else Adapters)(config, root, world, trains, samples)
 
 
-def _load(config: RunConfig, world: World, trains: bool) -> LanguageModel:
+def _load(config: RunConfig, world: World, trains: bool, samples: bool) -> LanguageModel:
     controller, path = config.controller, config.controller.folder
     dtype = DTYPES[controller.dtype]
-    if controller.engine == "local":
+    if controller.engine == "local" and (trains or samples):
         return load_model(path, dtype, world.device, QUANTIZATIONS[controller.quantization])
     if not trains:
         return empty_model(path)

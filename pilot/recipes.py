@@ -20,7 +20,7 @@ def recipe_names() -> list[str]:
 
 
 def commented_recipe(name: str) -> str:
-    """Return the TOML of the recipe `name` with a comment above each key that says what it sets.
+    """Return the TOML of the recipe `name` with a comment above each key.
 
     Raises ValueError naming the nearest recipe for a name that is none.
     """

@@ -1,22 +1,29 @@
 """The files in which a run reports its results: report.json, .md, .html, summary, verdicts, scores, transfer.json."""
 
 import json
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from matryoshka.core.config import load_toml
 from matryoshka.core.files import read_jsonl, write_json
 from matryoshka.core.protocols import Task
-from matryoshka.core.records import Example, to_json
+from matryoshka.core.records import Example, Trajectory, to_json
 from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.eval.statistics import Paired, PairedScores, paired_difference, paired_scores
 from matryoshka.eval.summary import graded_scores
 from matryoshka.lora.files import adapter_hash
-from matryoshka.pilot.config import EMBEDDED_ADAPTER
-from matryoshka.pilot.context import Run
+from matryoshka.pilot.config import EMBEDDED_ADAPTER, RunConfig
+from matryoshka.pilot.context import ENVIRONMENT, Run, open_run
 from matryoshka.pilot.environment import environment, typed_command
-from matryoshka.pilot.episodes import policy_scheme, run_episodes
-from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, evaluate_with, trained_rounds
-from matryoshka.pilot.stages import is_trained
+from matryoshka.pilot.episodes import NotRecordedError, policy_scheme, run_episodes
+from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, evaluate, evaluate_with, schemes, trained_rounds
+from matryoshka.pilot.folder import CONFIG
+from matryoshka.pilot.stages import collect, is_trained, left_out, pairs_so_far
+
+logger = logging.getLogger(__name__)
 
 SPLIT_TITLES = {"test": "held-out problems", "held_out": "held-out families"}
 
@@ -41,12 +48,53 @@ def write_run_report(run: Run, conditions: Sequence[Condition], counts: dict[str
     return summary
 
 
+def report_again(folder: Path) -> dict[str, Any]:
+    """Write the report of the run in `folder` again from its record alone, and return the summary.
+
+    Conditions whose episodes are not all recorded are left out, with a warning. Raises FileNotFoundError where there is
+    no run; ValueError where the untrained controller or a choice on validation problems is not recorded.
+    """
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder}: no {CONFIG}; expected the folder of a run, such as runs/demo-0")
+    config = replace(load_toml(RunConfig, folder / CONFIG), name=folder.name)
+    with open_run(config, folder.parent, is_read=True) as run:
+        conditions: list[Condition] = []
+        for name, scheme in schemes(run).items():
+            try:
+                conditions += evaluate(run, {name: scheme})
+            except NotRecordedError as err:
+                logger.warning("%s; the report has no row of it", err)
+        try:
+            if "untrained" not in [condition.name for condition in conditions]:
+                raise NotRecordedError("evaluate untrained: episodes are not recorded")
+            return write_run_report(run, conditions, round_counts(run))
+        except NotRecordedError as err:
+            raise ValueError(f"{folder}: {err}; `matryoshka evaluate --config` runs them") from err
+
+
+def round_counts(run: Run) -> dict[str, Any]:
+    """Return what became of the samples of each trained round, as far as its episodes are all recorded."""
+    trajectories: list[Trajectory] = []
+    counts: dict[str, Any] = {}
+    recorded = replace(run, is_read=True)
+    for round in trained_rounds(run):
+        try:
+            trajectories += collect(recorded, round)
+        except NotRecordedError as err:
+            logger.warning("%s; the report has no counts from this round on", err)
+            break
+        counts[f"round_{round}"] = pairs_so_far(run, trajectories)[1].as_dict()
+    return counts
+
+
 def _report_input(
     run: Run, conditions: Sequence[Condition], counts: dict[str, Any], validation: dict[str, Any]
 ) -> ReportInput:
     examples = [e for split in HELD_OUT_SPLITS for e in run.problems[split]]
     groups = {split: [e.id for e in run.problems[split]] for split in HELD_OUT_SPLITS}
     machine = environment()
+    if run.is_read and (run.folder / ENVIRONMENT).is_file():  # the machine that the run was started on
+        machine = json.loads((run.folder / ENVIRONMENT).read_text())
     stages = [path.parent for path in sorted(run.folder.glob("**/metrics.jsonl"))]
     by_split = {SPLIT_TITLES[split]: ids for split, ids in groups.items() if ids and groups["held_out"]}
     return ReportInput(
@@ -116,13 +164,6 @@ def by_group(task: Task, examples: Sequence[Example]) -> dict[str, list[str]]:
     return groups
 
 
-def left_out(run: Run) -> dict[str, int]:
-    """Return how much did not fit the context, by split of problems and by stage of training; {} if everything fits."""
-    files = sorted(run.folder.glob("**/left_out.json"))
-    items = {f"{path.parent.relative_to(run.folder)} items": json.loads(path.read_text()) for path in files}
-    return {**{f"{split} problems": n for split, n in run.skipped_problems.items()}, **items}
-
-
 def select_round(run: Run) -> dict[str, Any]:
     """Return validation accuracies of warm-up and rounds, and the policy that they choose (the earlier on a tie)."""
     accuracies = {}
@@ -166,7 +207,7 @@ def summarise(run: Run, conditions: Sequence[Condition], last: str) -> dict[str,
 
 
 def notes(run: Run, validation: dict[str, Any]) -> list[str]:
-    """Return what a reader must know to judge the numbers."""
+    """Return the notes that a reader needs to judge the numbers."""
     lines = [
         f"Chosen on {len(run.problems['validation'])} validation problems: {validation['chosen']}. The held-out "
         "problems were used for this report alone.",

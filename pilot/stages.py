@@ -1,14 +1,16 @@
 """The stages of a pilot that make policies: warm-up, collection, pairs, a round of training, the STaR control.
 
-Each is a function of an open run. It reads back what is recorded and trained already, and does the rest.
+Each is a function of an open run. It reads back recorded episodes and trained policies, and does the rest.
 """
 
+import json
 import logging
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from matryoshka.core.files import write_json, write_jsonl
 from matryoshka.core.protocols import Task
@@ -106,10 +108,19 @@ def generator_scheme(config: RunConfig) -> Scheme:
 def collect(run: Run, round: int) -> list[Trajectory]:
     """Return K sampled episodes for each training problem under the policy that `round` starts from."""
     scheme = policy_scheme(run, policy_before(run.config, round))
-    seed = stable_seed("collect", run.config.seed, round)
-    settings = sampled_settings(run.config, seed, run.config.rollout.samples)
+    settings = sampled_settings(run.config, collection_seed(run.config, round), run.config.rollout.samples)
     done = run_episodes(run, scheme, ["train"], settings, f"collect {round}")
-    return done + _bootstrapped(run, round, done)
+    return done + bootstrapped(run, round, done)
+
+
+def collection_seed(config: RunConfig, round: int) -> int:
+    """Return the seed of the controller's samples in `round`."""
+    return stable_seed("collect", config.seed, round)
+
+
+def bootstrap_seed(config: RunConfig, round: int) -> int:
+    """Return the seed of the episodes of `round` that the generator guides."""
+    return stable_seed("bootstrap", config.seed, round)
 
 
 def collected(run: Run) -> list[Trajectory]:
@@ -123,24 +134,24 @@ def collected(run: Run) -> list[Trajectory]:
     return rows
 
 
-def _bootstrapped(run: Run, round: int, done: Sequence[Trajectory]) -> list[Trajectory]:
+def bootstrapped(run: Run, round: int, done: Sequence[Trajectory]) -> list[Trajectory]:
     """Return episodes that the generator guides, for each training problem that no episode of `done` solved."""
     samples = run.config.rollout.bootstrap
     solved = {trajectory.example_id for trajectory in done if trajectory.reward > 0.5}
     hard = {trajectory.example_id for trajectory in done} - solved
     if not samples or not hard:
         return []
-    settings = sampled_settings(run.config, stable_seed("bootstrap", run.config.seed, round), samples)
+    settings = sampled_settings(run.config, bootstrap_seed(run.config, round), samples)
     episodes = run_episodes(run, generator_scheme(run.config), ["train"], settings, f"bootstrap {round}", only=hard)
-    return [_in_controller_tokens(run, episode) for episode in episodes]
+    return [in_controller_tokens(run.tokenizer, episode) for episode in episodes]
 
 
-def _in_controller_tokens(run: Run, episode: Trajectory) -> Trajectory:
+def in_controller_tokens(tokenizer: Tokenizer, episode: Trajectory) -> Trajectory:
     """Return `episode` with its guidance in the controller's tokens, as if it had drawn it, to be trained on."""
 
     def tokenized(turn: Turn) -> Turn:
-        ids = run.tokenizer.render(turn.prompt, add_generation_prompt=True).ids
-        text_ids = (*run.tokenizer.encode(turn.action.text), run.tokenizer.eos_id)
+        ids = tokenizer.render(turn.prompt, add_generation_prompt=True).ids
+        text_ids = (*tokenizer.encode(turn.action.text), tokenizer.eos_id)
         return replace(turn, prompt_ids=ids, action=replace(turn.action, token_ids=text_ids))
 
     return replace(episode, turns=tuple(map(tokenized, episode.turns)))
@@ -151,14 +162,19 @@ def _in_controller_tokens(run: Run, episode: Trajectory) -> Trajectory:
 
 def write_pairs(run: Run, trajectories: Sequence[Trajectory]) -> tuple[list[Preference], PairCounts]:
     """Return the preference pairs of all trajectories so far, having written them to preferences.jsonl."""
-    rule = replace(run.task.pair_rule, cap=run.config.dpo.pairs_per_example)
-    pairs, counts = make_pairs(trajectories, rule, run.config.seed)
+    pairs, counts = pairs_so_far(run, trajectories)
     if counts.left_out:
         what = f"{counts.left_out} episodes, since other draws of their groups failed"
         logger.warning("pairs: left out %s; a run that is started again completes the groups", what)
     if run.world.is_first:
         write_jsonl(run.folder / "preferences.jsonl", [to_json(pair) for pair in pairs])
     return pairs, counts
+
+
+def pairs_so_far(run: Run, trajectories: Sequence[Trajectory]) -> tuple[list[Preference], PairCounts]:
+    """Return the preference pairs of all trajectories so far, by the task's rule."""
+    rule = replace(run.task.pair_rule, cap=run.config.dpo.pairs_per_example)
+    return make_pairs(trajectories, rule, run.config.seed)
 
 
 def train_round(run: Run, round: int, pairs: Sequence[Preference], trajectories: Sequence[Trajectory]) -> str:
@@ -192,6 +208,30 @@ def train_round(run: Run, round: int, pairs: Sequence[Preference], trajectories:
         copy_folder(run.policies.folder(best["stage"]), run.policies.folder(stage))
     run.ranks.barrier()
     return stage
+
+
+def run_round(run: Run, round: int) -> dict[str, Any]:
+    """Collect, pair and train one round alone and return its summary; round 1 warms up first.
+
+    round: 0 is the first one that is not trained yet. Raises ValueError for a round that the configuration does not
+    have, or whose starting policy is not trained.
+    """
+    rounds = run.config.rounds
+    round = round or next((n for n in range(1, rounds + 1) if not is_trained(run, f"round-{n}")), rounds + 1)
+    if not 1 <= round <= rounds:
+        raise ValueError(f"round {round}: the run has rounds = {rounds}; a larger number (--rounds) adds rounds to it")
+    stage, before = f"round-{round}", policy_before(run.config, round)
+    if round == 1:
+        warm_up(run)
+    elif not is_trained(run, before):
+        raise ValueError(f"round {round} starts from the policy of {before}, which is not trained; run that one first")
+    summary: dict[str, Any] = {"round": round, "starts_from": before or "untrained"}
+    if not is_trained(run, stage):
+        trajectories = [episode for earlier in range(1, round + 1) for episode in collect(run, earlier)]
+        pairs, counts = write_pairs(run, trajectories)
+        train_round(run, round, pairs, trajectories)
+        summary |= {"episodes": len(trajectories), **counts.as_dict()}
+    return {**summary, "policy": str(run.policies.folder(stage))}
 
 
 def train_star(run: Run, trajectories: Sequence[Trajectory]) -> None:
@@ -241,3 +281,10 @@ def _train(
         run.policies.train(stage, start, items, config, objective)
     for checkpoint in (run.folder / stage).glob("step-*") if run.world.is_first else ():
         shutil.rmtree(checkpoint)  # the policy is complete; the optimizer's state is not needed again
+
+
+def left_out(run: Run) -> dict[str, int]:
+    """Return how much did not fit the context, by split of problems and by stage of training; {} if everything fits."""
+    files = sorted(run.folder.glob("**/left_out.json"))
+    items = {f"{path.parent.relative_to(run.folder)} items": json.loads(path.read_text()) for path in files}
+    return {**{f"{split} problems": n for split, n in run.skipped_problems.items()}, **items}

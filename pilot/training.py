@@ -4,11 +4,12 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from matryoshka.core.models.norm_rope_swiglu import at_least_fp32
 from matryoshka.core.models.weights import sampled_digest, save_weights
 from matryoshka.core.parallel.cluster import job_of, memory_of
 from matryoshka.core.parallel.layout import ParallelConfig, choose_layout
+from matryoshka.core.records import content_key
 from matryoshka.core.training.step import Evaluation, Reference
 from matryoshka.core.training.train import Item, TrainConfig, TrainContext, free_share, longest_micro_batch, train
 from matryoshka.dpo.head import token_logps
@@ -40,7 +42,6 @@ from matryoshka.lora.linear import (
 from matryoshka.lora.quantized import quantize_linears
 from matryoshka.pilot.export import copy_tokenizer
 from matryoshka.pilot.progress import Progress
-from matryoshka.pilot.tracking import scalar_writer, wandb_writer
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -234,3 +235,64 @@ def load_base(base: Base, items: Sequence[Item] | None, config: TrainConfig, wor
     shard(model, make_mesh(layout, world), parallel, dtype, world.device)
     model.gathered_bytes = memory_of(job, layout.group, free).gathered
     return fill_model(model, base.path, stored, "cpu" if parallel.offload else world.device)
+
+
+@contextmanager
+def scalar_writer(folder: Path, enabled: bool) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Yield a function that writes a metrics row, which must have "step", as scalars into `folder`.
+
+    After a resume the steps that are done again replace the old ones. Not enabled, it does nothing.
+    Raises ValueError naming the extra when TensorBoard is not installed.
+    """
+    if not enabled:
+        yield lambda row: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as err:
+        raise ValueError("tensorboard = true needs the extra `track`: pip install 'matryoshka-pilot[track]'") from err
+    make_writer: Any = SummaryWriter  # its methods are not annotated
+    writer: Any = None
+
+    def write(row: Mapping[str, float]) -> None:
+        nonlocal writer
+        step = int(row["step"])
+        if writer is None:
+            writer = make_writer(folder, purge_step=step)
+        for name, value in row.items():
+            if name not in ("step", "steps"):
+                writer.add_scalar(name, value, step)
+
+    try:
+        yield write
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+@contextmanager
+def wandb_writer(folder: Path, project: str, title: str) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Yield a function that logs a metrics row, which must have "step", to a run of `project` named after `folder`.
+
+    Its own environment variables decide where it goes (WANDB_MODE=offline keeps it in `folder`). With project "" it
+    does nothing. A continued training continues its run. Raises ValueError naming the extra without the package wandb.
+    """
+    if not project:
+        yield lambda row: None
+        return
+    try:
+        import wandb
+    except ImportError as err:
+        raise ValueError("wandb needs the extra `track`: pip install 'matryoshka-pilot[track]'") from err
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = content_key(project, str(folder.absolute()))[:16]
+    run = wandb.init(project=project, name=folder.name, group=title, dir=folder, id=identity, resume="allow")
+
+
+    def write(row: Mapping[str, float]) -> None:
+        run.log({name: value for name, value in row.items() if name not in ("step", "steps")}, step=int(row["step"]))
+
+    try:
+        yield write
+    finally:
+        run.finish()

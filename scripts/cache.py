@@ -1,4 +1,4 @@
-"""`matryoshka cache stats|prune|export`: what a run's file of black-box answers holds, less of it, or all as JSONL."""
+"""`matryoshka cache stats|prune|export`: looks into a run's file of black-box answers, shortens it, or exports it."""
 
 import json
 import time
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from matryoshka.core.files import write_atomic
 from matryoshka.core.records import to_json
+from matryoshka.core.redaction import to_redacted_json
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.prices import Price, load_prices, price_of
 
@@ -93,7 +94,7 @@ def _export(answers: ResponseCache, generator: str, out: Path) -> int:
         with temporary.open("w", encoding="utf-8") as handle:
             for key, name, created, sample in answers.rows(generator or None):
                 row = {"key": key, "generator": name, "created": _time(created), "sample": to_json(sample)}
-                handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+                handle.write(to_redacted_json(row, ensure_ascii=False) + "\n")
                 count += 1
 
     write_atomic(out, write)

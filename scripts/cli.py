@@ -22,7 +22,7 @@ from matryoshka.core.signals import Interrupted
 from matryoshka.core.terminal import printable
 
 DEBUG = "MATRYOSHKA_DEBUG"
-INTERRUPTED = 143  # what a shell reports of a process that SIGTERM ended
+INTERRUPTED = 143  # a shell's status for a process that SIGTERM ended
 STOPPED = 3
 
 
@@ -34,16 +34,22 @@ COMMANDS: dict[str, str] = {
     "check": "a configuration without models and calls: files, splits, prompts, tokens, price",
     "pilot": "the main job: warm-up, rounds of collect, pair and train, evaluation, report",
     "sft": "supervised training of an adapter on your own conversations",
-    "collect": "a pilot's episodes, round by round as far as its policies are trained",
-    "pairs": "a pilot's preference pairs from the episodes collected so far",
+    "collect": "a pilot's episodes, or with --out those of any policy in a folder of their own",
+    "pairs": "preference pairs from collected episodes, in our form, TRL's or the original's",
     "dpo": "preference training of an adapter on your own pairs",
+    "round": "one round of a pilot alone: matryoshka round 2 --config FILE",
     "evaluate": "every policy of a pilot on the held-out problems, and the report",
+    "score": "predictions made elsewhere by a task's own measure: matryoshka score FILE --task.name pal",
+    "report": "the report of a run again, from its record alone: matryoshka report runs/demo-0",
+    "compare": "runs and evaluations with one another, problem by problem where these are equal",
     "curve": "a pilot over several seeds, and what its policies gain stage by stage",
     "estimate": "what a pilot will cost, from 20 training examples that are really run",
     "plan": "memory, communication and speed of training on a cluster, predicted, and the layout to take",
     "cache": "the answers that a run has paid for: stats, prune, export",
-    "data": "a benchmark's own files, checked and resumable: matryoshka data lamp --task 2N",
+    "data": "a benchmark's own files, checked and resumable: matryoshka data gsm8k, gsm-hard, alfworld, lamp",
     "serve": "a model and its adapters behind an OpenAI-compatible HTTP server",
+    "gateway": "an OpenAI-compatible endpoint that records an agent's calls to the controller, to train it on them",
+    "train-from": "the next policy of a gateway, trained on the episodes that have ended: matryoshka train-from RUN",
     "parity": "log-probs of the same tokens from trainer, sampler and vLLM, with and without an adapter",
     "merge": "an adapter folded into its model, as a Hugging Face folder",
     "export": "the policy of a run's stage: an adapter in PEFT layout, or a model folder",
@@ -54,8 +60,9 @@ COMMANDS: dict[str, str] = {
 
 def load_command(name: str) -> Callable[..., None]:
     """Return the function of a command; its module is imported only now, so that the others cost nothing."""
-    module = "matryoshka.benchmarks.command" if name == "bench" else f"matryoshka.scripts.{name}"
-    function: Callable[..., None] = getattr(importlib.import_module(module), name)
+    attribute = name.replace("-", "_")
+    module = "matryoshka.benchmarks.command" if name == "bench" else f"matryoshka.scripts.{attribute}"
+    function: Callable[..., None] = getattr(importlib.import_module(module), attribute)
     return function
 
 
@@ -102,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tell_torchrun(err: Exception) -> None:
-    """Leave `err` and its traceback where torchrun looks for them: what it prints at the end has both, and the rank."""
+    """Leave `err` and its traceback where torchrun looks for them: its last message has both, and the rank."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

@@ -12,22 +12,23 @@ from matryoshka.tasks.find import task_names
 
 
 def data(
-    name: Annotated[str, tyro.conf.Positional], task: str = "", out: Path | None = None, site: str = ""
+    name: Annotated[str, tyro.conf.Positional], task: str = "", out: Path | None = None, mirror: tuple[str, ...] = ()
 ) -> None:
     """Fetch the files of a benchmark into a folder and print their paths.
 
     Run it again after an interruption to continue; complete files are only checked.
 
     Args:
-        name: The benchmark, such as lamp.
+        name: The benchmark: alfworld, gsm-hard, gsm8k or lamp.
         task: Which part of it; of LaMP 1, 2N (news categories), 2M (movie tags), 3 or 4.
         out: Folder for the files and their manifest; default: data/NAME.
-        site: Where the files are, for those that the manifest does not name yet; default: the benchmark's own site.
+        mirror: Addresses that are tried before the benchmark's own site, for files that the manifest does not name yet;
+            the paths behind them and the checksums are those of the site.
     """
     modules = {known: f"matryoshka.tasks.{known}.sources" for known in task_names()}
-    known = [name for name, module in modules.items() if importlib.util.find_spec(module) is not None]
+    found = [importlib.import_module(module) for module in modules.values() if importlib.util.find_spec(module)]
+    known = {benchmark: module for module in found for benchmark in module.BENCHMARKS}
     if name not in known:
-        raise ValueError(f"data: benchmark {name!r} has no files to fetch; choose from {', '.join(known)}")
-    files = importlib.import_module(modules[name]).sources(task, site)
-    for path in fetch(files, out or Path("data") / name):
+        raise ValueError(f"data: benchmark {name!r} has no files to fetch; choose from {', '.join(sorted(known))}")
+    for path in fetch(known[name].sources(name, task), out or Path("data") / name, mirror):
         print(path)

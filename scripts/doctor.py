@@ -41,7 +41,6 @@ OPTIONAL = {
     "rank_bm25": "lamp",
     "rouge_score": "lamp",
     "sacrebleu": "lamp",
-    "sklearn": "lamp",
     "openai": "test",
     "transformers": "test",
     "peft": "test",

@@ -1,4 +1,4 @@
-"""`matryoshka estimate`: what a pilot will cost."""
+"""`matryoshka estimate`: the predicted cost of a pilot."""
 
 import json
 

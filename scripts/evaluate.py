@@ -5,11 +5,10 @@ import json
 from matryoshka.core.distributed import open_world
 from matryoshka.core.records import to_json
 from matryoshka.pilot.context import open_run
-from matryoshka.pilot.evaluate import chosen, schemes
+from matryoshka.pilot.evaluate import EvaluateConfig, chosen, evaluate_policies, schemes
 from matryoshka.pilot.evaluate import evaluate as evaluate_conditions
-from matryoshka.pilot.evaluations import EvaluateConfig, evaluate_policies
 from matryoshka.pilot.folder import RUNS
-from matryoshka.pilot.run_report import write_run_report, write_transfer
+from matryoshka.pilot.run_report import round_counts, write_run_report, write_transfer
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -31,6 +30,6 @@ def evaluate(config: EvaluateConfig) -> None:
                     conditions = evaluate_conditions(run, chosen(schemes(run), config.only, config.skip))
                     rows = [{c.name: to_json(run.task.score(c.trajectories))} for c in conditions]
                     if not (config.only or config.skip):
-                        rows.append(write_run_report(run, conditions, {}))
+                        rows.append(write_run_report(run, conditions, round_counts(run)))
         for row in rows if world.is_first else ():
             print(json.dumps(row))

@@ -1,15 +1,10 @@
-"""`matryoshka pairs`: the preference pairs of a pilot."""
+"""`matryoshka pairs`: preference pairs from recorded episodes."""
 
 import json
 
-from matryoshka.pilot.config import RunConfig
-from matryoshka.pilot.context import open_run
-from matryoshka.pilot.folder import RUNS
-from matryoshka.pilot.stages import collected, write_pairs
+from matryoshka.pilot.collected import PairsCommand, write_pairs_of
 
 
-def pairs(config: RunConfig) -> None:
-    """Make preferences.jsonl from the episodes collected so far and print the counts as JSON."""
-    with open_run(config, RUNS, trains=False) as run:
-        _, counts = write_pairs(run, collected(run))
-        print(json.dumps(counts.as_dict()))
+def pairs(config: PairsCommand) -> None:
+    """Write the pairs of recorded episodes into a file and print the counts as JSON."""
+    print(json.dumps(write_pairs_of(config)))

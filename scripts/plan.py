@@ -16,7 +16,7 @@ from matryoshka.pilot.plan import DTYPES, PlanConfig, architecture_of, predicted
 
 
 def plan(config: PlanConfig) -> None:
-    """Print the table of layouts, which is best and why; with --dry-run what torch did; the object last."""
+    """Print the table of layouts, which is best and why; with --dry-run torch's own counts; the object last."""
     architecture, model_config = architecture_of(config.model)
     with torch.device("meta"):
         model = architecture.Model(model_config)
@@ -83,7 +83,7 @@ def _remedy(job: Job) -> str:
 def _dry_run(
     model: Any, model_config: Any, job: Job, cluster: Cluster, layout: str, with_peak: bool
 ) -> dict[str, Any]:
-    """Run rank 0 of `layout` in a simulated cluster and print what it did beside the prediction."""
+    """Run rank 0 of `layout` in a simulated cluster and print its counts beside the prediction."""
     from matryoshka.pilot.dry_run import dry_run  # takes as long to import as torch
 
     once = dataclasses.replace(job, micro_batches=1)

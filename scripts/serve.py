@@ -101,7 +101,7 @@ def _serve_local(config: ServeCommand) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[log])
     count = config.threads or usable_cores()
     torch.set_num_threads(count)
-    key = _callers_key(config.api_key_env)
+    key = callers_key(config.api_key_env)
     network = load_model(config.model)
     names: dict[str, str | None] = {config.name or config.model.name: None}
     loaded: dict[Path, str] = {}  # one copy of each folder, under a name without the dots that modules do not take
@@ -123,7 +123,7 @@ def _serve_local(config: ServeCommand) -> None:
         asyncio.run(server.serve(engine, config.host, config.port, key, ready, config.allow_anonymous))
 
 
-def _callers_key(name: str) -> str | None:
+def callers_key(name: str) -> str | None:
     """Return the key in the environment variable `name`, None for "". Raises ValueError for an empty variable."""
     key = read_secret(name) if name else None
     if key == "":
@@ -134,7 +134,7 @@ def _callers_key(name: str) -> str | None:
 def _serve_llama(config: ServeCommand) -> None:
     """Run llama.cpp until SIGTERM or SIGINT; print its address when it answers."""
     llama = replace(config.llama, slots=1 if config.deterministic else config.llama.slots)
-    key, count = _callers_key(config.api_key_env), config.threads or usable_cores()
+    key, count = callers_key(config.api_key_env), config.threads or usable_cores()
     with stop_event() as stop:
         running = start_llama(
             config.model, config.name or config.model.stem, config.host, config.port, count, key, llama

@@ -1,12 +1,14 @@
-"""The shape of the code: who imports whom, what the packages are, which of them work with the run-time packages alone.
+"""The shape of the code: the direction of imports, the packages, and the modules that need the run-time packages alone.
 
-Import statements are read from the source wherever they stand; what an import pulls in is tried in a fresh process.
+Import statements are read from the source wherever they stand; the modules that an import loads are tried in a fresh
+process.
 """
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -113,7 +115,7 @@ def layer(path: Path) -> str:
 
 
 def fault(folder: str, name: str) -> str | None:
-    """Return what is wrong with a module of `folder` importing `name`, or None."""
+    """Return the rule that a module of `folder` breaks by importing `name`, or None."""
     top, _, rest = name.partition(".")
     if not top:
         return "relative import"
@@ -172,6 +174,44 @@ def test_a_circle_is_seen() -> None:
         "matryoshka.d": "from matryoshka.a import f",
     }
     assert circles(dependencies(files)) == {("matryoshka.a", "matryoshka.b", "matryoshka.c")}
+
+
+def only_importers(files: Mapping[str, str], packages: Iterable[str]) -> dict[str, str]:
+    """Return the modules of `packages` that one other module imports, each with that module.
+
+    Benchmarks count as importers. Left out are modules that are also found without an import: architectures, tasks and
+    commands by their names, and files that run as a process of their own.
+    """
+    importers: dict[str, list[str]] = {module: [] for module in files}
+    for module, targets in dependencies(files).items():
+        for target in targets:
+            importers[target].append(module)
+    found = re.compile(r"^LORA_TARGETS = |^if __name__ == \"__main__\"", re.MULTILINE)
+    return {
+        module: importers[module][0]
+        for module, source in files.items()
+        if module.split(".")[1] in packages and len(importers[module]) == 1 and source and not found.search(source)
+    }
+
+
+def test_few_files_have_one_importer() -> None:
+    """Oracle: the imports in the source. A short file with one importer belongs into it, unless it is an idea of its
+    own."""
+    files = {module_name(path): path.read_text() for path in sources(*MAY_IMPORT)}
+    alone = only_importers(files, MAY_IMPORT.keys() - {"benchmarks", "scripts"})
+    assert len(alone) < 36, "\n".join(f"{module} <- {importer}" for module, importer in sorted(alone.items()))
+
+
+def test_a_file_with_one_importer_is_seen() -> None:
+    """Oracle: by hand: one module has two importers, one is run, one is an architecture, and one has one importer."""
+    files = {
+        "matryoshka.core.a": "from matryoshka.core import b, c, d, e",
+        "matryoshka.core.b": "from matryoshka.core import c",
+        "matryoshka.core.c": "C = 1",
+        "matryoshka.core.d": 'if __name__ == "__main__":\n    pass',
+        "matryoshka.core.e": 'LORA_TARGETS = ("q_proj",)',
+    }
+    assert only_importers(files, {"core"}) == {"matryoshka.core.b": "matryoshka.core.a"}
 
 
 def test_the_rooms_of_core_import_downwards() -> None:
@@ -263,3 +303,15 @@ def test_nothing_outside_a_task_s_folder_names_it() -> None:
         }
         faults += [f"{path.relative_to(ROOT)}: {name}" for name in (imports | compared) & (names - {own})]
     assert faults == []
+
+
+def test_functions_take_at_most_eight_parameters() -> None:
+    """Oracle: the signatures, `self`, `cls` and `ctx` aside; Triton's kernel takes pointers one by one."""
+    faults = []
+    for path in sources(*MAY_IMPORT):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = [x.arg for x in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                if len([name for name in names if name not in ("self", "cls", "ctx")]) > 8:
+                    faults.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert faults == ["dpo/kernels.py: _fold"]

@@ -6,7 +6,7 @@ full       keeps the inputs of the blocks alone and runs each block again;
 offload    as full, with the inputs of the blocks in the host's memory.
 
 An architecture takes part by calling its blocks through `run_block` and its cheap functions through `recomputed`.
-Which policy fits is for `core/training/memory.py` to say.
+`core/training/memory.py` predicts which policy fits.
 """
 
 import weakref
@@ -26,14 +26,14 @@ POLICIES = ("none", "selective", "full", "offload")  # from the fastest to the l
 
 
 class _Recipe:
-    """How to make a dropped tensor again: once for all that kept it, not once for each."""
+    """How to compute a dropped tensor again: once for all graph nodes that need it, not once for each."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.function = function
         self.inputs = tuple(tensor.detach() for tensor in inputs)
-        self.output = weakref.ref(output)  # while it lives, its memory is nobody else's
+        self.output = weakref.ref(output)  # while it lives, no other tensor has its memory
         self.layout = _layout(output)
-        self.kept = self.waiting = 0  # how many keep it, and how many of them have not asked for it yet
+        self.kept = self.waiting = 0  # how many nodes keep it, and how many of them have not asked for it yet
         self.value: Tensor | None = None
 
     def make(self) -> Tensor:
@@ -127,7 +127,7 @@ def activations(policy: str, compiled: CompiledBlocks | None = None) -> Iterator
     finally:
         _now.reset(before)
         if recipes is not None:
-            recipes.by_storage.clear()  # the graph holds its hooks to the end: each recipe goes with who kept it
+            recipes.by_storage.clear()  # the graph holds its hooks to the end; a recipe is freed with its own node
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -168,4 +168,4 @@ def _attention(attend: Callable[..., Tensor], layer: Any, q: Tensor, k: Tensor, 
     return attend(layer, q, k, v)
 
 
-_outside_of_graphs = _attention  # what must not be traced, once `CompiledBlocks` has said so to the compiler
+_outside_of_graphs = _attention  # `CompiledBlocks` replaces it by one that the compiler does not trace

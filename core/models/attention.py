@@ -108,7 +108,7 @@ def blocks(tree: TokenTree, window: int | None = None) -> list[Block]:
     """
     end, parent, depth = (x.numpy() for x in (tree.end_T, tree.parent_T, tree.positions_T))
     size = len(end)
-    starts, stops = _pieces(parent)
+    starts, stops = _pieces(tree.chains())
     parents = np.searchsorted(starts, parent[starts], side="right") - 1  # -1 at a root
     sizes, above = end[starts] - starts, np.minimum(depth[starts], (window or len(end) + 1) - 1)
     whole = CALL + sizes * (above + sizes)
@@ -127,15 +127,11 @@ def blocks(tree: TokenTree, window: int | None = None) -> list[Block]:
     return found
 
 
-def _pieces(parent: Indices) -> tuple[Indices, Indices]:
-    """Return starts and stops of the tree's chains without branches, cut where they are longer than PIECE."""
-    size = len(parent)
-    jump = np.flatnonzero(parent != np.arange(size) - 1)
-    branching = parent[jump]
-    edges = np.unique(np.concatenate(([0, size], jump, branching[branching >= 0] + 1)))
+def _pieces(edges: Indices) -> tuple[Indices, Indices]:
+    """Return starts and stops of a tree's chains, cut where they are longer than PIECE. edges: its `chains()`."""
     cut = [np.arange(start, stop, PIECE) for start, stop in zip(edges, edges[1:], strict=False)]
     starts = np.concatenate([np.empty(0, dtype=np.int64), *cut])
-    return starts, np.append(starts[1:], size)[: len(starts)]
+    return starts, np.append(starts[1:], edges[-1])[: len(starts)]
 
 
 def _block(end: Indices, depth: Indices, window: int | None, start: int, stop: int) -> Block:

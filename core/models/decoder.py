@@ -53,6 +53,8 @@ class Config:
     """Logits become c * tanh(logit / c)."""
     extra_kept: int = 0
     """How many numbers of a token a block keeps for the backward pass beyond those that Llama's keeps."""
+    extra_recomputed: int = 0
+    """The same for numbers that activation policy "selective" makes again instead of keeping."""
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -255,6 +257,12 @@ class Block(nn.Module):
         return out
 
 
+def plain_block(config: Config) -> Block:
+    """Return Llama's layer: attention and SwiGLU, with biases where the configuration has them."""
+    bias = config.attention_bias
+    return Block(config, Attention(config, qkv_bias=bias, o_bias=bias), MLP(config, config.mlp_bias))
+
+
 def both(cos_BTH: Tensor | None, sin_BTH: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Return the pair of tables, or None. `run_block` marks the lengths of tensors that it is given one by one."""
     return None if cos_BTH is None or sin_BTH is None else (cos_BTH, sin_BTH)
@@ -274,7 +282,7 @@ class DecoderModel(LanguageModel):
     """Embedding, blocks, last norm. `forward` returns hidden states; callers apply the head where they need it."""
 
     def __init__(
-        self, config: Config, block: Callable[[Config], nn.Module], norm: nn.Module | None = None
+        self, config: Config, block: Callable[[Config], nn.Module] = plain_block, norm: nn.Module | None = None
     ) -> None:
         """block: makes one layer; its forward takes x, cos, sin, attend and the layer's `LayerAttention`. norm: the
         last one, default as in Llama."""

@@ -1,8 +1,9 @@
-"""A GGUF file turned into a Hugging Face model folder, as one would download it.
+"""Makes a Hugging Face model folder, as one would download it, of a GGUF file.
 
-Weights come in any GGUF quantisation and are dequantised to fp32. Which architectures are converted is for their files
-to say: those that export a `GGUF` layout (`core/models/gguf_layout.py`). Any other architecture, tokenizer or tensor is
-an error. The folder appears whole or not at all.
+Weights come in any GGUF quantisation and are dequantised in fp32. An architecture is converted if its file exports a
+`GGUF` layout (`core/models/gguf_layout.py`). Tokenizers are the byte-level BPE of the families in SPLITS, or
+sentencepiece models, whose merges are rebuilt from the tokens' scores. Anything else is an error. The folder appears
+whole or not at all.
 """
 
 import importlib.util
@@ -16,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matryoshka.core.files import write_folder, write_json
+from matryoshka.core.files import write_atomic, write_folder, write_json
 from matryoshka.core.models.gguf_layout import GgufLayout
-from matryoshka.core.models.gguf_tokenizer import check_tokenizer, special_ids, tokenizer_config, write_tokenizer
 from matryoshka.core.models.load import architecture_files, model_architecture
 from matryoshka.core.models.weights import save_weights
 
@@ -49,11 +49,12 @@ def smollm2_gguf() -> Path:
     return found[0]
 
 
-def convert_gguf(gguf_path: Path, out: Path) -> Path:
-    """Return `out`, a Hugging Face folder with the weights (fp32), config and tokenizer of `gguf_path`.
+def convert_gguf(gguf_path: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Return `out`, a Hugging Face folder with the weights in `dtype`, config and tokenizer of `gguf_path`.
 
-    A complete `out` is returned untouched. The whole model is held in memory in fp32. Where the file has an output
-    matrix beside the embedding, the folder has both, though they may be one matrix quantised twice.
+    A complete `out` is returned untouched, whatever dtype it has. The whole model is held in memory in `dtype`. Where
+    the file has an output matrix beside the embedding, the folder has both, though they may be one matrix quantised
+    twice.
 
     Raises:
         FileNotFoundError: `gguf_path` is missing.
@@ -71,10 +72,11 @@ def convert_gguf(gguf_path: Path, out: Path) -> Path:
     check_tokenizer(gguf_path, facts)
     try:
         with write_folder(out, replace=False) as temporary:
-            weights = _weights(gguf_path, reader.tensors, facts, layout)
+            weights = _weights(gguf_path, reader.tensors, facts, layout, dtype)
             save_weights(weights, temporary, max_shard_bytes=sys.maxsize)
             embedding = weights["model.embed_tokens.weight"]
             config = {"model_type": model_type, "vocab_size": len(embedding), **_config(facts, layout)}
+            config |= {"torch_dtype": str(dtype).removeprefix("torch.")}
             write_json(temporary / "config.json", config | {"tie_word_embeddings": "lm_head.weight" not in weights})
             write_json(temporary / "generation_config.json", special_ids(facts))
             context = facts[f"{layout.architecture}.context_length"]
@@ -125,8 +127,10 @@ def _layout(path: Path, facts: Mapping[str, Any]) -> tuple[GgufLayout, str]:
     return layouts[architecture]
 
 
-def _weights(path: Path, tensors: Any, facts: Mapping[str, Any], layout: GgufLayout) -> dict[str, Tensor]:
-    """Return fp32 tensors under their Hugging Face names, each shaped (out, in)."""
+def _weights(
+    path: Path, tensors: Any, facts: Mapping[str, Any], layout: GgufLayout, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the tensors under their Hugging Face names, each shaped (out, in)."""
     import numpy as np
 
     dequantize = _gguf().quants.dequantize
@@ -146,7 +150,7 @@ def _weights(path: Path, tensors: Any, facts: Mapping[str, Any], layout: GgufLay
                 weight = _unpermute(weight, heads[match[2]])
         if layout.norm_offset and name.endswith("norm.weight"):
             weight = weight - layout.norm_offset
-        weights[name] = torch.from_numpy(np.require(weight, np.float32, ["C", "W"]))
+        weights[name] = torch.from_numpy(np.require(weight, np.float32, ["C", "W"])).to(dtype)
     expected = 2 + (len(layout.layer) + len(layout.biases)) * facts[f"{layout.architecture}.block_count"]
     expected += "lm_head.weight" in weights
     if len(weights) != expected:
@@ -189,7 +193,144 @@ def _config(facts: Mapping[str, Any], layout: GgufLayout) -> dict[str, Any]:
         "rms_norm_eps": float(str(np.float32(value("attention.layer_norm_rms_epsilon")))),
         "max_position_embeddings": value("context_length"),
         **special_ids(facts),
-        "torch_dtype": "float32",
         "use_cache": True,
         **layout.settings(value),
     }
+
+
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type; 1 is ordinary, 5 unused
+SPACE = "\u2581"  # sentencepiece's spelling of a space
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+# tokenizer.ggml.pre -> how text is split before merging: None is digits one by one, then GPT-2's own rule.
+SPLITS = {
+    "smollm": None,
+    "qwen2": CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "llama-bpe": CONTRACTIONS
+    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+NORMALISED = ("qwen2",)  # those whose own tokenizer.json composes characters first (NFC)
+NAMES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+
+
+def check_tokenizer(path: Path, facts: Mapping[str, Any]) -> None:
+    """Raise ValueError for a tokenizer that is not converted. path: the GGUF file, for the message."""
+    model, split = facts.get("tokenizer.ggml.model"), facts.get("tokenizer.ggml.pre")
+    if model not in ("gpt2", "llama"):
+        raise ValueError(f"{path}: tokenizer.ggml.model is {model!r}, expected 'gpt2' or 'llama'; "
+                         f"get a Hugging Face folder for this model")
+    if model == "gpt2" and split not in SPLITS:
+        raise ValueError(f"{path}: tokenizer.ggml.pre is {split!r}, expected one of {sorted(SPLITS)}; "
+                         f"get a Hugging Face folder for this model")
+    if facts.get("tokenizer.chat_template") is None:
+        raise ValueError(f"{path}: no chat template; a base model cannot be a controller, get the instruct model")
+
+
+def special_ids(facts: Mapping[str, Any]) -> dict[str, int]:
+    """Return the ids of the tokens that begin, end and pad a text, as far as the file names them."""
+    ids = {name: facts.get(f"tokenizer.ggml.{key}_token_id") for name, key in NAMES.items() if name != "unk"}
+    return {f"{name}_token_id": id for name, id in ids.items() if id is not None}
+
+
+def tokenizer_config(facts: Mapping[str, Any], context_length: int) -> dict[str, Any]:
+    """Return the contents of tokenizer_config.json."""
+    tokens = facts["tokenizer.ggml.tokens"]
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    kinds = facts["tokenizer.ggml.token_type"]
+    named = {name: facts.get(f"tokenizer.ggml.{key}_token_id") for name, key in NAMES.items()}
+    return {
+        "add_prefix_space": False,
+        "add_bos_token": _adds_bos(facts),
+        "added_tokens_decoder": {
+            str(id): {"content": token, **flags, "special": kinds[id] == CONTROL or id in named.values()}
+            for id, token in _added(facts).items()
+        },
+        **{f"{name}_token": tokens[id] for name, id in named.items() if id is not None},
+        "chat_template": facts["tokenizer.chat_template"],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context_length,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+
+
+def write_tokenizer(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write tokenizer.json."""
+    from tokenizers import AddedToken, Tokenizer, processors
+
+    tokenizer: Tokenizer = _byte_level(facts) if facts["tokenizer.ggml.model"] == "gpt2" else _sentencepiece(facts)
+    kinds = facts["tokenizer.ggml.token_type"]
+    for id, token in _added(facts).items():
+        added = AddedToken(token, special=kinds[id] != USER_DEFINED, normalized=False)
+        (tokenizer.add_tokens if kinds[id] == USER_DEFINED else tokenizer.add_special_tokens)([added])
+    if _adds_bos(facts):
+        bos_id = facts["tokenizer.ggml.bos_token_id"]
+        bos = facts["tokenizer.ggml.tokens"][bos_id]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
+        )
+    write_atomic(path, lambda temporary: tokenizer.save(str(temporary)))
+
+
+def _adds_bos(facts: Mapping[str, Any]) -> bool:
+    """Return whether plain text begins with BOS; sentencepiece models do so where the file does not say."""
+    return bool(facts.get("tokenizer.ggml.add_bos_token", facts["tokenizer.ggml.model"] == "llama"))
+
+
+def _added(facts: Mapping[str, Any]) -> dict[int, str]:
+    """Return the tokens that stand beside the trained vocabulary: control tokens, and those that a user defined."""
+    kinds = facts["tokenizer.ggml.token_type"]
+    chosen = (CONTROL, USER_DEFINED) if facts["tokenizer.ggml.model"] == "gpt2" else (UNKNOWN, CONTROL, USER_DEFINED)
+    return {id: token for id, token in enumerate(facts["tokenizer.ggml.tokens"]) if kinds[id] in chosen}
+
+
+def _vocabulary(facts: Mapping[str, Any]) -> dict[str, int]:
+    """Return the tokens and their ids; unused ones only pad the embedding."""
+    kinds = facts["tokenizer.ggml.token_type"]
+    return {token: id for id, token in enumerate(facts["tokenizer.ggml.tokens"]) if kinds[id] != 5}
+
+
+def _byte_level(facts: Mapping[str, Any]) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    family = facts["tokenizer.ggml.pre"]
+    merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(facts), merges=merges, ignore_merges=family == "llama-bpe"))
+    pattern = SPLITS[family]
+    first = (
+        pre_tokenizers.Digits(individual_digits=True)
+        if pattern is None
+        else pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    )
+    by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, by_byte])
+    if family in NORMALISED:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(facts: Mapping[str, Any]) -> Any:
+    """Return the BPE model of a sentencepiece vocabulary: of all neighbours those of the best score merge first."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    tokens, scores = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.scores"]
+    kinds, vocabulary = facts["tokenizer.ggml.token_type"], _vocabulary(facts)
+    mergeable = {token for id, token in enumerate(tokens) if kinds[id] == 1}
+    found = []
+    for id, token in enumerate(tokens):
+        if kinds[id] == 1 and len(token) > 1:
+            cuts = ((token[:at], token[at:]) for at in range(1, len(token)))
+            pairs = [pair for pair in cuts if pair[0] in mergeable and pair[1] in mergeable]
+            found += [(-scores[id], vocabulary[left], vocabulary[right], left, right) for left, right in pairs]
+    unknown = next((token for id, token in enumerate(tokens) if kinds[id] == UNKNOWN), None)
+    merges = [merge[3:] for merge in sorted(found)]
+    model = models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    steps = [normalizers.Replace(" ", SPACE)]
+    begins = [normalizers.Prepend(SPACE)] if facts.get("tokenizer.ggml.add_space_prefix", True) else []
+    tokenizer.normalizer = normalizers.Sequence([*begins, *steps])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    strip = [decoders.Strip(" ", 1, 0)] if begins else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer

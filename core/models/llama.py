@@ -4,16 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from matryoshka.core.models.config_fields import Fields
-from matryoshka.core.models.decoder import (
-    MLP,
-    SEPARATE_PROJECTIONS,
-    Attention,
-    Block,
-    Config,
-    DecoderModel,
-    Defaults,
-    read_common,
-)
+from matryoshka.core.models.decoder import SEPARATE_PROJECTIONS, Config, DecoderModel, Defaults, read_common
 from matryoshka.core.models.gguf_layout import LLAMA_LAYER, GgufLayout
 
 LORA_TARGETS = SEPARATE_PROJECTIONS
@@ -36,12 +27,3 @@ def read_config(data: dict[str, Any]) -> Config:
 
 class Model(DecoderModel):
     """A Llama language model."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config, llama_block)
-
-
-def llama_block(config: Config) -> Block:
-    """Return one layer: pre-norm attention and SwiGLU."""
-    attention = Attention(config, qkv_bias=config.attention_bias, o_bias=config.attention_bias)
-    return Block(config, attention, MLP(config, config.mlp_bias))

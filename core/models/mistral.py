@@ -3,16 +3,7 @@
 from typing import Any
 
 from matryoshka.core.models.config_fields import Fields
-from matryoshka.core.models.decoder import (
-    MLP,
-    SEPARATE_PROJECTIONS,
-    Attention,
-    Block,
-    Config,
-    DecoderModel,
-    Defaults,
-    read_common,
-)
+from matryoshka.core.models.decoder import SEPARATE_PROJECTIONS, Config, DecoderModel, Defaults, read_common
 
 LORA_TARGETS = SEPARATE_PROJECTIONS
 
@@ -32,6 +23,3 @@ def read_config(data: dict[str, Any]) -> Config:
 
 class Model(DecoderModel):
     """A Mistral language model."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config, lambda config: Block(config, Attention(config), MLP(config)))

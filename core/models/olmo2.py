@@ -28,9 +28,11 @@ def read_config(data: dict[str, Any]) -> Config:
     fields = Fields(data, "OLMo2")
     fields.fixed(hidden_act="silu")
     config = read_common(fields, Defaults(rms_norm_eps=1e-5, max_position_embeddings=2048))
-    # The norms keep what they read: queries, keys, and the outputs of attention and feed-forward layer.
-    extra = config.queries + config.keys + 2 * config.hidden_size
-    return replace(config, attention_bias=fields.flag("attention_bias"), extra_kept=extra)
+    bias, hidden = fields.flag("attention_bias"), config.hidden_size
+    # The norms keep their inputs: queries, keys, and the outputs of attention and feed-forward layer. No norm's output
+    # is kept: nothing but a sum reads it.
+    extra = config.queries + config.keys + 2 * hidden
+    return replace(config, attention_bias=bias, extra_kept=extra, extra_recomputed=-2 * hidden)
 
 
 class Block(nn.Module):

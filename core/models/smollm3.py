@@ -12,7 +12,6 @@ from matryoshka.core.models.decoder import (
     read_common,
     sliding_layers,
 )
-from matryoshka.core.models.llama import llama_block
 
 LORA_TARGETS = SEPARATE_PROJECTIONS
 
@@ -38,6 +37,3 @@ def read_config(data: dict[str, Any]) -> Config:
 
 class Model(DecoderModel):
     """A SmolLM 3 language model."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config, llama_block)

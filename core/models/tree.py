@@ -1,9 +1,10 @@
-"""A batch of token sequences as a forest, in which a beginning that several share stands, and is computed, once.
+"""A batch of token sequences as a forest: a prefix that several sequences share is stored, and computed, once.
 
-Each node is one token with its position and its parent; attention sees ancestors only, so log-probs and gradients equal
-those of the sequences one at a time (held in float64 by a test). A sequence's last token is only ever predicted, never
-read, so it gets no node. Nodes lie in preorder, siblings by id: a subtree is a range, and token q sees token k exactly
-where k <= q < end[k]. The layout depends on the set of sequences, not on their order.
+Each node is one token with its position and its parent. A token attends to its ancestors only, so log-probs and
+gradients equal those of the sequences one at a time (a test holds this in float64). The last token of a sequence is
+predicted but never read, so it gets no node. Nodes lie in preorder, siblings in the order of their ids: a subtree is a
+range, and token q sees token k exactly where k <= q < end[k]. The layout depends on the set of sequences, not on their
+order.
 
 Shapes: T tree tokens, S scored tokens.
 """
@@ -72,8 +73,15 @@ class TokenTree:
         lengths = torch.bincount(self.sequence_S, minlength=self.num_sequences)
         return torch.segment_reduce(values_S, "sum", lengths=lengths.to(values_S.device))
 
+    def chains(self) -> npt.NDArray[np.int64]:
+        """Return the starts of the longest runs of tokens without a branch in between, and the number of tokens."""
+        parent = self.parent_T.numpy()
+        jump = np.flatnonzero(parent != np.arange(len(parent)) - 1)
+        branching = parent[jump]
+        return np.unique(np.concatenate(([0, len(parent)], jump, branching[branching >= 0] + 1)))
+
     def padded(self, size: int) -> "TokenTree":
-        """Return the tree with `size` tokens: what is added are roots of id 0 that nobody sees and nothing scores."""
+        """Return the tree with `size` tokens. The added ones are roots of id 0: no token sees them, none is scored."""
         added = size - len(self.ids_T)
         if added < 0:
             raise ValueError(f"tree: {len(self.ids_T)} tokens cannot be padded to {size}")
@@ -105,23 +113,7 @@ def build_tree(sequences: Sequence[Tokens]) -> TokenTree:
         parents[path[common:]] = np.concatenate(([-1], path))[common : len(read)]
         start = stop
     ends[path] = size
-    scored: list[Ids] = [np.empty((3, 0), dtype=np.int64)]
-    for index, sequence in enumerate(sequences):
-        (at,) = np.nonzero(np.array(sequence.mask))
-        targets = np.array(sequence.ids, dtype=np.int64)[at]
-        scored.append(np.stack((paths[index][at - 1], targets, np.full(len(at), index))))
-    source_S, target_S, sequence_S = torch.from_numpy(np.concatenate(scored, axis=1))
-    return TokenTree(
-        ids_T=torch.from_numpy(ids),
-        positions_T=torch.from_numpy(positions),
-        parent_T=torch.from_numpy(parents),
-        end_T=torch.from_numpy(ends),
-        source_S=source_S,
-        target_S=target_S,
-        sequence_S=sequence_S,
-        num_sequences=len(sequences),
-        num_padded=padded_size(sequences),
-    )
+    return _tree(sequences, [paths[index] for index in range(len(sequences))], (ids, positions, parents, ends))
 
 
 def packed_sequences(sequences: Sequence[Tokens]) -> TokenTree:
@@ -132,23 +124,22 @@ def packed_sequences(sequences: Sequence[Tokens]) -> TokenTree:
     positions = [np.arange(len(read)) for read in reads]
     at_parent = np.arange(stops[-1] if len(stops) else 0) - 1
     at_parent[starts[starts < stops]] = -1
+    paths = [start + own for start, own in zip(starts, positions, strict=True)]
+    joined = (np.concatenate([np.empty(0, dtype=np.int64), *parts]) for parts in (reads, positions))
+    return _tree(sequences, paths, (*joined, at_parent, np.repeat(stops, stops - starts)))
+
+
+def _tree(sequences: Sequence[Tokens], paths: Sequence[Ids], nodes: Sequence[Ids]) -> TokenTree:
+    """Return the tree. paths: the nodes of each sequence; nodes: ids, positions, parents and ends."""
     scored: list[Ids] = [np.empty((3, 0), dtype=np.int64)]
-    for index, sequence in enumerate(sequences):
+    for index, (sequence, path) in enumerate(zip(sequences, paths, strict=True)):
         (at,) = np.nonzero(np.array(sequence.mask))
         targets = np.array(sequence.ids, dtype=np.int64)[at]
-        scored.append(np.stack((starts[index] + at - 1, targets, np.full(len(at), index))))
+        scored.append(np.stack((path[at - 1], targets, np.full(len(at), index))))
+    ids_T, positions_T, parent_T, end_T = map(torch.from_numpy, nodes)
     source_S, target_S, sequence_S = torch.from_numpy(np.concatenate(scored, axis=1))
-    empty = [np.empty(0, dtype=np.int64)]
     return TokenTree(
-        ids_T=torch.from_numpy(np.concatenate([*empty, *reads])),
-        positions_T=torch.from_numpy(np.concatenate([*empty, *positions])),
-        parent_T=torch.from_numpy(at_parent),
-        end_T=torch.from_numpy(np.repeat(stops, stops - starts)),
-        source_S=source_S,
-        target_S=target_S,
-        sequence_S=sequence_S,
-        num_sequences=len(sequences),
-        num_padded=padded_size(sequences),
+        ids_T, positions_T, parent_T, end_T, source_S, target_S, sequence_S, len(sequences), padded_size(sequences)
     )
 
 

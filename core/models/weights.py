@@ -1,8 +1,8 @@
 """Safetensors in and out of a module, a tensor at a time, in the Hugging Face layout (one file, or shards and index).
 
-Names and shapes are the checkpoint's own: nothing is renamed, reshaped, padded or left out. What does not fit exactly
-is an error that names file and key. The peak is the module itself and one tensor: files are memory-mapped, and every
-tensor is copied out of the map, so that no parameter keeps a file alive. Pickled checkpoints are not read.
+Names and shapes are the checkpoint's own: nothing is renamed, reshaped, padded or left out. A tensor that does not fit
+exactly is an error that names file and key. The peak is the module itself and one tensor, since files are
+memory-mapped. Pickled checkpoints are not read.
 """
 
 import hashlib
@@ -42,9 +42,9 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None, devi
     so no parameter of that name, an `lm_head.weight` that equals the embedding. On an error the model is left partly
     filled.
 
-    A layer that stores its weight packed (`lora/quantized.py`) says so by a method `pack(weight, dtype)`, which gets
-    the whole tensor in fp32, where the model computes, and returns what the parameter holds, and by `shape`, the
-    checkpoint's. Every rank reads all of such a tensor and keeps its rows of what comes back.
+    A layer that stores its weight packed (`lora/quantized.py`) has a method `pack(weight, dtype)`, which gets the whole
+    tensor in fp32 on the device that the model computes on, and returns the packed parameter; its `shape` is the
+    checkpoint's. Every rank reads all of such a tensor and keeps its own rows of the packed one.
 
     Raises:
         FileNotFoundError: no such folder, no safetensors in it, or a shard that the index names is missing.
@@ -101,8 +101,8 @@ def save_weights(
 
     The file that makes the folder loadable comes last, and each file is written atomically: a kill leaves a folder that
     `load_weights` refuses, and saving again mends it. At most one shard is held in host memory. dtype: of the files;
-    default the tensors' own. Tensors that are cut up over ranks are gathered one by one, which all ranks have to call
-    this for, the one that writes with `write` alone.
+    default the tensors' own. Tensors that are cut up over ranks are gathered one by one, so all ranks call this, with
+    `write` true on the one that writes.
 
     Raises ValueError for an empty state dict, a tensor without data, and a folder that holds other weights already.
     """
@@ -158,7 +158,7 @@ def files_digest(folder: Path) -> str:
 
 
 def weights_hash(folder: Path) -> str:
-    """Return 16 hex digits of the SHA-256 of `files_digest`: what the name of a model carries that a run has trained.
+    """Return 16 hex digits of the SHA-256 of `files_digest`. The name of a model that a run has trained ends with them.
     """
     return hashlib.sha256(files_digest(folder).encode()).hexdigest()[:16]
 

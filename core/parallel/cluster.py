@@ -53,8 +53,8 @@ def rows_of(rows: int, ranks: int, rank: int) -> int:
 class Job:
     """The training to be planned; `job_of` makes one of a model.
 
-    dtype: what is computed in. rank: of the adapter, 0 for full fine-tuning. eight_bit: AdamW's moments in 8 bits. A
-    rank goes over micro_batches of micro_batch_tokens tokens each in a step, in sequences of sequence_tokens.
+    dtype: that of the computation. rank: of the adapter, 0 for full fine-tuning. eight_bit: AdamW's moments in 8 bits.
+    A rank goes over micro_batches of micro_batch_tokens tokens each in a step, in sequences of sequence_tokens.
     reference: a pass of the reference policy in every step. activations: a policy of `activations.py`, or "auto".
     device_type: "cuda" or "cpu". reshard, prefetch, offload: as `ParallelConfig` has them.
     """
@@ -149,9 +149,9 @@ def job_of(model: LanguageModel, nf4: bool = False, **settings: Any) -> Job:
 class Memory:
     """Bytes of the rank that needs the most, at the highest point of a step.
 
-    weights: what is stored, adapters and scales included. gathered: what is whole for a while, its gradients included.
-    activations: those of `policy`, and the head's workspace. room: what there is for them. host: bytes of the host's
-    memory, where the model is offloaded.
+    weights: all stored ones, adapters and scales included. gathered: weights that are whole for a while, with
+    gradients. activations: those of `policy`, and the head's workspace. room: what there is for them. host: bytes of
+    the host's memory, where the model is offloaded.
     """
 
     weights: int

@@ -24,8 +24,8 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Collective:
-    """kind: "all-gather", "reduce-scatter", "all-reduce" or torch's name; size: bytes of the whole (what an all-gather
-    gives and a reduce-scatter takes); ranks: how many take part."""
+    """kind: "all-gather", "reduce-scatter", "all-reduce" or torch's name; size: bytes of the whole (the output of an
+    all-gather, the input of a reduce-scatter); ranks: how many take part."""
 
     kind: str
     size: int

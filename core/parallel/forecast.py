@@ -1,4 +1,4 @@
-"""How long a training step takes on a cluster and what its ranks send, for each layout.
+"""Predicts the time of a training step on a cluster and the bytes that its ranks send, for each layout.
 
 Every number is a prediction: products at the rate that a step reaches, collectives as rings at the speed of their
 slowest link, hidden behind the computing of the block before where that takes longer. `docs/multi_node.md` says how far
@@ -77,7 +77,7 @@ def head_seconds(job: Job, hardware: Hardware) -> float:
 
 
 def forecast(job: Job, cluster: Cluster, layout: str) -> Forecast:
-    """Return what a step takes under `layout`. Raises ValueError for a layout or policy that is unknown."""
+    """Return the forecast of a step under `layout`. Raises ValueError for a layout or policy that is unknown."""
     shards, hardware = shards_of(layout, cluster), cluster.hardware
     memory = memory_of(job, shards, cluster.memory)
     costs = dict.fromkeys(KINDS, Cost())

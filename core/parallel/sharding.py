@@ -29,7 +29,7 @@ def shard(
 ) -> None:
     """Cut up the parameters of `model` (usually without weights yet) over the ranks of `mesh`.
 
-    dtype, device: what is computed in, and where; parameters may be kept wider. Gradients are summed in at least fp32.
+    dtype, device: those of the computation; parameters may be kept wider. Gradients are summed in at least fp32.
     The root holds embedding, last norm and head, and stays gathered between forward and backward: the head is used in
     between.
     """

@@ -1,9 +1,10 @@
-"""Jinja templates from files that are not trusted: they cannot read anything, and they cannot run or grow for ever.
+"""Renders Jinja templates from files that are not trusted: they read only their input, and time and size are bounded.
 
-Jinja's sandbox keeps a template from the interpreter's objects, not from two nested loops of 100,000 turns or a text of
-a gigabyte. Here each template is rewritten before it is compiled: every turn of a loop and every value that is worked
-on costs units in proportion to its size, of which a rendering has a budget that grows with its input; operations that
-make large values of small ones (`*`, `**`, widths of formats, large numbers as arguments) have limits of their own.
+Jinja's sandbox keeps a template from the interpreter's objects, but not from two nested loops of 100,000 turns or a
+text of a gigabyte. Here each template is rewritten before it is compiled. Every turn of a loop costs units, and so does
+every value that is read, in proportion to its size. A rendering has a budget of units that grows with its input.
+Operations that make large values of small ones (`*`, `**`, widths of formats, large numbers as arguments) have limits
+of their own.
 """
 
 import functools
@@ -24,10 +25,19 @@ LARGEST_TEXT = 10**8  # characters that replacing or joining may make
 WIDTH = re.compile(r"\d{6,}")
 MULTIPLYING = ("replace", "join", "wordwrap", "indent")  # filters and methods whose output is a product of their inputs
 CHEAP = ("length", "count", "first", "last", "default", "d")  # filters that do not go over their input
+# Kinds of nodes -> their fields whose values are read whole.
+READING: dict[type[nodes.Node], tuple[str, ...]] = {
+    nodes.Output: ("nodes",),
+    nodes.Concat: ("nodes",),
+    nodes.Add: ("left", "right"),
+    nodes.Compare: ("expr",),
+    nodes.Operand: ("expr",),
+    nodes.Test: ("args",),
+}
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """An environment whose templates come from `bounded`; `start` gives the next rendering its budget."""
+    """A Jinja environment: `bounded` makes its templates, and `start` gives the next rendering its budget."""
 
     intercepted_binops = frozenset(["*", "**", "%"])
 
@@ -53,12 +63,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return True
 
     def charge(self, value: Any) -> Any:
-        """Return `value`, whose reading is paid for. Raises TemplateError where the budget is spent."""
+        """Return `value` after paying for reading it. Raises TemplateError where the budget is spent."""
         self.spend(10 + (UNITS_A_CHARACTER if isinstance(value, str) else UNITS_AN_ITEM) * _size(value))
         return value
 
     def bounded(self, source: str) -> Template:
-        """Return the template that `source` writes. Raises jinja2.TemplateError for what is not allowed in it."""
+        """Return the template of the text `source`. Raises jinja2.TemplateError for a statement that is not allowed."""
         tree = self.parse(source)
         for kind in (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends):
             if found := next(tree.find_all(kind), None):
@@ -94,7 +104,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Charging(NodeTransformer):
-    """Charges for every turn of a loop, every call of a macro, and every value that is worked on."""
+    """Rewrites a template so that each turn of a loop, each call of a macro and each value that is read costs units."""
 
     def _turns(self, node: Any) -> Any:
         self.generic_visit(node)
@@ -106,26 +116,13 @@ class _Charging(NodeTransformer):
 
     visit_For = visit_Macro = visit_CallBlock = _turns
 
-    def visit_Output(self, node: nodes.Output) -> nodes.Node:
-        self.generic_visit(node)
-        node.nodes = [n if isinstance(n, nodes.TemplateData) else _filter(n, "_charge") for n in node.nodes]
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        node.nodes = [_filter(operand, "_charge") for operand in node.nodes]
-        return node
-
-    def visit_Add(self, node: nodes.Add) -> nodes.Node:
-        self.generic_visit(node)
-        node.left, node.right = _filter(node.left, "_charge"), _filter(node.right, "_charge")
-        return node
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        self.generic_visit(node)
-        node.expr = _filter(node.expr, "_charge")
-        for operand in node.ops:
-            operand.expr = _filter(operand.expr, "_charge")
+    def generic_visit(self, node: nodes.Node, *args: Any, **options: Any) -> nodes.Node:
+        super().generic_visit(node, *args, **options)
+        for name in READING.get(type(node), ()):
+            found = getattr(node, name)
+            operands = found if isinstance(found, list) else [found]
+            charged = [n if isinstance(n, nodes.TemplateData) else _filter(n, "_charge") for n in operands]
+            setattr(node, name, charged if isinstance(found, list) else charged[0])
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
@@ -142,11 +139,6 @@ class _Charging(NodeTransformer):
                 pair.value = _filter(pair.value, "_small")
             if node.node is not None:
                 node.node = _filter(_filter(node.node, "_charge"), "_small" if node.name == "format" else "_charge")
-        return node
-
-    def visit_Test(self, node: nodes.Test) -> nodes.Node:
-        self.generic_visit(node)
-        node.args = [_filter(argument, "_charge") for argument in node.args]
         return node
 
 

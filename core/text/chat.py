@@ -1,13 +1,13 @@
-"""Chat templates: messages to token ids and the mask of the tokens that are trained on.
+"""Renders chats by their template: messages become token ids and the mask of the tokens that are trained on.
 
-A template is Jinja text in the sandbox that Hugging Face uses, so benign messages give the ids that transformers gives,
-except that ids are never merged across the end of a generation prompt. Two invariants: the ids of a generation prompt
-are a prefix of the ids that training sees for the same turn; and only the template, never a message, writes special
-tokens. BOS is the template's to write, as in transformers: none is added to what it renders.
+Templates run in the sandbox that Hugging Face uses, so benign messages give the ids that transformers gives, except
+that ids are never merged across the end of a generation prompt. There are two invariants. The ids of a generation
+prompt are a prefix of the ids that training sees for the same turn. Only the template writes special tokens; a message
+never does. As in transformers, BOS is written by the template, and none is added to its text.
 
-Two kinds of template need more. One that rewrites earlier answers, as Qwen 3's takes their thoughts out: such an answer
-is context, and only answers that stand as they were generated are trained on. One without a system role, as Gemma 2's:
-the system text goes to the beginning of the first user turn, with an empty line after it, as Gemma 3's template does.
+Two kinds of template need more. Qwen 3's rewrites earlier answers: it takes their thoughts out. A rewritten answer is
+context, and only answers that stand as they were generated are trained on. Gemma 2's has no system role: the system
+text goes to the beginning of the first user turn, with an empty line after it, as Gemma 3's template does.
 """
 
 import datetime
@@ -55,12 +55,12 @@ class Rendered:
 
 
 class ChatFormat:
-    """One template over one vocabulary.
+    """Renders one template over one vocabulary.
 
-    names: the values of bos_token, eos_token, ... in the template; stop_ids: the ids that the model's files say end a
-    turn; date: the template gets it as `date_string` and through `strftime_now`; thinking: `enable_thinking` in the
-    template, None leaves it to the template. eos_id is the special token that the template puts after an assistant
-    message, for Llama 3 <|eot_id|>, whatever the files call eos_token.
+    names: the values of bos_token, eos_token, ... in the template. stop_ids: the ids that end a turn by the model's
+    files. date: the template gets it as `date_string` and through `strftime_now`. thinking: `enable_thinking` in the
+    template; None leaves it undefined. eos_id is the special token that the template puts after an assistant message
+    (for Llama 3 <|eot_id|>), even if the files call another one eos_token.
     """
 
     def __init__(
@@ -92,9 +92,9 @@ class ChatFormat:
         self.stop_ids = tuple(dict.fromkeys((self.eos_id, *stop_ids)))
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> Rendered:
-        """Return the ids and mask of `messages`, ending in the start of an assistant turn if a prompt is asked for.
+        """Return the ids and mask of `messages`; a generation prompt at their end begins an assistant turn.
 
-        The mask is 1 on every answer that stands in the text as it was generated; an earlier answer that the template
+        The mask is 1 on every answer that stands in the text as it was generated. An earlier answer that the template
         rewrites is context. Raises ValueError when the template refuses the messages, rewrites the last answer or a
         generation prompt (so that training would see other ids than the sampler), or closes an assistant turn without a
         stop token.
@@ -119,7 +119,7 @@ class ChatFormat:
     def _segments(
         self, messages: Messages, chat: list[dict[str, str]], add_generation_prompt: bool
     ) -> Iterator[tuple[str, int]]:
-        """Yield the rendered text cut at the end of each generation prompt, and how much of each part is trained on."""
+        """Yield the rendered text, cut at the end of each generation prompt, and how many characters are trained on."""
         whole = self._text(chat, add_generation_prompt)
         cut = trained_chars = 0
         for i, message in enumerate(messages):
@@ -127,7 +127,7 @@ class ChatFormat:
                 continue
             prompt, closed = self._text(chat[:i], True), self._text(chat[: i + 1], False)
             if i < len(messages) - 1 and closed.startswith(prompt) and not whole.startswith(closed):
-                continue  # rewritten since: context for the answers after it
+                continue  # the template rewrites it, so it is context for the answers after it
             if not (closed.startswith(prompt) and whole.startswith(closed) and len(prompt) >= cut):
                 raise ValueError(f"{self._where}: the chat template rewrites the generation prompt or the text of "
                                  f"message {i} ({_difference(prompt, closed, whole)}), so training would not see what "
@@ -146,7 +146,7 @@ class ChatFormat:
             return False
 
     def _folded(self, messages: Messages) -> Messages:
-        """Return the messages, a system text at the beginning of the first user turn where there is no system role."""
+        """Return the messages; without a system role the system text moves to the beginning of the first user turn."""
         if self._has_system_role or len(messages) < 2 or [m.role for m in messages[:2]] != ["system", "user"]:
             return messages
         if not self._has_told:
@@ -196,7 +196,7 @@ class ChatFormat:
         parts = [part for message in messages for part in (message.role, message.content)]
         firsts = sorted({match[1] for part in parts for match in self._starts.finditer(part)})
         used = self._reserved.union(*parts)
-        # No more than are needed: a whole list of the 6,400 would take longer than the rest of rendering.
+        # Only as many as are needed: a list of all 6,400 would take longer than the rest of rendering.
         free = list(islice((chr(code) for code in PRIVATE_USE if chr(code) not in used), len(firsts)))
         if len(free) < len(firsts):
             raise ValueError("render: the messages use up all private-use characters; expected at most 6000 of them")
@@ -226,7 +226,7 @@ class ChatFormat:
 
 
 class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, which marks assistant text for other tools, renders as its body."""
+    """Renders {% generation %} ... {% endgeneration %}, which marks assistant text for other tools, as its body."""
 
     tags = {"generation"}
 

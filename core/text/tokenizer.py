@@ -1,8 +1,8 @@
-"""The tokenizer of a model folder: text and chats to ids, ids to text, and text as it streams out of a sampler.
+"""Reads the tokenizer of a model folder. It turns texts and chats into ids, and ids into text, also while they stream.
 
-It reads what a Hugging Face or Meta folder holds (vocabulary, special tokens, chat template, stop ids) and keeps no
-settings of its own. `encode` never adds BOS and never reads a special token out of text; `render` is the one way to
-special tokens. Invariant: decode(encode(text)) == text, or encode raises.
+Vocabulary, special tokens, chat template and stop ids come from a Hugging Face or Meta folder; there are no settings of
+our own. `encode` never adds BOS and never makes a special token of text; only `render` writes special tokens.
+Invariant: decode(encode(text)) == text, or encode raises.
 """
 
 import codecs
@@ -24,12 +24,12 @@ MAX_ID = 2**31 - 1
 
 
 class Tokenizer:
-    """Text and chats to ids, and back.
+    """Turns texts and chats into ids, and back.
 
     vocab_size: largest id + 1. bos_id: None where the folder names none. eos_id: the special token that closes an
-    assistant turn (for Llama 3 <|eot_id|>, not the <|end_of_text|> of its base model). stop_ids: eos_id, then those
-    that the folder's files list. special_ids: special strings and their ids. prefix: what sentencepiece puts before a
-    text ("" or one space); decoding takes it off again.
+    assistant turn (for Llama 3 <|eot_id|>, not the <|end_of_text|> of its base model). stop_ids: eos_id, then the stop
+    ids that the folder's files list. special_ids: special strings and their ids. prefix: the text ("" or one space)
+    that sentencepiece puts before a text; decoding takes it off again.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class Tokenizer:
 
         Vocabulary: tokenizer.json, else tokenizer.model (sentencepiece, or Meta's tiktoken lines). Template:
         chat_template.jinja, else tokenizer_config.json, else Llama 3's header format where the vocabulary has it.
-        `enable_thinking` of tokenizer_config.json switches the thoughts of a template that knows them.
-        Stop ids: eos_token_id of generation_config.json, else of config.json, else eos_token. `date` is what a template
-        that writes today's date gets; the clock is never read.
+        `enable_thinking` of tokenizer_config.json switches thoughts on or off if the template has them.
+        Stop ids: eos_token_id of generation_config.json, else of config.json, else eos_token. `date` is the date that a
+        template writes as today's; the clock is never read.
 
         Raises:
             FileNotFoundError: the folder or its tokenizer files are missing.
@@ -80,7 +80,7 @@ class Tokenizer:
 
         ids = vocabulary.special_ids
         if not (folder / "tokenizer.json").is_file():
-            # A tokenizer.json has the rule in its post-processor, and transformers ignores these settings beside it.
+            # A tokenizer.json has its own rule in its post-processor, and transformers then ignores these settings.
             start, end = (
                 ((ids[names[name]],) if config[setting] else ())
                 if config.get(setting) is not None and name in names
@@ -106,19 +106,19 @@ class Tokenizer:
         return cls(vocabulary, ids[names["bos_token"]] if "bos_token" in names else None, eos_id, stop_ids, chat)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`: no BOS, and special strings in it are plain text.
+        """Return the ids of `text`, without BOS; special strings in it are plain text.
 
         Raises ValueError for text that the vocabulary cannot write.
         """
         return self._vocabulary.encode(text, self.prefix) if text else []
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a plain text that a model continues: as `encode`, after BOS where the tokenizer adds it.
+        """Return the ids of a plain text that a model continues: those of `encode`, after BOS if the tokenizer adds it.
 
-        Whether it does is the tokenizer's own rule: the post-processor of tokenizer.json, else `add_bos_token` of
-        tokenizer_config.json; Meta's tiktoken files always do. Training and every server use this one function, and
-        transformers and vLLM follow the same rule.
-        Raises ValueError as `encode`, and for a tokenizer that ends every text, which then cannot be continued.
+        The tokenizer's files decide that: the post-processor of tokenizer.json, else `add_bos_token` of
+        tokenizer_config.json; with Meta's tiktoken files BOS is always added. Training and every server use this one
+        function, and transformers and vLLM follow the same rule.
+        Raises ValueError as `encode` does, and for a tokenizer that ends every text, so that no model can continue it.
         """
         if self._vocabulary.end_ids:
             raise ValueError(f"{self._vocabulary.where}: this tokenizer ends every text with the tokens "
@@ -139,7 +139,7 @@ class Tokenizer:
         return self._chat.render(messages, add_generation_prompt)
 
     def bytes_of(self, id: int, skip_special: bool = True) -> bytes:
-        """Return the bytes that one id stands for, none for a special token that is skipped. Raises ValueError."""
+        """Return the bytes of one id, none for a skipped special token. Raises ValueError for an unknown id."""
         if skip_special and id in self._specials:
             return b""
         try:
@@ -150,9 +150,9 @@ class Tokenizer:
 
 
 class TextStream:
-    """The text of ids that arrive one by one; special tokens add nothing, half a character waits for its other half.
+    """Decodes ids that arrive one by one. Special tokens add nothing, and half a character waits for its other half.
 
-    Invariant: `text` is decode(ids so far) without an unfinished character at the end. Each push costs one token.
+    Invariant: `text` is decode(ids so far) without an unfinished character at the end. A push decodes one token.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -162,7 +162,7 @@ class TextStream:
         self._parts: list[str] = []
 
     def push(self, id: int) -> str:
-        """Return what `id` adds to the text, "" in the middle of a character. Raises ValueError for an unknown id."""
+        """Return the text that `id` adds, "" in the middle of a character. Raises ValueError for an unknown id."""
         new = self._decoder.decode(self._tokenizer.bytes_of(id))
         if new:
             new, self._prefix = new.removeprefix(self._prefix), ""

@@ -1,9 +1,9 @@
-"""A tokenizer's vocabulary, read from one of three file formats: plain text to ids, and ids to bytes.
+"""Reads a tokenizer's vocabulary from one of three file formats. It turns plain text into ids, and ids into bytes.
 
-`tokenizer.json` is read by `tokenizers`, `tokenizer.model` by sentencepiece, and Meta's `tokenizer.model` (base64
-tokens with their ranks) is rebuilt as a `tokenizers` BPE. Chat templates and special tokens inside text are not known
-here: text is only ever text. Invariant: the bytes of `encode(text)` are the UTF-8 of `text`, or `encode` raises; only a
-file whose own normalizer rewrites text (lower case, NFC) is outside it.
+The package `tokenizers` reads `tokenizer.json`, and sentencepiece reads `tokenizer.model`. Meta's `tokenizer.model`
+(base64 tokens with their ranks) is rebuilt as a BPE of `tokenizers`. There are no chat templates here, and a special
+string inside a text is plain text. Invariant: the bytes of `encode(text)` are the UTF-8 of `text`, or `encode` raises;
+files whose own normalizer rewrites text (lower case, NFC) are the exception.
 """
 
 import base64
@@ -55,10 +55,10 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Text to ids, and the bytes of each id (special tokens included).
+    """Turns text into ids, and knows the bytes of each id, special tokens included.
 
-    prefix: what the tokenizer puts before a text ("" or one space); special_prefix: the same after a special token.
-    start_ids, end_ids: the special tokens that it puts around a text that stands alone.
+    prefix: the text ("" or one space) that the tokenizer puts before a text; special_prefix: the same after a special
+    token. start_ids, end_ids: the special tokens that it puts around a text that stands alone.
     """
 
     where: Path
@@ -83,10 +83,9 @@ class Vocabulary:
         return frozenset(self.special_ids.values())
 
     def encode(self, text: str, prefix: str = "") -> list[int]:
-        """Return the ids of `prefix + text` exactly as it stands: no BOS, special strings as plain text.
+        """Return the ids of `prefix + text` as it stands, without BOS; special strings in it are plain text.
 
-        Raises ValueError when `text` holds what the vocabulary cannot write: a lone surrogate, or a character without
-        a token (other tokenizers drop those without a word).
+        Raises ValueError for a lone surrogate, and for a character without a token: other tokenizers drop it silently.
         """
         try:
             data = text.encode()
@@ -280,7 +279,7 @@ def _list(path: Path, data: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def _take_prefix(data: dict[str, Any]) -> tuple[str, str]:
-    """Return what a tokenizer.json puts before a text, and before text after a special token; take it out of `data`."""
+    """Take the prefixes of a text, and of text after a special token, out of a tokenizer.json's `data`; return them."""
     prefix = special_prefix = ""
     if any(part.get("type") == "Prepend" for part in _parts(data.get("normalizer"))):
         prefix = special_prefix = " "

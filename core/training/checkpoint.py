@@ -1,35 +1,39 @@
 """Training state on disk: trainable parameters, optimizer moments and the step, in safetensors and JSON, never pickle.
 
-A checkpoint is a folder `step-<n>` that appears by rename when all of it is on disk: `state.json`, which says what it
-is and lists every tensor and every file, `state.safetensors` with the tensors that all ranks have whole (the first rank
-writes them), and a file a rank of those that are sharded (`checkpoint_shards.py`). It is written by a thread from
-copies in host memory, while training goes on. Any number of ranks may go on from it.
+A checkpoint is a folder `step-<n>` that appears by rename when all of it is on disk. `state.json` lists every tensor
+and every file. `state.safetensors` holds the tensors that every rank has whole; the first rank writes it. Each rank
+writes one more file with its slices of sharded tensors. A thread writes all this from copies in host memory while
+training continues. Any number of ranks can continue from it.
 
-Random numbers and the position in the data are not in it: both are functions of the seed and the step in
-`core/training/train.py`, so a run that continues draws and reads what the uninterrupted one would (held by a test).
+Slices are written and read by the planner and storage interfaces of torch.distributed.checkpoint (safetensors files
+whose headers say where in the tensor a slice lies), without its collectives, which would send pickled plans between
+ranks. So no rank waits for another while it writes.
+
+Random numbers and the position in the data are not saved: `core/training/train.py` computes both from the seed and the
+step, so a resumed run draws and reads what the uninterrupted run would (held by a test).
 """
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from matryoshka.core.distributed import ALONE, TIMEOUT_S, World, is_sharded
+from matryoshka.core.distributed import ALONE, TIMEOUT_S, World, is_sharded, own
 from matryoshka.core.files import fsync, write_atomic, write_json
-from matryoshka.core.training.checkpoint_files import STATE, WHOLE, read_state, remove, rotate, sizes, step_of
-from matryoshka.core.training.checkpoint_files import latest_checkpoint as latest_checkpoint
-from matryoshka.core.training.checkpoint_shards import own_slices, read_slices, write_slices
 
+STATE, WHOLE = "state.json", "state.safetensors"
 GRACE_S = 10.0  # how long a run that ends with an error still waits for a checkpoint that other ranks write too
 
 
@@ -258,3 +262,107 @@ def _empty(kind: list[Any], parameter: nn.Parameter) -> Tensor:
     if shape == parameter.shape:
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     return torch.empty(shape, dtype=dtype)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint with the highest step in `folder`, or None. Raises ValueError for another `step-*`."""
+    return max(folder.glob("step-*"), key=step_of, default=None)
+
+
+def step_of(path: Path) -> int:
+    """Return the number in the name of a checkpoint. Raises ValueError for another name."""
+    if not (match := re.fullmatch(r"step-(0|[1-9][0-9]*)", path.name)):
+        raise ValueError(f"{path}: is not the name of a checkpoint (step-<number>); move it out of this folder")
+    return int(match[1])
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return state.json. Raises ValueError if it or a file that it lists is not as it was written."""
+    mend = "remove this folder to go on from an earlier checkpoint, where there is one, or from the start"
+    try:
+        state: dict[str, Any] = json.loads((path / STATE).read_text())
+        step, files = state["step"], state["files"]
+        missing = {"run", "tensors", "values"} - state.keys()
+    except (OSError, ValueError, TypeError, KeyError) as err:
+        raise ValueError(f"{path}: half a checkpoint: {STATE} is missing or malformed ({err!r}); {mend}") from err
+    if missing:
+        raise ValueError(f"{path}: {STATE} lacks {sorted(missing)}; {mend}")
+    if step != step_of(path):
+        raise ValueError(f"{path}: was written as step-{step}; give the folder its name back")
+    for name, size in files.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes"
+            raise ValueError(f"{path}: half a checkpoint: {name} {what}, {size} were written; {mend}")
+    return state
+
+
+def rotate(folder: Path, newest: Path, keep: int, max_bytes: int | None) -> None:
+    """Remove the oldest checkpoints while there are more than `keep` or they take more; `newest` always stays."""
+    old = sorted((path for path in folder.glob("step-*") if path != newest), key=step_of)
+    size = {path: sum(file.stat().st_size for file in path.iterdir()) for path in (newest, *old)}
+    while old and (len(size) > keep or (max_bytes is not None and sum(size.values()) > max_bytes)):
+        del size[old[0]]
+        remove(old.pop(0))
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint so that a kill on the way leaves no half of it under its name."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(path, old)
+    shutil.rmtree(old)
+
+
+def sizes(files: list[Path]) -> dict[str, int]:
+    """Return the bytes of each file by its name."""
+    return {file.name: file.stat().st_size for file in files}
+
+
+def own_slices(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those DTensors of `tensors` that this rank has to write: a slice with elements, the first of its replicas.
+
+    Raises ValueError for a tensor that is neither sharded nor replicated (a partial sum).
+    """
+    mine = {}
+    for name, tensor in tensors.items():
+        placements, coordinate = cast(Any, tensor).placements, cast(Any, tensor).device_mesh.get_coordinate()
+        if any(placement.is_partial() for placement in placements):
+            raise ValueError(f"checkpoint: {name!r} is a partial sum ({placements}); only whole values can be saved")
+        replicas = (at for at, placement in zip(coordinate, placements, strict=True) if placement.is_replicate())
+        if own(tensor).numel() and not any(replicas):
+            mine[name] = tensor
+    return mine
+
+
+def write_slices(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> list[Path]:
+    """Write this rank's slices of `tensors` (DTensors in host memory), fsync them, and return the files: one or none.
+
+    It holds the bytes of the slices once more while it writes.
+    """
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    if not tensors:
+        return []
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer.per_thread_copy_ahead = 0  # otherwise the thread opens a context on the first GPU, on every rank
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(dict(tensors), is_coordinator=True)
+    plan = writer.prepare_local_plan(planner.create_local_plan())
+    results = writer.write_data(dataclasses.replace(plan, storage_data={"shard_index": rank + 1}), planner).wait()
+    return sorted({folder / result.storage_data.relative_path for result in results})
+
+
+def read_slices(folder: Path, targets: Mapping[str, Tensor]) -> None:
+    """Fill `targets` in place (DTensors: this rank's slice) from the safetensors files in `folder`, sharded or not."""
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    wanted = {n: t for n, t in targets.items() if not is_sharded(t) or own(t).numel()}
+    reader = HuggingFaceStorageReader(str(folder))
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    metadata = reader.read_metadata()
+    planner.set_up_planner(wanted, metadata, is_coordinator=True)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()

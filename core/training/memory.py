@@ -3,8 +3,8 @@
 The count is of what torch's allocator holds at its peak beyond the weights: gradients and moments of the trained
 parameters, the tensors that the blocks keep (`activations.py`), and those that the backward pass of the last
 feed-forward layer adds while all of these are still kept. It leaves out scratch space inside libraries and the
-allocator's own slack, for which `MARGIN` stays free. The blocks are those of `core/models/llama.py` in eager mode with
-LoRA on all projections; compiled blocks keep less.
+allocator's own slack, for which `MARGIN` stays free. Blocks keep the tensors that Llama's keep in eager mode with LoRA
+on all projections, and those that the architecture's `extra_kept` adds; compiled blocks keep less.
 """
 
 import logging
@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 GIB = 2**30
 MARGIN = 0.1  # of the free memory
-HEAD_WORKSPACE = {"cuda": 400 * 2**20}  # what the head's tiles may take
+HEAD_WORKSPACE = {"cuda": 400 * 2**20}  # the most that the head's tiles take
 HEAD_WORKSPACE_ELSEWHERE = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """The memory of a token in a model's blocks. rank, dora: of the adapter that is trained, rank 0 without one."""
+    """The memory of a token in a model's blocks. rank, dora: of the adapter that is trained; rank 0: there is none."""
 
     config: ModelConfig
     dtype: torch.dtype
@@ -50,7 +50,7 @@ class Footprint:
         numbers += 2 * inner  # gate and up
         numbers += 7 * self.rank + config.extra_kept
         if not recompute:
-            numbers += 2 * hidden + inner  # outputs of the two norms and of SwiGLU
+            numbers += 2 * hidden + inner + config.extra_recomputed  # outputs of the two norms and of SwiGLU
         if self.dora:
             numbers += queries + 2 * keys + 2 * inner + 2 * hidden  # outputs of all projections, before the scale
         return numbers * self.dtype.itemsize + 2 * at_least_fp32(self.dtype).itemsize
@@ -139,10 +139,10 @@ class MemoryPlan:
         """Return the predicted peak of a micro-batch of `tokens` tokens, all of them scored."""
         workspace = HEAD_WORKSPACE.get(self.device_type, HEAD_WORKSPACE_ELSEWHERE)
         hidden = tokens * self.footprint.config.hidden_size * at_least_fp32(self.footprint.dtype).itemsize
-        scores = 0 if self.device_type == "cuda" else min(tokens, PIECE) * self._keys(tokens)
+        scores = 0 if self.device_type == "cuda" else min(tokens, PIECE) * self.most_keys(tokens)
         return self.footprint.step_bytes(tokens, policy, 2 * hidden + workspace, scores) + self.scratch
 
-    def _keys(self, tokens: int) -> int:
+    def most_keys(self, tokens: int) -> int:
         """Return how many keys a block of queries sees at most: all, unless every layer has a window."""
         windows = [layer.window for layer in self.footprint.config.attention]
         return min(tokens, max(tokens if window is None else window + PIECE for window in windows))
@@ -171,8 +171,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Return the plan for training `parameters` with micro-batches of at most `max_tokens` tokens.
 
-    Call it with the weights in place and before the optimizer has its state. free: bytes, default what the device has.
-    Raises ValueError where policy is "auto" and max_tokens tokens fit under none.
+    Call it with the weights in place and before the optimizer has its state. free: bytes, by default those that are
+    free on the device. Raises ValueError where policy is "auto" and max_tokens tokens fit under none.
     """
     device = model.device
     rank = max((len(p) for name, p in parameters.items() if ".lora_A." in name), default=0)

@@ -79,7 +79,7 @@ def bitsandbytes(setting: str) -> Any:
 
 
 def parameter_groups(parameters: Mapping[str, nn.Parameter], lora_plus_ratio: float) -> list[dict[str, Any]]:
-    """Return optimizer groups with `ratio`, what the learning rate is multiplied by: lora_plus_ratio for LoRA's B.
+    """Return optimizer groups with `ratio`, a factor of the learning rate: lora_plus_ratio for LoRA's B.
 
     LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B starts at zero and learns best at a higher rate than A. The rest
     comes first; ratio 1 gives one group. Raises ValueError where there is a ratio but no B.

@@ -40,7 +40,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """Micro-batches, and what they cost: tokens of their trees, and of the same sequences padded."""
+    """Micro-batches and their size: the tokens of their trees, and of the same sequences padded."""
 
     micro_batches: tuple[tuple[Item, ...], ...]
     tree_tokens: int
@@ -150,7 +150,7 @@ def _cut(sizes: npt.NDArray[np.int64], max_tokens: int, ranks: int, limit: int) 
 def _sizes(items: Sequence[Item]) -> npt.NDArray[np.int64]:
     """Return [first, last] -> tree tokens of items first..last together (0 below the diagonal).
 
-    A sequence adds to the tree of those before it what it shares with none of them.
+    A sequence adds its tokens after the longest prefix that it shares with one before it.
     """
     reads = read_ids([sequence for item in items for sequence in item.sequences])
     shared_SS = np.zeros((len(reads), len(reads)), dtype=np.int32)

@@ -48,7 +48,7 @@ class ReferenceCache(Protocol):
     """Reference log-probs that were computed before (`dpo/reference.py`)."""
 
     def verify(self, items: Sequence[Item], compute: Callable[[Item], Tensor]) -> None:
-        """Compare some of what is stored for `items` with `compute`. Raises ValueError where they differ."""
+        """Compare some stored values of `items` with `compute`. Raises ValueError where they differ."""
         ...
 
     def get(self, items: Sequence[Item], compute: Callable[[], Tensor], agree: Callable[[bool], bool] = bool) -> Tensor:

@@ -23,8 +23,10 @@ from torch import nn
 from matryoshka.core.distributed import TIMEOUT_S, World, forget_gathered, is_sharded, whole
 from matryoshka.core.files import write_text
 from matryoshka.core.models.activations import POLICIES
+from matryoshka.core.models.attention import BACKENDS
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.records import stable_seed
+from matryoshka.core.redaction import to_redacted_json
 from matryoshka.core.signals import Interrupted, stop_event
 from matryoshka.core.training.checkpoint import Checkpoints
 from matryoshka.core.training.memory import free_bytes, plan_memory
@@ -108,6 +110,8 @@ class TrainConfig:
             raise ValueError(f"train: optimizer {self.optimizer!r} is unknown; choose from {list(OPTIMIZERS)}")
         if self.activations not in ("auto", *POLICIES):
             raise ValueError(f"train: activations {self.activations!r} is unknown; choose from {['auto', *POLICIES]}")
+        if self.attention not in BACKENDS:
+            raise ValueError(f"train: attention {self.attention!r} is unknown; choose from {list(BACKENDS)}")
 
 
 ALONE_WITHOUT_REFERENCE = TrainContext()
@@ -176,7 +180,9 @@ def train(
         step = checkpoints.load(parameters, optimizer)
         losses = _evaluated_losses(metrics_path, step)
         if world.is_first:
-            _keep_metrics(metrics_path, step)
+            # Later rows were written after the checkpoint that training continues from.
+            lines = metrics_path.read_text().splitlines(keepends=True) if metrics_path.exists() else []
+            write_text(metrics_path, "".join(lines[:step]))
         while step < num_steps and not _is_spent(losses, evaluation):
             started = time.perf_counter()
             epoch, batch = batch_at(items, step, config.batch_size, config.seed)
@@ -217,7 +223,7 @@ def train(
             is_last = step == num_steps or _is_spent(losses, evaluation)
             if world.is_first:
                 with metrics_path.open("a") as handle:
-                    handle.write(json.dumps(row) + "\n")
+                    handle.write(to_redacted_json(row) + "\n")
             due = config.save_every and step % config.save_every == 0
             if due or is_last or stopping:
                 checkpoints.save(step, parameters, optimizer)
@@ -286,9 +292,3 @@ def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
     progress = (step - warmup) / max(1, num_steps - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
-
-
-def _keep_metrics(path: Path, step: int) -> None:
-    """Drop rows after `step`: they were written after the checkpoint that training continues from."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    write_text(path, "".join(lines[:step]))

@@ -89,8 +89,9 @@ def _rows(folder: Path, split: str) -> Iterator[Row]:
             return _rows_of_folder(place)
     tried = ", ".join(str(path) for path in (*files, *folders))
     raise FileNotFoundError(
-        f"alfworld: no games of split {split!r} under {folder} (tried {tried}); get them with `alfworld-download` and "
-        f"give the folder that it fills (ALFWORLD_DATA)"
+        f"alfworld: no games of split {split!r} under {folder} (tried {tried}); `matryoshka data alfworld` "
+        "fetches them, as `alfworld-download` does; give the folder that it fills "
+        "(ALFWORLD_DATA)"
     )
 
 
@@ -139,4 +140,4 @@ def _rows_of_folder(folder: Path) -> Iterator[Row]:
         except (ValueError, KeyError, AttributeError) as err:
             raise ValueError(f"{path}: not a game of ALFWorld: {type(err).__name__} {err}") from err
     if not found:
-        raise FileNotFoundError(f"{folder}: no */*/game.tw-pddl in it; fetch the games with `alfworld-download`")
+        raise FileNotFoundError(f"{folder}: no */*/game.tw-pddl in it; fetch the games with `matryoshka data alfworld`")

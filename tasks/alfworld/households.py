@@ -2,41 +2,47 @@
 
 A household is a room with furniture, things in it and one task of the six types; rows are those of `games`. Each comes
 with a walkthrough that follows from how it was built and that has been played and won before the row is returned. They
-are far smaller than ALFWorld's rooms, and their ids carry no coordinates. Otherwise they have the same form.
+are far smaller than ALFWorld's rooms, and their ids carry no coordinates. Otherwise they have the same form. Contents
+of rooms are in `households.toml`.
 
 A good plan depends on where things tend to be, so each kind of thing has its usual places. Tasks over one in five
 pairs of thing and target appear in valid_unseen alone; train and valid_seen share the others in different households.
 """
 
 import random
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from matryoshka.core.records import stable_seed
 from matryoshka.tasks.alfworld.engine import Engine
 from matryoshka.tasks.alfworld.game import Game, load_game
 from matryoshka.tasks.alfworld.games import SPLITS, TASK_TYPES, Row
-from matryoshka.tasks.alfworld.household_contents import (
-    CLEANABLE,
-    COOLABLE,
-    HEATABLE,
-    OPENABLE,
-    PLACES,
-    ROOMS,
-    THINGS,
-    TRAITS,
-    Room,
-)
 
+
+@dataclass(frozen=True)
+class Room:
+    """A room: receptacles that it always has or may have, and its kinds of things. number: in the games' ids."""
+
+    number: int
+    always: Sequence[str]
+    more: Sequence[str]
+    kinds: Sequence[str]
+
+
+_DATA = tomllib.loads(Path(__file__).with_name("households.toml").read_text(encoding="utf-8"))
+ROOMS = tuple(Room(**room) for room in _DATA["rooms"])
+THINGS, PLACES, TRAITS, OPENABLE = (_DATA[name] for name in ("things", "places", "traits", "openable"))
 SIMPLE, LOOK, CLEAN, HEAT, COOL, TWO = TASK_TYPES
 UNSEEN_SHARE = 5
 START = "loc_bar_00"  # in the middle of the room, beside no receptacle
 # Task -> (what its thing must be, the verb that makes it so, with which receptacle).
 TREATMENT = {
-    CLEAN: (CLEANABLE, "clean", "SinkBasin"),
-    HEAT: (HEATABLE, "heat", "Microwave"),
-    COOL: (COOLABLE, "cool", "Fridge"),
+    CLEAN: (TRAITS["cleanable"], "clean", "SinkBasin"),
+    HEAT: (TRAITS["heatable"], "heat", "Microwave"),
+    COOL: (TRAITS["coolable"], "cool", "Fridge"),
 }
 SENTENCES = {
     SIMPLE: ("put a {} in {}", "put some {} on {}"),

@@ -16,7 +16,7 @@ import numpy as np
 
 from matryoshka.core.intervals import bootstrap, wilson
 from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
-from matryoshka.core.records import Example, Messages, Metric, RolloutSettings, Trajectory, Verdict
+from matryoshka.core.records import Example, Judgement, Messages, Metric, RolloutSettings, Trajectory, Verdict
 from matryoshka.tasks.alfworld import react
 from matryoshka.tasks.alfworld.options import AlfworldOptions
 from matryoshka.tasks.alfworld.plan_language import Step, merged, steps_of
@@ -205,6 +205,35 @@ class ALFWorldTask(Task):
         reply = await episode.complete(request, number, max_tokens=self.limits.ask_tokens)
         reply.outcome = "asked by the program"
         return reply.text.strip()
+
+    def judge(self, example: Example, prediction: Any) -> Judgement:
+        """Return whether a transcript wins, having played its commands; what it says of observations is not believed.
+
+        prediction: a list of commands, or a text in which a command is a line behind ">" or, where no line has one,
+        every line. A transcript that goes on behind the last command that the household takes has the verdict "error".
+        """
+        if isinstance(prediction, str):
+            lines = [line.strip() for line in prediction.splitlines() if line.strip()]
+            marked = [line[1:].strip() for line in lines if line.startswith(">")]
+            commands = marked or lines
+        elif isinstance(prediction, list) and all(isinstance(command, str) for command in prediction):
+            commands = prediction
+        elif prediction is None:
+            commands = []
+        else:
+            raise ValueError("expected a list of commands, or a transcript as text")
+        session = self._begin(example)
+        verdict: Verdict = "wrong" if commands else "error"
+        for command in commands:
+            if session.steps_left <= 0:
+                break
+            session.act(command)
+        if session.won:
+            verdict = "right"
+        elif len(commands) > len(session.history):
+            verdict = "error"
+        done = "done" if session.won else "not done"
+        return Judgement(done, verdict, float(session.won), measures={"steps": len(session.history)})
 
     def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]:
         """Return shares with Wilson intervals and means of costs, over all games.

@@ -7,9 +7,7 @@ question, is preferred. In every case the best is paired with the worst, at most
 summaries of equal text, make no pair.
 """
 
-from dataclasses import dataclass, field
-
-from matryoshka.core.records import PairRule, Verdict
+from matryoshka.core.records import Judgement, PairRule, Verdict
 from matryoshka.tasks.lamp.answer_parsing import Prediction, parse
 from matryoshka.tasks.lamp.metrics import error, rouge, sentence_bleu
 from matryoshka.tasks.lamp.task_specs import Kind
@@ -17,23 +15,12 @@ from matryoshka.tasks.lamp.task_specs import Kind
 PAIRS_PER_QUESTION = 2
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """A reply, read and scored. verdict: "right", "wrong", or "error" if the reply has no answer.
+def judge(kind: Kind, reply: str, gold: str) -> Judgement:
+    """Return what `reply` is worth against `gold`.
 
     score: the main metric on this question, where answers are graded. measures: in LaMP-4 "rouge_l" and "bleu" (0 to
     1), which the pair rule reads.
     """
-
-    prediction: Prediction
-    verdict: Verdict
-    reward: float
-    score: float | None = None
-    measures: dict[str, float] = field(default_factory=dict)
-
-
-def judge(kind: Kind, reply: str, gold: str) -> Judgement:
-    """Return what `reply` is worth against `gold`."""
     prediction = parse(kind, reply)
     verdict: Verdict = "error" if prediction is None else "right" if _same(kind, prediction, gold) else "wrong"
     if kind.name == "3":

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from matryoshka.core.records import Example
 from matryoshka.tasks.lamp.data import Item, read_items
-from matryoshka.tasks.lamp.embeddings import Embeddings
 from matryoshka.tasks.lamp.options import LampOptions
 from matryoshka.tasks.lamp.prompt_style import joined, line
-from matryoshka.tasks.lamp.retrieval import Retriever, bm25, dense, recency
+from matryoshka.tasks.lamp.retrieval import Embeddings, Retriever, bm25, dense, recency
 from matryoshka.tasks.lamp.synthetic_users import fixtures
 from matryoshka.tasks.lamp.task_specs import Kind, kind_of
 

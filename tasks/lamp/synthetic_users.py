@@ -7,8 +7,11 @@ Training and test are kept apart: a user's habits belong to one split, by their 
 """
 
 import random
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 from matryoshka.core.records import stable_seed
 from matryoshka.tasks.lamp.data import Item
@@ -19,44 +22,7 @@ SPLITS = ("train", "validation", "test")
 HABITS = 3
 STRAY = 0.5  # share of the habits that one entry of the history goes against
 
-LEADS = ("A week of", "Notes on", "More", "Why we love", "Ten years of", "A letter about", "Talking", "Goodbye to")
-TOPICS = (
-    "yoga", "chess", "taxes", "wine", "bees", "trains", "opera", "rockets", "gardens", "hospitals", "weddings",
-    "museums", "elections", "perfume", "prisons", "islands", "bakeries", "robots", "twins", "jazz", "banks",
-    "soup", "surfing", "novels", "diets", "castles", "horses", "churches", "schools", "fashion", "cameras", "bridges",
-    "tea", "running",
-)  # fmt: skip
-THEMES = (
-    "heist", "ghost", "orphan", "duel", "island", "robot", "wedding", "trial", "circus", "plague", "painter", "spy",
-    "shipwreck", "pianist", "farm", "boxer", "nun", "clone", "train", "storm", "doctor", "thief", "teacher", "diver",
-)  # fmt: skip
-MANNERS = ("A slow", "A loud", "A short", "An old", "A strange", "A warm")
-AUDIENCES = ("everyone", "a quiet night", "children", "the weekend", "old friends", "late hours")
-QUALITIES = (
-    ("awful", "dreadful", "useless", "broken"), ("poor", "weak", "flimsy", "dull"),
-    ("fair", "plain", "average", "usable"), ("good", "solid", "handy", "pleasant"),
-    ("superb", "perfect", "brilliant", "wonderful"),
-)  # fmt: skip
-GOODS = (
-    "kettle", "lamp", "novel", "chair", "phone", "blender", "tent", "radio", "jacket", "puzzle", "mirror", "camera",
-)  # fmt: skip
-BEATS = ("food", "travel", "sports", "money", "music", "health", "garden", "school")
-PATTERNS = (
-    "Why X Matters", "X: What We Know", "The Secret Of X", "Is X Worth It?", "X In Five Pictures", "Goodbye, X",
-    "A Letter To X", "How X Won Us Over", "X, Explained", "The Day X Changed",
-)  # fmt: skip
-SUBJECTS = (
-    "Onion Soup", "The Ferry", "Old Town", "Maria Lopez", "Green Tea", "The Tower", "Paper Boats", "Uncle Joe",
-    "Red Shoes", "The Harbour", "Lemon Pie", "Snow Bikes", "The Choir", "Wild Mint", "Blue Door", "Night Buses",
-)  # fmt: skip
-AREAS = (
-    "graph colouring", "speech synthesis", "protein folding", "query planning", "motion control", "image denoising",
-    "program repair", "quantum codes", "traffic routing", "music retrieval", "spam filtering", "cache coherence",
-    "logic programming", "face tracking", "data cleaning", "crystal growth", "auction design", "robot grasping",
-    "text mining", "wireless coding", "game solving", "shape matching", "fraud detection", "code search",
-)  # fmt: skip
-STUDIES = ("Bounds for", "A survey of", "Fast", "Robust", "Learning for", "New methods in", "Limits of", "Adaptive")
-NEUTRAL = ("On a common problem", "Some remarks", "A note and a reply", "Further results", "An open question")
+_WORDS = SimpleNamespace(**tomllib.loads(Path(__file__).with_name("synthetic_users.toml").read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True)
@@ -109,20 +75,20 @@ def _any(keys: Sequence[str], values: Sequence[str]) -> Callable[[random.Random]
 
 def _scale(draws: random.Random) -> Habits:
     """Return words of rising quality with rising scores: a harsh or a generous user, never a contrary one."""
-    words = [draws.choice(QUALITIES[level]) for level in sorted(draws.sample(range(5), HABITS))]
+    words = [draws.choice(_WORDS.qualities[level]) for level in sorted(draws.sample(range(5), HABITS))]
     return tuple(zip(words, map(str, sorted(draws.sample(range(1, 6), HABITS))), strict=True))
 
 
 def _interests(draws: random.Random) -> Habits:
-    return tuple((area, "") for area in sorted(draws.sample(AREAS, HABITS)))
+    return tuple((area, "") for area in sorted(draws.sample(_WORDS.areas, HABITS)))
 
 
 _HABITS = {
     "1": _interests,
-    "2N": _any(TOPICS, CATEGORIES),
-    "2M": _any(THEMES, TAGS),
+    "2N": _any(_WORDS.topics, CATEGORIES),
+    "2M": _any(_WORDS.themes, TAGS),
     "3": _scale,
-    "4": _any(BEATS, PATTERNS),
+    "4": _any(_WORDS.beats, _WORDS.patterns),
 }
 
 
@@ -132,7 +98,7 @@ def _item(kind: Kind, id: str, habits: Habits, draws: random.Random) -> Item:
     history = [habit for habit in habits for _ in range(draws.choice((2, 3)))]
     other = ""
     if kind.name == "1":  # an area with a single paper is no interest
-        other, another = draws.sample([area for area in AREAS if (area, "") not in habits], 2)
+        other, another = draws.sample([area for area in _WORDS.areas if (area, "") not in habits], 2)
         history += [(other, ""), (another, "")]
     else:
         strays = [key for key, _ in habits if draws.random() < STRAY]
@@ -148,23 +114,24 @@ def _item(kind: Kind, id: str, habits: Habits, draws: random.Random) -> Item:
 
 def _entry(kind: Kind, key: str, value: str, draws: random.Random) -> dict[str, str]:
     if kind.name == "1":
-        return {"title": f"{draws.choice(STUDIES)} {key}", "abstract": f"We study {key}."}
+        return {"title": f"{draws.choice(_WORDS.studies)} {key}", "abstract": f"We study {key}."}
     if kind.name == "2N":
-        return {"title": "", "text": f"{draws.choice(LEADS)} {key}", "category": value}
+        return {"title": "", "text": f"{draws.choice(_WORDS.leads)} {key}", "category": value}
     if kind.name == "2M":
-        return {"description": f"{draws.choice(MANNERS)} {key} film for {draws.choice(AUDIENCES)}.", "tag": value}
+        text = f"{draws.choice(_WORDS.manners)} {key} film for {draws.choice(_WORDS.audiences)}."
+        return {"description": text, "tag": value}
     if kind.name == "3":
-        return {"text": f"The {draws.choice(GOODS)} is {key}.", "score": value}
-    subject = draws.choice(SUBJECTS)
+        return {"text": f"The {draws.choice(_WORDS.goods)} is {key}.", "score": value}
+    subject = draws.choice(_WORDS.subjects)
     return {"text": f"{subject} is new in {key}.", "title": value.replace("X", subject)}
 
 
 def _question(kind: Kind, key: str, value: str, other: str, draws: random.Random) -> tuple[str, str]:
     """Return a question about `key` and its gold answer; in LaMP-1 `other` is the area of the wrong reference."""
     if kind.name == "1":
-        references = [f"{draws.choice(STUDIES)} {key}", f"{draws.choice(STUDIES)} {other}"]
+        references = [f"{draws.choice(_WORDS.studies)} {key}", f"{draws.choice(_WORDS.studies)} {other}"]
         gold = draws.choice(kind.labels)
-        return kind.ask(draws.choice(NEUTRAL), *(references if gold == "[1]" else references[::-1])), gold
+        return kind.ask(draws.choice(_WORDS.neutral), *(references if gold == "[1]" else references[::-1])), gold
     if kind.name == "2N":
         return kind.ask(f"Everyone in town talks about {key} now."), value
     row = _entry(kind, key, value, draws)

@@ -6,10 +6,11 @@ question itself. The gold answer is read once, at the end, so both protocols are
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from matryoshka.core.intervals import wilson
 from matryoshka.core.protocols import Baseline, Controller, Generator, Task, TaskSetting
-from matryoshka.core.records import Example, Messages, Metric, RolloutSettings, Trajectory, content_key
+from matryoshka.core.records import Example, Judgement, Messages, Metric, RolloutSettings, Trajectory, content_key
 from matryoshka.tasks.episode import Episode
 from matryoshka.tasks.lamp.metrics import meteor, metrics
 from matryoshka.tasks.lamp.options import LampOptions
@@ -112,6 +113,12 @@ class LampTask(Task):
         return episode.trajectory(
             judged.reward, judged.verdict, judged.prediction, score=judged.score, measures=measures
         )
+
+    def judge(self, example: Example, prediction: Any) -> Judgement:
+        """Return what a label, a score or a headline is worth; it is read as a reply of the generator is."""
+        if not isinstance(prediction, str | int | float | None) or isinstance(prediction, bool):
+            raise ValueError(f"expected a text or a number, got {type(prediction).__name__}")
+        return judge(self.kind, "" if prediction is None else str(prediction), example.fields["answer"])
 
     def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]:
         """Return the task's metrics (see `metrics.metrics`) and "failed", the share whose call failed for good.

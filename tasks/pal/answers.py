@@ -15,6 +15,7 @@ RELATIVE = 1e-13
 # Above 5e12 neighbouring integers must still differ.
 LARGEST = 0.5
 
+_IN_TEXT = re.compile(r"(?<![\w.])-?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?([eE][+-]?\d+)?(?!\w|\.\d)")
 _NUMBER = re.compile(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?")
 
 
@@ -31,6 +32,23 @@ def same_answer(value: float | int | None, gold: float | int) -> bool:
     if isinstance(value, int) and Fraction(gold).denominator == 1:
         return value == gold
     return abs(Fraction(value) - Fraction(gold)) <= min(LARGEST, max(ABSOLUTE, RELATIVE * abs(gold)))
+
+
+def read_answer(prediction: float | int | str | None) -> float | int | None:
+    """Return the number that an answer from elsewhere gives, None where there is none.
+
+    A number is itself. Of a text it is the number behind the last `####`, or else the last number that stands in it:
+    commas between thousands, a currency sign before it and a full stop or per cent sign behind it do not count.
+    """
+    if prediction is None or isinstance(prediction, int | float):
+        return None if isinstance(prediction, bool) else prediction
+    _, mark, tail = prediction.rpartition("####")
+    found = [match[0] for match in _IN_TEXT.finditer(tail if mark else prediction)]
+    if not found:
+        return None
+    digits = (found[0] if mark else found[-1]).replace(",", "").replace("$", "")
+    value = float(digits)
+    return value if re.search(r"[.eE]", digits) else int(digits)
 
 
 def parse_gold(solution: str) -> float | int:

@@ -20,12 +20,14 @@ LARGEST = sys.float_info.max
 
 @dataclass(frozen=True)
 class Files:
-    """Where a run's word problems are: warm-up, training and validation are cut from `train`."""
+    """Where a run's word problems are: warm-up, training and validation are cut from `train`; None where none is taken.
 
-    train: Path
-    test: Path
+    held_out: further test problems of another kind.
+    """
+
+    train: Path | None
+    test: Path | None
     held_out: Path | None = None
-    """Further test problems of another kind."""
 
 
 def load_splits(files: Files, sizes: Mapping[str, int], gold_warmup: bool) -> dict[str, Sequence[Example]]:
@@ -86,7 +88,9 @@ def load(path: Path) -> list[Example]:
     return examples
 
 
-def _load(path: Path, key: str, count: int) -> list[Example]:
+def _load(path: Path | None, key: str, count: int) -> list[Example]:
+    if path is None:
+        return []
     examples = load(path)
     if len(examples) < count:
         where = f"[task.options] {key} {path}"

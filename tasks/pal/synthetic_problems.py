@@ -1,19 +1,54 @@
 """Makes multi-step word problems with gold steps and gold programs from templates and a seed.
 
-Families are in `problem_templates.py`. Training and test are kept apart: every wording (opening, event and question
+Families are in `problem_templates.toml`. Training and test are kept apart: every wording (opening, event and question
 together) and every (family, numbers) tuple belongs to one split, by its hash, and two families are held out whole. So
 no wording and no (family, numbers) tuple of the test occurs in training. Single clauses do, so a test problem is a new
 combination.
 """
 
 import random
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from matryoshka.core.records import Example, content_key, stable_seed
-from matryoshka.tasks.pal.problem_templates import FAMILIES, HELD_OUT, ITEMS, NAMES, Family
 
 SPLITS = ("train", "validation", "test", "held_out")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Problems of one kind. numbers: the choices for each; clauses: those of opening, event and question."""
+
+    name: str
+    numbers: Mapping[str, Sequence[int]]
+    clauses: tuple[Sequence[str], ...]
+    steps: Sequence[str]
+    expressions: Sequence[str]
+    new_divisor: bool = False
+    """R is neither P nor Q."""
+
+    def fits(self, values: Mapping[str, int]) -> bool:
+        """Return whether the result of each step is a positive whole number."""
+        found = results(text.format(**values) for text in self.expressions)
+        is_new = values["R"] not in (values["P"], values["Q"])
+        return all(value > 0 and value.is_integer() for value in found) and (is_new or not self.new_divisor)
+
+
+def _family(data: dict[str, Any], clauses: Mapping[str, Sequence[str]]) -> Family:
+    numbers = {
+        name: range(found["first"], found["last"] + 1) if "first" in found else found["of"]
+        for name, found in data["numbers"].items()
+    }
+    chosen = tuple(clauses[name] for name in data["clauses"])
+    return Family(**data | {"numbers": numbers, "clauses": chosen})
+
+
+_DATA = tomllib.loads(Path(__file__).with_name("problem_templates.toml").read_text(encoding="utf-8"))
+NAMES, ITEMS, HELD_OUT = _DATA["names"], _DATA["items"], _DATA["held_out"]
+FAMILIES = tuple(_family(data, _DATA["clauses"]) for data in _DATA["families"])
 
 
 @dataclass(frozen=True)
@@ -88,7 +123,7 @@ def load(split: str, n: int, seed: int) -> list[Example]:
 
 def draw(family: Family, split: str, draws: random.Random) -> Problem | None:
     """Return one problem, or None if its numbers do not fit or it belongs to another split."""
-    values = {key: draws.choice(choices) for key, choices in family.ranges.items()}
+    values = {key: draws.choice(choices) for key, choices in family.numbers.items()}
     if not family.fits(values) or partition(family.name, tuple(values.values())) != split:
         return None
     clauses = tuple(draws.choice(choices) for choices in family.clauses)
@@ -104,15 +139,15 @@ def draw(family: Family, split: str, draws: random.Random) -> Problem | None:
         question=" ".join(clauses).format(**words),
         steps=tuple(text.format(**words) for text in family.steps),
         expressions=expressions,
-        answer=evaluate(expressions),
+        answer=results(expressions)[-1],
     )
 
 
-def evaluate(expressions: Iterable[str]) -> float:
-    """Return the last value of "left op right" expressions over integers and earlier results a, b, c, ..."""
+def results(expressions: Iterable[str]) -> list[float]:
+    """Return the values of "left op right" expressions over integers and earlier results a, b, c, ..."""
     values: list[float] = []
     for text in expressions:
         left, op, right = text.split(" ")
         x, y = (values[ord(word) - ord("a")] if word.isalpha() else float(word) for word in (left, right))
         values.append({"+": x + y, "-": x - y, "*": x * y, "/": x / y if y else float("nan")}[op])
-    return values[-1]
+    return values

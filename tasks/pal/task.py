@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from matryoshka.core.intervals import wilson
 from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
-from matryoshka.core.records import Example, Messages, Metric, RolloutSettings, Trajectory, Verdict
+from matryoshka.core.records import Example, Judgement, Messages, Metric, RolloutSettings, Trajectory, Verdict
 from matryoshka.tasks.episode import Episode
 from matryoshka.tasks.pal import gsm8k, synthetic_problems
-from matryoshka.tasks.pal.answers import same_answer
+from matryoshka.tasks.pal.answers import read_answer, same_answer
 from matryoshka.tasks.pal.prompt_style import PromptStyle
 from matryoshka.tasks.sandbox import Outcome, extract_code, run_solution
 from matryoshka.tasks.sandbox_backends import SCRIPT, in_words
@@ -65,9 +66,13 @@ class PALTask(Task):
     def _splits(self) -> Mapping[str, Sequence[Example]]:
         options, setting = self.options, self.setting
         if self.label == "gsm8k":
+            needs = {"train_file": ("warmup", "train", "validation"), "test_file": ("test",)}
+            train, test = (
+                _given(options, name) if any(setting.sizes[split] for split in splits) else None
+                for name, splits in needs.items()
+            )
             held_out = Path(options.held_out_file) if options.held_out_file else None
-            files = gsm8k.Files(_given(options, "train_file"), _given(options, "test_file"), held_out)
-            return gsm8k.load_splits(files, setting.sizes, setting.gold_warmup)
+            return gsm8k.load_splits(gsm8k.Files(train, test, held_out), setting.sizes, setting.gold_warmup)
         return synthetic_problems.load_splits(setting.sizes, setting.seed)
 
     def first_prompt(self, example: Example) -> Messages:
@@ -121,6 +126,14 @@ class PALTask(Task):
         right = same_answer(prediction, example.fields["answer"])
         verdict: Verdict = "error" if prediction is None else "right" if right else "wrong"
         return episode.trajectory(float(right), verdict, prediction, error)
+
+    def judge(self, example: Example, prediction: Any) -> Judgement:
+        """Return whether the number that `prediction` gives is the answer (see `answers.read_answer`)."""
+        if not isinstance(prediction, str | int | float | None):
+            raise ValueError(f"expected a number or a text with a number, got {type(prediction).__name__}")
+        value = read_answer(prediction)
+        right = same_answer(value, example.fields["answer"])
+        return Judgement(value, "error" if value is None else "right" if right else "wrong", float(right))
 
     def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]:
         """Return "accuracy", "executable" (the last program ran) and "failed" (a call failed for good), as shares.

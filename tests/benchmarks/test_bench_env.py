@@ -1,4 +1,4 @@
-"""matryoshka bench env: a tiny run without the stock environment, and what it refuses."""
+"""`matryoshka bench env`: a tiny run works without the stock environment, and wrong settings are refused."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`matryoshka bench rollout` in miniature: what it counts is what happened at the server."""
+"""`matryoshka bench rollout` in miniature: its counts equal the server's own."""
 
 import asyncio
 import json

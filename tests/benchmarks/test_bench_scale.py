@@ -1,4 +1,4 @@
-"""benchmarks/scale.py: a run on one and two ranks; what is sent is counted from the model's shapes."""
+"""benchmarks/scale.py runs on one and on two ranks; the reported bytes are counted here from shapes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""scripts/gpu_check: what it runs, the promises that it checks, and the dry run, whose numbers nobody gets to see."""
+"""scripts/gpu_check runs the right commands, checks its promises, and shows no numbers of a dry run."""
 
 import json
 import math

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from matryoshka.benchmarks import real_households
+from matryoshka.benchmarks.levels import levelled_difference
 from matryoshka.benchmarks.real_causes import causes
 from matryoshka.benchmarks.real_generator import FILES, GeneratorFile, generator_file
 from matryoshka.benchmarks.real_results import GameOutcome, Outcomes, comparisons, differences, write_results
@@ -19,12 +20,11 @@ from matryoshka.benchmarks.real_state import pack, unpack
 from matryoshka.core.config import load_toml
 from matryoshka.core.models.load import load_model
 from matryoshka.core.records import EpisodeInfo, Sample, Trajectory, Turn, Usage
-from matryoshka.eval.levels import levelled_difference
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.lora.files import WEIGHTS, load_adapter, save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter
 from matryoshka.pilot.config import RunConfig
-from matryoshka.pilot.problems import open_task
+from matryoshka.pilot.context import open_task
 from matryoshka.tasks.alfworld.task import ALFWorldTask
 
 PIECES = [b"GGUF" + bytes(range(100)), b"the second piece"]

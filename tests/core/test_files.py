@@ -1,4 +1,4 @@
-"""core/files.py: atomic writes, what a journal is after a kill, and what is said of rows that are none."""
+"""core/files.py: writes are atomic, a journal survives a kill, and malformed rows are named."""
 
 import json
 import os

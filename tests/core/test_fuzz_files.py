@@ -107,7 +107,7 @@ ADAPTER = {
 @fuzz(3000)
 @given(data=altered(ADAPTER))
 def test_adapter_configurations(tmp_path: Path, data: bytes) -> None:
-    """Oracle: as above; what is read is a LoraConfig."""
+    """Oracle: as above; the result is a LoraConfig."""
     (tmp_path / CONFIG).write_bytes(data)
     with only_clear_errors(tmp_path):
         assert isinstance(read_config(tmp_path), LoraConfig)
@@ -157,7 +157,7 @@ def tokenizer_of(folder: Path) -> Tokenizer:
 @fuzz(3000)
 @given(data=damaged(b"".join(json.dumps(row).encode() + b"\n" for row in (*CHATS, *PAIRS))))
 def test_jsonl(tmp_path: Path, data: bytes) -> None:
-    """Oracle: as above; what is read are objects."""
+    """Oracle: as above; the results are objects."""
     (tmp_path / "rows.jsonl").write_bytes(data)
     with only_clear_errors(tmp_path):
         assert all(isinstance(row, dict) for row in read_jsonl(tmp_path / "rows.jsonl"))
@@ -180,7 +180,7 @@ TOML_BITS = [b"[[rows]]\n", b"[train]\n", b"epochs = 2024-01-01\n", b"a.b.c = 1\
 @fuzz(2000)
 @given(data=damaged(to_toml(Settings()).encode()) | st.lists(st.sampled_from(TOML_BITS)).map(b"".join))
 def test_toml(tmp_path: Path, data: bytes) -> None:
-    """Oracle: as above; what is read is the dataclass, and it is written and read back the same."""
+    """Oracle: as above; the result is the dataclass, and writing and reading it gives the same one."""
     path = tmp_path / "run.toml"
     path.write_bytes(data)
     with only_clear_errors(tmp_path):

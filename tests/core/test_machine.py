@@ -80,7 +80,7 @@ def test_a_limit_of_cores_counts(groups: Path, files: dict[str, str], cores: int
 
 
 def test_this_machine() -> None:
-    """Oracle: between what a running test needs and what is built in."""
+    """Oracle: the value lies between the memory that a running test needs and the memory of the machine."""
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     assert 20 * 2**20 < available_memory() < total
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)

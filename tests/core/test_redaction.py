@@ -1,4 +1,4 @@
-"""No spelling of a secret survives `redact`, ordinary text does, and the environment no longer shows what was read."""
+"""`redact` removes every spelling of a secret and leaves ordinary text; a key that was read leaves the environment."""
 
 import base64
 import html
@@ -96,7 +96,7 @@ PLACES: dict[str, Callable[[str], object]] = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_secret_is_taken_out_wherever_it_stands(place: str) -> None:
-    """Oracle: the secret in no text of the result, whose shape, numbers and None are what they were."""
+    """Oracle: no text of the result has the secret, and shape, numbers and None are unchanged."""
     add_secret(KEY)
     value = PLACES[place](KEY)
     shown = redact(value)

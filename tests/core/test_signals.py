@@ -60,7 +60,7 @@ def twice(number: signal.Signals, **variables: str) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_second_signal_ends_the_process(number: signal.Signals) -> None:
-    """Oracle: what a shell says of a process that this signal ended, and all of stderr: two lines, no traceback."""
+    """Oracle: a shell's exit status for a process that this signal ended, and stderr's two lines, no traceback."""
     assert twice(number) == (128 + number, "", STOPPING + STOPPED)
 
 

@@ -15,7 +15,6 @@ from matryoshka.dpo.head import (
     eager_logps,
     extra_bytes,
     token_logps,
-    token_logps_and_entropy,
 )
 from matryoshka.dpo.head_state import Scored
 
@@ -111,8 +110,8 @@ def test_no_second_derivative() -> None:
 def test_no_scored_tokens() -> None:
     """Oracle: by definition; an empty sum has a zero gradient."""
     hidden, weights = torch.zeros(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    logps, entropy = token_logps_and_entropy(hidden, weights, torch.zeros(0, dtype=torch.int64))
-    assert logps.shape == entropy.shape == (0,)
+    logps = token_logps(hidden, weights, torch.zeros(0, dtype=torch.int64))
+    assert logps.shape == (0,)
     logps.sum().backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None and hidden.grad.shape == (0, 4)
     assert weights.grad is not None and not weights.grad.any()
@@ -122,9 +121,8 @@ def test_certain_tokens() -> None:
     """Oracle: log 1 = 0 and a gradient of 0, where all other logits are 200 and more lower; no NaN."""
     weights = torch.tensor([[200.0, 0.0], [0.0, 1.0], [-200.0, 0.0]])
     hidden = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-3.0, 0.0]], requires_grad=True)
-    logps, entropy = token_logps_and_entropy(hidden, weights, torch.tensor([0, 1, 2]))
+    logps = token_logps(hidden, weights, torch.tensor([0, 1, 2]))
     assert logps.tolist() == [0.0, -200.0, 0.0]
-    assert entropy.tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-30)
     (grad,) = torch.autograd.grad(logps.sum(), hidden)
     expected = torch.tensor([[0.0, 0.0], [-200.0, 1.0], [0.0, 0.0]])
     torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-30)
@@ -203,7 +201,7 @@ def test_mixed_dtypes_are_not_rounded_down(dtypes: tuple[torch.dtype, torch.dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_every_pass_has_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the pass with gradients, bit by bit: without them, with entropy, and again."""
+    """Oracle: the pass with gradients, bit by bit: without them, and again."""
     set_tiles(monkeypatch, 16, 50)
     hidden, weights, target = case(40, 8, 301)
     hidden, weights = hidden.to(dtype).requires_grad_(), weights.to(dtype)
@@ -211,15 +209,14 @@ def test_every_pass_has_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.Mo
     (grad,) = torch.autograd.grad(weighted(trained), hidden)
     with torch.no_grad():
         assert torch.equal(token_logps(hidden, weights, target), trained)
-        assert torch.equal(token_logps_and_entropy(hidden, weights, target)[0], trained)
     again = token_logps(hidden, weights, target)
     assert torch.equal(again, trained)
     assert torch.equal(torch.autograd.grad(weighted(again), hidden)[0], grad)
 
 
 def test_a_pass_without_gradients_forms_no_direction(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: what the tiles are asked for: nothing but log-probs where autograd is off, though a leaf wants a gradient
-    elsewhere; a frozen hidden state asks for none either."""
+    """Oracle: the arguments: tiles give log-probs alone where autograd is off, though a leaf wants a gradient
+    elsewhere, and for a frozen hidden state."""
     asked: list[tuple[bool | None, ...]] = []
     tiles = head.score_tiles
 
@@ -234,22 +231,7 @@ def test_a_pass_without_gradients_forms_no_direction(monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         assert not token_logps(hidden, weights, target).requires_grad
     token_logps(hidden, weights, target)
-    token_logps_and_entropy(hidden, weights, target)
-    assert asked == [(None, False, False), (None, False, False), (None, True, False), (None, True, True)]
-
-
-@pytest.mark.parametrize("tiles", TILES)
-def test_entropy(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: -sum p log p in float64; log V where all logits are equal. No gradient flows through it."""
-    set_tiles(monkeypatch, *tiles)
-    hidden, weights, target = case(12, 5, 23)
-    hidden[-1] = 0
-    logps, entropy = token_logps_and_entropy(hidden.requires_grad_(), weights, target)
-    log_probs = (hidden @ weights.T).log_softmax(-1)
-    torch.testing.assert_close(entropy, -(log_probs.exp() * log_probs).sum(1), rtol=0, atol=1e-12)
-    assert entropy[-1].item() == pytest.approx(math.log(23), rel=1e-14)
-    assert logps.requires_grad and not entropy.requires_grad
-    assert token_logps_and_entropy(hidden, weights[:1], torch.zeros_like(target))[1].tolist() == [0.0] * 12
+    assert asked == [(None, False), (None, False), (None, True)]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])

@@ -138,7 +138,7 @@ def never() -> Tensor:
 
 
 def test_rows_are_found_and_never_replaced(tmp_path: Path) -> None:
-    """Oracle: by hand: what was stored comes back to the bit, in any order, and stays whatever is computed later."""
+    """Oracle: by hand: stored values come back to the bit, in any order, and later computations do not change them."""
     items = pairs(3)
     counts = [sum(sum(s.mask) for s in item.sequences) for item in items]
     values = torch.randn(counts[0] + counts[1], generator=torch.Generator().manual_seed(0))
@@ -236,7 +236,7 @@ def test_verification_takes_random_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["row", "length", "header", "text", "other"])
 def test_damaged_files_are_refused_and_left(tmp_path: Path, damage: str) -> None:
-    """Oracle: the message; the bytes are what they were."""
+    """Oracle: the message; the file's bytes are unchanged."""
     path, items = tmp_path / "c", pairs(1)
     with filled(path, items):
         pass

@@ -1,4 +1,4 @@
-"""Control schemes without a model: what they say, and what they refuse."""
+"""Control schemes without a model give fixed guidance and refuse unknown prompts."""
 
 import asyncio
 

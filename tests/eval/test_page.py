@@ -1,4 +1,4 @@
-"""report.html: what it carries, that it needs nothing else, and that nothing in it can run but its own script."""
+"""report.html carries every episode and needs no other file; only its own script can run in it."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ from urllib.parse import quote
 import pytest
 
 from matryoshka.core.records import Call, EpisodeInfo, Example, Message, Sample, Trajectory, Turn
-from matryoshka.eval import plots
+from matryoshka.eval.page import curve, fitted_scale, place
 from matryoshka.eval.report import Condition, write_report
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&lt;b&gt; `|`"
@@ -216,18 +216,18 @@ def test_a_thousand_examples_under_eight_conditions_stay_small(make_input: Any, 
 
 def test_plots_place_values_on_their_scale() -> None:
     """Oracle: linear placement by hand: the interval cell runs from x = 14 to x = 266."""
-    assert [plots.place(value, (0.0, 1.0)) for value in (0.5, 0.25, 1.0)] == [140.0, 77.0, 266.0]
-    assert plots.fitted_scale(-0.03, 0.18)[1] == pytest.approx((-0.05, 0.0, 0.05, 0.1, 0.15, 0.2))
-    assert plots.fitted_scale(0.0, 0.0)[0] == (0.0, 0.01)
+    assert [place(value, (0.0, 1.0)) for value in (0.5, 0.25, 1.0)] == [140.0, 77.0, 266.0]
+    assert fitted_scale(-0.03, 0.18)[1] == pytest.approx((-0.05, 0.0, 0.05, 0.1, 0.15, 0.2))
+    assert fitted_scale(0.0, 0.0)[0] == (0.0, 0.01)
     for low, high in ((-1.0, 1.0), (-0.4, -0.1), (0.2, 0.3), (-0.0001, 0.9)):
-        (left, right), ticks = plots.fitted_scale(low, high)
+        (left, right), ticks = fitted_scale(low, high)
         assert left <= min(low, 0) + 1e-12 and right >= max(high, 0) - 1e-12 and len(ticks) <= 7 and 0.0 in ticks
 
 
 def test_long_curves_are_averaged_in_equal_runs() -> None:
     """Oracle: by hand: 601 points make runs of 3, whose means of a straight line are the middle points; one is left."""
-    drawn = plots.curve(range(601), range(601))
+    drawn = curve(range(601), range(601))
     assert len(drawn.points) == len(drawn.path.split()) == 201
     assert [text for _, _, text in drawn.x_ticks] == ["1", "600"]
     with pytest.raises(ValueError, match="2 steps and 1 values"):
-        plots.curve([1, 2], [1])
+        curve([1, 2], [1])

@@ -1,4 +1,4 @@
-"""The numbers of a report, and what it refuses: every expected value is counted by hand from conftest's verdicts."""
+"""The numbers and the refusals of a report: every expected value is counted by hand from conftest's verdicts."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Graded scores: the sign-flip test against counting, the bootstrap against theory, and what a report shows of them."""
+"""Graded scores: the sign-flip test against counting, the bootstrap against theory, and both in a report."""
 
 import itertools
 import math

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from matryoshka.eval.statistics import mcnemar_exact, paired_difference
+from matryoshka.eval.statistics import mcnemar_exact, paired_difference, unpaired
 
 
 def outcomes(both: int, first_only: int, second_only: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -135,3 +135,24 @@ def test_paired_difference_refuses_what_is_not_paired(first: list[bool], second:
     """Oracle: the contract, equal lengths of at least 1; the message gives both lengths."""
     with pytest.raises(ValueError, match=f"{len(first)} and {len(second)}"):
         paired_difference(first, second)
+
+
+@pytest.mark.parametrize(
+    ("a", "n", "b", "m"), [(3, 10, 9, 12), (0, 5, 5, 5), (7, 20, 7, 20), (1, 1, 0, 1), (40, 90, 61, 100)]
+)
+def test_two_samples_of_different_problems(a: int, n: int, b: int, m: int) -> None:
+    """Oracles: scipy's Fisher test; the interval swaps its ends with the samples; Newcombe's worked example below."""
+    first, second = [True] * a + [False] * (n - a), [True] * b + [False] * (m - b)
+    stats = pytest.importorskip("scipy.stats")
+    found, mirrored = unpaired(first, second), unpaired(second, first)
+    assert found.p == pytest.approx(stats.fisher_exact([[a, n - a], [b, m - b]]).pvalue, abs=1e-12)
+    assert (found.low, found.high) == pytest.approx((-mirrored.high, -mirrored.low))
+    assert found.low <= found.difference <= found.high and found.difference == pytest.approx(b / m - a / n)
+
+
+def test_two_samples_reproduce_newcombe() -> None:
+    """Oracle: 56/70 - 48/80, method 10 of table II of the 1998 paper: 0.0524 to 0.3339."""
+    found = unpaired([True] * 48 + [False] * 32, [True] * 56 + [False] * 14)
+    assert (found.low, found.high) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    with pytest.raises(ValueError, match="got 0 and 1 outcomes"):
+        unpaired([], [True])

@@ -134,7 +134,7 @@ def later_version(path: Path) -> None:
     ],
 )
 def test_a_foreign_file_is_refused_and_left_alone(tmp_path: Path, make: object, message: str) -> None:
-    """Oracle: the error names the path, and the file's bytes are what they were."""
+    """Oracle: the error names the path, and the file's bytes are unchanged."""
     path = tmp_path / "c"
     make(path)  # type: ignore[operator]
     before = path.read_bytes()
@@ -180,7 +180,7 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_cache_of_version_1_is_taken_over(tmp_path: Path) -> None:
-    """Oracle: the tables of version 1 written by hand; answers stay, and what they cost is known."""
+    """Oracle: the tables of version 1 written by hand; answers stay, and their cost is known."""
     path = tmp_path / "c"
     with sqlite3.connect(path) as db:
         db.execute(
@@ -216,7 +216,7 @@ def test_a_cache_of_version_2_is_taken_over(tmp_path: Path) -> None:
 
 
 def test_another_machines_cache_is_taken_in_and_copied(tmp_path: Path) -> None:
-    """Oracle: by hand: answers once, spending added up, what was on its way there lost; the copy has spent nothing."""
+    """Oracle: by hand: answers once, spending added up, calls in flight there are lost; the copy has spent nothing."""
     ours, theirs = ResponseCache(tmp_path / "a"), ResponseCache(tmp_path / "b")
     ours.put("both", SAMPLE, "g")
     theirs.put("both", replace(SAMPLE, text="another"), "g")

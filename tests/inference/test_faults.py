@@ -1,6 +1,6 @@
-"""What the client does at each fault of a server: the table of docs/generators.md, each row of it tried.
+"""Tries each row of the table in docs/generators.md: the client's reaction to a fault of the server.
 
-The oracle is the endpoint's own count of requests, the exception, and what the accounts say was lost.
+The oracle is the endpoint's own count of requests, the exception, and the losses in the accounts.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ AGAIN, EPISODE, RUN = "asked again", "the episode fails", "the run stops"
 
 @dataclass(frozen=True)
 class Fault:
-    """One row: what the server does once, what comes of it, and what counts as perhaps billed."""
+    """One row: the server's fault, its outcome, and the usage that counts as perhaps billed."""
 
     server: str
     reply: Any

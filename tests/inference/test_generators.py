@@ -1,6 +1,6 @@
 """The black-box client against a scripted loopback server that fails in every way a real endpoint does.
 
-The oracle throughout is the server's own list of requests that it saw: what was asked, how often, and when.
+The oracle throughout is the server's own list of requests and their times.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""llama.cpp's server: what it is given, what it refuses, and the real wheel over the embedded model's GGUF file."""
+"""llama.cpp's server: its settings, its refusals, and the real wheel over the embedded model's GGUF file."""
 
 import hashlib
 import sys
@@ -53,7 +53,7 @@ def test_the_server_gets_every_setting(monkeypatch: pytest.MonkeyPatch, gguf: Pa
 
 
 def test_what_cannot_be_served_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gguf: Path) -> None:
-    """Oracle: the message for each fault names the file and what was expected, or the package and how to install it."""
+    """Oracle: the message for each fault names the file and its expected content, or the package to install."""
     with pytest.raises(FileNotFoundError, match="absent.gguf: there is no such file"):
         check_gguf(tmp_path / "absent.gguf")
     (tmp_path / "page.gguf").write_text("<html>")

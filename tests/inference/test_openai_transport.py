@@ -148,7 +148,7 @@ def test_an_http_proxy_is_used(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_proxies(variables: dict[str, str], url: str, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the rules that curl and Python share, by hand; what is not supported is refused without the password."""
+    """Oracle: the rules that curl and Python share, by hand; an unsupported proxy is refused without the password."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     if not isinstance(expected, ValueError):
@@ -196,7 +196,7 @@ def test_tokens_of_a_command(api: str, tmp_path: Path, monkeypatch: pytest.Monke
     ],
 )
 def test_a_command_without_a_token_fails_the_episode_and_sends_nothing(command: str, words: str) -> None:
-    """Oracle: the server saw nothing; the error names the command and what it said."""
+    """Oracle: the server saw nothing; the error names the command and its output."""
     endpoint = Endpoint()
 
     async def scene(generator: OpenAIGenerator) -> None:
@@ -299,7 +299,7 @@ def test_odd_heads_are_replies(head: str, body: bytes, status: int) -> None:
 
 
 def test_a_compressed_reply_is_read() -> None:
-    """Oracle: the text that was compressed; some gateways compress though nobody asked."""
+    """Oracle: the text that was compressed; some gateways compress without being asked."""
     packed = gzip.compress(b'{"a": 1}')
     found, _ = ask(Raw(f"200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(packed)}", packed))
     assert getattr(found, "body", None) == b'{"a": 1}'

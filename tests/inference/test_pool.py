@@ -1,4 +1,4 @@
-"""Several endpoints: who gets the request, who is left alone, who is retired, and that no key is ever shown."""
+"""Several endpoints: requests go to the right one, broken ones rest or are retired, and no key is ever shown."""
 
 import asyncio
 import logging

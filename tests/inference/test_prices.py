@@ -67,5 +67,5 @@ def test_a_wrong_table_is_named(text: str, message: str, tmp_path: Path) -> None
     ],
 )
 def test_which_names_are_one_model(asked: str, answered: str, same: bool) -> None:
-    """Oracle: how the providers name snapshots of what was asked for."""
+    """Oracle: the providers' names for snapshots of the requested models."""
     assert is_same_model(asked, answered) is same

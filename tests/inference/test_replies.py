@@ -1,6 +1,6 @@
-"""What the client makes of replies: one table a surface, that is replies with status 200, refused prompts and numbers.
+"""How the client reads replies: one table each for replies with status 200, refused prompts and numbers.
 
-Each row is named after what it is, in the words of the server that sends it. The oracle of a row is written beside it.
+Each row has the words of the server that sends it. The oracle of a row is written beside it.
 """
 
 import asyncio
@@ -313,7 +313,7 @@ REFUSALS: dict[str, tuple[int, Any, str]] = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_prompts_refused(name: str) -> None:
-    """Oracle: what the provider means: the prompt, a parameter, the endpoint, a passing trouble, or nothing clear."""
+    """Oracle: the provider's meaning: the prompt, a parameter, the endpoint, a passing trouble, or nothing clear."""
     status, body, blame = REFUSALS[name]
     text = body if isinstance(body, str) else json.dumps(body)
     assert refusal(Reply(status, {}, text.encode()), SENT).blame == blame

@@ -247,7 +247,7 @@ def test_length_and_stop_ids(tiny_dir: Path) -> None:
 
 
 def test_stop_strings(tiny_dir: Path) -> None:
-    """Oracle: the same draw without them, by hand. Text ends before the stop; the ids are what was drawn."""
+    """Oracle: the same draw without them, by hand. Text ends before the stop; the ids are all that were drawn."""
     with sampler_of(tiny_dir) as sampler:
         wanted = [(prompt, Sampling(temperature=1.0, max_tokens=40), None) for prompt in prompts(30)]
         free = run(sampler, wanted)
@@ -342,7 +342,7 @@ def active_name(model: Any) -> str | None:
 
 
 def test_the_model_is_free_once_the_answers_are_there(tiny_dir: Path) -> None:
-    """Oracle: by definition; whoever has the last answer finds no adapter active, and none switched later."""
+    """Oracle: by definition; at the last answer no adapter is active, and none is switched on later."""
     model = make_model(tiny_dir, ["one"])
     with sampler_of(tiny_dir, model) as sampler:
         for seed in range(30):

@@ -143,7 +143,7 @@ CHAT = {"model": "base", "messages": HELLO, "max_tokens": 5}
 
 
 def test_chat_with_the_openai_client() -> None:
-    """Oracle: what the fake engine was called with, and its answer in OpenAI's types."""
+    """Oracle: the arguments of the fake engine's calls, and its answer in OpenAI's types."""
 
     async def main() -> None:
         async with serving() as server:
@@ -338,7 +338,7 @@ def test_bad_values_are_refused_by_name() -> None:
 
 
 def test_unknown_model_path_and_method() -> None:
-    """Oracle: the statuses of the HTTP standard and OpenAI's client classes for them; the reply says what is served."""
+    """Oracle: the statuses of the HTTP standard and OpenAI's client classes ; the reply names the served models."""
 
     async def main() -> None:
         async with serving() as server:

@@ -1,6 +1,6 @@
-"""Budgets are kept by what can happen, not by what usually does; accounts survive kills and pruning.
+"""Budgets hold for the largest possible answers, not for usual ones; accounts survive kills and pruning.
 
-The oracle is the endpoint's own sum of what it would have billed.
+The oracle is the endpoint's own sum of its bills.
 """
 
 import asyncio

@@ -98,7 +98,7 @@ def test_a_uniform_that_rounds_to_one_draws_a_real_token(top_p: float) -> None:
 
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
 def test_extreme_temperatures(top_p: float) -> None:
-    """Oracle: limits. Nearly 0 is greedy, huge is uniform over what is kept; nothing overflows."""
+    """Oracle: limits. A temperature near 0 is greedy, a huge one is uniform over the kept tokens; nothing overflows."""
     logits = torch.tensor([[50.0, 80.0, -30.0, 79.0]])
     for temperature in (1e-4, 1e-5, 1e-30, 5e-324):
         for uniform in (0.0, 0.5, 0.999):

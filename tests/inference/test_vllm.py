@@ -5,6 +5,7 @@ tests/pilot/test_vllm.py has the real vLLM.
 
 import asyncio
 import json
+import math
 import os
 import re
 import signal
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from matryoshka.core.models.load import load_model
 from matryoshka.core.protocols import ContextError
@@ -27,8 +30,9 @@ from matryoshka.inference.http_client import HttpClient
 from matryoshka.inference.vllm import Vllm
 from matryoshka.inference.vllm_adapter import check_adapter, check_config
 from matryoshka.inference.vllm_server import VllmConfig, VllmServer, max_lora_rank, server_command
-from matryoshka.lora.files import CONFIG, adapter_hash, save_adapter
+from matryoshka.lora.files import CONFIG, WEIGHTS, adapter_hash, save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter
+from matryoshka.tests.core.models.controller_contract import Architecture, architectures
 
 FAKE = Path(__file__).parent / "fake_vllm.py"
 COMMAND = f"{sys.executable} {FAKE}"
@@ -45,7 +49,7 @@ def wait_for_end(pid: int) -> None:
 
 @pytest.fixture
 def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A function that says what the next requests for a completion meet; retries do not wait."""
+    """A function that sets the faults of the next requests for a completion; retries do not wait."""
     path = tmp_path / "faults"
     monkeypatch.setenv("FAKE_FAULTS", str(path))
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log.jsonl"))
@@ -90,7 +94,7 @@ def with_server(
 
 
 def test_a_request_is_what_vllm_takes(tiny_dir: Path, tmp_path: Path, faults: Callable[..., None]) -> None:
-    """Oracle: the request, written by hand; the sample is what the stand-in drew, its text the ids' bytes."""
+    """Oracle: the request, written by hand; the sample is the stand-in's draw, and its text the ids' bytes."""
     folder = adapter(tiny_dir, tmp_path / "adapter")
 
     async def use(vllm: Vllm) -> None:
@@ -270,7 +274,7 @@ def test_a_failed_start_shows_the_end_of_the_log(
 
 
 def test_nothing_of_the_server_outlives_whoever_started_it(tiny_dir: Path, tmp_path: Path) -> None:
-    """kill -9 of the process that started it: the server goes, though nobody could stop it."""
+    """Oracle: after kill -9 of its parent, which could stop nothing, the server's process ends by itself."""
     code = (
         "import asyncio, sys, time\nfrom pathlib import Path\n"
         "from matryoshka.inference.http_client import HttpClient\n"
@@ -331,7 +335,7 @@ def test_ranks() -> None:
 
 
 def test_adapters_that_vllm_would_not_serve_are_refused(tiny_dir: Path, tmp_path: Path) -> None:
-    """Each rule broken once; what is served passes."""
+    """Oracle: the message, with each rule broken once; a good adapter passes."""
     good = adapter(tiny_dir, tmp_path / "good")
     assert check_adapter(good, 8).rank == 4
     with pytest.raises(ValueError, match="rank 16, but the server takes up to 8"):
@@ -342,12 +346,31 @@ def test_adapters_that_vllm_would_not_serve_are_refused(tiny_dir: Path, tmp_path
         check_config(LoraConfig(targets=("q_proj", "lm_head")))
     config = json.loads((good / CONFIG).read_text())
     (good / CONFIG).write_text(json.dumps({**config, "r": 2}))
-    with pytest.raises(ValueError, match=r"has shape \(\d+, \d+\), but adapter_config.json says rank 2"):
+    with pytest.raises(ValueError, match=r"has shape \(\d+, \d+\), but r is 2 in adapter_config.json"):
         check_adapter(good, 8)
     (good / CONFIG).write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}))
     with pytest.raises(ValueError, match="modules_to_save"):
         check_adapter(good, 8)
     (good / CONFIG).write_text(json.dumps(config))
-    (good / "adapter_model.safetensors").write_bytes(b"x")
+    weights = load_file(good / WEIGHTS)
+    next(iter(weights.values()))[0, 0] = math.nan
+    save_file(weights, good / WEIGHTS)
+    with pytest.raises(ValueError, match="has numbers that are not finite; its training diverged"):
+        check_adapter(good, 8)
+    (good / WEIGHTS).write_bytes(b"x")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         check_adapter(good, 8)
+
+
+@pytest.mark.parametrize("architecture", architectures(None), ids=lambda one: one.model_type)
+def test_adapters_of_every_family_pass(architecture: Architecture, tmp_path: Path) -> None:
+    """Oracle: the names of vLLM's own modules, which are the checkpoint's, fused projections included, under PEFT's
+    prefix; all of the family's linear layers are trained."""
+    model = architecture.cases[0].save(tmp_path / "model")
+    folder = adapter(model, tmp_path / "adapter", targets=())
+    assert set(check_adapter(folder, 8).targets) == set(architecture.module.LORA_TARGETS)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        names = {key.split(".layers.0.")[1] for key in file.keys() if ".layers.0." in key}
+    modules = {f"{'mlp' if one.startswith(('gate', 'up', 'down')) else 'self_attn'}.{one}" for one in
+               architecture.module.LORA_TARGETS}
+    assert names == {f"{one}.{part}.weight" for one in modules for part in ("lora_A", "lora_B")}

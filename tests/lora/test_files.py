@@ -369,7 +369,7 @@ def test_tensors_that_are_no_adapter_are_refused(
 def test_a_folder_is_replaced_whole_or_not_at_all(
     tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the hash of what was there. A save that fails leaves it, and nothing else; a good one replaces it."""
+    """Oracle: the hash of the old adapter. A save that fails leaves it, and nothing else; a good one replaces it."""
     folder = tmp_path / "adapter"
     save_adapter(adapted(tiny_dir), "policy", folder, "base")
     before = adapter_hash(folder)
@@ -387,17 +387,17 @@ def test_a_folder_is_replaced_whole_or_not_at_all(
     assert adapter_hash(folder) == before
     with monkeypatch.context() as patch:
 
-        def kill(source: Path, target: Path, rename: Any = os.rename) -> None:
-            if target == folder:
+        def interrupt(source: Path, target: Path, rename: Any = os.rename) -> None:
+            if source.name.endswith(".tmp"):
                 raise KeyboardInterrupt
             rename(source, target)
 
-        patch.setattr(os, "rename", kill)
+        patch.setattr("matryoshka.core.files._exchange", lambda one, other: False)
+        patch.setattr(os, "rename", interrupt)
         with pytest.raises(KeyboardInterrupt):
             save_adapter(other, "policy", folder, "base")
-    (aside,) = tmp_path.iterdir()  # a kill between the two renames: the old adapter is still to be had
-    assert adapter_hash(aside) == before
-    aside.rename(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert adapter_hash(folder) == before
     (folder / "stale.txt").touch()
     save_adapter(other, "policy", folder, "base")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -337,7 +337,7 @@ def test_bias_stays_and_is_frozen() -> None:
 
 
 def test_adapters_off_is_the_base_to_the_bit(tiny_dir: Path) -> None:
-    """Oracle: the logits of the untouched model. `active` nests and puts back what was active, after errors too."""
+    """Oracle: the logits of the untouched model. `active` nests and restores the earlier state, after errors too."""
     model = load_model(tiny_dir)
     base = logits(model)
     add_adapter(model, "policy", LoraConfig(rank=4), seed=0)

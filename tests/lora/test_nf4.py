@@ -15,7 +15,7 @@ SHAPES = [(5, 6), (6, 32), (16, 96), (301, 130)]
 
 
 def nf4_bytes(numbers: int) -> int:
-    """Return what a weight of so many numbers takes, its scales included."""
+    """Return the bytes of a weight of so many numbers, its scales included."""
     blocks = -(-numbers // BLOCK)
     return numbers // 2 + blocks + 4 * (-(-blocks // SCALES) + 1 + 256)
 
@@ -63,7 +63,9 @@ def test_every_number_takes_the_nearest_level_and_scale(shape: tuple[int, int]) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dense_is_the_twin_to_the_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Oracle: the specification. Also: close to what was quantised, as half the widest gap of levels (0.152) allows."""
+    """Oracle: the specification. The result is also as close to the quantised weight as half the widest gap of levels
+    (0.152) allows.
+    """
     weight_OI = weights(shape)
     packed, scales = quantize(weight_OI)
     got = dense(packed, scales, dtype)

@@ -1,4 +1,4 @@
-"""What the pilot's tests drive: a controller folder, a scripted generator in another process, and the command line."""
+"""Parts for the pilot's tests: a controller folder, a scripted generator in another process, and the command line."""
 
 import json
 import os

@@ -16,8 +16,7 @@ from matryoshka.core.records import Example, RolloutSettings, Trajectory, from_j
 from matryoshka.eval.baselines import ScriptedGuidance
 from matryoshka.pilot import curve
 from matryoshka.pilot.config import RunConfig
-from matryoshka.pilot.context import open_run
-from matryoshka.pilot.problems import Problems, load_problems, open_task
+from matryoshka.pilot.context import Problems, load_problems, open_run, open_task
 from matryoshka.pilot.stages import warm_up
 from matryoshka.scripts import cli
 from matryoshka.tasks.alfworld.games import TASK_TYPES

@@ -47,7 +47,7 @@ def test_merge_writes_the_folder_that_transformers_and_peft_agree_with(tiny_dir:
 def test_merge_never_overwrites_and_leaves_nothing_half(
     tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Oracle: the promise about bad input; the folder holds what it held before."""
+    """Oracle: the promise about bad input; the folder's content is unchanged."""
     adapter = make_adapter(tiny_dir, tmp_path / "adapter")
     (tmp_path / "out").mkdir()
     flags = ["merge", "--model", str(tiny_dir), "--adapter", str(adapter), "--out", str(tmp_path / "out")]
@@ -61,7 +61,7 @@ def test_merge_never_overwrites_and_leaves_nothing_half(
 def test_export_takes_the_last_round_or_the_stage_that_is_named(
     tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Oracle: the content hashes of what the stages saved; round-10 comes after round-2."""
+    """Oracle: the content hashes of the stages' adapters; round-10 comes after round-2."""
     run = tmp_path / "run"
     stages = {name: make_adapter(tiny_dir, run / name / "adapter", seed) for seed, name in
               enumerate(("warmup", "round-2", "round-10"))}

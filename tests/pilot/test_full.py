@@ -17,7 +17,7 @@ from matryoshka.tests.pilot.test_finetune import CHATS, PAIRS, arguments, write
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torchrun tells a rank that is alone."""
+    """The environment that torchrun gives to a rank that is alone."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -6,6 +6,7 @@ The oracle of nearly everything here is an undisturbed run of the same configura
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -19,7 +20,7 @@ import pytest
 
 from matryoshka.core import models
 from matryoshka.core.config import load_toml, to_toml
-from matryoshka.core.files import folder_lock, read_jsonl
+from matryoshka.core.files import folder_lock, read_jsonl, write_jsonl
 from matryoshka.core.models import load
 from matryoshka.core.protocols import GeneratorError
 from matryoshka.core.records import Messages, Sample, Sampling
@@ -42,8 +43,7 @@ from matryoshka.pilot.config import (
 )
 from matryoshka.pilot.context import Scheme, open_run
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
-from matryoshka.pilot.run_report import left_out
-from matryoshka.pilot.stages import warm_up
+from matryoshka.pilot.stages import left_out, warm_up
 from matryoshka.scripts import cli
 from matryoshka.scripts.demo import KEYS
 from matryoshka.tasks.pal.task import PalOptions
@@ -163,7 +163,7 @@ def policies(folder: Path) -> dict[str, bytes]:
 
 
 def assert_equal_runs(folder: Path, expected: Path) -> None:
-    """Keys, token ids, log-probs, rewards, pairs and policies are the same, bit for bit; so is what is reported."""
+    """Keys, token ids, log-probs, rewards, pairs and policies are the same, bit for bit; so is the report."""
     assert journal(folder) == journal(expected)
     assert (folder / "preferences.jsonl").read_bytes() == (expected / "preferences.jsonl").read_bytes()
     assert policies(folder) == policies(expected) and len(policies(folder)) >= 4
@@ -307,11 +307,12 @@ def test_a_finished_run_is_read_back(
     before = journal(folder), policies(folder), undisturbed.generator.asked("whole")
     pairs = (folder / "preferences.jsonl").read_bytes()
     first = json.loads((folder / "summary.json").read_text())
-    for stage in ("collect", "pairs", "evaluate"):
+    for stage in ("collect", "evaluate"):
         assert cli.main([stage, "--config", "whole.toml"]) == 0
+    assert cli.main(["pairs", "--in", str(folder), "--out", str(folder / "preferences.jsonl")]) == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert printed[0] == {"episodes": 16} and printed[1]["pairs"] == pairs.count(b"\n")
-    assert {**printed[-1], "seconds": 0} == {**first, "seconds": 0}
+    assert printed[0] == {"episodes": 16} and printed[-1]["pairs"] == pairs.count(b"\n")
+    assert {**printed[-2], "seconds": 0} == {**first, "seconds": 0}
     assert (folder / "preferences.jsonl").read_bytes() == pairs
     assert (journal(folder), policies(folder), undisturbed.generator.asked("whole")) == before
 
@@ -530,3 +531,46 @@ def test_swapping_the_controller_is_one_file(
 
 def _no_sampler(tokenizer: Any) -> Any:
     return type("Tokens", (), {"tokenizer": tokenizer})()
+
+
+def test_a_report_is_written_again_from_the_record_alone(
+    undisturbed: Runs, controller_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Oracles: the first report; no weights are there to be read, nothing is asked and no episode is added."""
+    folder = tmp_path / "runs" / "whole"
+    shutil.copytree(undisturbed.root / "runs" / "whole", folder)
+    shutil.copytree(controller_dir, tmp_path / "tiny", ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "config.toml").write_text(
+        (folder / "config.toml").read_text().replace(str(controller_dir), str(tmp_path / "tiny"))
+    )
+    written = json.loads((folder / "report.json").read_text())
+    for name in ("report.json", "report.md", "report.html", "summary.json", "verdicts.json"):
+        (folder / name).unlink()
+    asked, episodes = undisturbed.generator.asked("whole"), (folder / "trajectories.jsonl").read_bytes()
+    seconds = (folder / "seconds.json").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", str(folder)]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    again = json.loads((folder / "report.json").read_text())
+    for report in (written, again):
+        del report["versions"]["commit"]  # of the tree, which may be edited while the tests run
+    changed = {key for key in written if written[key] != again[key]}
+    assert changed <= {"command", "config", "counts"} and again["counts"]["round_1"] == written["counts"]["round_1"]
+    assert again["problems"] == written["problems"] and len(written["problems"]) == 6
+    first = json.loads((undisturbed.root / "runs" / "whole" / "summary.json").read_text())
+    ignored = {"seconds": 0, "report": ""}
+    assert {**summary, **ignored} == {**first, **ignored}
+    assert undisturbed.generator.asked("whole") == asked
+    assert (folder / "trajectories.jsonl").read_bytes() == episodes
+    assert (folder / "seconds.json").read_bytes() == seconds
+    # A condition that is not recorded is left out; the untrained controller cannot be.
+    rows = read_jsonl(folder / "trajectories.jsonl")
+    for name, status, said in (("no-guidance", 0, "the report has no row"), ("tiny", 2, "evaluate --config` runs")):
+        infos = [row["trajectory"]["info"] for row in rows]
+        rows = [row for row, info in zip(rows, infos, strict=True) if info["controller"] != name]
+        write_jsonl(folder / "trajectories.jsonl", rows)
+        assert cli.main(["report", str(folder)]) == status
+        assert said in caplog.text + capsys.readouterr().err
+    assert "no_guidance" not in json.loads((folder / "report.json").read_text())["verdicts"]
+    assert cli.main(["report", str(tmp_path)]) == 2 and "no config.toml; expected the folder" in capsys.readouterr().err

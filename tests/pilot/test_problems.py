@@ -1,4 +1,4 @@
-"""pilot/problems.py: a run's splits from the generator of word problems and from GSM8K files; the configurations."""
+"""pilot/context.py: a run's splits from the generator of word problems and from GSM8K files; the configurations."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from matryoshka.core.config import load_toml, to_toml
 from matryoshka.core.records import Messages
 from matryoshka.inference.generators import GeneratorConfig
 from matryoshka.pilot.config import ControllerConfig, RunConfig, TaskConfig, WarmupConfig
-from matryoshka.pilot.problems import Problems, fitting_problems, load_problems, open_task
+from matryoshka.pilot.context import Problems, fitting_problems, load_problems, open_task
 from matryoshka.tasks.pal.task import PalOptions
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -1,6 +1,6 @@
 """Episodes over ranks: shares, journals, budget and limits, with torchrun on gloo against one process.
 
-The oracle is nearly always the same run in one process, and the scripted server's log of what it was asked.
+The oracle is nearly always the same run in one process, and the scripted server's log of its requests.
 """
 
 import json
@@ -116,7 +116,7 @@ def test_a_journal_knows_what_the_others_recorded(tmp_path: Path) -> None:
 
 
 def test_limits_are_shared_by_processes() -> None:
-    """Oracle: sums by hand; 0 stays without limit; what is smaller than the number of processes is refused."""
+    """Oracle: sums by hand; 0 stays without limit; a number smaller than that of processes is refused."""
     config = GeneratorConfig("http://h/v1", "m", "", concurrency=7, requests_per_minute=100)
     config = replace(config, endpoints=(EndpointConfig(tokens_per_minute=11),))
     parts = [config.part(index, 3) for index in range(3)]

@@ -12,7 +12,7 @@ from matryoshka.core.files import read_jsonl
 from matryoshka.core.models.load import model_folder
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.pilot.finetune import DpoCommand, SftCommand, load_rows
-from matryoshka.pilot.tracking import wandb_writer
+from matryoshka.pilot.training import wandb_writer
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.test_finetune import PAIRS, arguments, write
 

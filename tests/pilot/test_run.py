@@ -1,4 +1,4 @@
-"""pilot/stages.py and progress.py: what a stage decides, on a run whose episodes take a second."""
+"""pilot/stages.py and progress.py: the decisions of a stage, on a run whose episodes take a second."""
 
 import time
 from dataclasses import replace
@@ -12,8 +12,7 @@ from matryoshka.pilot.config import WarmupConfig
 from matryoshka.pilot.context import open_run
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.progress import Progress, StatusLine
-from matryoshka.pilot.run_report import left_out
-from matryoshka.pilot.stages import collect, is_trained, train_round, train_star, warm_up, write_pairs
+from matryoshka.pilot.stages import collect, is_trained, left_out, train_round, train_star, warm_up, write_pairs
 from matryoshka.tests.pilot.conftest import Generator
 from matryoshka.tests.pilot.test_pilot import small
 

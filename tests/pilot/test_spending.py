@@ -1,6 +1,6 @@
 """A run's money, from the command line: an estimate, a stop by hand, a stop by the budget, the end; and its key.
 
-One configuration goes through all of it. The oracle is the scripted server's log of what it was asked.
+One configuration goes through all of it. The oracle is the scripted server's log of its requests.
 """
 
 import json

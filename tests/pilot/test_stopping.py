@@ -1,4 +1,4 @@
-"""A run that is stopped twice by Ctrl-C ends at once, with what was recorded before."""
+"""A run that is stopped twice by Ctrl-C ends at once and keeps its records."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def wait_for(seen: Callable[[], bool]) -> None:
 
 @pytest.mark.slow
 def test_collection_stops_at_once(tmp_path: Path, controller_dir: Path, generator: Generator) -> None:
-    """Oracle: status 130 while requests hang, all of stderr, and what was recorded and paid for before."""
+    """Oracle: status 130 while requests hang, all of stderr, and the records and payments from before."""
     runs = Runs(tmp_path, generator)
     config = small("stalling", controller_dir, generator.url("stalling"))
     controller = replace(config.controller, deterministic=False)  # several episodes at a time

@@ -1,4 +1,4 @@
-"""What becomes of `torchrun -m matryoshka.scripts.cli sft` when a rank is killed or hangs, or all are stopped."""
+"""`torchrun -m matryoshka.scripts.cli sft` ends clearly when a rank is killed or hangs, or all are stopped."""
 
 import multiprocessing
 import os

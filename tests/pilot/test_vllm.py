@@ -1,4 +1,4 @@
-"""The real vLLM, on CPU: what it draws, two adapters at once, hot swaps, parity, a pilot, a kill in mid-collection.
+"""The real vLLM, on CPU: its draws, two adapters at once, hot swaps, parity, a pilot, a kill in mid-collection.
 
 One server serves the module, since it takes most of a minute to start. MATRYOSHKA_VLLM is the command that starts it;
 by default that of scripts/setup_vllm_cpu.sh. The model is tiny: vLLM is what is tested.
@@ -220,7 +220,7 @@ def test_adapters_at_once(vllm: Vllm, model_dir: Path, adapters: list[Path]) -> 
 
 
 def test_a_hot_swap(vllm: Vllm, server: Shared, adapters: list[Path]) -> None:
-    """Oracle: vLLM's list of what it has loaded; the old adapter goes once its last request has ended."""
+    """Oracle: vLLM's list of its loaded adapters; the old adapter goes once its last request has ended."""
     ids = prompt(vllm.tokenizer)
 
     async def swap() -> None:

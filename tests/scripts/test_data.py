@@ -1,17 +1,24 @@
 """scripts/data.py: LaMP's files over a real HTTP server on loopback: whole, broken off, resumed, changed, damaged."""
 
 import hashlib
+import io
 import json
+import os
+import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import pytest
 
+from matryoshka.core.records import RemoteFile
 from matryoshka.pilot.download import MANIFEST, fetch
 from matryoshka.scripts.cli import main
-from matryoshka.tasks.lamp.sources import sources
+from matryoshka.tasks.alfworld import sources as alfworld
+from matryoshka.tasks.lamp import sources as lamp
+from matryoshka.tasks.pal import sources as pal
 
 FILES = ["train_questions.json", "train_outputs.json", "dev_questions.json", "dev_outputs.json"]
 
@@ -54,6 +61,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[start : len(body) if end is None else end])
 
 
+def files(site: Site | str) -> list[RemoteFile]:
+    """Return LaMP-2M's files at another site."""
+    return [replace(file, site=getattr(site, "url", str(site))) for file in lamp.sources("lamp", "2M")]
+
+
 @pytest.fixture
 def site() -> Iterator[Site]:
     server = Site()
@@ -69,12 +81,12 @@ def site() -> Iterator[Site]:
 
 def test_files_come_whole_once_and_their_checksums_are_recorded(site: Site, tmp_path: Path) -> None:
     """Oracle: the bytes served; a second call asks for nothing; SHA-256 by hashlib."""
-    paths = fetch(sources("2M", site.url), tmp_path)
+    paths = fetch(files(site), tmp_path)
     assert [path.name for path in paths] == FILES and {path.parent.name for path in paths} == {"LaMP_2M"}
     assert [path.read_bytes() for path in paths] == list(site.files.values())
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert [row["sha256"] for row in manifest.values()] == [hashlib.sha256(b).hexdigest() for b in site.files.values()]
-    assert fetch(sources("2M", "http://127.0.0.1:1"), tmp_path) == paths and len(site.asked) == 4
+    assert fetch(files("http://127.0.0.1:1"), tmp_path) == paths and len(site.asked) == 4
     assert not list(tmp_path.rglob("*.part*"))
 
 
@@ -82,9 +94,9 @@ def test_a_broken_download_goes_on_where_it_stopped(site: Site, tmp_path: Path) 
     """Oracle: the Range asked for is what had come; the file is the one served."""
     site.break_after = 30_000
     with pytest.raises(OSError, match="30000 of 105000 bytes came; run the command again to go on"):
-        fetch(sources("2M", site.url), tmp_path)
+        fetch(files(site), tmp_path)
     assert not (tmp_path / "LaMP_2M" / FILES[0]).exists()
-    assert [path.read_bytes() for path in fetch(sources("2M", site.url), tmp_path)] == list(site.files.values())
+    assert [path.read_bytes() for path in fetch(files(site), tmp_path)] == list(site.files.values())
     assert [wanted for _, wanted in site.asked] == [None, "bytes=30000-", None, None, None]
 
 
@@ -93,20 +105,20 @@ def test_a_file_that_changed_meanwhile_starts_again(site: Site, tmp_path: Path, 
     """Oracle: no file is pieced together from two versions, whether the server knows ranges or not."""
     site.break_after = 30_000
     with pytest.raises(OSError):
-        fetch(sources("2M", site.url), tmp_path)
+        fetch(files(site), tmp_path)
     path = next(iter(site.files))
     site.files[path], site.ranges = b"another file " * 9000, ranges
-    assert fetch(sources("2M", site.url), tmp_path)[0].read_bytes() == site.files[path]
+    assert fetch(files(site), tmp_path)[0].read_bytes() == site.files[path]
 
 
 def test_a_download_that_was_whole_but_not_renamed_starts_again(site: Site, tmp_path: Path) -> None:
     """Oracle: the server answers 416 to a range behind the end; the bytes are those served."""
     site.break_after = 104_999
     with pytest.raises(OSError):
-        fetch(sources("2M", site.url), tmp_path)
+        fetch(files(site), tmp_path)
     part = tmp_path / "LaMP_2M" / f"{FILES[0]}.part"
     part.write_bytes(next(iter(site.files.values())))
-    assert fetch(sources("2M", site.url), tmp_path)[0].read_bytes() == next(iter(site.files.values()))
+    assert fetch(files(site), tmp_path)[0].read_bytes() == next(iter(site.files.values()))
 
 
 def test_other_bytes_than_the_manifest_says_are_refused(site: Site, tmp_path: Path) -> None:
@@ -117,15 +129,18 @@ def test_other_bytes_than_the_manifest_says_are_refused(site: Site, tmp_path: Pa
     (tmp_path / MANIFEST).write_text(json.dumps(mine))
     digest = hashlib.sha256(body).hexdigest()
     with pytest.raises(ValueError, match=f"SHA-256 is {digest}, but .* says {'0' * 64}; delete the file"):
-        fetch(sources("2M", site.url), tmp_path)
+        fetch(files(site), tmp_path)
     mine["LaMP_2M/train_questions.json"]["sha256"] = digest
     (tmp_path / MANIFEST).write_text(json.dumps(mine))
-    assert fetch(sources("2M", site.url), tmp_path)[0].read_bytes() == body
+    assert fetch(files(site), tmp_path)[0].read_bytes() == body
 
 
-def test_damaged_manifests_and_missing_files(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_manifests_and_missing_files(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: the command ends with status 2 and one line that names the file, the entry or the address."""
-    run = ["data", "lamp", "--task", "3", "--out", str(tmp_path), "--site", site.url]
+    monkeypatch.setattr(lamp, "SITE", site.url)
+    run = ["data", "lamp", "--task", "3", "--out", str(tmp_path)]
     assert main(run) == 2
     assert "/LaMP/LaMP_3/train/train_questions.json: the server answered 404" in capsys.readouterr().err
     for text, what in (("{", "malformed JSON"), ('{"a": {"url": 1}}', "entry 'a'"), ("[]", "entry ''")):
@@ -136,7 +151,7 @@ def test_damaged_manifests_and_missing_files(site: Site, tmp_path: Path, capsys:
 
 def test_the_command_prints_the_files(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: the four paths, one a line."""
-    assert main(["data", "lamp", "--task", "2M", "--out", str(tmp_path), "--site", site.url]) == 0
+    assert main(["data", "lamp", "--task", "2M", "--out", str(tmp_path), "--mirror", site.url]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "LaMP_2M" / name) for name in FILES]
 
 
@@ -145,5 +160,76 @@ def test_what_has_no_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["data", "alfword", "--out", str(tmp_path / "out")]) == 2
     assert main(["data", "lamp", "--task", "7", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "benchmark 'alfword' has no files to fetch; choose from lamp" in error
+    assert "benchmark 'alfword' has no files to fetch; choose from alfworld, gsm-hard, gsm8k, lamp" in error
+    assert main(["data", "gsm8k", "--task", "3", "--out", str(tmp_path / "out")]) == 2
+    assert "gsm8k has no parts; leave --task '3' out" in capsys.readouterr().err
     assert "LaMP has no task '7'; choose from 1, 2N, 2M, 3, 4" in error and not (tmp_path / "out").exists()
+
+
+def test_a_mirror_is_tried_first_and_its_bytes_are_checked(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the file with the known checksum is taken, from whichever address has it, and the manifest says which."""
+    good, other = b'{"question": "?"}\n', b"another file\n"
+    site.files |= {"/good/test.jsonl": good, "/bad/test.jsonl": other}
+    root = site.url.removesuffix("/LaMP")
+    digest = hashlib.sha256(good).hexdigest()
+    monkeypatch.setattr(pal, "SHA256", dict.fromkeys(pal.SHA256, digest))
+    monkeypatch.setattr(pal, "GSM8K", f"{root}/good")
+    (file,) = [file for file in pal.sources("gsm8k", "") if file.path == "test.jsonl"]
+    mirrors = ["http://127.0.0.1:1", f"{root}/none", f"{root}/bad/"]
+    (path,) = fetch([file], tmp_path, mirrors)
+    assert path.read_bytes() == good
+    entry = {"url": f"{root}/good/test.jsonl", "sha256": digest}
+    assert json.loads((tmp_path / MANIFEST).read_text()) == {"test.jsonl": entry}
+    assert caplog.text.count("trying the next address") == 3 and f"expected {digest}" in caplog.text
+    monkeypatch.setattr(pal, "GSM8K", f"{root}/bad")
+    (file,) = [file for file in pal.sources("gsm8k", "") if file.path == "test.jsonl"]
+    with pytest.raises(ValueError, match="delete the file to fetch it again"):
+        fetch([file], tmp_path / "other")
+
+
+def archive(members: dict[str, bytes]) -> bytes:
+    """Return a zip archive."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as opened:
+        for name, body in members.items():
+            opened.writestr(name, body)
+    return buffer.getvalue()
+
+
+def test_alfworld_is_unpacked_as_its_own_command_does(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the members by hand; a second call fetches nothing, even when the archives are deleted; a member that is
+    missing in part is put right after a new archive came.
+    """
+    root = site.url.removesuffix("/LaMP")
+    games = {f"json_2.1.1/train/a/b/{name}": name.encode() for name in ("game.tw-pddl", "traj_data.json")}
+    for place, name in zip(alfworld.ARCHIVES, games, strict=True):
+        site.files[f"/{place}"] = archive({"json_2.1.1/": b"", name: games[name]})
+    site.files |= {f"/{name}": name.encode() for name in alfworld.LOGIC}
+    monkeypatch.setattr(alfworld, "LOGIC", {name: hashlib.sha256(name.encode()).hexdigest() for name in alfworld.LOGIC})
+    run = ["data", "alfworld", "--out", str(tmp_path), "--mirror", root]
+    assert main(run) == 0
+    assert {name: (tmp_path / name).read_bytes() for name in games} == games
+    assert (tmp_path / "logic" / "alfred.pddl").read_text() == "alfred.pddl"
+    for path in tmp_path.glob("*.zip"):
+        path.unlink()
+    asked = len(site.asked)
+    assert main(run) == 0 and len(site.asked) == asked == 4
+    # An archive that is damaged, and one that leads out of the folder.
+    faults = {"not a whole zip archive": b"PK no zip", "leads out of the folder": archive({"../out": b""})}
+    for said, body in faults.items():
+        site.files[f"/{alfworld.ARCHIVES[0]}"] = body
+        run[3] = str(tmp_path / said)
+        assert main(run) == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_known_checksums_are_those_of_real_files() -> None:
+    """Oracle: GSM8K's own training file, where the real data are at hand."""
+    path = Path(os.environ.get("MATRYOSHKA_DATA", "../shared/data")) / "gsm8k" / "train.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == pal.SHA256["train.jsonl"]

@@ -1,4 +1,4 @@
-"""scripts/doctor.py: it reports what is there, and of a key only its presence."""
+"""scripts/doctor.py reports the machine's parts, and only the presence of a key."""
 
 import io
 import json

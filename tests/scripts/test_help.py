@@ -1,4 +1,4 @@
-"""Every flag of every command says what it does."""
+"""Every flag of every command has a sentence of help."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""scripts/setup_vllm_cpu.sh: what it installs, and when it does not, told by a Python that only notes what is asked."""
+"""scripts/setup_vllm_cpu.sh installs the right packages at the right times, by the log of a fake Python."""
 
 import shutil
 import subprocess
@@ -31,7 +31,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def set_up(checkout: Path, **environment: str) -> tuple[int, list[str]]:
-    """Return the exit status and what was installed."""
+    """Return the exit status and the installed packages."""
     log = checkout.parent / "log"
     log.unlink(missing_ok=True)
     variables = {"PATH": "/usr/bin:/bin", "PYTHON_BASE": str(checkout.parent / "python"), **environment}

@@ -1,4 +1,4 @@
-"""tasks/reasoning.py and the parsing of every task: what a model thought aloud is no part of its answer."""
+"""tasks/reasoning.py and the parsing of every task: a model's thoughts are no part of its answer."""
 
 import asyncio
 from collections.abc import Callable

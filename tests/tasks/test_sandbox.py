@@ -143,7 +143,7 @@ def test_there_is_no_input() -> None:
 
 
 def test_printed_results_are_not_results() -> None:
-    """Oracle: the value returned is 1; what is printed is only output."""
+    """Oracle: the returned value is 1; printed text is only output."""
     outcome = run(
         "print('{\"value\": 999}')\nprint('ready')\ndef solution():\n    print('{\"value\": 998}')\n    return 1"
     )
@@ -290,7 +290,7 @@ def test_a_cancelled_run_leaves_no_process() -> None:
 
 
 def test_an_interpreter_that_does_not_start_is_no_fault_of_the_program(tmp_path: Path) -> None:
-    """Scoring such a run 0 would be wrong: it raises, and says what the interpreter said."""
+    """Oracle: the exception quotes the interpreter. To score such a run 0 would be wrong."""
     script = tmp_path / "broken_script.py"
     script.write_text("raise SystemExit('this script is broken')")
     with pytest.raises(RuntimeError, match="before it ran any code.*this script is broken"):

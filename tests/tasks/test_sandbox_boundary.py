@@ -18,7 +18,7 @@ ALLOW, EPERM, ENOSYS, KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
 
 
 def decision(code: bytes, audit: int, number: int, *arguments: int) -> int:
-    """Return what the kernel does with a call: classic BPF over struct seccomp_data, as linux/filter.h defines it."""
+    """Return the kernel's action on a call: classic BPF over struct seccomp_data, as linux/filter.h defines it."""
     data = struct.pack("=IIQ6Q", number, audit, 0, *(arguments + (0,) * 6)[:6])
     place, accumulator = 0, 0
     while True:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.load import MODELS, OWN_FOLDERS, architecture_files, model_architecture
+from matryoshka.core.models.weights import save_weights
 
 SETTINGS = Path(__file__).parent / "controllers"
 # Fields of transformers' configurations that shape no log-prob.
@@ -87,13 +88,23 @@ class Case:
         model.load_state_dict(theirs, strict=True)
         return model
 
+    def save(self, folder: Path, **changes: object) -> Path:
+        """Write the configuration with these changes and random float64 weights as a model folder, and return it."""
+        fields = {"model_type": self.architecture.model_type, **self.fields, **changes}
+        module = self.architecture.module
+        model: LanguageModel = module.Model(module.read_config(fields)).double()
+        randomise(model)
+        save_weights(model, folder)
+        (folder / "config.json").write_text(json.dumps(fields))
+        return folder
+
     def is_ours(self, name: str, mine: dict[str, Any]) -> bool:
         """Return whether a tensor of transformers' belongs to us; a tied head is one more name of the embedding."""
         return name in mine or name != "lm_head.weight"
 
 
 def architectures(folder: Path | None) -> list[Architecture]:
-    """Return what is under the contract: the files of core/models/, or of a folder of one's own."""
+    """Return the files that the contract covers: those of core/models/, or of a user's own folder."""
     settings = SETTINGS if folder is None else folder
     if folder is not None:
         os.environ[OWN_FOLDERS] = str(folder)

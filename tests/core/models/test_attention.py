@@ -60,7 +60,7 @@ trees = st.builds(
 
 @pytest.fixture(params=[(0, 2), (0, 256), (30, 3), (2048, 256)], ids=str)
 def costs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
-    """Set what a block costs beside its scores and where chains are cut: from every branch alone to one block."""
+    """Set a block's cost beside its scores, and where chains are cut: from a block for each branch to one in all."""
     monkeypatch.setattr(attention, "CALL", request.param[0])
     monkeypatch.setattr(attention, "PIECE", request.param[1])
     yield request.param

@@ -4,6 +4,8 @@ Oracles: transformers in true float64, PEFT, and invariants; `controller_contrac
 clause, the architecture and the configuration.
 """
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +18,26 @@ from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.layer_attention import Attend
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree
+from matryoshka.core.models.varlen import Varlen
 from matryoshka.core.models.weights import save_weights
 from matryoshka.dpo.head import token_logps
 from matryoshka.inference.kv_cache import CachedAttention, Prefix
 from matryoshka.lora.files import load_adapter, merge, save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter, set_active, trainable_parameters
+from matryoshka.lora.nf4 import dense_twin
+from matryoshka.lora.quantized import QuantizedLinear, quantize_linears
 from matryoshka.tests.core.models.controller_contract import (
     Architecture,
     Case,
     architectures,
     difference,
     float64,
+    loss,
     relative,
     some_ids,
     unread_fields,
 )
+from matryoshka.tests.core.parallel import ranks
 
 pytest.importorskip("transformers")
 
@@ -134,7 +141,7 @@ def test_clause_5_a_tree_equals_its_sequences(case: Case) -> None:
 
     expected = torch.cat([alone(sequence) for sequence in sequences])
     gradients = torch.autograd.grad(expected.sum(), weights)
-    attends: list[Attend] = [Branches(tree), Masked(tree)]
+    attends: list[Attend] = [Branches(tree), Masked(tree), Varlen(tree, torch.device("cpu"))]
     for attend in attends:
         hidden_TD = model(tree.ids_T[None], tree.positions_T[None], attend)[0]
         logps = token_logps(hidden_TD[tree.source_S], model.head_weight, tree.target_S, cap)
@@ -197,23 +204,28 @@ def test_clause_6_cached_decoding_is_the_full_pass(case: Case, prefix: int) -> N
     assert worst < EXACT, f"clause 6: cached hidden states differ by {worst:.1e}"
 
 
+def add_random_adapter(model: LanguageModel, config: LoraConfig) -> dict[str, nn.Parameter]:
+    """Give the model an active adapter that changes its output, and return its parameters."""
+    add_adapter(model, "policy", config, seed=0)
+    parameters = trainable_parameters(model, "policy")
+    with torch.no_grad():
+        for index, weight in enumerate(parameters.values()):
+            if weight.dim() == 2:
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(index)))
+    set_active(model, "policy")
+    return parameters
+
+
 @pytest.mark.parametrize("config", [LoraConfig(8), LoraConfig(8, dora=True)], ids=["lora", "dora"])
 def test_clause_7_adapters_are_pefts(architecture: Architecture, config: LoraConfig, tmp_path: Path) -> None:
     """Clauses 7, 8: an adapter on LORA_TARGETS, written here, gives the same logits in PEFT, read again, and merged."""
-    import dataclasses
-
     import peft
 
     case, ids = base(architecture), some_ids(base(architecture))
     model = case.ours()
     config = dataclasses.replace(config, targets=tuple(architecture.module.LORA_TARGETS))
-    add_adapter(model, "policy", config, seed=0)
-    with torch.no_grad():
-        for index, weight in enumerate(trainable_parameters(model, "policy").values()):
-            if weight.dim() == 2:
-                weight.copy_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(index)))
+    add_random_adapter(model, config)
     save_adapter(model, "policy", tmp_path / "adapter", "base")
-    set_active(model, "policy")
     with torch.no_grad():
         plain = case.ours()
         ours, without = model.logits(model(ids)), plain.logits(plain(ids))
@@ -236,8 +248,6 @@ def test_clause_7_adapters_are_pefts(architecture: Architecture, config: LoraCon
 def test_clause_9_bf16_errs_no_more_than_transformers(architecture: Architecture) -> None:
     """Clause 9: the root mean square error of bf16 logits against float64 ones of the same weights is at most 1.5 times
     that of eager transformers in bf16."""
-    import copy
-
     case = base(architecture)
     ids, ours = some_ids(case, rows=4), case.ours().to(torch.bfloat16)
     theirs = copy.deepcopy(case.theirs).to(torch.bfloat16)
@@ -248,3 +258,41 @@ def test_clause_9_bf16_errs_no_more_than_transformers(architecture: Architecture
         truth = wide.logits(wide(ids))
     errors = [(x.double() - truth).square().mean().sqrt().item() for x in (low, reference)]
     assert 0 < errors[0] <= 1.5 * errors[1], f"clause 9: error {errors[0]:.1e}, transformers' is {errors[1]:.1e}"
+
+
+RANKS_CASES = (
+    ranks.Case("dpo", preference=True, steps=2, batch_size=4),
+    ranks.Case("shard sft", layout="shard"),
+    ranks.Case("shard full sft", layout="shard", full=True, max_grad_norm=0.1),
+)
+
+
+@pytest.mark.slow
+def test_clause_10_two_ranks_equal_one(architecture: Architecture, tmp_path: Path) -> None:
+    """Clause 10: training on two ranks (gloo), adapters replicated, adapters over a sharded base and all weights
+    sharded, gives the losses, gradients and weights of one process with the whole batch in one micro-batch."""
+    folder = base(architecture).save(tmp_path / "model", vocab_size=256)
+    found = ranks.launch(list(RANKS_CASES), 2, folder, tmp_path / "two")
+    for case in RANKS_CASES:
+        alone = dataclasses.replace(case, layout="replicate", micro_batch_tokens=10**6)
+        ranks.check_equal(found[case.name], ranks.run(alone, folder, tmp_path / "one"), case.steps)
+
+
+def test_clause_11_four_bits_compute_what_dense_weights_do(architecture: Architecture) -> None:
+    """Clause 11: every linear layer but the head is packed; logits and gradients of an adapter over NF4 weights are
+    those over the same weights made dense by the twin."""
+    pytest.importorskip("bitsandbytes")
+    case, found = base(architecture), []
+    packed, plain, ids = case.ours(), case.ours(), some_ids(case)
+    quantize_linears(packed)
+    layers = {path: layer for path, layer in packed.named_modules() if isinstance(layer, QuantizedLinear)}
+    assert {path.rpartition(".")[2] for path in layers} == set(architecture.module.LORA_TARGETS)
+    with torch.no_grad():
+        for path, layer in layers.items():
+            plain.get_parameter(f"{path}.weight").copy_(dense_twin(layer.weight, layer.scales, torch.float64))
+    for model in (packed, plain):
+        parameters = list(add_random_adapter(model, LoraConfig(4)).values())
+        logits = model.logits(model(ids))
+        found.append((logits, *torch.autograd.grad(loss(logits, ids), parameters)))
+    worst = max(relative(one, two) for one, two in zip(*found, strict=True))
+    assert worst < EXACT, f"clause 11: logits or gradients differ by {worst:.1e}"

@@ -107,6 +107,17 @@ def test_untied_head(tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+def test_bf16_folder(tmp_path: Path) -> None:
+    """Oracle: torch's rounding of the fp32 folder's weights; config.json names the dtype."""
+    file = write_tiny(tmp_path / "tiny.gguf", tiny_tensors())
+    wide = load_file(convert_gguf(file, tmp_path / "wide") / "model.safetensors")
+    out = convert_gguf(file, tmp_path / "out", torch.bfloat16)
+    stored = load_file(out / "model.safetensors")
+    assert stored.keys() == wide.keys()
+    assert all(torch.equal(stored[name], weight.bfloat16()) for name, weight in wide.items())
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
 def test_config_and_tokenizer(tmp_path: Path) -> None:
     """Oracle: the metadata that went in; merges by hand: digits stand alone, the spaces before them go together."""
     from tokenizers import Tokenizer

@@ -45,7 +45,7 @@ def test_llama_gives_the_logits_of_transformers(tmp_path: Path, tied: bool) -> N
 
 @pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16)])
 def test_dtype(tmp_path: Path, dtype: torch.dtype | None, expected: torch.dtype) -> None:
-    """Oracle: by definition; None keeps what is stored, here float32."""
+    """Oracle: by definition; None keeps the stored dtype, here float32."""
     model = load_model(llama_folder(tmp_path, tied=True), dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
 

@@ -127,7 +127,7 @@ def test_log_probs_and_gradients_are_those_of_single_sequences(sequences: list[T
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[str, list[Tokens]]:
-    """What is trained on: pairs; groups of K answers to a question; dialogues in which every second turn is scored."""
+    """Training data: pairs; groups of K answers to a question; dialogues in which every second turn is scored."""
     kind = draw(st.sampled_from(["pairs", "groups", "dialogues"]))
     turn = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=3)
     header = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=4))

@@ -9,7 +9,7 @@ from torch import Tensor
 from matryoshka.core.models.attention import Masked, tree_attention
 from matryoshka.core.models.layer_attention import LayerAttention
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree, packed_sequences
-from matryoshka.core.models.varlen import Varlen, sequences_of
+from matryoshka.core.models.varlen import TORCH, Varlen, calls_of, check_flash
 
 CPU = torch.device("cpu")
 KINDS = [LayerAttention(0, 0.5), LayerAttention(0, 0.3, window=3), LayerAttention(0, 0.7, softcap=0.9, window=9)]
@@ -56,16 +56,29 @@ def test_the_twin_is_the_dense_mask(tree: TokenTree, kind: LayerAttention) -> No
         torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
 
 
-def test_sequences_by_hand() -> None:
-    """Oracle: by hand. Chains: the root 1 2, its branches 3 and 4 5, and another root; keys are whole paths."""
-    rows = ((1, 2, 3, 0), (1, 2, 4, 5, 0), (9, 0))
+def test_calls_by_hand() -> None:
+    """Oracle: by hand. Chains: the root 1 2, its branches 3 and 4 5, below which are 6 and 7, and another root."""
+    rows = ((1, 2, 3, 0), (1, 2, 4, 5, 6, 0), (1, 2, 4, 5, 7, 0), (9, 0))
     tree = build_tree([Tokens(ids, (*(0,) * (len(ids) - 1), 1)) for ids in rows])
-    found = sequences_of(tree, CPU)
-    assert found.starts_q.tolist() == [0, 2, 3, 5, 6] and found.starts_k.tolist() == [0, 2, 5, 9, 10]
-    assert found.keys is not None and found.keys.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5]
-    assert (found.longest_q, found.longest_k) == (2, 4)
-    packed = sequences_of(packed_sequences(some_sequences()), CPU)
-    assert packed.keys is None and packed.starts_q.equal(packed.starts_k)
+    first, second = calls_of(tree, CPU)
+    assert first.causal and first.queries_Q is None and first.starts_q.tolist() == [0, 2, 3, 5, 6, 7, 8]
+    assert first.keys_K is not None and first.keys_K.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 3, 4, 6, 7]
+    assert first.starts_k.tolist() == [0, 2, 3, 5, 8, 11, 12] and (first.longest_q, first.longest_k) == (2, 3)
+    assert not second.causal and second.queries_Q is not None and second.queries_Q.tolist() == [2, 3, 4, 5, 6]
+    assert second.keys_K is not None and second.keys_K.tolist() == [0, 1]
+    assert second.starts_q.tolist() == [0, 5] and second.starts_k.tolist() == [0, 2]
+    (windowed,) = calls_of(tree, CPU, window=2)
+    assert windowed.keys_K is not None and windowed.keys_K.tolist() == [0, 1, 1, 2, 1, 3, 4, 4, 5, 4, 6, 7]
+
+
+def test_no_key_is_copied_in_trees_of_two_levels_and_packed_sequences() -> None:
+    """Oracle: None stands for the tree's own tokens in order; a branch's prefix is read by the second call."""
+    tree = build_tree([Tokens((1, 2, 3, answer, answer, 0), (0, 0, 0, 1, 1, 1)) for answer in (4, 5, 6)])
+    first, second = calls_of(tree, CPU)
+    assert first.keys_K is None and first.starts_k.equal(first.starts_q)
+    assert second.keys_K is not None and second.keys_K.tolist() == [0, 1, 2]
+    (packed,) = calls_of(packed_sequences(some_sequences()), CPU)
+    assert packed.keys_K is None and packed.starts_q.equal(packed.starts_k)
 
 
 def test_packed_sequences_are_the_tree_without_sharing() -> None:
@@ -83,9 +96,28 @@ def test_errors() -> None:
     """Oracle: the message."""
     with pytest.raises(ValueError, match="backend 'flash' is unknown; choose from"):
         tree_attention(build_tree([]), CPU, "flash")
+    check_flash(torch.bfloat16, 64)
+    with pytest.raises(ValueError, match="bf16 or fp16, not torch.float32; use backend auto"):
+        check_flash(torch.float32, 64)
+    for size in (100, 264):
+        with pytest.raises(ValueError, match=f"multiples of 8, not {size}"):
+            check_flash(torch.float16, size)
     tree = build_tree(some_sequences())
     with pytest.raises(ValueError, match="2 rows; a token tree lies in one row"):
         Varlen(tree, CPU)(KINDS[0], *(x.expand(2, -1, -1, -1) for x in inputs(len(tree.ids_T))))
+
+
+@pytest.mark.parametrize("kind", KINDS[:2], ids=str)
+def test_torchs_kernel_takes_these_arguments(kind: LayerAttention) -> None:
+    """Oracle: torch's own rules for shapes, on the meta device: output [T, N, H], log-sum-exps [N, T], gradients."""
+    q, k, v = (torch.empty(20, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (6, 2, 2))
+    for call in calls_of(build_tree(some_sequences()), torch.device("meta"), kind.window):
+        out, lse = TORCH.forward(call, kind, (q, k, v))
+        assert out.shape == q.shape and lse.shape == (6, 20) and lse.dtype == torch.float32
+        grads = TORCH.backward(call, kind, (q, k, v), out, lse, out)
+        assert [x.shape for x in grads] == [x.shape for x in (q, k, v)]
+    with pytest.raises(ValueError, match="has no soft-cap; install flash-attn"):
+        TORCH.forward(call, KINDS[2], (q, k, v))
 
 
 @pytest.mark.gpu

@@ -39,7 +39,7 @@ def checkpoint(tied: bool = False) -> dict[str, Tensor]:
 
 
 def assert_holds(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
-    """Oracle: bitwise equality with what was written, cast by torch."""
+    """Oracle: bitwise equality with the tensors that were written, cast by torch."""
     state = model.state_dict()
     assert state.keys() == tensors.keys()
     for key, tensor in tensors.items():
@@ -168,7 +168,7 @@ def test_legacy_rope_buffers_are_accepted(tmp_path: Path) -> None:
 
 
 def test_keys_and_shapes_are_strict(tmp_path: Path) -> None:
-    """Oracle: by hand; each message names the place, the key, what came and what was expected."""
+    """Oracle: by hand; each message names the place, the key, the value that came and the expected one."""
     path = tmp_path / "model.safetensors"
     tensors = checkpoint()
     save_file({key: tensor for key, tensor in tensors.items() if key != "model.proj.bias"}, path)
@@ -246,7 +246,7 @@ def test_index_that_disagrees_with_its_shards(tmp_path: Path) -> None:
 
 
 def test_save_refuses_and_resumes(tmp_path: Path) -> None:
-    """Invariant: a folder never mixes two models; what a kill left behind is refused, then mended by saving again."""
+    """Invariant: a folder never mixes two models; a killed save is refused, and saving again mends it."""
     tensors = checkpoint()
     save_weights(tensors, tmp_path, max_shard_bytes=1)
     with pytest.raises(ValueError, match="holds weights already .*index.json"):

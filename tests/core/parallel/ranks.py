@@ -93,7 +93,7 @@ def items_of(case: Case) -> list[Item]:
 
 
 def build(case: Case, model_folder: Path, world: World) -> tuple[Any, dict[str, torch.nn.Parameter]]:
-    """Return the model as this rank holds it under the case's layout, and what is trained of it."""
+    """Return the model as this rank holds it under the case's layout, and its trained parameters."""
     dtype, stored = DTYPES[case.dtype], DTYPES[case.stored or case.dtype]
     model_folder = Path(case.model or model_folder)
     model: Any = empty_model(model_folder)
@@ -201,6 +201,24 @@ def run(case: Case, model_folder: Path, folder: Path, world: World = ALONE) -> R
     world.sum(list(gathered.values()))
     tensors = gathered | {f"gradient/{name}": value for name, value in gradients.items()}
     return found, tensors | {f"parameter/{name}": value for name, value in after.items()}
+
+
+def check_equal(found: Result, expected: Result, num_steps: int) -> None:
+    """Hold a run on ranks to the same run of one process, in float64.
+
+    1e-10 of the largest value; 1e-8 for parameters after a step, since AdamW divides by the size of the gradient.
+    """
+    (rows, tensors), (expected_rows, expected_tensors) = found, expected
+    assert len(rows) == num_steps and tensors.keys() == expected_tensors.keys()
+    for row, other in zip(rows, expected_rows, strict=True):
+        for name in other.keys() - {"tokens", "padded_tokens", "seconds"}:
+            assert abs(row[name] - other[name]) <= max(1e-10 * abs(other[name]), 1e-14), name  # a margin of 0 is 0
+    for name, value in expected_tensors.items():
+        check_close(tensors[name], value, 1e-10 if name.startswith("gradient") else 1e-8, name)
+
+
+def check_close(found: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max().item(), msg=name)
 
 
 def launch(cases: list[Case], ranks: int, model_folder: Path, folder: Path) -> dict[str, Result]:

@@ -1,4 +1,4 @@
-"""What is predicted of a step against what gloo ranks do: through `bench ranks`, on a tiny model, 2 and 4 ranks."""
+"""Compares the predicted step with a measured one: `bench ranks` on gloo, a tiny model, 2 and 4 ranks."""
 
 import json
 from pathlib import Path

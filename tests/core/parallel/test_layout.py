@@ -13,7 +13,7 @@ NODES = World(size=8, local_size=4)
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model of 1000 numbers in two bytes each: what is cut is less, and 1050 bytes are beside it."""
+    """A model of 1000 numbers of two bytes. Sharding cuts a part of it; 1050 bytes come on top."""
 
     full: bool = False
 
@@ -38,7 +38,7 @@ class Sizes:
 def test_auto_communicates_the_least_that_fits(
     world: World, free: int, trained: bool, expected: tuple[str, int]
 ) -> None:
-    """Oracle: by hand, from what a rank needs: 2050 whole, 1550 in four parts, 1300 in eight; a tenth stays free."""
+    """Oracle: by hand, from the bytes of a rank: 2050 whole, 1550 in four parts, 1300 in eight; a tenth stays free."""
     sizes = Sizes(trained)
     layout = choose_layout(ParallelConfig(), sizes, free * 10 // 9 + 1, world)
     assert (layout.name, layout.group) == expected

@@ -375,14 +375,14 @@ def test_masks_are_the_generation_marks(name: str, write_folder: WriteFolder) ->
     ],
 )
 def test_unusable_templates_are_refused_on_loading(template: Any, message: str, write_folder: WriteFolder) -> None:
-    """Each message says what is wrong; the sandbox neither changes the messages nor reaches Python's classes."""
+    """Each message names the fault; a template in the sandbox cannot change the messages or reach Python's classes."""
     folder = write_folder(specials=CHATML_TOKENS, chat_template=template)
     with pytest.raises(ValueError, match=message):
         Tokenizer.load(folder)
 
 
 def test_an_answer_without_a_stop_token_is_refused(write_folder: WriteFolder) -> None:
-    """What never stops in training never stops in sampling."""
+    """Oracle: the message. A model that is trained without a stop token would never stop in sampling."""
     template = CHATML.replace("'<|im_end|>", "('' if m['content'] == 'a' else '<|im_end|>') + '")
     tokenizer = Tokenizer.load(write_folder(specials=CHATML_TOKENS, chat_template=template))
     with pytest.raises(ValueError, match="closes an assistant turn with none of the stop tokens"):

@@ -215,7 +215,7 @@ def test_sentencepiece_saved_as_tokenizer_json(
 
 
 def test_stream_holds_back_half_characters(tokenizer: Tokenizer) -> None:
-    """Invariant: what was emitted never changes, holds no U+FFFD, and ends as the whole text."""
+    """Invariant: emitted text never changes, has no U+FFFD, and ends as the whole text."""
     text = HOSTILE[12] + " " + HOSTILE[13] + " \u4e16 end"
     stream, emitted = TextStream(tokenizer), ""
     for id in (tokenizer.eos_id, *tokenizer.encode(text), tokenizer.eos_id):
@@ -299,7 +299,7 @@ def test_added_tokens_beside_a_sentencepiece_model(sentencepiece_dir: Path, tmp_
     ],
 )
 def test_unreadable_files_are_named(files: dict[str, str], message: str, tmp_path: Path) -> None:
-    """Each message says which file, and what was expected of it."""
+    """Oracle: each message names the file and its expected content."""
     if "tokenizer.model" in files:
         pytest.importorskip("sentencepiece")
     for name, text in files.items():
@@ -309,7 +309,7 @@ def test_unreadable_files_are_named(files: dict[str, str], message: str, tmp_pat
 
 
 def test_absent_files_are_named(tmp_path: Path) -> None:
-    """The message says what was looked for."""
+    """Oracle: the message names the files that were looked for."""
     with pytest.raises(FileNotFoundError, match="no tokenizer.json and no tokenizer.model"):
         Tokenizer.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):

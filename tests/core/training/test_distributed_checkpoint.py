@@ -1,4 +1,4 @@
-"""core/training/checkpoint_shards.py: a run saved on two ranks goes on in one process and on four, and back."""
+"""core/training/checkpoint.py: a run saved on two ranks goes on in one process and on four, and back."""
 
 import json
 import os

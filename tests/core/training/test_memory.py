@@ -15,6 +15,7 @@ from matryoshka.benchmarks.measure import peak_bytes
 from matryoshka.core.models.activations import POLICIES, CompiledBlocks, activations, run_block
 from matryoshka.core.models.attention import blocks, tree_attention
 from matryoshka.core.models.llama import Model, read_config
+from matryoshka.core.models.load import model_architecture
 from matryoshka.core.models.norm_rope_swiglu import rope_tables
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree
 from matryoshka.core.training import memory
@@ -33,6 +34,13 @@ WIDE: dict[str, Any] = {
     "num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True,
 }  # fmt: skip
 LONG = WIDE | {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 128, "num_hidden_layers": 12}
+WINDOWS = WIDE | {"sliding_window": 50, "query_pre_attn_scalar": 32}  # five layers with, one without
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma3_text": WINDOWS | {"model_type": "gemma3_text"},
+    "gemma2": WINDOWS | {"model_type": "gemma2", "attn_logit_softcapping": 5.0, "final_logit_softcapping": 9.0},
+    "phi3": WIDE | {"model_type": "phi3", "pad_token_id": 0},
+    "olmo2": WIDE | {"model_type": "olmo2"},
+}
 LLAMA3_8B = read_config(
     {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -43,7 +51,8 @@ LLAMA3_8B = read_config(
 
 def trained(config: dict[str, Any], dtype: torch.dtype, **lora: Any) -> tuple[Any, Any]:
     """Return a random model with an adapter, and its trainable parameters, which have their gradients already."""
-    model = Model(read_config(config))
+    architecture = model_architecture({"model_type": "llama", **config}, Path("tiny"))
+    model = architecture.Model(architecture.read_config(config))
     draws = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.05, generator=draws)
@@ -90,8 +99,9 @@ def step(model: Any, tree: TokenTree, policy: str) -> None:
         (WIDE, torch.bfloat16, {}),
         (WIDE, torch.float32, {"dora": True, "rank": 32}),
         (LONG, torch.float64, {}),
+        *((family, torch.float32, {}) for family in FAMILIES.values()),
     ],
-    ids=["wide", "wide bf16", "dora", "deep float64"],
+    ids=["wide", "wide bf16", "dora", "deep float64", *FAMILIES],
 )
 def test_predicted_peaks_are_the_allocators(config: dict[str, Any], dtype: torch.dtype, lora: dict[str, Any]) -> None:
     """Oracle: what torch's CPU allocator says that it held at the highest point of a step; within 10%.
@@ -102,7 +112,8 @@ def test_predicted_peaks_are_the_allocators(config: dict[str, Any], dtype: torch
     tree = forest(200, 3, 30, 4, 20, config["vocab_size"])
     tokens, scored = len(tree.ids_T), len(tree.source_S)
     assert tokens == 200 + 3 * (30 + 4 * 19)  # the last token of an answer is only predicted
-    scores = max((block.stop - block.start) * len(block.keys_K) for block in blocks(tree))
+    windows = {layer.window for layer in model.config.attention}
+    scores = max((b.stop - b.start) * len(b.keys_K) for window in windows for b in blocks(tree, window))
     footprint = Footprint(model.config, dtype, lora.get("rank", 8), lora.get("dora", False))
     head = extra_bytes(scored, config["hidden_size"], config["vocab_size"], dtype, gpu=False, training=True)
     measured = {}
@@ -190,6 +201,22 @@ def test_auto_takes_the_fastest_that_fits() -> None:
     assert plan_memory("none", model, parameters, 10**9, free=0).policy_for(10**9) == "none"  # asked for by name
 
 
+@pytest.mark.parametrize(("model_type", "all_have_windows"), [("mistral", True), ("gemma3_text", False)])
+def test_windows_lower_the_plan_where_every_layer_has_one(model_type: str, all_have_windows: bool) -> None:
+    """Oracle: the blocks that attention makes of one long chain, and the plan of the same model without windows."""
+    ids = tuple(index % 300 for index in range(3001))
+    tree = build_tree([Tokens(ids, (0,) * 3000 + (1,))])
+    plans = []
+    for window in (50, 5000):
+        model, parameters = trained(WINDOWS | {"model_type": model_type, "sliding_window": window}, torch.float32)
+        plans.append(plan_memory("full", model, parameters, 3000, free=GIB))
+        windows = {layer.window for layer in model.config.attention}
+        most = max(len(block.keys_K) for one in windows for block in blocks(tree, one if one != 5000 else None))
+        assert plans[-1].most_keys(3000) >= most > 0.9 * plans[-1].most_keys(3000)
+    with_windows, without = (plan.peak_bytes(3000, "full") for plan in plans)
+    assert with_windows < without if all_have_windows else with_windows == without
+
+
 def test_a_quantised_base_by_hand() -> None:
     """Oracle: the allocator's peak within 10%, the largest weight being dense for a while; and moments in 8 bits.
 
@@ -237,7 +264,7 @@ def test_full_fine_tuning_has_no_rank(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_free_memory_of_this_machine() -> None:
-    """Oracle: between what a running test needs and what is built in."""
+    """Oracle: the value lies between the memory that a running test needs and the memory of the machine."""
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     assert 50 * 2**20 < free_bytes(CPU) < total
 

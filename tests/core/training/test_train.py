@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from matryoshka.core.models import varlen
+from matryoshka.core.models.layer_attention import LayerAttention
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree, tree_size
 from matryoshka.core.records import Message
@@ -141,6 +143,27 @@ def test_micro_batches_give_the_same_gradients(tiny_dir: Path, tmp_path: Path, o
             torch.testing.assert_close(found[limit][3][name], expected, rtol=0, atol=1e-12, msg=name)
     norm = torch.stack([g.square().sum() for g in found[one][3].values()]).sum().sqrt().item()
     assert norm == pytest.approx(found[one][2], rel=1e-12)
+
+
+def test_the_attention_setting_is_heeded(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: training with "auto", float64; 1e-10, as AdamW divides by the size of the gradient. Calls are counted."""
+    called: list[int] = []
+    call = varlen.Varlen.__call__
+
+    def counted(self: varlen.Varlen, layer: LayerAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        called.append(layer.index)
+        return call(self, layer, q, k, v)
+
+    monkeypatch.setattr(varlen.Varlen, "__call__", counted)
+    found = []
+    for attention in ("auto", "varlen"):
+        model = make_model(tiny_dir, torch.float64)
+        steps = sft(model, tmp_path / attention, replace(CONFIG, attention=attention))
+        found.append(([row["loss"] for row in steps], values(model), len(called)))
+    (losses, weights, none), (other_losses, other_weights, some) = found
+    assert none == 0 < some and other_losses == pytest.approx(losses, rel=1e-10)
+    for name, weight in weights.items():
+        torch.testing.assert_close(other_weights[name], weight, rtol=0, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.01, 1e6])
@@ -297,7 +320,7 @@ def test_the_checkpoint_of_another_run_is_refused(
 
 
 def test_torn_checkpoints_are_ignored(tiny_dir: Path, tmp_path: Path) -> None:
-    """Oracle: what a kill leaves: an unfinished temporary folder. Training starts where the last whole one is."""
+    """Oracle: a kill leaves an unfinished temporary folder, and training starts from the last complete checkpoint."""
     rows = sft(make_model(tiny_dir), tmp_path, replace(CONFIG, save_every=2))
     for _ in range(2):
         next(rows)
@@ -419,7 +442,7 @@ def test_a_wrong_first_loss_is_refused(tiny_dir: Path, tmp_path: Path) -> None:
 
 
 def test_a_signal_while_the_caller_holds_a_row(tiny_dir: Path, tmp_path: Path) -> None:
-    """Oracle: what the message promises: the state it names is on disk. A second signal acts as before training."""
+    """Oracle: the state that the message names is on disk. A second signal acts as it would without training."""
     reached: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: reached.append(number))
     interrupt = signal.getsignal(signal.SIGINT)  # ignored where a shell started us in the background
@@ -529,3 +552,5 @@ def test_errors(tiny_dir: Path, tmp_path: Path) -> None:
             TrainConfig(**zero)
     with pytest.raises(ValueError, match="learning_rate 0.0 must be above 0"):
         TrainConfig(learning_rate=0.0)
+    with pytest.raises(ValueError, match=r"attention 'flash' is unknown; choose from \['auto', 'varlen'\]"):
+        TrainConfig(attention="flash")

@@ -1,4 +1,4 @@
-"""The engine: a kitchen known by heart, command by command; what it refuses; ALFWorld's own games where they are.
+"""The engine plays a kitchen known by heart, command by command, with its refusals, and ALFWorld's games.
 
 The transcript was written from ALFWorld's grammar by hand; test_equality.py plays the same commands in TextWorld.
 """

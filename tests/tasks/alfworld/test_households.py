@@ -1,4 +1,4 @@
-"""Our own households: every one can be won, what is held out is not trained on, and a seed always makes the same."""
+"""Our own households: each can be won, held-out tasks are not trained on, and a seed always makes the same ones."""
 
 import json
 
@@ -27,7 +27,7 @@ def test_a_walkthrough_does_what_the_task_says(split: str, size: str) -> None:
 
 
 def test_types_come_in_turn_and_sizes_hold() -> None:
-    """Oracle: the sizes that are promised; what a task needs may come on top."""
+    """Oracle: the promised sizes; things that a task needs may come on top."""
     for size, promised in SIZES.items():
         rows = households("train", 12, 3, size)
         assert [row["task_type"] for row in rows] == [*TASK_TYPES, *TASK_TYPES]

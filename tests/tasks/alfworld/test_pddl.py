@@ -15,7 +15,7 @@ CHANGING = {"in": ("object", "box"), "hot": ("object",)}
 
 
 def brute(tree: Any, facts: set[Fact], binding: dict[str, str]) -> bool:
-    """Return the truth of `tree`, straight from what the words mean."""
+    """Return the truth of `tree`, straight from the meaning of its words."""
     head, rest = tree[0], tree[1:]
     if head in ("and", "or"):
         return (all if head == "and" else any)(brute(part, facts, binding) for part in rest)

@@ -1,4 +1,4 @@
-"""Programs in their process: what they can do to the household, what they can do to us, and how they end."""
+"""Programs in their process: their effect on the household, their limits towards us, and their end."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""What models are shown: exemplars that are true, an API that exists, nothing that only gold knows."""
+"""Prompts show true exemplars and an API that exists, and nothing that only gold plans know."""
 
 import asyncio
 import inspect
@@ -41,7 +41,7 @@ MADE = {"clean": "isClean", "heat": "isHot", "cool": "isCool"}
 
 
 def place_id(kind: str, number: str) -> str:
-    """Return an id of ALFWorld's form: a basin's ends in what it is."""
+    """Return an id of ALFWorld's form; a basin's ends in its kind."""
     stem = kind.removesuffix("basin")
     return f"{stem}_bar_{99 - int(number)}" + f"_bar_{kind}" * (stem != kind)
 

@@ -180,7 +180,7 @@ def own_games() -> list[Game]:
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
 def test_gold_plans_win_everything_and_other_plans_nothing(style: Style, own_games: list[Game]) -> None:
-    """Oracle: what a literal reader must do: all with gold, none without a plan, with garbage or another game's."""
+    """Oracle: the duty of a literal reader: it wins with gold plans, never with none, garbage or another game's."""
     assert [t.reward for t in play(own_games, style, gold)] == [1.0] * len(own_games)
     for bad in ("none", garbage):
         assert sum(t.reward for t in play(own_games, style, bad)) == 0
@@ -213,7 +213,7 @@ def test_its_actions_are_those_of_its_program(verbs: str, own_games: list[Game])
 
 
 def test_its_own_plans_win_some(own_games: list[Game]) -> None:
-    """Oracle: the right steps with guessed places must win some games and not all: what a warm-up filters."""
+    """Oracle: the right steps with guessed places must win some games and not all, as a warm-up's filter needs."""
     for style in STYLES:
         won = [t.reward for t in play(own_games, style, "own")]
         assert 0 < sum(won) < len(won)
@@ -248,7 +248,7 @@ def test_a_retry_is_answered_with_the_same_plan() -> None:
 
 @pytest.mark.parametrize("system", ["You answer questions", "", "You act"])
 def test_what_it_cannot_answer_fails_the_episode(system: str) -> None:
-    """Oracle: the exception that fails an episode, saying what was asked."""
+    """Oracle: the exception that fails an episode; it quotes the request."""
     with pytest.raises(GeneratorError, match="writes programs, actions and plans only"):
         asyncio.run(LiteralGenerator().complete((Message("system", system), Message("user", "?")), Sampling()))
 

@@ -65,7 +65,7 @@ LIMITS = Limits(10.0, 128 * 2**20, 2, 7)
 
 
 class Voice:
-    """Says what is written, in order, and keeps what it was asked; the last text is said again and again."""
+    """Says its texts in order and keeps its requests; the last text is repeated."""
 
     name = "voice"
 
@@ -192,7 +192,7 @@ def test_a_mistake_is_mended_where_it_was_made() -> None:
     ],
 )
 def test_otherwise_all_begins_anew(broken: str, inner: int) -> None:
-    """Oracle: the second program needs the untouched kitchen, and all fifty actions of it, to do what it asserts."""
+    """Oracle: the second program needs the untouched kitchen, and all of its fifty actions, to pass."""
     check = "def step_1(agent, memory):\n    assert not memory and not agent.holding and not agent.location\n"
     check += '    assert agent.visit("countertop 1").count("potato 2") == 1\n    for _ in range(49): agent.look()\n'
     trajectory = play(Voice(broken, fenced(check)), inner=inner, limits=Limits(20.0, 128 * 2**20))
@@ -243,7 +243,7 @@ def test_no_new_plan_where_none_is_called_for() -> None:
 
 @pytest.mark.parametrize("inner", [1, 3])
 def test_a_call_that_fails_for_good_fails_the_episode_and_keeps_the_rest(inner: int) -> None:
-    """Oracle: what was said before the failure is in the record."""
+    """Oracle: the texts from before the failure are in the record."""
     texts = [fenced(TAKE, STUCK)] * (inner - 1)
     trajectory = play(Voice(*texts, GeneratorError("gone")), inner=inner)
     assert (trajectory.reward, trajectory.info.verdict, trajectory.info.error) == (0.0, "failed", "gone")
@@ -364,7 +364,7 @@ def test_gold_and_names() -> None:
 
 
 def test_pairs_have_the_controllers_own_text_on_both_sides() -> None:
-    """Oracle: of two plans for one game, one led to a win: that is one pair, and each side is what was said."""
+    """Oracle: of two plans for one game, one led to a win: that is one pair, and its sides are the two plans."""
 
     class Follower(Voice):
         async def complete(self, prompt: Messages, sampling: Sampling) -> Sample:

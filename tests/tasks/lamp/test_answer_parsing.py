@@ -1,4 +1,4 @@
-"""tasks/lamp/answer_parsing.py: what a reply says, by a table made by hand and against LaMP's own rule for scores."""
+"""tasks/lamp/answer_parsing.py: answers in replies, by a table made by hand and against LaMP's own rule for scores."""
 
 import pytest
 from hypothesis import given

@@ -107,7 +107,7 @@ def test_files_that_are_absent_or_of_another_task(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_fixtures_go_through_the_files(name: str, tmp_path: Path) -> None:
-    """Oracle: what is written is read back, but for the entries' ids, which nothing uses."""
+    """Oracle: written items are read back, but for the entries' ids, which nothing uses."""
     kind = KINDS[name]
     items = [fixture.item for fixture in fixtures(kind, "train", 5, 0)]
     write_items(items, kind, tmp_path, "train")

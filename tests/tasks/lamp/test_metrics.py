@@ -214,7 +214,7 @@ def test_nothing_to_score_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), [("2N", "sklearn.metrics"), ("4", "rouge_score.rouge_scorer"), ("4", "sacrebleu.metrics.bleu")]
+    ("name", "package"), [("4", "rouge_score.rouge_scorer"), ("4", "sacrebleu.metrics.bleu")]
 )
 def test_a_missing_package_is_named_with_its_extra(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the package taken away; the message says what to install."""

@@ -1,4 +1,4 @@
-"""tasks/lamp/prompt_style.py: the token budget against trying every length, and what is shown where."""
+"""tasks/lamp/prompt_style.py: the token budget against trying every length, and the place of each text."""
 
 import random
 import time
@@ -27,7 +27,7 @@ def request(lines: Sequence[Line]) -> str:
 
 
 def test_as_many_lines_as_the_budget_allows() -> None:
-    """Oracle: every number of lines tried; one letter more would not fit, and what is dropped is counted."""
+    """Oracle: every number of lines tried; one letter more would not fit, and dropped entries are counted."""
     draws = random.Random(0)
     lines = [("x" * draws.randint(0, 30), "sports") for _ in range(25)]
     base = len(request([]))

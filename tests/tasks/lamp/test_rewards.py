@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from matryoshka.core.records import EpisodeInfo, Message, PairRule, Preference, Sample, Trajectory, Turn
+from matryoshka.core.records import EpisodeInfo, Judgement, Message, PairRule, Preference, Sample, Trajectory, Turn
 from matryoshka.dpo.pairs import make_pairs
-from matryoshka.tasks.lamp.rewards import Judgement, judge, pair_rule
+from matryoshka.tasks.lamp.rewards import judge, pair_rule
 from matryoshka.tasks.lamp.task_specs import KINDS
 
 PROMPT = (Message("user", "history"),)

@@ -1,4 +1,4 @@
-"""tasks/lamp/scripted_generator.py: what the scripted generators make of a summary, by hand."""
+"""tasks/lamp/scripted_generator.py: the scripted generators' answers to a summary, by hand."""
 
 import asyncio
 
@@ -70,7 +70,7 @@ def test_guidance_and_retrieved_entries_are_both_known() -> None:
 
 
 def test_a_request_for_a_summary_is_answered_by_counting() -> None:
-    """Oracle: by hand: tea comes thrice with crime and once without; patterns have X for what the text says."""
+    """Oracle: by hand: tea comes thrice with crime and once without; patterns have X for the words of the text."""
     lines = [("Tea again", "crime"), ("More tea", "travel"), ("On tea", "crime"), ("Tea", "crime"), ("Fish", "women")]
     (first, *_) = ask("careful", summarise(NEWS, lines, lambda prompt: 0, 0, "").prompt).splitlines()
     assert first == "tea: crime"

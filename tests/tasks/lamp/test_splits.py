@@ -1,4 +1,4 @@
-"""tasks/lamp/splits.py: LaMP's splits from the seed and from files, users apart, and what the loop refuses."""
+"""tasks/lamp/splits.py: LaMP's splits from the seed and from files keep users apart; wrong settings are refused."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from matryoshka.core.config import load_toml, to_toml
 from matryoshka.core.records import Example, Messages
 from matryoshka.inference.generators import GeneratorConfig
 from matryoshka.pilot.config import ControllerConfig, RolloutConfig, RunConfig, TaskConfig
-from matryoshka.pilot.problems import load_problems, open_task
+from matryoshka.pilot.context import load_problems, open_task
 from matryoshka.tasks.lamp.data import Item, write_items
 from matryoshka.tasks.lamp.options import LampOptions
 from matryoshka.tasks.lamp.splits import with_other
@@ -79,7 +79,7 @@ def test_two_files_are_cut_in_order(tmp_path: Path) -> None:
 
 
 def test_one_file_is_cut_by_users(tmp_path: Path) -> None:
-    """Oracle: by hand: test first; who shares an entry with an earlier user goes along or nowhere."""
+    """Oracle: by hand: test first; a user that shares an entry with an earlier one joins its split or none."""
     themes = ["t0", "t0", "t0", "t1", "t1", "t2", "t3", "t4", "t1", "t5", "t6"]
     items = [user(f"a{i}", theme) for i, theme in enumerate(themes)]
     splits = load_splits(config(train_file=written(tmp_path, items)))

@@ -23,7 +23,7 @@ def score(kind: Kind, fixture: Fixture, known: str) -> float:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_history_decides_and_nothing_else(name: str) -> None:
-    """Oracle: the reader, which knows only what it is told: all right with a user's own habits, lost with another's."""
+    """Oracle: the reader, which knows only the summary: all right with a user's own habits, lost with another's."""
     kind = KINDS[name]
     if name == "4":
         pytest.importorskip("rouge_score")

@@ -1,4 +1,4 @@
-"""tasks/lamp/task.py: the loop against scripted models: what is shown, what is recorded, what a failure costs."""
+"""tasks/lamp/task.py: the loop against scripted models: its prompts, its records, and the cost of a failure."""
 
 import asyncio
 from collections.abc import Sequence
@@ -107,7 +107,7 @@ def test_an_empty_history_is_a_question_like_others() -> None:
 
 
 def test_an_episode_is_recorded_completely() -> None:
-    """Oracle: by hand: one turn, one call, what was kept of the history; the question is in the second prompt alone."""
+    """Oracle: by hand: one turn, one call, the kept part of the history; the question is in the second prompt alone."""
     generator = Generator("Crime.")
     trajectory = roll(generator)
     (turn,) = trajectory.turns

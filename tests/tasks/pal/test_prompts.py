@@ -75,7 +75,7 @@ def test_a_new_plan_has_the_previous_one_and_the_feedback() -> None:
 
 
 def test_prompts_of_different_questions_share_their_beginning() -> None:
-    """What makes the prefix tree pay: everything up to the question is the same text."""
+    """Oracle: the texts. All of a prompt up to the question is the same, which makes the prefix tree pay."""
     one, other = FULL.guidance("Why?"), FULL.guidance("How?")
     assert one[0] == other[0]
     shared = os.path.commonprefix([one[1].content, other[1].content])

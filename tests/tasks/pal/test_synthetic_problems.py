@@ -11,7 +11,6 @@ from matryoshka.core.protocols import TaskSetting
 from matryoshka.core.records import Messages, RolloutSettings, Sample, Sampling
 from matryoshka.eval.baselines import NoGuidance
 from matryoshka.tasks.pal import synthetic_problems as words
-from matryoshka.tasks.pal.problem_templates import FAMILIES, HELD_OUT, ITEMS, NAMES, Family
 from matryoshka.tasks.pal.prompt_style import PromptStyle
 from matryoshka.tasks.pal.task import PalOptions, PALTask
 from matryoshka.tasks.sandbox import extract_code, run_solution
@@ -25,9 +24,9 @@ MANY = {split: words.problems(split, 300, 0) for split in words.SPLITS}
 
 
 def skeleton(question: str) -> str:
-    """Return a question with every number, name and item replaced: its wording, whoever wrote the template."""
+    """Return the wording of a question: every number, name and item is replaced."""
     text = re.sub(r"\d+", "#", question)
-    for kind, choices in (("NAME", NAMES), ("ITEM", ITEMS)):
+    for kind, choices in (("NAME", words.NAMES), ("ITEM", words.ITEMS)):
         text = re.sub(rf"\b({'|'.join(choices)})\b", kind, text)
     return text
 
@@ -50,7 +49,7 @@ def test_no_wording_and_no_numbers_of_one_split_occur_in_another() -> None:
 def test_every_wording_of_every_family_has_one_split() -> None:
     """Oracle: all combinations of clauses, used or not; every family has some in each split, and none comes twice."""
     listed = []
-    for family in FAMILIES:
+    for family in words.FAMILIES:
         wordings = list(product(*family.clauses))
         listed += [" ".join(clauses) for clauses in wordings]
         assert {words.partition(family.name, clauses) for clauses in wordings} >= {"train", "test"}
@@ -59,8 +58,8 @@ def test_every_wording_of_every_family_has_one_split() -> None:
 
 def test_two_families_are_held_out_whole() -> None:
     """Oracle: the records; no lesson of the generator has one of their wordings."""
-    assert {p.family for p in MANY["held_out"]} == set(HELD_OUT) and len(HELD_OUT) == 2
-    others = {family.name for family in FAMILIES} - set(HELD_OUT)
+    assert {p.family for p in MANY["held_out"]} == set(words.HELD_OUT) and len(words.HELD_OUT) == 2
+    others = {family.name for family in words.FAMILIES} - set(words.HELD_OUT)
     for split in ("train", "validation", "test"):
         assert {p.family for p in MANY[split]} == others
     held_out = {skeleton(p.question) for p in MANY["held_out"]}
@@ -92,10 +91,10 @@ def test_every_step_names_its_line_and_every_number_is_asked_for() -> None:
                 assert used == set(re.findall(r"\d+", step)), (step, expression)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_gold_programs_give_the_answer(family: Family) -> None:
+@pytest.mark.parametrize("family", words.FAMILIES, ids=lambda family: family.name)
+def test_gold_programs_give_the_answer(family: words.Family) -> None:
     """Oracle: the sandbox, that is Python itself, against our own arithmetic; two problems of each family and split."""
-    splits = ["held_out"] if family.name in HELD_OUT else ["train", "validation", "test"]
+    splits = ["held_out"] if family.name in words.HELD_OUT else ["train", "validation", "test"]
     for split in splits:
         for p in islice((p for p in MANY[split] if p.family == family.name), 2):
             assert ran(p.program) == p.answer
@@ -104,9 +103,9 @@ def test_gold_programs_give_the_answer(family: Family) -> None:
 def test_programs_by_hand() -> None:
     """Oracle: written out; later lines use earlier results."""
     assert words.program(["4 * 6", "a - 5"]) == "def solution():\n    a = 4 * 6\n    b = a - 5\n    return b"
-    assert words.evaluate(["4 * 6", "a - 5"]) == 19
-    assert words.evaluate(["2 * 3", "4 * 5", "a + b"]) == 26
-    assert words.evaluate(["2 + 4", "a / 3"]) == 2
+    assert words.results(["4 * 6", "a - 5"]) == [24, 19]
+    assert words.results(["2 * 3", "4 * 5", "a + b"]) == [6, 20, 26]
+    assert words.results(["2 + 4", "a / 3"]) == [6, 2]
 
 
 class Says:

@@ -1,4 +1,4 @@
-"""The PAL loop against scripted models: what is asked, what stops it, what it records, and that gold stays unseen."""
+"""The PAL loop against scripted models: its requests, its end, its records; gold answers stay unseen."""
 
 import asyncio
 import json

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from matryoshka.eval.levels import (
+from matryoshka.benchmarks.levels import (
     holm,
     levelled_difference,
     smallest_difference,

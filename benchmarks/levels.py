@@ -38,18 +38,16 @@ def levelled_difference(
     """Return the mean score of `second` minus that of `first`, both with one row a seed and one column a game.
 
     A condition that does not depend on the seed repeats its row. clusters: of each game, () for games that are all
-    independent. With d the table of differences (clusters as columns), the mean squares of its two-way layout are
-        MS_c = S sum_j (d_.j - d_..)^2 / (C - 1)        clusters
-        MS_s = C sum_i (d_i. - d_..)^2 / (S - 1)        seeds
-        MS_e = sum_ij (d_ij - d_i. - d_.j + d_..)^2 / ((S - 1)(C - 1))
-    and the variance of the mean is (MS_c + MS_s - MS_e) / (S C). It is never taken below MS_c / (S C), which is its
-    value without differences between seeds. The degrees of freedom are Satterthwaite's. One seed: the paired t interval
-    over clusters, which says nothing about other seeds. Clusters of unequal size count by their size.
-    Error: with three seeds and 60 games the interval covers 95 to 97% and at most 5.5% of true zeros are significant
-    while the seeds' own differences deviate by up to 6 points (tests/eval/test_levels.py, by simulation); at 10 points
-    it covers 93% and 7% are significant, since three seeds tell too little of their own spread.
-    Source: Searle, Casella and McCulloch, "Variance Components", 1992, sections 4.7 and 5.4; Miller, arXiv 2411.00640,
-    for paired and clustered standard errors of evaluations.
+    independent. With d the table of differences (clusters as columns), the mean squares of its two-way layout are MS_c
+    = S sum_j (d_.j - d_..)^2 / (C - 1)        clusters MS_s = C sum_i (d_i. - d_..)^2 / (S - 1)        seeds MS_e =
+    sum_ij (d_ij - d_i. - d_.j + d_..)^2 / ((S - 1)(C - 1)) and the variance of the mean is (MS_c + MS_s - MS_e) / (S
+    C). It is never taken below MS_c / (S C), which is its value without differences between seeds. The degrees of
+    freedom are Satterthwaite's. One seed: the paired t interval over clusters, which says nothing about other seeds.
+    Clusters of unequal size count by their size. Error: with three seeds and 60 games the interval covers 95 to 97% and
+    at most 5.5% of true zeros are significant while the seeds' own differences deviate by up to 6 points
+    (tests/benchmarks/test_levels.py, by simulation); at 10 points it covers 93% and 7% are significant, since three
+    seeds tell too little of their own spread. Source: Searle, Casella and McCulloch, "Variance Components", 1992,
+    sections 4.7 and 5.4; Miller, arXiv 2411.00640, for paired and clustered standard errors of evaluations.
 
     Raises ValueError for tables of different shapes, or with fewer than two clusters.
     """
@@ -122,7 +120,7 @@ def student_cdf(t: float, degrees: float) -> float:
     """Return the distribution function of Student's t; degrees may be fractional, at least 1.
 
     With t = sqrt(degrees) tan(a) the density is cos(a)^(degrees - 1) up to its norm, which Gauss-Legendre quadrature
-    integrates to within 1e-9 (held against scipy by tests/eval/test_levels.py).
+    integrates to within 1e-9 (held against scipy by tests/benchmarks/test_levels.py).
     """
     angle = math.atan(t / math.sqrt(degrees))
     norm = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)

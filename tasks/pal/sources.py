@@ -1,0 +1,21 @@
+"""Where the files of GSM8K and GSM-Hard are."""
+
+from matryoshka.core.records import RemoteFile
+
+BENCHMARKS = ("gsm8k", "gsm-hard")
+RAW = "https://raw.githubusercontent.com"
+GSM8K = f"{RAW}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
+GSM_HARD = f"{RAW}/reasoning-machines/pal/f81ca2a9777f002f98a6b4d0f10b61bd5c8feb02/datasets"
+SHA256 = {
+    "train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+    "gsmhardv2.jsonl": "2032b0188a49ac0ec38cbe1e695e7d62d6dddc44bbb64f920728aca710e9ddef",
+}
+
+
+def sources(benchmark: str, part: str) -> list[RemoteFile]:
+    """Return the files of `benchmark`. Raises ValueError for a part: it has none."""
+    if part:
+        raise ValueError(f"{benchmark} has no parts; leave --task {part!r} out")
+    site, names = (GSM8K, ("train.jsonl", "test.jsonl")) if benchmark == "gsm8k" else (GSM_HARD, ("gsmhardv2.jsonl",))
+    return [RemoteFile(name, name, site, SHA256[name]) for name in names]

@@ -1,0 +1,308 @@
+"""matryoshka gateway: calls become episodes, episodes become trajectories, and these the next policy.
+
+Clients are the openai package and raw HTTP; the server runs in a thread of its own.
+"""
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from matryoshka.core.config import to_toml
+from matryoshka.core.files import read_jsonl, write_jsonl
+from matryoshka.core.models.load import load_model
+from matryoshka.core.records import Message, Sample
+from matryoshka.core.text.tokenizer import Tokenizer
+from matryoshka.core.training.train import TrainConfig
+from matryoshka.dpo.objectives import Preference
+from matryoshka.dpo.parity import check_policy
+from matryoshka.inference import server
+from matryoshka.lora.linear import LoraConfig
+from matryoshka.pilot.collected import read_episodes, read_rows
+from matryoshka.pilot.config import ControllerConfig
+from matryoshka.pilot.gateway import open_gateway
+from matryoshka.pilot.gateway_record import (
+    Call,
+    Conflict,
+    Ending,
+    GatewayConfig,
+    newest_stage,
+    trajectories_of,
+)
+from matryoshka.scripts import cli
+from matryoshka.tests.pilot.conftest import ROOT, command, environment
+
+TRAIN = TrainConfig(learning_rate=5e-3, epochs=1, batch_size=4)
+
+
+def config(controller: Path, **changes: Any) -> GatewayConfig:
+    found = GatewayConfig(
+        name="planner",
+        controller=ControllerConfig(str(controller), threads=1, deterministic=True),
+        lora=LoraConfig(rank=4, targets=("q_proj", "v_proj", "down_proj")),
+        train=TRAIN,
+        port=0,
+    )
+    return replace(found, **changes)
+
+
+@contextmanager
+def serving(settings: GatewayConfig, folder: Path) -> Iterator[str]:
+    """Serve in a thread and yield the address."""
+    ready, ports, loops = threading.Event(), list[int](), list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]]()
+
+    async def serve() -> None:
+        def told(port: int) -> None:
+            ports.append(port)
+            ready.set()
+
+        task = asyncio.current_task()
+        assert task is not None
+        loops.append((asyncio.get_running_loop(), task))
+        with open_gateway(settings, folder) as (engine, make):
+            await server.serve(engine, "127.0.0.1", 0, None, told, False, make)
+
+    def run() -> None:
+        try:
+            asyncio.run(serve())
+        except asyncio.CancelledError:
+            pass
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert ready.wait(60)
+    try:
+        yield f"http://127.0.0.1:{ports[0]}/v1"
+    finally:
+        loop, task = loops[0]
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def ask(url: str, body: dict[str, Any] | None = None, **headers: str) -> tuple[int, dict[str, Any]]:
+    """Return status and JSON of a GET, or of a POST of `body`."""
+    data = None if body is None else json.dumps(body).encode()
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **sent})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as err:
+        return err.code, json.load(err)
+
+
+def chat(text: str = "Go on.", **more: Any) -> dict[str, Any]:
+    return {"model": "planner", "messages": [{"role": "user", "content": text}], "max_tokens": 6, **more}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "planner"
+
+
+def test_calls_become_episodes_and_episodes_trajectories(controller_dir: Path, folder: Path) -> None:
+    """Oracles: the openai client's own answers; the ids and log-probs that the trainer computes for the same tokens."""
+    with serving(config(controller_dir), folder) as url:
+        client = openai.OpenAI(base_url=url, api_key="none")
+        assert [model.id for model in client.models.list()] == ["planner"]
+        said = []
+        for text in ("first", "second"):
+            reply = client.chat.completions.create(**chat(text, logprobs=True), extra_headers={"X-Episode-Id": "a"})
+            assert reply.choices[0].logprobs is not None and reply.model_extra is not None
+            logprobs = [row.logprob for row in reply.choices[0].logprobs.content or []]
+            said.append((reply.choices[0].message.content, logprobs))
+        assert (reply.id, reply.model_extra["call"], reply.model_extra["policy"]) == ("chatcmpl-a-2", 2, "untrained")
+        other = client.chat.completions.create(**{**chat("first", n=3), "model": "planner:b"})
+        assert len(other.choices) == 3 and other.model == "planner"
+        assert ask(f"{url}/episodes")[1]["data"] == [{"id": "a", "calls": 2}, {"id": "b", "calls": 1}]
+        status, state = ask(f"{url}/episodes/a", {"reward": 1, "note": "well done", "problem": "p"})
+        assert status == 200 and state["ended"] and state["rewards"] == [1.0]
+        assert ask(f"{url}/episodes/b", {"rewards": [0, 1, 0.25], "problem": "p"})[0] == 200
+        assert ask(f"{url}/episodes")[1]["data"] == []
+    rows = read_rows(folder / "trajectories.jsonl")
+    assert list(rows) == ["a", "b", "b#1", "b#2"] and [row.reward for row in rows.values()] == [1, 0, 1, 0.25]
+    turns = rows["a"].turns
+    assert [(turn.action.text, list(turn.action.logprobs or [])) for turn in turns] == said
+    assert turns[0].prompt == (Message("user", "first"),)
+    assert turns[0].prompt_ids == Tokenizer.load(controller_dir).render(turns[0].prompt, add_generation_prompt=True).ids
+    assert [row.turns[0].action.text for row in list(rows.values())[1:]] == [c.message.content for c in other.choices]
+    found = check_policy(load_model(controller_dir), list(rows.values()), "tiny", 1e-3, 0)
+    assert found is not None and found.rms < 1e-4
+    # `matryoshka pairs` reads the folder too: each call is a turn of its own with its episode's reward.
+    assert [row.reward for row in read_episodes(folder).rows.values()] == [1, 1, 0, 1, 0.25]
+
+
+def test_bad_ids_and_double_rewards_lose_nothing(controller_dir: Path, folder: Path) -> None:
+    """Oracle: by hand, the status and the message of each; what is on disk changes with none of them."""
+    with serving(config(controller_dir), folder) as url:
+        talk = f"{url}/chat/completions"
+        for body, headers, said in (
+            (chat(), {}, "the call names no episode; send the header X-Episode-Id, or the model as planner:ID"),
+            (chat(), {"X_Episode_Id": "../up"}, "episode id '../up': expected 1 to 128 letters"),
+            ({**chat(), "model": "planner:"}, {}, "episode id ''"),
+            ({**chat(), "model": "planner:a"}, {"X_Episode_Id": "b"}, "give two ids, 'b' and 'a'"),
+            ({**chat(), "model": "other:a"}, {"X_Episode_Id": "b"}, "model 'other:a' is not served here"),
+            (chat(stream=True), {"X_Episode_Id": "a"}, "stream: only false is supported"),
+        ):
+            status, answer = ask(talk, body, **headers)
+            assert status in (400, 404) and said in answer["error"]["message"]
+        assert ask(f"{url}/episodes/a", {"reward": 1})[0] == 404 and ask(f"{url}/episodes/a")[0] == 404
+        assert not (folder / "calls.jsonl").read_bytes()
+        assert ask(talk, chat(n=2), X_Episode_Id="a")[0] == 200
+        for end, code, said in (
+            ({}, 400, "give 'reward', or 'rewards'"),
+            ({"reward": 1, "rewards": [1]}, 400, "give 'reward', or 'rewards'"),
+            ({"reward": "1"}, 400, "reward is '1' (str); expected a finite number"),
+            ({"reward": 1, "score": 2}, 400, "unknown field 'score'"),
+            ({"rewards": [1, None]}, 400, "expected a finite number"),
+            ({"reward": 1, "used": {"1": "0"}}, 400, "number of a call -> index of the sample"),
+            ({"reward": 1}, 409, "call 1 has 2 samples, and it is not known which one the agent used"),
+            ({"rewards": [1, 0, 0]}, 409, "3 rewards for the last call, which has 2 samples"),
+            ({"reward": 1, "used": {"2": 0}}, 409, "the episode has no call '2'"),
+            ({"reward": 1, "used": {"1": 2}}, 409, "call 1 has 2 samples, no sample 2"),
+        ):
+            status, answer = ask(f"{url}/episodes/a", end)
+            assert (status, said in answer["error"]["message"]) == (code, True), answer
+        assert not (folder / "trajectories.jsonl").read_bytes()
+        end = {"reward": 1, "used": {"1": 1}}
+        first = ask(f"{url}/episodes/a", end)
+        assert first[0] == 200 and ask(f"{url}/episodes/a", end) == first  # a repeat is the same end
+        status, answer = ask(f"{url}/episodes/a", {"reward": 0, "used": {"1": 1}})
+        assert status == 409 and "has ended with rewards [1.0] already" in answer["error"]["message"]
+        status, answer = ask(talk, chat(), X_Episode_Id="a")
+        assert status == 409 and "episode 'a' has ended" in answer["error"]["message"]
+    assert len(read_jsonl(folder / "trajectories.jsonl")) == 1
+
+
+def test_lost_clients_and_their_retries(controller_dir: Path, folder: Path) -> None:
+    """Oracle: the record. A client that leaves before its answer leaves no call; a retry gets what was drawn."""
+    with serving(config(controller_dir), folder) as url:
+        talk = f"{url}/chat/completions"
+        host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+        body = json.dumps(chat(max_tokens=900, model="planner:lost")).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection((host, int(port))) as gone:
+            gone.sendall(head.encode() + body)
+        status, first = ask(talk, chat("a"), X_Episode_Id="kept")
+        assert status == 200
+        retried = ask(talk, chat("a"), X_Episode_Id="kept", X_Stainless_Retry_Count="1")[1]
+        assert (retried["id"], retried["choices"]) == (first["id"], first["choices"])
+        again = ask(talk, chat("a"), X_Episode_Id="kept")[1]  # no retry: another draw
+        assert again["call"] == 2
+        changed = ask(talk, chat("b"), X_Episode_Id="kept", X_Stainless_Retry_Count="1")[1]
+        assert changed["call"] == 3  # it was lost before it came here
+        assert ask(f"{url}/episodes/lost")[0] in (404, 200)
+    calls = [row["key"] for row in read_jsonl(folder / "calls.jsonl")]
+    assert [key for key in calls if key.startswith("kept")] == ["kept/1", "kept/2", "kept/3"]
+
+
+def test_which_sample_was_used_is_read_from_the_next_prompt() -> None:
+    """Oracle: by hand; with no sign of it the end is refused, and rewards of the last call's samples share the rest."""
+    def call(number: int, texts: list[str], prompt: str) -> Call:
+        samples = tuple(Sample(text, token_ids=(1,), logprobs=(-1.0,)) for text in texts)
+        return Call("e", number, "", "", (Message("user", prompt),), (1,), samples)
+
+    calls = [call(1, ["one", "two"], "?"), call(2, ["x", "y"], "You said: two.")]
+    (found,) = trajectories_of(calls, Ending((1.0,), used={"2": 0}), "p")
+    assert [turn.action.text for turn in found.turns] == ["two", "x"]
+    both = trajectories_of(calls, Ending((1.0, 0.0)), "p")
+    assert [[turn.action.text for turn in t.turns] for t in both] == [["two", "x"], ["two", "y"]]
+    assert len({t.example_id for t in (found, *both)}) == 1
+    with pytest.raises(Conflict, match="call 1 has 2 samples, and it is not known"):
+        trajectories_of([calls[0], call(2, ["x"], "one or two")], Ending((1.0,)), "p")
+
+
+def test_a_restart_in_mid_episode_loses_nothing(controller_dir: Path, tmp_path: Path) -> None:
+    """Oracle: the same calls without a kill. The command is killed with SIGKILL between two calls of an episode."""
+    settings = config(controller_dir)
+    (tmp_path / "gateway.toml").write_text(to_toml(settings))
+
+    def start() -> tuple["subprocess.Popen[str]", str]:
+        process = subprocess.Popen(
+            command("gateway", "--config", "gateway.toml"), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        return process, process.stdout.readline().strip()
+
+    process, url = start()
+    first = ask(f"{url}/chat/completions", chat("a"), X_Episode_Id="e")[1]
+    process.kill()
+    process.wait(30)
+    process, url = start()
+    assert ask(f"{url}/episodes/e")[1] == {"id": "e", "calls": 1, "policy": "untrained", "ended": False}
+    second = ask(f"{url}/chat/completions", chat("b"), X_Episode_Id="e")[1]
+    assert ask(f"{url}/episodes/e", {"reward": 0.5})[0] == 200
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    with serving(settings, tmp_path / "undisturbed") as url:
+        for text, expected in (("a", first), ("b", second)):
+            answer = ask(f"{url}/chat/completions", chat(text), X_Episode_Id="e")[1]
+            assert answer["choices"] == expected["choices"] and answer["call"] == expected["call"]
+        assert ask(f"{url}/episodes/e", {"reward": 0.5})[0] == 200
+    whole, killed = (tmp_path / name / "trajectories.jsonl" for name in ("undisturbed", "runs/planner"))
+    assert whole.read_bytes() == killed.read_bytes()
+
+
+@pytest.mark.slow
+def test_an_unmodified_agent_s_planner_is_trained(
+    controller_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the game's own rewards, before and after training, of the agent in examples/, in a process of its own.
+
+    The planner is first taught to say "left" or "right" at all, each as often.
+    """
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": [{"role": "user", "content": f"Castle {castle}, door {door}. Left or right?"}], "completion": word}
+        for castle in range(4) for door in (1, 2) for word in ("left", "right")
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "words.jsonl", rows)
+    taught = ["--train.learning-rate", "5e-3", "--train.epochs", "40", "--train.batch-size", "4", "--tune", "full"]
+    assert cli.main(["sft", "--data", "words.jsonl", "--model", str(controller_dir), "--out", "taught", *taught]) == 0
+    # The loss keeps an eye on the better answer's own probability: a model this small soon forgets how to spell it.
+    objective = Preference(nll_coefficient=1.0)
+    settings = config(tmp_path / "taught" / "model", rule="ranked", objective=objective, train=replace(TRAIN, epochs=4))
+    agent = [sys.executable, str(ROOT / "examples" / "gateway_agent.py")]
+    played = 0
+
+    def play(url: str, games: int) -> float:
+        nonlocal played
+        arguments = [*agent, url, "planner", str(games), str(played)]
+        done = subprocess.run(arguments, check=True, capture_output=True, text=True)
+        played += games
+        return float(done.stdout)
+
+    run = tmp_path / "runs" / "planner"
+    with serving(settings, run) as url:
+        before = play(url, 48)
+        assert 0.3 < before < 0.7
+        assert ask(f"{url}/chat/completions", chat(), X_Episode_Id="open")[0] == 200
+        capsys.readouterr()
+        assert cli.main(["train-from", "runs/planner"]) == 0
+        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert summary["stage"] == "round-1" and summary["pairs"] > 0 and newest_stage(run) == "round-1"
+        after = play(url, 48)  # the same server, which goes on with the new policy
+        assert after > before + 0.2
+        # An episode goes on under the policy that it began with.
+        assert ask(f"{url}/chat/completions", chat(), X_Episode_Id="open")[1]["policy"] == "untrained"
+        assert cli.main(["train-from", "runs/planner"]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["starts_from"] == "round-1"
+        assert cli.main(["train-from", "runs/planner"]) == 2
+        assert "no episode has ended since round-2 was trained" in capsys.readouterr().err
+    names = [row.info.controller for row in read_rows(run / "trajectories.jsonl").values()]
+    assert len(set(names)) == 2 and names.count(names[0]) == 48

@@ -32,7 +32,7 @@ from matryoshka.pilot.generator import scripted_generator
 from matryoshka.pilot.stages import sft_item
 
 COUNTED = 8  # training examples whose requests are counted
-COLLECTING = ("warm-up", "collect", "bootstrap, at most")
+COLLECTING = ("warm-up", "collect", "re-plan, at most", "bootstrap, at most")
 NOT_KNOWN = "(here stands what the {} wrote)"
 
 

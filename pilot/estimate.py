@@ -83,6 +83,7 @@ def num_episodes(config: RunConfig, task: Task, problems: Problems) -> dict[str,
     return {
         "warm-up": len(problems["warmup"]) * config.warmup.samples * (config.warmup.source == "generator"),
         "collect": config.rounds * sizes["train"] * config.rollout.samples,
+        "re-plan, at most": config.rounds * sizes["train"] * config.rollout.replans,
         "bootstrap, at most": config.rounds * sizes["train"] * config.rollout.bootstrap,
         "choose": (config.rounds * rates + config.rounds + 1) * sizes["validation"],
         "evaluate": conditions * sum(sizes[split] for split in HELD_OUT_SPLITS),

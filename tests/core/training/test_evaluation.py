@@ -74,7 +74,7 @@ def test_training_ends_when_the_loss_no_longer_falls(tiny_dir: Path, tmp_path: P
     assert run(prepared(tiny_dir), tmp_path / "run", spent, config) == [] and len(metrics(tmp_path / "run")) == 2
     killed = prepared(tiny_dir)
     context = TrainContext(partial(active, killed, "reference"), math.log(2), evaluation=spent)
-    steps = train(
+    steps: Any = train(
         killed, trainable_parameters(killed, "policy"), pairs(), config, Preference(), token_logps,
         tmp_path / "killed", context,
     )  # fmt: skip

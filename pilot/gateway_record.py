@@ -167,7 +167,8 @@ def trajectories_of(calls: Sequence[Call], ending: Ending, name: str) -> list[Tr
     """Return the trajectories of an episode that ended: one for each reward.
 
     Of a call with several samples the turn has the one that the agent used: the one that the ending names, or else the
-    only one whose text is in the next call's prompt. Raises Conflict where neither says it.
+    one that the next call's prompt has as the assistant's message, or the only one whose text is anywhere in what that
+    prompt has gained. Raises Conflict where none of these says it.
     """
     calls = sorted(calls, key=lambda call: call.number)
     last, used = calls[-1], dict(ending.used or {})
@@ -202,9 +203,12 @@ def _used(call: Call, after: Call | None, used: Mapping[str, int]) -> int:
         return index
     if len(call.samples) == 1:
         return 0
-    said = [message.content for message in after.prompt] if after is not None else []
-    found = [i for i, sample in enumerate(call.samples) if sample.text.strip() and any(sample.text in s for s in said)]
-    if len({call.samples[index].text for index in found}) != 1:
+    said = [message for message in after.prompt if message not in call.prompt] if after is not None else []
+    texts = [sample.text.strip() for sample in call.samples]
+    answers = [message.content.strip() for message in said if message.role == "assistant"]
+    found = [i for i, text in enumerate(texts) if text in answers]
+    found = found or [i for i, text in enumerate(texts) if text and any(text in message.content for message in said)]
+    if len({texts[index] for index in found}) != 1:
         what = f"call {call.number} has {len(call.samples)} samples, and it is not known which one the agent used"
         raise Conflict(f'{what}; say it: "used": {{"{call.number}": INDEX}}')
     return found[0]

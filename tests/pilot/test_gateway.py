@@ -42,6 +42,7 @@ from matryoshka.pilot.gateway_record import (
     Conflict,
     Ending,
     GatewayConfig,
+    Record,
     newest_stage,
     train_from,
     trajectories_of,
@@ -137,6 +138,10 @@ def test_calls_become_episodes_and_episodes_trajectories(controller_dir: Path, f
         assert status == 200 and state["ended"] and state["rewards"] == [1.0]
         assert ask(f"{url}/episodes/b", {"rewards": [0, 1, 0.25], "problem": "p"})[0] == 200
         assert ask(f"{url}/episodes")[1]["data"] == []
+    record = Record(folder)  # as a gateway that is started again has it
+    assert [len(record.calls[episode]) for episode in "ab"] == [2, 1] and record.open_episodes() == []
+    assert record.ending("a") == Ending((1.0,), "well done", "p") and not record.calls["a"][0].samples
+    record.close()
     rows = read_rows(folder / "trajectories.jsonl")
     assert list(rows) == ["a", "b", "b#1", "b#2"] and [row.reward for row in rows.values()] == [1, 0, 1, 0.25]
     turns = rows["a"].turns

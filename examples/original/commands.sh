@@ -39,7 +39,7 @@ step_1() {
 step_2() {
   matryoshka serve --model "$CONTROLLER" --engine "$ENGINE" --adapter "lora=$OUT/gsm-warmup/adapter" --port "$PORT" &
   local server=$!
-  until (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2> /dev/null; do kill -0 $server && sleep 1; done
+  until (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2> /dev/null; do kill -0 $server || return 1; sleep 1; done
   kill $server && wait $server
 }
 

@@ -32,7 +32,7 @@ from matryoshka.core.training.train import TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.dpo.parity import check_policy
 from matryoshka.inference import server
-from matryoshka.lora.files import load_adapter
+from matryoshka.lora.files import adapter_hash, load_adapter
 from matryoshka.lora.linear import LoraConfig
 from matryoshka.pilot.collected import read_episodes, read_rows
 from matryoshka.pilot.config import ControllerConfig
@@ -361,10 +361,14 @@ def test_a_client_that_leaves_while_a_policy_is_loaded(
 
 
 def test_a_training_goes_on_with_its_pairs(
-    controller_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    controller_dir: Path, adapter_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the pairs file of the training that was interrupted, whatever ended since; no new episode is an error."""
-    with serving(config(controller_dir), folder) as url:
+    """Oracles: the pairs file of the training that was interrupted, whatever ended since, and a first loss of ln 2,
+    which only the right reference gives: the adapter that [controller] names. No new episode is an error.
+    """
+    settings = config(controller_dir)
+    settings = replace(settings, controller=replace(settings.controller, adapter=str(adapter_dir)))
+    with serving(settings, folder) as url:
         for episode in range(6):
             ask(f"{url}/chat/completions", chat(temperature=1), X_Episode_Id=f"e{episode}")
             ask(f"{url}/episodes/e{episode}", {"reward": episode % 2})
@@ -379,15 +383,19 @@ def test_a_training_goes_on_with_its_pairs(
         train_from(folder)
     pairs = (folder / "round-1" / "pairs.jsonl").read_bytes()
     assert newest_stage(folder) == ""
-    with serving(config(controller_dir), folder) as url:
+    with serving(settings, folder) as url:
         ask(f"{url}/chat/completions", chat(temperature=1), X_Episode_Id="late")
         ask(f"{url}/episodes/late", {"reward": 1})
     assert train_from(folder)["starts_from"] == "untrained" and newest_stage(folder) == "round-1"
     assert (folder / "round-1" / "pairs.jsonl").read_bytes() == pairs
+    names = {row.info.controller for row in read_rows(folder / "trajectories.jsonl").values()}
+    assert names == {f"tiny+{adapter_hash(adapter_dir)}"}
+    first, *_ = read_jsonl(folder / "round-1" / "metrics.jsonl")
+    assert first["loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
     assert train_from(folder)["starts_from"] == "round-1"  # "late" ended since
     with pytest.raises(ValueError, match="no episode has ended since round-2 was trained"):
         train_from(folder)
-    other = open_gateway(config(controller_dir, seed=1), folder)
+    other = open_gateway(replace(settings, seed=1), folder)
     with pytest.raises(ValueError, match="was started with another configuration: seed: 0 -> 1"), other:
         pass
 

@@ -341,7 +341,7 @@ def _parse_dataclass(kind: Any, data: Any, where: str) -> Any:
 def content_key(*parts: Any) -> str:
     """Return a 32-hex-digit SHA-256 key of the parts' canonical JSON: equal content, equal key, on every machine."""
     text = json.dumps([to_json(part) for part in parts], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]  # half a surrogate pair is content, too
 
 
 def stable_seed(*parts: Any) -> int:

@@ -44,6 +44,7 @@ from matryoshka.pilot.training import DTYPES, QUANTIZATIONS
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 HEADER = "X-Episode-Id"
 RETRY = "X-Stainless-Retry-Count"  # OpenAI's clients send it: above 0, the request was sent before
+ONCE = "Idempotency-Key"  # calls of an episode with one key are one call
 
 
 class PolicyEngine:
@@ -67,6 +68,7 @@ class PolicyEngine:
         self._drawing = 0
         self._changed = asyncio.Condition()
         self._loading = asyncio.Lock()
+        self._loads: set[asyncio.Future[None]] = set()
 
     def close(self) -> None:
         if self._sampler is not None:
@@ -81,9 +83,12 @@ class PolicyEngine:
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, model: str) -> Sample:
         """Return one draw of the policy of the stage `model`."""
-        async with self._loading:  # nothing begins while a policy is loaded
-            if model not in self._labels:
-                await self._load(model)
+        if model not in self._labels:
+            loading = asyncio.ensure_future(self._load(model))
+            self._loads.add(loading)
+            loading.add_done_callback(self._loads.discard)
+            await asyncio.shield(loading)  # a client that leaves does not break it off: others wait for the model
+        async with self._loading:
             sampler = self._sampler or self._open()
             self._drawing += 1
         try:
@@ -94,16 +99,20 @@ class PolicyEngine:
                 self._changed.notify_all()
 
     async def _load(self, stage: str) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._drawing == 0)
-        folder = stage_folder(self._folder, self._config, stage)
-        if folder is None:
-            self._labels[stage] = None
-            return
-        await asyncio.to_thread(self.close)
-        label = f"policy{len(self._labels)}"
-        await asyncio.to_thread(load_adapter, self._model, label, folder)
-        self._labels[stage] = label
+        """Load the policy of `stage`, once the draws that run have ended; no draw begins meanwhile."""
+        async with self._loading:
+            if stage in self._labels:
+                return
+            folder = stage_folder(self._folder, self._config, stage)
+            if folder is None:
+                self._labels[stage] = None
+                return
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._drawing == 0)
+            await asyncio.to_thread(self.close)
+            label = f"policy{len(self._labels)}"
+            await asyncio.to_thread(load_adapter, self._model, label, folder)
+            self._labels[stage] = label
 
     def _open(self) -> Sampler:
         controller = self._config.controller
@@ -139,21 +148,22 @@ class GatewayApi(Api):
     async def chat(self, request: web.Request) -> web.Response:
         """Answer a call of an episode, once it is recorded.
 
-        A retry of the call before, whose answer the client did not get, is answered with what was drawn then. Calls of
-        one episode are answered one after the other.
+        A call that is made again, since the client did not get its answer, is answered with what was drawn then: a call
+        with the same idempotency key, or a retry of the call before. Calls of one episode are answered one after the
+        other.
         """
         data = read_json(await request.read())
         episode = self._episode_of(request, data)
         self._in_flight[episode] += 1
         try:
             async with self._locks[episode]:
-                return await self._call(episode, data, _is_retry(request))
+                return await self._call(episode, data, request.headers.get(ONCE, ""), _is_retry(request))
         finally:
             self._in_flight[episode] -= 1
             if not self._in_flight[episode]:
                 del self._in_flight[episode], self._locks[episode]
 
-    async def _call(self, episode: str, data: dict[str, Any], is_retry: bool) -> web.Response:
+    async def _call(self, episode: str, data: dict[str, Any], once: str, is_retry: bool) -> web.Response:
         if self._record.ending(episode) is not None:
             raise HttpError(409, f"episode {episode!r} has ended; take another id", code="episode_ended")
         if self._config.temperature is not None:
@@ -161,14 +171,20 @@ class GatewayApi(Api):
         loop = asyncio.get_running_loop()
         job = await loop.run_in_executor(self.threads, lambda: chat_job(self.engine, data))
         calls, request = self._record.calls.get(episode, []), content_key(data)
-        if is_retry and calls and calls[-1].request == request:
-            return self._answered(job, calls[-1])
+        again = next((call for call in calls if once and call.once == once), None)
+        if again is not None and again.request != request:
+            message = f"call {again.number} of episode {episode!r} had the {ONCE} {once[:80]!r}, with other contents"
+            raise HttpError(409, message, code="idempotency_key_reused")
+        if again is None and is_retry and calls and calls[-1].request == request:
+            again = calls[-1]
+        if again is not None:
+            return self._answered(job, again)
         stage = calls[0].stage if calls else newest_stage(self._record.folder)
         number = calls[-1].number + 1 if calls else 1
         seed = stable_seed("gateway", self._config.seed, data.get("seed"), episode, number)
         job = replace(job, sampling=replace(job.sampling, seed=seed))
         samples = await self._draw(replace(job, model=stage))
-        call = Call(episode, number, stage, request, read_messages(data), job.prompts[0], tuple(samples))
+        call = Call(episode, number, stage, request, read_messages(data), job.prompts[0], tuple(samples), once)
         self._record.add(call)
         await asyncio.to_thread(self._record.sync)
         return self._answered(job, call)

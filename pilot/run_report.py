@@ -54,6 +54,9 @@ def report_again(folder: Path) -> dict[str, Any]:
     Conditions whose episodes are not all recorded are left out, with a warning. Raises FileNotFoundError where there is
     no run; ValueError where the untrained controller or a choice on validation problems is not recorded.
     """
+    if (folder / "evaluation.json").is_file():
+        what = "is an evaluation, not a run; the command that made it writes its report again and asks nothing twice"
+        raise ValueError(f"{folder}: {what}")
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG}; expected the folder of a run, such as runs/demo-0")
     config = replace(load_toml(RunConfig, folder / CONFIG), name=folder.name)

@@ -15,5 +15,4 @@ def train_from(run: Annotated[Path, tyro.conf.Positional]) -> None:
     Args:
         run: The gateway's folder, e.g. runs/planner.
     """
-    if (summary := train_next(run)) is not None:
-        print(json.dumps(summary))
+    print(json.dumps(train_next(run)))

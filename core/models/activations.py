@@ -1,7 +1,7 @@
 """Activations that are kept for the backward pass: one policy for the whole model, with bitwise equal gradients.
 
-none       keeps whatever the gradients need;
-selective  makes norms and SwiGLU again in the backward pass: element-wise work, a third of the memory less;
+none       keeps every tensor that the gradients need;
+selective  computes norms and SwiGLU again in the backward pass: element-wise work, and a third of the memory less;
 full       keeps the inputs of the blocks alone and runs each block again;
 offload    as full, with the inputs of the blocks in the host's memory.
 
@@ -136,7 +136,7 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     function: cheap, and pure in its tensors: the same inputs give the same bits.
     """
     output = function(*inputs)
-    if torch.compiler.is_compiling():  # the compiler decides for itself what of a compiled block is made again
+    if torch.compiler.is_compiling():  # the compiler decides which tensors of a block it computes again
         return output
     if torch.is_grad_enabled() and (recipes := _now.get().recipes) is not None:
         recipes.note(function, inputs, output)
@@ -151,7 +151,7 @@ def run_block(block: nn.Module, x: Tensor, *rest: object) -> Tensor:
     if now.policy not in ("full", "offload") or not torch.is_grad_enabled():
         output = run(x, *rest)
         return output
-    # Only x goes through the hooks of save_on_cpu: what is in `rest` is common to all blocks and stays where it is.
+    # Only x goes through the hooks of save_on_cpu: the tensors in `rest` are common to all blocks and stay in place.
     with save_on_cpu(pin_memory=x.is_cuda) if now.policy == "offload" else nullcontext():
         output = checkpoint(lambda x: run(x, *rest), x, use_reentrant=False)
     return output

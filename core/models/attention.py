@@ -26,7 +26,7 @@ from matryoshka.core.models.varlen import Varlen
 
 
 class Causal:
-    """Every token sees itself and what stands before it in its row, as far as the layer's window reaches."""
+    """Every token sees itself and the tokens before it in its row, as far as the layer's window reaches."""
 
     def __call__(self, layer: LayerAttention, q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor) -> Tensor:
         tokens = q_BNTH.shape[2]
@@ -84,7 +84,7 @@ def tree_attention(tree: TokenTree, device: torch.device, backend: str = "auto")
 
 PIECE = 256  # queries of one block of a long chain: keys that the first of them do not see are computed in vain
 Indices = np.ndarray[Any, np.dtype[np.int64]]
-CALL = 2048  # what a block costs beside its Q x K scores, in scores (measured: 0.2 ms beside 0.1 us a score)
+CALL = 2048  # the cost of a block beside its Q x K scores, in scores (measured: 0.2 ms; a score takes 0.1 us)
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class Flex:
     """A token tree's attention as a compiled kernel: one for each length, mode (with gradients or not) and kind."""
 
     def __init__(self, tree: TokenTree, device: torch.device, backend: str = "inductor") -> None:
-        """backend: what compiles. Raises ValueError for a tree whose length is not a multiple of BLOCK."""
+        """backend: of torch.compile. Raises ValueError for a tree whose length is not a multiple of BLOCK."""
         self._tree, self._device, self._backend = tree, device, backend
         self._masks: dict[int | None, BlockMask] = {None: block_mask(tree, device)}
 

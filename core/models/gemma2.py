@@ -27,7 +27,7 @@ OFFSET = 1.0  # the weights of Gemma's norms are stored less 1
 
 
 def read_config(data: dict[str, Any]) -> Config:
-    """Return what a `config.json` describes. Raises ValueError for a field that is missing or not computed here."""
+    """Return the configuration of a `config.json`. Raises ValueError for a field that is missing or not computed."""
     fields = Fields(data, "Gemma2")
     fields.fixed(hidden_act="gelu_pytorch_tanh", use_bidirectional_attention=False)
     config = read_common(fields, Defaults(max_position_embeddings=8192, tie_word_embeddings=True, head_dim=256))
@@ -47,7 +47,7 @@ def softcap(data: dict[str, Any], name: str, default: float | None) -> float | N
 def gemma_config(
     fields: Fields, config: Config, sliding: list[bool], final: float | None, scores: float | None
 ) -> Config:
-    """Return the configuration with what Gemma 2 and 3 share. final, scores: soft-caps of logits and of attention."""
+    """Return the configuration with the settings of Gemma 2 and 3. final, scores: soft-caps of logits and scores."""
     fields.fixed(hidden_activation="gelu_pytorch_tanh")
     window = fields.integer("sliding_window", 4096)
     scale = fields.number("query_pre_attn_scalar", 256) ** -0.5
@@ -57,7 +57,7 @@ def gemma_config(
         attention_bias=fields.flag("attention_bias"),
         embedding_scale=config.hidden_size**0.5,
         final_logit_softcapping=final,
-        extra_kept=2 * config.hidden_size,  # what the norms after attention and feed-forward layer read
+        extra_kept=2 * config.hidden_size,  # the inputs of the norms after attention and MLP
     )
 
 

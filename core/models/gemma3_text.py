@@ -54,7 +54,7 @@ GGUF = GgufLayout(
 
 
 def read_config(data: dict[str, Any]) -> Config:
-    """Return what a `config.json` describes. Raises ValueError for a field that is missing or not computed here."""
+    """Return the configuration of a `config.json`. Raises ValueError for a field that is missing or not computed."""
     fields = Fields(data, "Gemma3")
     fields.fixed(use_bidirectional_attention=False, attn_logit_softcapping=None)
     rope = _rope_of(data, "full_attention", data.get("rope_theta", 1_000_000.0), data.get("rope_scaling"))

@@ -18,7 +18,7 @@ GGUF = GgufLayout(
 
 
 def read_config(data: dict[str, Any]) -> Config:
-    """Return what a `config.json` describes. Raises ValueError for a field that is missing or not computed here."""
+    """Return the configuration of a `config.json`. Raises ValueError for a field that is missing or not computed."""
     fields = Fields(data, "Llama")
     fields.fixed(hidden_act="silu", pretraining_tp=1)
     config = read_common(fields, Defaults(max_position_embeddings=2048))

@@ -62,7 +62,7 @@ def load_model(
 ) -> LanguageModel:
     """Return the model of a Hugging Face folder in evaluation mode; dtype None keeps the stored one.
 
-    convert: what to make of the module before its weights come in (`lora/quantized.py`: layers that pack them).
+    convert: changes the module before its weights are read (`lora/quantized.py` puts in layers that pack them).
     Raises FileNotFoundError or ValueError for a folder, config or checkpoint that is missing, malformed or does not
     fit.
     """

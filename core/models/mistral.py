@@ -9,7 +9,7 @@ LORA_TARGETS = SEPARATE_PROJECTIONS
 
 
 def read_config(data: dict[str, Any]) -> Config:
-    """Return what a `config.json` describes. Raises ValueError for a field that is missing or not computed here.
+    """Return the configuration of a `config.json`. Raises ValueError for a field that is missing or not computed.
 
     A `sliding_window` that is left out is 4096, one that is null is none: transformers reads it so.
     """

@@ -110,7 +110,7 @@ def rotate(x_BTNH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
 
 
 def rope_tables(positions_BT: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return what `rotate` takes, [B, T, H] each in `dtype`, for [H/2] angular frequencies in float64."""
+    """Return the tables for `rotate`, [B, T, H] each in `dtype`, for [H/2] angular frequencies in float64."""
     angles = positions_BT.unsqueeze(-1) * frequencies
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

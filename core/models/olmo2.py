@@ -24,7 +24,7 @@ OFFSET = 0.0  # the weight multiplies before the norm's result is rounded
 
 
 def read_config(data: dict[str, Any]) -> Config:
-    """Return what a `config.json` describes. Raises ValueError for a field that is missing or not computed here."""
+    """Return the configuration of a `config.json`. Raises ValueError for a field that is missing or not computed."""
     fields = Fields(data, "OLMo2")
     fields.fixed(hidden_act="silu")
     config = read_common(fields, Defaults(rms_norm_eps=1e-5, max_position_embeddings=2048))

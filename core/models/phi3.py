@@ -16,7 +16,7 @@ LORA_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
 def read_config(data: dict[str, Any]) -> Config:
-    """Return what a `config.json` describes. Raises ValueError for a field that is missing or not computed here."""
+    """Return the configuration of a `config.json`. Raises ValueError for a field that is missing or not computed."""
     fields = Fields({"original_max_position_embeddings": 4096, **data}, "Phi3")
     fields.fixed(hidden_act="silu", resid_pdrop=0.0, embd_pdrop=0.0)
     config = read_common(fields, Defaults(rms_norm_eps=1e-5, max_position_embeddings=4096, partial_rotary=True))

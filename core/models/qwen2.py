@@ -27,7 +27,7 @@ GGUF = GgufLayout(
 
 
 def read_config(data: dict[str, Any]) -> Config:
-    """Return what a `config.json` describes. Raises ValueError for a field that is missing or not computed here."""
+    """Return the configuration of a `config.json`. Raises ValueError for a field that is missing or not computed."""
     fields = Fields(data, "Qwen2")
     fields.fixed(hidden_act="silu")
     return qwen_windows(fields, read_common(fields, Defaults()))

@@ -28,11 +28,11 @@ GGUF = GgufLayout(
 
 
 def read_config(data: dict[str, Any]) -> Config:
-    """Return what a `config.json` describes. Raises ValueError for a field that is missing or not computed here."""
+    """Return the configuration of a `config.json`. Raises ValueError for a field that is missing or not computed."""
     fields = Fields(data, "Qwen3")
     fields.fixed(hidden_act="silu")
     config = qwen_windows(fields, read_common(fields, Defaults(head_dim=128)))
-    # The norms keep what they read: queries and keys as they were projected.
+    # The norms keep their inputs: queries and keys as they were projected.
     return replace(config, attention_bias=fields.flag("attention_bias"), extra_kept=config.queries + config.keys)
 
 

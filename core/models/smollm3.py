@@ -17,7 +17,7 @@ LORA_TARGETS = SEPARATE_PROJECTIONS
 
 
 def read_config(data: dict[str, Any]) -> Config:
-    """Return what a `config.json` describes. Raises ValueError for a field that is missing or not computed here."""
+    """Return the configuration of a `config.json`. Raises ValueError for a field that is missing or not computed."""
     fields = Fields(data, "SmolLM3")
     fields.fixed(hidden_act="silu")
     config = read_common(fields, Defaults(rope_theta=2_000_000.0, tie_word_embeddings=True))

@@ -162,7 +162,7 @@ def read_ids(sequences: Sequence[Tokens]) -> list[Ids]:
 def shared_prefixes(reads: Sequence[Ids]) -> tuple[list[int], list[int]]:
     """Return the indices of `reads` in lexicographic order and how many first ids each shares with the one before.
 
-    In that order the longest prefix that a sequence shares with any earlier one is what it shares with its neighbour.
+    In that order no earlier sequence shares a longer prefix with a sequence than the one right before it does.
     """
     keys = [read.astype(">i8").tobytes() for read in reads]  # bytes compare as ids do
     order = sorted(range(len(reads)), key=keys.__getitem__)

@@ -1,14 +1,14 @@
 """A token tree's attention by FlashAttention's kernels for sequences of any length, without a mask.
 
-Every chain of the tree without branches is a sequence of queries. A tree takes two calls of the kernel. In the first,
-the keys of a chain are the chain itself and the chains above it as far as its root's, which is left out; in the second,
-all tokens below a root's chain are queries and that chain is their keys, read in place. The parts of a token's softmax
-are merged by their log-sum-exps. So a long prefix that all sequences share is never copied; in a tree of two levels
-nothing is. Where a layer has a window, one call is enough: a chain reads copies of the keys within its reach.
+A chain is a run of tokens without a branch; every chain is a sequence of queries. A tree takes two calls of the kernel.
+In the first, the keys of a chain are its path, but for the chain at the root. In the second, all tokens below a root's
+chain are queries, and that chain is their keys. The two parts of a token's softmax are merged by their log-sum-exps. So
+the branches read one copy of the prefix that they share, and a tree with one root and two levels is read in place. In a
+layer with a window one call is enough: each chain reads copies of the keys within its reach.
 
-The kernels are flash-attn's where that package is installed, else torch's own; on a CPU it is `TWIN`, which is the
-specification. The backward pass calls a kernel with the merged output and log-sum-exp, of which it makes the
-probabilities of the whole softmax, so the gradients of the parts add up.
+The kernel is flash-attn's where that package is installed, else torch's own; on a CPU it is `TWIN`, which is the
+specification. The backward pass gives a kernel the merged output and log-sum-exp. From these it computes the
+probabilities of the whole softmax, so that the gradients of both parts add up.
 
 Shapes: T tokens, N query heads, G key/value heads, H head size; Q queries and K keys of one call.
 """
@@ -30,29 +30,29 @@ from matryoshka.core.models.norm_rope_swiglu import at_least_fp32
 from matryoshka.core.models.tree import TokenTree
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
+Rows = slice | Tensor  # tokens of the tree: a slice where they stand side by side, so that reading them is no copy
 
 
 @dataclass(frozen=True)
 class Sequences:
     """The sequences of one call: sequence s has the queries starts_q[s]..starts_q[s + 1] and the keys starts_k[s]..
 
-    queries_Q, keys_K: which tokens of the tree these are; None: all in order. causal: the last query stands beside the
-    last key, and keys to the right of a query are hidden; else all queries see all keys. Starts are int32.
+    queries_Q, keys_K: which tokens of the tree these are. causal: the last query stands beside the last key, and keys
+    to the right of a query are hidden; else all queries see all keys. Starts are int32.
     """
 
     starts_q: Tensor
     starts_k: Tensor
     longest_q: int
     longest_k: int
-    queries_Q: Tensor | None
-    keys_K: Tensor | None
+    queries_Q: Rows
+    keys_K: Rows
     causal: bool
 
 
 def calls_of(tree: TokenTree, device: torch.device, window: int | None = None) -> list[Sequences]:
     """Return the one or two calls whose merged softmax is the attention of `tree` in a layer of that window."""
     parent, end, edges = tree.parent_T.numpy(), tree.end_T.numpy(), tree.chains()
-    size = len(parent)
     chains, paths, roots, below = [], [], [], []
     path_of: dict[int, Indices] = {-1: np.empty(0, dtype=np.int64)}  # the path to copy that ends with a chain's end
     for start, stop in zip(edges, edges[1:], strict=False):
@@ -65,19 +65,19 @@ def calls_of(tree: TokenTree, device: torch.device, window: int | None = None) -
             below.append(np.arange(stop, end[start]))
         chains.append(chain)
         paths.append(path if window is None else path[-(len(chain) + window - 1) :])
-    calls = [_sequences(chains, paths, size, True, device)]
-    return [*calls, _sequences(below, roots, size, False, device)] if roots else calls
+    calls = [_sequences(chains, paths, True, device)]
+    return [*calls, _sequences(below, roots, False, device)] if roots else calls
 
 
-def _sequences(
-    queries: Sequence[Indices], keys: Sequence[Indices], size: int, causal: bool, device: torch.device
-) -> Sequences:
+def _sequences(queries: Sequence[Indices], keys: Sequence[Indices], causal: bool, device: torch.device) -> Sequences:
     def starts(parts: Sequence[Indices]) -> Tensor:
         return torch.from_numpy(np.cumsum([0, *map(len, parts)], dtype=np.int32)).to(device)
 
-    def tokens(parts: Sequence[Indices]) -> Tensor | None:
+    def tokens(parts: Sequence[Indices]) -> Rows:
         joined = np.concatenate([np.empty(0, dtype=np.int64), *parts])
-        return None if np.array_equal(joined, np.arange(size)) else torch.from_numpy(joined).to(device)
+        first, stop = (int(joined[0]), int(joined[-1]) + 1) if len(joined) else (0, 0)
+        in_order = np.array_equal(joined, np.arange(first, stop))
+        return slice(first, stop) if in_order else torch.from_numpy(joined).to(device)
 
     longest_q, longest_k = (max(map(len, parts), default=0) for parts in (queries, keys))
     return Sequences(starts(queries), starts(keys), longest_q, longest_k, tokens(queries), tokens(keys), causal)
@@ -151,22 +151,18 @@ class MergedAttention(torch.autograd.Function):
         sums = [torch.zeros_like(x, dtype=at_least_fp32(x.dtype)) for x in (q, k, v)]
         for call in calls:
             at, keys = call.queries_Q, call.keys_K
-            whole = _rows(out, at), _rows(lse, at, 1), _rows(grads[0], at)
+            whole = out[at], lse[:, at].contiguous(), grads[0][at]
             parts = kernel.backward(call, layer, _read(call, q, k, v), *whole)
             for total, part, rows in zip(sums, parts, (at, keys, keys), strict=True):
-                if rows is None:
-                    total.add_(part)
+                if isinstance(rows, slice):
+                    total[rows] += part
                 else:
                     total.index_add_(0, rows, part.to(total.dtype))
         return *(total.to(q.dtype) for total in sums), None, None, None
 
 
-def _rows(x: Tensor, rows: Tensor | None, dim: int = 0) -> Tensor:
-    return x if rows is None else x.index_select(dim, rows)
-
-
 def _read(at: Sequences, q: Tensor, k: Tensor, v: Tensor) -> QKV:
-    return _rows(q, at.queries_Q), _rows(k, at.keys_K), _rows(v, at.keys_K)
+    return q[at.queries_Q], k[at.keys_K], v[at.keys_K]
 
 
 def check_flash(dtype: torch.dtype, head_dim: int) -> None:

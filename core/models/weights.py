@@ -123,7 +123,7 @@ def save_weights(
     if clash:
         raise ValueError(f"{folder}: holds weights already ({_some(clash)}); remove them or choose another folder")
     for name, keys in zip(names, shards, strict=True):
-        _write_shard(folder / name, {key: whole(tensors[key].detach()).to("cpu", dtype).contiguous() for key in keys})
+        write_tensors(folder / name, {key: whole(tensors[key].detach()).to("cpu", dtype).contiguous() for key in keys})
     if count > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -274,7 +274,9 @@ def _split(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str
     return shards
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file atomically."""
+
     def write(temporary: Path) -> None:
         # safetensors creates files that only the owner can read: keep the permissions that the user's umask gives.
         temporary.touch()

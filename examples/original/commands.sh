@@ -18,7 +18,7 @@ HOUSEHOLDS=${HOUSEHOLDS:-configs/alfworld_llama3.toml}
 LAMP=${LAMP:-configs/lamp_llama3.toml}
 ROWS=${ROWS:-data/gsm8k/pal_sft/train.jsonl}
 GSM8K_TEST=${GSM8K_TEST:-data/gsm8k/test.jsonl}
-GSM_HARD=${GSM_HARD:-data/gsm-hard/gsmhardv2.jsonl}
+GSM_HARD=${GSM_HARD:-data/gsm8k/gsmhardv2.jsonl}
 LAMP_DATA=${LAMP_DATA-data/lamp}     # empty: made-up users
 LAMP_TASKS=${LAMP_TASKS:-1 2N 2M 3 4}
 OTHER=${OTHER:---generator.model gpt-4o-mini}     # the second generator
@@ -39,7 +39,7 @@ step_1() {
 step_2() {
   matryoshka serve --model "$CONTROLLER" --engine "$ENGINE" --adapter "lora=$OUT/gsm-warmup/adapter" --port "$PORT" &
   local server=$!
-  until (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2> /dev/null; do kill -0 $server && sleep 1; done
+  until (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2> /dev/null; do kill -0 $server || return 1; sleep 1; done
   kill $server && wait $server
 }
 

@@ -29,6 +29,7 @@ TINY = [
 
 
 def test_our_engine_alone_has_rows_and_no_ratio(capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: by definition; without a peer there is nothing to divide by."""
     assert cli.main(["bench", "env", *TINY, "--against", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     names = [(row["name"], row["unit"]) for row in result["rows"]]
@@ -63,6 +64,7 @@ def test_both_play_the_same_commands_and_the_ratio_is_of_their_steps(monkeypatch
 
 
 def test_what_cannot_be_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: each message names the setting or the missing package."""
     with pytest.raises(ValueError, match="--against 'stok' is unknown; did you mean 'stock'"):
         Config(against=("stok",))
     with pytest.raises(ValueError, match="games cover stock_games"):

@@ -51,6 +51,7 @@ def test_a_repeated_request_is_noticed() -> None:
 
 
 def test_unknown_clients_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the message names the client; the list of benchmarks has this one."""
     with pytest.raises(ValueError, match="client 'curl' is unknown; choose from ours"):
         Config(clients=("curl",))
     assert main(["bench"]) == 0

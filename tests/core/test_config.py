@@ -103,6 +103,7 @@ def test_a_mistake_names_file_key_and_remedy(tmp_path: Path, text: str, message:
 
 
 def test_a_missing_file_is_not_an_empty_one(tmp_path: Path) -> None:
+    """Oracle: the exception names the file."""
     with pytest.raises(FileNotFoundError, match="absent.toml"):
         load_toml(Config, tmp_path / "absent.toml")
 
@@ -150,6 +151,7 @@ def test_overrides_read_like_toml_with_bare_strings() -> None:
     ],
 )
 def test_an_override_that_does_not_fit_is_refused(item: str, message: str) -> None:
+    """Oracle: the message for each override, written by hand."""
     with pytest.raises(ValueError, match=message):
         apply_overrides(Config(controller="c"), [item])
 
@@ -188,7 +190,7 @@ def test_toml_round_trips(config: Config, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_none_over_a_default_that_is_not_none_is_refused() -> None:
-    """TOML has no null, so writing it would silently restore the default."""
+    """Oracle: the message. TOML has no null, so writing it would silently restore the default."""
 
     @dataclass(frozen=True)
     class Outer:

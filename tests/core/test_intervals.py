@@ -29,5 +29,6 @@ def test_no_success_and_all_successes_by_hand() -> None:
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 0), (-1, 5), (6, 5)])
 def test_impossible_counts_are_errors(successes: int, n: int) -> None:
+    """Oracle: by definition of a share."""
     with pytest.raises(ValueError, match="expected 0 <= successes <= n"):
         wilson(successes, n)

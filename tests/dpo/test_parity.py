@@ -64,6 +64,7 @@ def test_the_difference() -> None:
 
 
 def test_samples_of_the_right_adapter_pass_and_of_another_do_not(drawn: Any) -> None:
+    """Oracle: samples drawn under adapter a have its log-probs; halved ones, or another adapter's, do not."""
     model, ids, samples = drawn
     rows = [(f"example-{i}", ids, sample) for i, sample in enumerate(samples)]
     with active(model, "a"):
@@ -79,7 +80,9 @@ def test_samples_of_the_right_adapter_pass_and_of_another_do_not(drawn: Any) -> 
 
 
 def test_a_policys_own_samples_are_looked_at(drawn: Any) -> None:
-    """Samples of another controller, which are far off, are passed over; the seed chooses among the rest."""
+    """Oracle: samples of another controller would fail the check, so they are passed over; a seed chooses among the
+    rest.
+    """
     model, ids, samples = drawn
 
     def trajectory(sample: Sample, name: str) -> Trajectory:

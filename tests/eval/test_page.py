@@ -17,8 +17,7 @@ from urllib.parse import quote
 import pytest
 
 from matryoshka.core.records import Call, EpisodeInfo, Example, Message, Sample, Trajectory, Turn
-from matryoshka.eval.page import curve, fitted_scale, place
-from matryoshka.eval.report import Condition, write_report
+from matryoshka.eval.report import Condition, curve, fitted_scale, place, write_report
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&lt;b&gt; `|`"
 
@@ -115,6 +114,7 @@ def test_the_page_carries_every_episode_whole(make_input: Any, tmp_path: Path) -
     [([("none", "trained"), ("trained", "untrained")], (2, 1)), ([("none", "trained")], (1, 2)), ([], (1, 2))],
 )
 def test_before_and_after(make_input: Any, tmp_path: Path, comparisons: Any, expected: tuple[int, int]) -> None:
+    """Oracle: the pair of conditions, chosen by hand for each list of comparisons."""
     write_report(make_input(comparisons=comparisons), tmp_path)
     packed = unpacked((tmp_path / "report.html").read_text())
     assert (packed["before"], packed["after"]) == expected

@@ -136,6 +136,7 @@ def rename(condition: Condition, index: int, example_id: str) -> Condition:
     ],
 )
 def test_refusals_name_the_culprit(make_input: Any, tmp_path: Path, breakage: Any, message: str) -> None:
+    """Oracle: each fault's message, by hand; no file is written."""
     fields = breakage(make_input().conditions)
     if "conditions" in fields:
         fields |= {"comparisons": []}

@@ -20,6 +20,7 @@ def outcomes(both: int, first_only: int, second_only: int, neither: int) -> tupl
 # StatsDirect manual and in Fagerland et al., BMC Med. Res. Methodol. 13:91 (2013).
 @pytest.mark.parametrize(("b", "c", "p"), [(12, 2, 0.0129), (1, 7, 0.0703)])
 def test_mcnemar_reproduces_published_values(b: int, c: int, p: float) -> None:
+    """Oracle: published p values; the test is symmetric."""
     assert round(mcnemar_exact(b, c), 4) == p
     assert mcnemar_exact(c, b) == mcnemar_exact(b, c)
 
@@ -27,6 +28,7 @@ def test_mcnemar_reproduces_published_values(b: int, c: int, p: float) -> None:
 # Oracle: all 2^m ways in which m discordant pairs can fall, counted; two-sided by the symmetry of the null.
 @pytest.mark.parametrize("pairs", range(12))
 def test_mcnemar_equals_counting_every_way_the_pairs_can_fall(pairs: int) -> None:
+    """Oracle: every way in which the pairs can fall, counted."""
     falls = [sum(fall) for fall in itertools.product((0, 1), repeat=pairs)]
     for b in range(pairs + 1):
         extreme = sum(abs(2 * k - pairs) >= abs(2 * b - pairs) for k in falls)
@@ -36,6 +38,7 @@ def test_mcnemar_equals_counting_every_way_the_pairs_can_fall(pairs: int) -> Non
 # Oracle: scipy's binomial test, an independent implementation, at sizes where 2^m overflows a float.
 @pytest.mark.parametrize(("b", "c"), [(0, 40), (31, 52), (480, 520), (700, 900), (1000, 1000)])
 def test_mcnemar_equals_scipy(b: int, c: int) -> None:
+    """Oracle: scipy's exact binomial test."""
     stats = pytest.importorskip("scipy.stats")
     assert mcnemar_exact(b, c) == pytest.approx(stats.binomtest(b, b + c, 0.5).pvalue, rel=1e-9)
 
@@ -43,6 +46,7 @@ def test_mcnemar_equals_scipy(b: int, c: int) -> None:
 # Oracle: an exact test keeps its level: under the null, P(p <= alpha) <= alpha for every number of discordant pairs.
 @pytest.mark.parametrize("alpha", [0.01, 0.05, 0.2])
 def test_mcnemar_keeps_its_level(alpha: float) -> None:
+    """Invariant: the exact probability of a rejection, summed over all outcomes, never exceeds the level."""
     for pairs in range(1, 40):
         rejected = sum(math.comb(pairs, b) for b in range(pairs + 1) if mcnemar_exact(b, pairs - b) <= alpha)
         assert rejected / 2**pairs <= alpha
@@ -68,6 +72,7 @@ def test_mcnemar_refuses_negative_counts() -> None:
 def test_interval_reproduces_published_values(
     table: tuple[int, int, int, int], low: float, high: float, digits: int
 ) -> None:
+    """Oracle: published intervals; the counts and the p value are by hand."""
     first, second = outcomes(*table)
     paired = paired_difference(second, first)  # the publications subtract the second from the first
     assert (round(paired.low, digits), round(paired.high, digits)) == (low, high)
@@ -79,6 +84,7 @@ def test_interval_reproduces_published_values(
 # Oracle: exact coverage, summed over all 1771 tables of 20 pairs with their multinomial probabilities. Newcombe reports
 # a mean near 0.95 and dips that stay above 0.9 for method 10.
 def test_interval_covers_the_true_difference() -> None:
+    """Oracle: the exact coverage, summed over all tables of 20 pairs."""
     n = 20
     tables = [t for t in itertools.product(range(n + 1), repeat=3) if sum(t) <= n]
     intervals = {}

@@ -69,6 +69,7 @@ def test_by_hand() -> None:
 
 
 def test_no_limit_never_waits() -> None:
+    """Oracle: by definition of no limit."""
     bucket = TokenBucket(0, Clock())
     assert [bucket.take(10**9) for _ in range(3)] == [0, 0, 0]
 
@@ -103,4 +104,5 @@ def test_retry_after(headers: dict[str, str], seconds: float) -> None:
 
 
 def test_retry_after_as_a_date() -> None:
+    """Oracle: a date that lies 60 seconds ahead; dates have whole seconds."""
     assert 58 < retry_after_s({"retry-after": formatdate(time.time() + 60, usegmt=True)}) <= 60

@@ -299,6 +299,7 @@ def test_a_server_that_repeats_the_key_does_not_get_it_into_logs_errors_or_the_c
 
 
 def test_a_key_that_no_header_can_carry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the message names the variable, not the key."""
     monkeypatch.setenv("ODD", "sk-\u00e9\nX: y")
     with pytest.raises(ValueError, match="variable ODD holds characters"):
         OpenAIGenerator(GeneratorConfig("http://127.0.0.1/v1", "m", "ODD"))

@@ -40,6 +40,7 @@ def test_a_users_file_is_laid_over(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_table_is_named(text: str, message: str, tmp_path: Path) -> None:
+    """Oracle: the message for each table, by hand; it names the file."""
     own = tmp_path / "p.toml"
     own.write_text(text)
     with pytest.raises(ValueError, match=message) as caught:

@@ -267,6 +267,7 @@ def test_two_processes_ask_the_same_once(tmp_path: Path) -> None:
 
 
 def test_budgets_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
+    """Oracle: each message, by hand; a token budget needs no price."""
     cache = ResponseCache(tmp_path / "c")
     with pytest.raises(ValueError, match="response cache; give the generator one"):
         GeneratorAccount("m", None, Price(1, 1), Budget(tokens=1))

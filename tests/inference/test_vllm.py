@@ -156,6 +156,7 @@ def test_what_each_fault_leads_to(tiny_dir: Path, tmp_path: Path, faults: Callab
 
 
 def test_attempts_are_bounded(tiny_dir: Path, tmp_path: Path, faults: Callable[..., None]) -> None:
+    """Oracle: the stand-in's own count of requests."""
     async def use(vllm: Vllm) -> None:
         faults(*["500"] * 20)
         with pytest.raises(ConnectionError, match="after 6 attempts: 500 as you wish"):
@@ -219,7 +220,9 @@ def test_an_old_adapter_goes_when_its_requests_have_ended(
 def test_attaching_to_a_running_server(
     tiny_dir: Path, tmp_path: Path, faults: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not stopped; what was loaded on it goes; the key is sent, and in no error; a missing one is told of."""
+    """Oracle: the stand-in's log: it runs on without our adapter, and saw the key. Errors name a missing key and show
+    none.
+    """
     folder = adapter(tiny_dir, tmp_path / "adapter")
     monkeypatch.setenv("SERVER_KEY", "planted")
 
@@ -257,6 +260,7 @@ def test_attaching_to_a_running_server(
 def test_a_failed_start_shows_the_end_of_the_log(
     tiny_dir: Path, tmp_path: Path, start: str, timeout_s: float, says: str
 ) -> None:
+    """Oracle: the log's last lines, which the stand-in wrote, are in the message."""
     shown: list[str] = []
 
     async def run() -> None:
@@ -323,6 +327,7 @@ def test_the_command_line() -> None:
     ],
 )
 def test_a_wrong_configuration_is_refused(changes: dict[str, Any], says: str) -> None:
+    """Oracle: the message for each setting, by hand."""
     with pytest.raises(ValueError, match=says):
         VllmConfig(**changes)
 

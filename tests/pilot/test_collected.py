@@ -7,18 +7,20 @@ from typing import Any
 
 import pytest
 
+from matryoshka.core.config import load_toml
 from matryoshka.core.files import read_jsonl, write_jsonl
 from matryoshka.core.records import Preference, from_json
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.dpo.data import read_conversations, read_preferences
 from matryoshka.lora.files import adapter_hash
 from matryoshka.pilot.collected import PairsCommand, read_episodes, write_pairs_of
-from matryoshka.pilot.config import WarmupConfig
+from matryoshka.pilot.config import RunConfig, WarmupConfig
 from matryoshka.pilot.context import open_run
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.stages import collect, train_round, warm_up, write_pairs
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import Generator
+from matryoshka.tests.pilot.test_lamp_pilot import configured
 from matryoshka.tests.pilot.test_pilot import Runs, small
 
 
@@ -139,6 +141,18 @@ def test_pairs_leave_incomplete_groups_out(
     both = write_pairs_of(PairsCommand((journal, folder), tmp_path / "pairs.jsonl"))
     assert both["episodes"] == 15
     assert write_pairs_of(PairsCommand((tmp_path / "bare.jsonl",), tmp_path / "pairs.jsonl"))["episodes"] == 16
+
+
+def test_what_the_generator_said_is_paired_as_in_the_run(controller_dir: Path, tmp_path: Path) -> None:
+    """Oracle: the run's own pairs of sampled and of bootstrapped summaries, byte for byte."""
+    config = load_toml(RunConfig, configured(tmp_path, controller_dir, "2N", bootstrap=4), {"warmup.source": "none"})
+    with open_run(config, tmp_path) as run:
+        episodes = collect(run, 1)
+        pairs, _ = write_pairs(run, episodes)
+    assert any(row.info.controller.startswith("own-guidance-of-") for row in episodes) and pairs
+    counts = write_pairs_of(PairsCommand((tmp_path / "lamp",), tmp_path / "pairs.jsonl"))
+    assert counts["rows"] == len(pairs)
+    assert (tmp_path / "pairs.jsonl").read_bytes() == (tmp_path / "lamp" / "preferences.jsonl").read_bytes()
 
 
 def test_what_makes_no_pairs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

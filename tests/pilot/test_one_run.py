@@ -71,7 +71,7 @@ def test_each_question_is_one_command(
     assert digests(Path("runs/one")) == before
     # And the results stand beside one another, problem by problem, protocols apart.
     capsys.readouterr()
-    assert cli.main(["compare", "runs/six", "runs/oracle", "runs/generator", "--json-line"]) == 0
+    assert cli.main(["compare", "runs/six", "runs/oracle", "runs/generator", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["differences"]
     refused = {row["second"].partition(":")[0]: bool(row["refused"]) for row in found}
     assert refused == {"oracle": True, "generator": False}

@@ -315,6 +315,7 @@ def test_a_finished_run_is_read_back(
     assert {**printed[-2], "seconds": 0} == {**first, "seconds": 0}
     assert (folder / "preferences.jsonl").read_bytes() == pairs
     assert (journal(folder), policies(folder), undisturbed.generator.asked("whole")) == before
+    assert json.loads((folder / "report.json").read_text())["counts"]["round_1"]["samples"] == 16
 
 
 def test_evaluation_takes_the_policies_that_there_are(

@@ -183,7 +183,7 @@ def test_controller_and_engine_draw_the_same(tiny_dir: Path) -> None:
 
 
 def test_serving_through_vllm(tiny_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
-    """A stand-in for vLLM is started with the adapter, its URL printed when it answers; SIGTERM ends both."""
+    """Oracle: the stand-in has the adapter, its URL is printed once it answers, and SIGTERM ends both processes."""
     fake = Path(__file__).parents[1] / "inference" / "fake_vllm.py"
     process = subprocess.Popen(
         command("serve", "--engine", "vllm", "--vllm.command", f"{sys.executable} {fake}", "--port", "0",
@@ -215,6 +215,7 @@ def test_serving_through_vllm(tiny_dir: Path, adapter_dir: Path, tmp_path: Path)
 def test_what_vllm_cannot_do_is_refused(
     tiny_dir: Path, capsys: pytest.CaptureFixture[str], flags: list[str], says: str
 ) -> None:
+    """Oracle: status 2 and the message for each flag, by hand."""
     assert cli.main(["serve", "--engine", "vllm", "--model", str(tiny_dir), "--port", "0", *flags]) == 2
     assert says in capsys.readouterr().err
 

@@ -29,6 +29,7 @@ def runs(tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch) 
 def test_a_run_is_estimated_stopped_budgeted_and_finished(
     runs: Runs, controller_dir: Path, generator: Generator
 ) -> None:
+    """Oracle: episodes and costs counted by hand, and the scripted server's log."""
     config = small("thrift", controller_dir, generator.url("thrift"))
     prices = runs.root / "prices.toml"
     prices.write_text("scripted = { input = 0.01, output = 20 }\n")

@@ -57,6 +57,7 @@ async def _echo(question: str) -> str:
 @settings(max_examples=300, deadline=None)
 @given(MESSAGES)
 def test_a_result_is_a_finite_number_or_a_short_clean_error(message: bytes) -> None:
+    """Oracle: the documented types: a finite number, or an error of limited length that UTF-8 encodes."""
     value, error = _parse(message, LEFT)
     assert (value is None) != (error is None)
     if error is None:
@@ -66,7 +67,7 @@ def test_a_result_is_a_finite_number_or_a_short_clean_error(message: bytes) -> N
 
 
 def test_a_household_takes_any_bytes() -> None:
-    """Messages of every kind with random sizes and contents, then noise; drawn from a seed."""
+    """Oracle: nothing raises. Messages of every kind and random size, then noise, are drawn from a seed."""
     draws = random.Random(0)
 
     def message() -> bytes:

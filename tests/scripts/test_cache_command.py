@@ -81,6 +81,7 @@ def test_what_is_missing_is_named(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Oracle: status 2 and the message for each command line, by hand."""
     monkeypatch.chdir(folder)
     assert main(["cache", *arguments]) == 2
     assert message in capsys.readouterr().err

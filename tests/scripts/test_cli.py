@@ -96,6 +96,7 @@ def test_a_bad_flag_is_refused_by_name(seen: list[Config], capsys: pytest.Captur
 def test_an_unknown_key_names_the_nearest(
     seen: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Oracle: all of stderr, by hand."""
     path = tmp_path / "run.toml"
     path.write_text('name = "n"\n[train]\nepoch = 3\n')
     assert cli.main(["take", "--config", str(path)]) == 2

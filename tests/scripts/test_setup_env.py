@@ -53,7 +53,7 @@ def test_it_installs_once_per_extra_and_again_after_a_change(checkout: Path) -> 
 
 
 def test_a_moved_checkout_is_installed_again(checkout: Path) -> None:
-    """The editable install points to the folder's old place."""
+    """Oracle: the log. The editable install of a moved folder points to its old place, so it is made again."""
     set_up(checkout, "report")
     moved = checkout.rename(checkout.parent / "moved")
     assert set_up(moved, "report") == (0, ["-e .[report]"])

@@ -112,7 +112,9 @@ async def right(example: Example) -> str:
 
 
 def test_results_come_in_job_order_whatever_ends_first(tmp_path: Path) -> None:
-    """Later episodes end sooner; the record is in the order of ending, the result in the order of the jobs."""
+    """Oracle: by hand. Later episodes end sooner; the record is in the order of ending, the result in the order of the
+    jobs.
+    """
 
     async def backwards(example: Example) -> str:
         await asyncio.sleep(0.002 * (10 - example.fields["i"]))
@@ -152,7 +154,7 @@ def test_a_resumed_run_runs_only_what_is_missing_and_returns_the_same(tmp_path: 
 
 
 def test_an_exception_stops_the_run_and_keeps_what_had_ended(tmp_path: Path) -> None:
-    """Episodes 0 to 4 end, 5 breaks, 6 and 7 hang: they are cancelled, and none is recorded."""
+    """Oracle: by hand. Episodes 0 to 4 end, 5 breaks, 6 and 7 hang: they are cancelled, and none is recorded."""
     cancelled: list[str] = []
 
     async def breaks(example: Example) -> str:
@@ -199,7 +201,7 @@ def test_a_disk_that_refuses_a_sync_stops_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("raised", [True, False])
 def test_a_failed_episode_is_returned_but_tried_again_on_resume(raised: bool, tmp_path: Path) -> None:
-    """Whether the task says "failed" or lets the GeneratorError through."""
+    """Oracle: the same error, whether the task reports "failed" or lets the GeneratorError through."""
 
     async def fails(example: Example) -> str:
         if example.id != "2":
@@ -229,7 +231,9 @@ def test_too_many_failures_stop_the_run_and_it_can_go_on(tmp_path: Path) -> None
 
 
 def test_failures_within_the_allowed_share_do_not_stop_the_run(tmp_path: Path) -> None:
-    """Exactly 20% is allowed, at every count from 20 on: the first of every five fails, after four that do not."""
+    """Oracle: by hand. Exactly 20% is allowed, at every count from 20 on: the first of every five fails, after four
+    that do not.
+    """
 
     async def every_fifth(example: Example) -> str:
         return "failed" if example.fields["i"] % 5 == 4 else "right"
@@ -277,6 +281,7 @@ def test_a_stop_lets_those_in_flight_end(tmp_path: Path) -> None:
 
 
 def test_two_jobs_of_one_key_are_an_error(tmp_path: Path) -> None:
+    """Oracle: each message, by hand."""
     with pytest.raises(ValueError, match="2 jobs have the key k1; give each its own `draw`"):
         drive(right, tmp_path / "j", [*JOBS[:3], JOBS[1]])
     with pytest.raises(ValueError, match="limit is 0"):
@@ -284,10 +289,12 @@ def test_two_jobs_of_one_key_are_an_error(tmp_path: Path) -> None:
 
 
 def test_no_jobs_is_no_work(tmp_path: Path) -> None:
+    """Oracle: by definition."""
     assert drive(right, tmp_path / "j", [])[1] == []
 
 
 def test_a_record_that_is_no_trajectory_is_named(tmp_path: Path) -> None:
+    """Oracle: the message names the file, the key and the missing field."""
     (tmp_path / "j").write_text('{"key": "k0", "trajectory": {"task": "played"}}\n')
     with pytest.raises(ValueError, match=r"j: the row of key k0 holds no trajectory: .*example_id"):
         drive(right, tmp_path / "j")

@@ -87,13 +87,16 @@ def test_a_syntax_error_reports_its_line() -> None:
 
 @pytest.mark.parametrize("code", ["x = 5", "solution = 5", "", "Here is the answer: 5 apples"])
 def test_code_without_solution_is_an_error(code: str) -> None:
+    """Oracle: Python's own error for text that is no code; ours where no function is defined."""
     outcome = run(code)
     expected = "SyntaxError" if "apples" in code else "NameError: the code defines no function solution()"
     assert outcome.value is None and outcome.error is not None and expected in outcome.error
 
 
 def test_nothing_leaks_from_one_run_to_the_next() -> None:
-    """A `solution` that an earlier program defined is not there for a later one that defines none."""
+    """Oracle: the error. A `solution` that an earlier program defined is not there for a later one that defines
+    none.
+    """
 
     async def both() -> tuple[Outcome, Outcome]:
         first = await run_solution("import sys\nsys.leak = 1\ndef solution():\n    return 41", 5.0, MEMORY)
@@ -108,23 +111,28 @@ def test_nothing_leaks_from_one_run_to_the_next() -> None:
     "body", ["while True: pass", "while True:\n        try: raise ValueError\n        except: pass"]
 )
 def test_a_program_that_never_ends_is_killed(body: str) -> None:
-    """A bare `except:` swallows whatever is raised inside; a kill from outside it cannot swallow."""
+    """Oracle: the time-out. A bare `except:` swallows whatever is raised inside; a kill from outside it cannot
+    swallow.
+    """
     outcome = run(f"def solution():\n    {body}", timeout_s=0.5)
     assert (outcome.value, outcome.error) == (None, "TimeoutError: the program did not finish within 0.5 s")
     assert outcome.seconds < 3
 
 
 def test_a_memory_bomb_is_a_memory_error_with_its_line() -> None:
+    """Oracle: Python's MemoryError at the line of the allocation."""
     outcome = run("def solution():\n    hoard = []\n    while True:\n        hoard.append(bytes(2**20))")
     assert "line 4, in solution" in str(outcome.error) and str(outcome.error).endswith("MemoryError")
 
 
 def test_a_flood_of_output_is_stopped_and_cut() -> None:
+    """Oracle: the kernel's file size limit, and the length of the kept output."""
     outcome = run("def solution():\n    while True:\n        print('x' * 1000)")
     assert "File too large" in str(outcome.error) and len(outcome.stdout) == STDOUT_BYTES
 
 
 def test_secrets_of_the_environment_are_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the program's own view of its environment, which is empty."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     outcome = run("import os\ndef solution():\n    print(dict(os.environ))\n    return len(os.environ)")
     assert (outcome.value, outcome.stdout) == (0, "{}\n")
@@ -132,13 +140,16 @@ def test_secrets_of_the_environment_are_absent(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("module", ["pytest", "sandbox_child", "matryoshka"])
 def test_only_the_standard_library_can_be_imported(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither site-packages, nor the folder of the child's own file, nor PYTHONPATH is on the program's path."""
+    """Oracle: the errors. Neither site-packages, nor the folder of the child's own file, nor PYTHONPATH is on the
+    program's path.
+    """
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     assert f"ModuleNotFoundError: No module named '{module}'" in str(run(f"import {module}").error)
     assert run("import math, datetime, statistics\ndef solution():\n    return math.gcd(12, 18)").value == 6
 
 
 def test_there_is_no_input() -> None:
+    """Oracle: Python's EOFError."""
     assert "EOFError" in str(run("def solution():\n    return float(input())").error)
 
 
@@ -162,16 +173,19 @@ def test_printed_results_are_not_results() -> None:
     ],
 )
 def test_every_other_way_to_end_is_an_error_of_the_program(code: str, error: str) -> None:
+    """Oracle: the error for each way to end, by hand."""
     outcome = run(code)
     assert outcome.value is None and error in str(outcome.error)
 
 
 def test_a_long_traceback_is_cut_to_its_last_frames() -> None:
+    """Oracle: the number of frames in the error."""
     error = str(run("def f(n):\n    return f(n + 1)\ndef solution():\n    return f(0)").error)
     assert "more frames" in error and error.count('File "<solution>"') == 4
 
 
 def test_an_exception_that_cannot_be_printed_is_still_an_error() -> None:
+    """Oracle: the name of the exception's class."""
     code = "class Odd(Exception):\n    def __str__(self): raise ValueError\ndef solution():\n    raise Odd"
     assert run(code).error == "Odd"
 
@@ -182,7 +196,9 @@ def test_an_exception_that_cannot_be_printed_is_still_an_error() -> None:
     ids=["deep nesting", "infinity", "bool", "text", "pickle"],
 )
 def test_a_forged_message_is_never_more_than_an_error(message: bytes) -> None:
-    """The program itself writes the message to every open descriptor, then leaves: no value, no exception."""
+    """Oracle: the outcome. The program itself writes the message to every open descriptor, then leaves: no value, no
+    exception.
+    """
     code = (
         f"import os\nfor n in range(3, 999):\n    try: os.write(n, {message!r})\n    except OSError: pass\nos._exit(0)"
     )
@@ -201,7 +217,7 @@ def test_a_forged_message_is_never_more_than_an_error(message: bytes) -> None:
     ids=["lone surrogate", "terminal escape", "empty", "60,000 characters"],
 )
 def test_a_forged_error_is_held_to_the_limits_of_an_error(written: bytes, error: str) -> None:
-    """The program writes its own error to every descriptor and leaves. Oracle: UTF-8 encodes it, and the length."""
+    """Oracle: UTF-8 encodes the error, and its length. The program writes it to every descriptor and leaves."""
     write = f"try: os.write(n, {written!r})\n    except OSError: pass"
     code = f"import os\nfor n in range(3, 99):\n    {write}\nos._exit(0)"
     found = run(code).error
@@ -242,7 +258,7 @@ def test_descriptors_of_the_parent_are_not_inherited(tmp_path: Path) -> None:
 
 
 def test_malformed_text_is_the_programs_error() -> None:
-    """A lone surrogate and a NUL byte can come out of a JSON reply."""
+    """Oracle: an error of the program. A lone surrogate and a NUL byte can come out of a JSON reply."""
     assert "SyntaxError" in str(run("x = '\ud800'").error)
     assert "null bytes" in str(run("x = '\0'").error)
 
@@ -314,7 +330,7 @@ def test_a_server_that_died_is_started_again() -> None:
 
 
 def test_what_a_program_leaves_behind_without_a_boundary_is_ended() -> None:
-    """A grandchild in a session of its own outlives its parents. Oracle: the kernel's table when the run is over."""
+    """Oracle: the kernel's table when the run is over. A grandchild in a session of its own outlives its parents."""
     code = (
         "import os, time\nreader, writer = os.pipe()\ndef solution():\n"
         "    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0:\n"

@@ -81,7 +81,7 @@ def test_full_fine_tuning_does_not_depend_on_the_policy(tiny_dir: Path) -> None:
 
 
 def test_what_a_block_keeps(tiny_dir: Path) -> None:
-    """Oracle: by hand, names of what lives between the passes: the pair's memory is freed with the graph."""
+    """Oracle: by hand, names of the tensors between the passes: the pair's memory is freed with the graph."""
     model = adapted(tiny_dir)
     trainable_parameters(model, "policy")
     made: list[str] = []
@@ -154,7 +154,7 @@ def test_only_the_very_tensor_is_made_again() -> None:
 
 
 def test_contexts_nest_and_end_with_their_block_and_thread() -> None:
-    """Oracle: invariants; an error inside puts back what held before, and other threads run as they are."""
+    """Oracle: invariants; an error inside restores the policy of before, and other threads keep theirs."""
     seen: list[str] = []
     with pytest.raises(KeyError), activations("full"):
         with activations("selective"):
@@ -213,4 +213,4 @@ def test_compiled_blocks(tiny_dir: Path) -> None:
         out.sum().backward()
         counts.append(compiled.num_graphs)
     assert counts[0] == counts[1] > 0
-    assert len(set(counts[3:])) == 1  # what follows the attention learns with the second length that it varies
+    assert len(set(counts[3:])) == 1  # the graph after the attention learns from the second length that it varies

@@ -154,7 +154,7 @@ def test_clause_5_a_tree_equals_its_sequences(case: Case) -> None:
 
 @pytest.mark.slow
 def test_clause_5_on_flex_attention(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clause 5 for what CUDA runs: flex attention under the tree's mask, uncompiled, equals the dense mask."""
+    """Clause 5 for the backend of CUDA: flex attention under the tree's mask, uncompiled, equals the dense mask."""
     from matryoshka.core.models import attention
 
     monkeypatch.setattr(attention, "_compiled", lambda *_: attention.attend_flex)
@@ -239,7 +239,7 @@ def test_clause_7_adapters_are_pefts(architecture: Architecture, config: LoraCon
     load_adapter(other, "read", tmp_path / "adapter")
     set_active(other, "read")
     with torch.no_grad():
-        assert torch.equal(other.logits(other(ids)), ours), "clause 7: what was written is not what is read"
+        assert torch.equal(other.logits(other(ids)), ours), "clause 7: another adapter was read than was written"
         merge(model, "policy")
         worst = relative(model.logits(model(ids)), ours)
     assert worst < EXACT, f"clause 8: merged logits differ by {worst:.1e}"

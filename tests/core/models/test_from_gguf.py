@@ -211,7 +211,7 @@ def test_errors_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Oracle: by hand; the command converts what smollm2_gguf names and prints the folder."""
+    """Oracle: by hand; the command converts the file that smollm2_gguf returns and prints the folder."""
     path = write_tiny(tmp_path / "tiny.gguf", tiny_tensors())
     monkeypatch.setattr(convert_command, "smollm2_gguf", lambda: path)
     assert main(["convert", "--out", str(tmp_path / "out")]) == 0

@@ -51,7 +51,7 @@ def test_dtype(tmp_path: Path, dtype: torch.dtype | None, expected: torch.dtype)
 
 
 def test_architecture_is_found_by_model_type(tmp_path: Path) -> None:
-    """Oracle: by hand; a file in core/models is enough, anything else is refused with the list of what there is."""
+    """Oracle: by hand; a file in core/models is enough, anything else is refused with the list of the known ones."""
     module = model_architecture({"model_type": "llama"}, tmp_path)
     assert module.__name__ == "matryoshka.core.models.llama"
     assert {"q_proj", "down_proj"} <= set(module.LORA_TARGETS)

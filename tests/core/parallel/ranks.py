@@ -1,8 +1,8 @@
-"""Training runs for `test_distributed*.py`, the same for one process and for the ranks that torchrun starts.
+"""Training runs for tests of several ranks: one process and the ranks of torchrun execute the same function.
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/core/parallel/ranks.py MODEL FOLDER CASES.json
 
-runs every case and leaves in FOLDER what rank 0 has in the end, `<case>.safetensors` and `<case>.json`.
+runs every case and writes rank 0's tensors and metrics into FOLDER, as `<case>.safetensors` and `<case>.json`.
 """
 
 import dataclasses
@@ -49,10 +49,10 @@ Result = tuple[list[dict[str, float]], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """A training run. full: of all weights. items: how many, of ragged lengths; steps: of the optimizer.
+    """A training run. full: all weights are trained. items: their number, their lengths differ. steps: optimizer steps.
 
-    dtype: what is computed in; stored: what weights are kept in, where that is another. model: a folder, default the
-    one that all cases have. folder: the run's own, default the name; a case goes on where one before it ended.
+    dtype: of the computation; stored: of the weights, where it is another. model: a folder, by default the one that all
+    cases share. folder: the run's own, by default its name; a case continues an earlier one of the same folder.
     """
 
     name: str
@@ -113,13 +113,13 @@ def build(case: Case, model_folder: Path, world: World) -> tuple[Any, dict[str, 
     add_adapter(model, "policy", LoraConfig(rank=2, dora=case.dora), 0)
     set_active(model, "policy")
     with torch.no_grad():
-        for layer in layers_with(model, "policy"):  # as A's gradient is 0 where B is
+        for layer in layers_with(model, "policy"):  # where B is 0, the gradient of A is 0
             torch.nn.init.normal_(layer.lora_B["policy"], std=0.1, generator=torch.Generator().manual_seed(1))
     return model, trainable_parameters(model, "policy")
 
 
 def reading(case: Case, model_folder: Path, world: World) -> list[list[float]]:
-    """Return for each rank: bytes of weights that it reads, and of the largest tensor that it is handed."""
+    """Return for each rank the bytes of weights that it reads, and those of the largest tensor among them."""
     handed: list[int] = []
 
     class Handle:
@@ -222,7 +222,7 @@ def check_close(found: Tensor, expected: Tensor, tolerance: float, name: str) ->
 
 
 def launch(cases: list[Case], ranks: int, model_folder: Path, folder: Path) -> dict[str, Result]:
-    """Return what each case gives on `ranks` ranks of this machine."""
+    """Return the result of each case on `ranks` ranks of this machine."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
     code, _, errors = torchrun(ranks, __file__, str(model_folder), str(folder), str(folder / "cases.json"))
@@ -245,7 +245,7 @@ def torchrun(ranks: int, *command: str, timeout_s: float = 1200) -> tuple[int, s
         try:
             out, errors = process.communicate(timeout=timeout_s)
         finally:
-            process.terminate()  # it ends its ranks, which being killed it could not
+            process.terminate()  # it then ends its ranks; killed at once, it could not
     return process.returncode, out, errors
 
 

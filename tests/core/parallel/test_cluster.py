@@ -72,7 +72,7 @@ def test_targets_are_those_of_lora() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8, 12, 64])
 def test_the_shards_are_the_whole(ranks: int) -> None:
-    """Oracle: what all ranks hold is the model, rank 0 holds the most, and torch.chunk cuts the same rows."""
+    """Oracle: all ranks together hold the model, rank 0 holds the most, and torch.chunk cuts the same rows."""
     for job in (tiny(), tiny(rank=0), tiny(nf4=True)):
         held = [job.stored_bytes(ranks, rank) for rank in range(ranks)]
         assert sum(held) == job.stored_bytes(1) and max(held) == held[0]
@@ -86,7 +86,7 @@ def test_bytes_of_weights_by_hand() -> None:
     """Oracle: by hand. In 8 parts 12 and 20 rows are padded to 16 and 24, 4 to 8, 11 to 16."""
     assert tiny().stored_bytes(1) == 2 * (2 * BLOCK + ROOT)
     assert tiny(dtype=torch.float32).stored_bytes(1) == 4 * (2 * BLOCK + ROOT)
-    assert tiny(rank=0).stored_bytes(1) == 4 * (2 * BLOCK + ROOT)  # what is trained is kept in fp32
+    assert tiny(rank=0).stored_bytes(1) == 4 * (2 * BLOCK + ROOT)  # trained weights are kept in fp32
     padded = 16 * 12 * 2 + 8 * 12 * 2 + 24 * 12 * 2 + 16 * 20 + 2 * 16
     job = tiny()
     assert job.gathered_bytes(job.blocks[0], 8) == 2 * padded

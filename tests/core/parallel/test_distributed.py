@@ -125,7 +125,7 @@ def check(case: Case, found: Result, model_folder: Path, folder: Path) -> None:
 
 
 def clip(case: Case, row: dict[str, float]) -> float:
-    """Return what clipping multiplied the gradients by (torch.nn.utils.clip_grad_norm_)."""
+    """Return the factor by which clipping multiplied the gradients (torch.nn.utils.clip_grad_norm_)."""
     return min(1.0, case.max_grad_norm / (row["grad_norm"] + 1e-6))
 
 

@@ -253,7 +253,9 @@ def test_the_date_is_an_argument_and_never_the_clock(write_folder: WriteFolder) 
 
 
 def test_an_earlier_answer_that_is_rewritten_is_context(write_folder: WriteFolder) -> None:
-    """The prefix property: where a template shortens past answers, only those that stand as generated are scored."""
+    """Invariant: the prefix property. Where a template shortens past answers, only those that stand as generated are
+    scored.
+    """
     shortening = CHATML.replace("m['content']", "m['content'][:9 if loop.last or m['role'] == 'user' else 1]")
     tokenizer = Tokenizer.load(write_folder(specials=CHATML_TOKENS, chat_template=shortening))
     assert trained(tokenizer, chat("q", "ab"))[:2] == ["a", "b"]
@@ -375,7 +377,9 @@ def test_masks_are_the_generation_marks(name: str, write_folder: WriteFolder) ->
     ],
 )
 def test_unusable_templates_are_refused_on_loading(template: Any, message: str, write_folder: WriteFolder) -> None:
-    """Each message names the fault; a template in the sandbox cannot change the messages or reach Python's classes."""
+    """Oracle: each message names the fault; a template in the sandbox cannot change the messages or reach Python's
+    classes.
+    """
     folder = write_folder(specials=CHATML_TOKENS, chat_template=template)
     with pytest.raises(ValueError, match=message):
         Tokenizer.load(folder)
@@ -390,7 +394,7 @@ def test_an_answer_without_a_stop_token_is_refused(write_folder: WriteFolder) ->
 
 
 def test_a_folder_without_a_template_is_refused(write_folder: WriteFolder) -> None:
-    """Text still has ids; a chat has none."""
+    """Oracle: the message. Text still has ids; a chat has none."""
     tokenizer = Tokenizer.load(write_folder())
     assert tokenizer.decode(tokenizer.encode("text")) == "text"
     with pytest.raises(ValueError, match="no chat template; expected chat_template.jinja"):

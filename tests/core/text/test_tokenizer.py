@@ -132,7 +132,7 @@ def test_a_character_without_token_is_refused_where_transformers_drops_it(
 
 
 def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
-    """It is no Unicode text: UTF-8 cannot write it."""
+    """Oracle: the message. A lone surrogate is no Unicode text: UTF-8 cannot write it."""
     with pytest.raises(ValueError, match="character 1 of the text is a lone surrogate"):
         tokenizer.encode("a\ud83d")
 

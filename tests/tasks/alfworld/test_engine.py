@@ -57,6 +57,7 @@ def test_every_command_reads_as_in_the_grammar(game: Game) -> None:
 
 
 def test_the_first_screen_and_its_commands(game: Game) -> None:
+    """Oracle: the kitchen's first screen and commands, by hand."""
     assert Engine(game).observation == Observation(SCREEN, AT_START, 0.0, False, False)
 
 
@@ -75,6 +76,7 @@ def test_what_is_admissible_beside_the_countertop_and_with_the_knife_in_hand(gam
 
 
 def test_the_walkthrough_wins_with_its_last_command_only(game: Game) -> None:
+    """Oracle: scores by hand: six commands without a score, then the win."""
     engine = Engine(game)
     seen = [engine.step(command) for command in WALKTHROUGH]
     assert [(o.score, o.done, o.won) for o in seen] == [(0.0, False, False)] * 6 + [(1.0, True, True)]
@@ -96,6 +98,7 @@ def test_the_end_is_where_the_goal_holds_not_a_latch(game: Game) -> None:
     ],
 )
 def test_what_is_not_admissible_changes_nothing(game: Game, command: str) -> None:
+    """Oracle: ALFWorld's own answer to such a command; the snapshot is equal."""
     engine = Engine(game)
     before = engine.snapshot()
     assert engine.step(command) == Observation("Nothing happens.", AT_START, 0.0, False, False)
@@ -103,10 +106,12 @@ def test_what_is_not_admissible_changes_nothing(game: Game, command: str) -> Non
 
 
 def test_blanks_around_a_command_do_not_count(game: Game) -> None:
+    """Oracle: the command without blanks."""
     assert Engine(game).step("  look\n").text == Engine(game).step("look").text
 
 
 def test_a_reset_is_a_fresh_start(game: Game) -> None:
+    """Oracle: a new engine of the game."""
     engine = Engine(game)
     play(engine, *WALKTHROUGH)
     assert engine.reset() == Engine(game).observation == engine.observation
@@ -114,6 +119,7 @@ def test_a_reset_is_a_fresh_start(game: Game) -> None:
 
 
 def test_engines_of_one_game_do_not_meet(game: Game) -> None:
+    """Oracle: one engine plays to the end, and the other is still at the start."""
     one, other = Engine(game), Engine(game)
     play(one, *WALKTHROUGH)
     assert other.observation.text == SCREEN and play(other, *WALKTHROUGH).won
@@ -132,6 +138,7 @@ def test_a_restored_moment_goes_on_as_it_did(game: Game, at: int) -> None:
 
 
 def test_a_snapshot_of_another_game_is_refused(game: Game) -> None:
+    """Oracle: the message names both games."""
     with pytest.raises(ValueError, match="the snapshot is of game .*by_hand; this one plays another"):
         Engine(load_game(row(game="another"))).restore(Engine(game).snapshot())
 
@@ -151,6 +158,7 @@ def test_the_old_verbs(game: Game) -> None:
 
 
 def test_verbs_translate_both_ways() -> None:
+    """Oracle: ALFWorld's old and current verbs, by hand."""
     assert (
         in_verbs("move mug 1 to desk 2", "old") == "put mug 1 in/on desk 2" == in_verbs("put mug 1 in/on desk 2", "old")
     )
@@ -159,6 +167,7 @@ def test_verbs_translate_both_ways() -> None:
 
 
 def test_help_names_the_current_verbs(game: Game) -> None:
+    """Oracle: ALFWorld's help text."""
     assert Engine(game).step("help").text == HELP and "move (object) to (receptacle)" in HELP
 
 
@@ -188,12 +197,14 @@ def test_who_starts_beside_a_receptacle_faces_it() -> None:
     ],
 )
 def test_a_problem_that_cannot_be_played_is_named(cut: str, into: str, message: str) -> None:
+    """Oracle: one fault at a time; the message names the game and the fault."""
     assert cut in PROBLEM
     with pytest.raises(ValueError, match=rf"game train/.*by_hand: .*{message}"):
         load_game(row(pddl_problem=PROBLEM.replace(cut, into)))
 
 
 def test_a_row_without_a_problem_and_unknown_verbs_are_named(game: Game) -> None:
+    """Oracle: each message, by hand."""
     with pytest.raises(ValueError, match="game g: the row has no 'task_type'; it has game"):
         load_game({"game": "g"})
     with pytest.raises(ValueError, match="verbs 'new' are unknown; choose 'current' or 'old'"):
@@ -215,6 +226,7 @@ def test_the_stored_walkthroughs_win(split: str) -> None:
 @needs_data
 @pytest.mark.slow
 def test_the_stored_walkthroughs_of_all_games_win() -> None:
+    """Oracle: ALFWorld's own walkthroughs of 3,893 games."""
     played = 0
     for split in ("train", "valid_train", "valid_seen"):
         for given in read_split(DATA, split):

@@ -120,6 +120,7 @@ def flawed(monkeypatch: pytest.MonkeyPatch, field: str, value: Callable[[Observa
 def test_a_planted_fault_is_found_and_told(
     field: str, value: Callable[[Observation], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Oracle: a fault planted in one field; the comparison names that field and the commands that led to it."""
     flawed(monkeypatch, field, value)
     found = compare(row(), None, "current", 10, 0)["mismatch"]
     assert found["field"] == field and found["ours"] != found["textworld"]
@@ -140,6 +141,7 @@ def test_without_a_fault_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_walkthrough_that_does_not_win_is_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a walkthrough of one look, which wins nothing."""
     flawed(monkeypatch, "text", lambda seen: seen.text)
     found = compare(row(walkthrough=["look"]), None, "current", 5, 0)["mismatch"]
     assert found["field"] == "walkthrough" and found["commands"] == ["look"]
@@ -177,6 +179,7 @@ def test_a_comparison_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_too_few_games_are_an_error(tmp_path: Path) -> None:
+    """Oracle: the message names both counts."""
     (tmp_path / "valid_seen.jsonl").write_text(json.dumps(row()) + "\n")
     with pytest.raises(ValueError, match="1 games of valid_seen; --valid_seen asks for 2"):
         choose(Config(tmp_path, valid_seen=2, train=0))
@@ -195,6 +198,7 @@ def test_the_committed_result_is_of_this_engine() -> None:
 
 
 def test_the_backend_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the message names the packages to install, or the unknown verbs."""
     monkeypatch.setattr(textworld_backend, "is_installed", lambda: False)
     with pytest.raises(ValueError, match=r"not installed; run pip install 'textworld\[pddl\]'"):
         TextWorldEngine(row())

@@ -48,6 +48,7 @@ def test_both_layouts_give_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_types_and_limit_choose_in_order(tmp_path: Path) -> None:
+    """Oracle: three rows of two types, chosen by hand."""
     look, heat = games()
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (heat, look, heat)))
     assert read_split(tmp_path, "train", types=("look_at_obj_in_light",)) == [look]
@@ -67,6 +68,7 @@ def test_what_alfworld_leaves_out_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_game_without_a_walkthrough_has_an_empty_one(tmp_path: Path) -> None:
+    """Oracle: by definition."""
     write_official(tmp_path, games(), walkthrough=None)
     assert [one["walkthrough"] for one in read_split(tmp_path, "train")] == [[], []]
 
@@ -82,12 +84,14 @@ def test_a_game_without_a_walkthrough_has_an_empty_one(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(line: str, message: str, tmp_path: Path) -> None:
+    """Oracle: one fault at a time in line 2; the message names file and line."""
     (tmp_path / "train.jsonl").write_text(json.dumps(row()) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=rf"train\.jsonl:2: {message}"):
         read_split(tmp_path, "train")
 
 
 def test_a_bad_file_is_named(tmp_path: Path) -> None:
+    """Oracle: an empty file, a cut archive and an empty folder; each message names the place."""
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"train\.jsonl: the file is empty"):
         read_split(tmp_path, "train")
@@ -103,6 +107,7 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    """Oracle: each message names the missing split or the unknown type."""
     with pytest.raises(FileNotFoundError, match=r"no games of split 'train' under .*alfworld-download.*ALFWORLD_DATA"):
         read_split(tmp_path, "train")
     with pytest.raises(ValueError, match="task type 'sing' is unknown; choose from pick_and_place_simple"):
@@ -110,6 +115,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
 
 
 def test_the_logic_is_found_in_both_layouts(tmp_path: Path) -> None:
+    """Oracle: files written in either place; the folder's own come first."""
     assert read_logic(tmp_path) is None
     for place in (tmp_path / "logic", tmp_path):
         place.mkdir(exist_ok=True)

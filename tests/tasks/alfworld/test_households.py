@@ -60,6 +60,7 @@ def test_a_seed_decides_everything() -> None:
 
 
 def test_household_problems_do_not_repeat() -> None:
+    """Oracle: 120 rows have 120 different problems and names."""
     rows = households("train", 120, 0)
     assert len({row["pddl_problem"].split("(:objects")[1] for row in rows}) == len({row["game"] for row in rows}) == 120
 
@@ -74,5 +75,6 @@ def test_household_problems_do_not_repeat() -> None:
     ],
 )
 def test_what_there_is_not_is_named(arguments: tuple[str, int, int], message: str) -> None:
+    """Oracle: the message for each argument, by hand."""
     with pytest.raises(ValueError, match=message):
         households(*arguments)

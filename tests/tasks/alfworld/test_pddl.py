@@ -78,6 +78,7 @@ def test_a_grounded_goal_is_true_where_the_goal_is(seed: int) -> None:
 
 
 def test_case_and_comments_do_not_count() -> None:
+    """Oracle: PDDL's rules, by hand."""
     problem = parse_problem("(DEFINE (problem P) ; (unclosed\n(:Objects A B - Mug)(:INIT (Hot A))(:goal (HOT A)))")
     assert problem.types == {"a": "mug", "b": "mug"} and problem.facts == {"hot": [("a",)]}
 
@@ -93,12 +94,14 @@ def test_case_and_comments_do_not_count() -> None:
     ],
 )
 def test_a_malformed_problem_is_explained(text: str, message: str) -> None:
+    """Oracle: the message for each malformed text, by hand."""
     with pytest.raises(ValueError, match=message):
         parse_problem(text)
 
 
 @pytest.mark.parametrize("goal", ["(when (hot a) (hot b))", "((hot a))", "(exists (hot a))", "()", "hot"])
 def test_a_goal_beyond_the_language_is_refused(goal: str) -> None:
+    """Oracle: the message, for goals that the games never have."""
     problem = parse_problem(f"(define (problem p) (:objects a - mug) (:init (hot a)) (:goal {goal}))")
     with pytest.raises(ValueError, match="is no condition"):
         ground(problem, ("hot",))

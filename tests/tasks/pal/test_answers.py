@@ -23,7 +23,7 @@ from matryoshka.tasks.pal.answers import parse_gold, same_answer
     ],
 )
 def test_right(value: float | int, gold: float | int) -> None:
-    """The same number, up to the rounding of another order of operations."""
+    """Oracle: pairs by hand that differ by the rounding of another order of operations at most."""
     assert same_answer(value, gold)
 
 
@@ -48,7 +48,7 @@ def test_right(value: float | int, gold: float | int) -> None:
     ],
 )
 def test_wrong(value: float | int | None, gold: float | int) -> None:
-    """No number, a rounded one, a truncated one, the neighbouring integer, the wrong sign."""
+    """Oracle: pairs by hand: no number, a rounded one, a truncated one, the next integer, the wrong sign."""
     assert not same_answer(value, gold)
 
 
@@ -60,6 +60,7 @@ def test_integers_are_equal_exactly(gold: int, off: int) -> None:
 
 
 def test_an_infinite_gold_answer_is_an_error() -> None:
+    """Oracle: by definition; no answer equals infinity."""
     with pytest.raises(ValueError, match="expected a finite number"):
         same_answer(1, float("inf"))
 
@@ -76,6 +77,7 @@ def test_an_infinite_gold_answer_is_an_error() -> None:
     ],
 )
 def test_parse_gold(solution: str, gold: float | int) -> None:
+    """Oracle: numbers and their types, by hand."""
     assert parse_gold(solution) == gold and type(parse_gold(solution)) is type(gold)
 
 
@@ -83,5 +85,6 @@ def test_parse_gold(solution: str, gold: float | int) -> None:
     "solution", ["", "18", "#### ", "#### $5", "#### 1,23", "#### 5 apples", "#### nan", "#### 1e3"]
 )
 def test_what_is_no_plain_number_is_an_error(solution: str) -> None:
+    """Oracle: the message names the expected end of a solution."""
     with pytest.raises(ValueError, match="expected the answer to end with '#### NUMBER'"):
         parse_gold(solution)

@@ -58,6 +58,7 @@ def test_a_held_out_file_counts_apart(tmp_path: Path) -> None:
 
 
 def test_a_repeated_question_counts_with_an_id_of_its_own(tmp_path: Path) -> None:
+    """Oracle: two equal rows have two ids, the same in every reading."""
     row = {"input": "How many?", "target": 1}
     path = write(tmp_path / "twice", row, row)
     ids = [example.id for example in load(path)]
@@ -78,12 +79,14 @@ def test_a_repeated_question_counts_with_an_id_of_its_own(tmp_path: Path) -> Non
     ],
 )
 def test_a_malformed_row_is_named_by_file_and_line(row: object, message: str, tmp_path: Path) -> None:
+    """Oracle: one fault at a time in line 2; the message names file and line."""
     path = write(tmp_path / "bad.jsonl", {"input": "Q?", "target": 4}, row)
     with pytest.raises(ValueError, match=rf"bad\.jsonl:2: {message}"):
         load(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    """Oracle: the exception names the file."""
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
         load(tmp_path / "nowhere.jsonl")
 

@@ -36,7 +36,9 @@ def test_every_worked_program_gives_the_answer(guidance: str) -> None:
 
 
 def test_prompts_without_guidance_show_none() -> None:
-    """The baseline without a controller sees neither sub-questions nor the comments that repeat them."""
+    """Oracle: the texts. The baseline without a controller sees neither sub-questions nor the comments that repeat
+    them.
+    """
     plain, guided = text_of(FULL.code(QUESTION, "")), text_of(FULL.code(QUESTION, GUIDANCE))
     for shot in EXEMPLARS:
         for sub_question, _ in shot["steps"]:
@@ -61,6 +63,7 @@ def test_gold_guidance_has_the_form_that_the_prompt_asks_for(tmp_path: Path) -> 
 
 
 def test_a_retry_has_the_previous_code_the_guidance_and_the_error() -> None:
+    """Oracle: the messages of a retry: the first request, the earlier code, the error."""
     code, error = "def solution():\n    return 3 * paws", "NameError: name 'paws' is not defined"
     retry = FULL.retry(QUESTION, GUIDANCE, code, error)
     assert retry[:2] == FULL.code(QUESTION, GUIDANCE)
@@ -69,6 +72,7 @@ def test_a_retry_has_the_previous_code_the_guidance_and_the_error() -> None:
 
 
 def test_a_new_plan_has_the_previous_one_and_the_feedback() -> None:
+    """Oracle: the messages of a new plan: the first request, the earlier plan, the feedback."""
     replan = FULL.replan(QUESTION, GUIDANCE, "ZeroDivisionError: division by zero")
     assert replan[:2] == FULL.guidance(QUESTION) and replan[2].content == GUIDANCE
     assert "ZeroDivisionError: division by zero" in replan[3].content

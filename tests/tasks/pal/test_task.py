@@ -189,8 +189,9 @@ def test_a_replan_beyond_the_context_stops_or_ends_the_episode_as_configured() -
 
 
 def test_later_requests_are_new_draws_and_reproducible() -> None:
-    """A repeated prompt must not be answered from the record of the first: every request of an episode has a seed of
-    its own, the same in every run."""
+    """Oracle: the requests' seeds. A repeated prompt must not be answered from the record of the first: every request
+    of an episode has a seed of its own, the same in every run.
+    """
     settings = RolloutSettings(Sampling(1.0, seed=5), Sampling(1.0, seed=7), inner_attempts=2, outer_turns=2)
     runs = []
     for _ in range(2):
@@ -227,13 +228,14 @@ def test_oracle_retries_a_wrong_answer_and_says_so() -> None:
 
 
 def test_the_last_program_decides() -> None:
-    """A value of an earlier program is no prediction once a later one has failed."""
+    """Oracle: by definition. A value of an earlier program is no prediction once a later one has failed."""
     settings = RolloutSettings(protocol="oracle", inner_attempts=2)
     trajectory = roll(ScriptedController("g"), ScriptedGenerator(WRONG, CRASH), settings)
     assert (trajectory.info.verdict, trajectory.info.prediction) == ("error", None)
 
 
 def test_guidance_cut_by_length_runs_and_is_counted() -> None:
+    """Oracle: by hand: two outer turns, both with guidance that the limit cut."""
     controller = ScriptedController("How mu", finish_reason="length")
     trajectory = roll(controller, ScriptedGenerator(CRASH), RolloutSettings(outer_turns=2))
     assert trajectory.info.cut == 2 and trajectory.info.attempts == 2
@@ -249,12 +251,13 @@ def test_a_failed_call_fails_the_episode_and_keeps_what_was_paid_for() -> None:
 
 
 def test_other_exceptions_are_not_hidden() -> None:
+    """Oracle: the generator's own exception."""
     with pytest.raises(ZeroDivisionError):
         roll(ScriptedController("g"), ScriptedGenerator(ZeroDivisionError()), RolloutSettings())
 
 
 def test_no_guidance_asks_the_plain_question() -> None:
-    """A controller that says nothing is the baseline without a controller."""
+    """Oracle: the requests. A controller that says nothing is the baseline without a controller."""
     generator = ScriptedGenerator(RIGHT)
     roll(ScriptedController(" \n"), generator, RolloutSettings())
     assert generator.asked[0][0] == FULL.code(EXAMPLE.fields["question"], "")

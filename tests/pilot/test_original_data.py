@@ -52,7 +52,7 @@ def test_the_original_s_layout_is_read(tiny_dir: Path, tmp_path: Path, monkeypat
     assert any("20 train, 4 validation, 3 test, 3 held_out" in line for line in checked.lines)
 
     pairs = [{"rejected": chat("q?") + said(f"bad {i}?"), "chosen": chat("q?") + said("good?")} for i in range(4)]
-    pairs.append({"rejected": chat("q?") + said("good?"), "chosen": chat("q?") + said("good?")})  # as its pairing may make
+    pairs.append({side: chat("q?") + said("good?") for side in ("rejected", "chosen")})  # as its pairing may make
     write(tmp_path / "data" / "gsm" / "gpt3.5" / "collect" / "train.jsonl", pairs)
     command = load_toml(DpoCommand, FOLDER / "gsm8k_pairs.toml")
     tokenizer = Tokenizer.load(model)

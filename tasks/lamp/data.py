@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matryoshka.core.files import write_json
+from matryoshka.core.files import read_jsonl, write_json
 from matryoshka.tasks.lamp.task_specs import Kind
 
 Entry = Mapping[str, str]
@@ -37,13 +37,19 @@ def outputs_beside(questions: Path) -> Path:
 def read_items(questions: Path, kind: Kind) -> Iterator[Item]:
     """Yield the items of `questions`, joined with the outputs file beside it, in the order of the questions.
 
+    A .jsonl file is the original's formalised one, whose rows {id, question, answer, profile} are whole.
     Raises FileNotFoundError for a missing file; ValueError naming file and id for malformed rows, for two questions
     with one id, for a question without gold and, at the end of the file, for gold without a question.
     """
-    outputs = outputs_beside(questions)
-    golds = read_golds(outputs, kind)
+    if questions.suffix == ".jsonl":
+        rows = [(row | {"input": row.get("question")}, row.get("answer")) for row in read_jsonl(questions)]
+        outputs, read = questions, iter(row for row, _ in rows)
+        golds = {str(row.get("id")): _gold(answer, kind, f"{questions}:{n}") for n, (row, answer) in enumerate(rows, 1)}
+    else:
+        outputs = outputs_beside(questions)
+        golds, read = read_golds(outputs, kind), read_array(questions)
     seen: set[str] = set()
-    for index, row in enumerate(read_array(questions)):
+    for index, row in enumerate(read):
         id = _text(row, "id", f"{questions}: question {index}")
         where = f"{questions}: id {id!r}"
         if id in seen:
@@ -102,13 +108,18 @@ def read_golds(path: Path, kind: Kind) -> dict[str, str]:
     golds: dict[str, str] = {}
     for index, row in enumerate(rows):
         id = _text(row, "id", f"{path}: gold {index}")
-        gold = _text(row, "output", f"{path}: id {id!r}")
+        gold = _gold(_text(row, "output", f"{path}: id {id!r}"), kind, f"{path}: id {id!r}")
         if id in golds:
             raise ValueError(f"{path}: id {id!r} occurs twice; expected each once")
-        if kind.labels and gold not in kind.labels:
-            raise ValueError(f"{path}: id {id!r}: {gold!r} is none of LaMP-{kind.name}'s labels {list(kind.labels)}")
         golds[id] = gold
     return golds
+
+
+def _gold(gold: Any, kind: Kind, where: str) -> str:
+    text = _text({"answer": gold}, "answer", where)
+    if kind.labels and text not in kind.labels:
+        raise ValueError(f"{where}: {text!r} is none of LaMP-{kind.name}'s labels {list(kind.labels)}")
+    return text
 
 
 def write_items(items: Sequence[Item], kind: Kind, folder: Path, split: str) -> None:

@@ -6,7 +6,7 @@ every field of every profile entry as text, and a gold answer.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,14 @@ def read_items(questions: Path, kind: Kind) -> Iterator[Item]:
     with one id, for a question without gold and, at the end of the file, for gold without a question.
     """
     if questions.suffix == ".jsonl":
-        rows = [(row | {"input": row.get("question")}, row.get("answer")) for row in read_jsonl(questions)]
-        outputs, read = questions, iter(row for row, _ in rows)
-        golds = {str(row.get("id")): _gold(answer, kind, f"{questions}:{n}") for n, (row, answer) in enumerate(rows, 1)}
+        rows: Iterable[Any] = [row | {"input": row.get("question")} for row in read_jsonl(questions)]
+        outputs = questions
+        golds = {str(row.get("id")): _gold(row.get("answer"), kind, f"{questions}:{n}") for n, row in enumerate(rows, 1)}
     else:
         outputs = outputs_beside(questions)
-        golds, read = read_golds(outputs, kind), read_array(questions)
+        golds, rows = read_golds(outputs, kind), read_array(questions)
     seen: set[str] = set()
-    for index, row in enumerate(read):
+    for index, row in enumerate(rows):
         id = _text(row, "id", f"{questions}: question {index}")
         where = f"{questions}: id {id!r}"
         if id in seen:

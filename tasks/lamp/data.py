@@ -44,7 +44,8 @@ def read_items(questions: Path, kind: Kind) -> Iterator[Item]:
     if questions.suffix == ".jsonl":
         rows: Iterable[Any] = [row | {"input": row.get("question")} for row in read_jsonl(questions)]
         outputs = questions
-        golds = {str(row.get("id")): _gold(row.get("answer"), kind, f"{questions}:{n}") for n, row in enumerate(rows, 1)}
+        numbered = enumerate(rows, start=1)
+        golds = {str(row.get("id")): _gold(row.get("answer"), kind, f"{questions}:{n}") for n, row in numbered}
     else:
         outputs = outputs_beside(questions)
         golds, rows = read_golds(outputs, kind), read_array(questions)

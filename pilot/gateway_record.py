@@ -104,7 +104,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Ending:
-    """How an episode ended. rewards: one, or one for each sample of the last call. problem: episodes of one problem are
+    """The end of an episode. rewards: one, or one for each sample of the last call. problem: episodes of one are
     compared; "" is the first call's prompt. used: number of a call -> the sample that the agent went on with.
     """
 

@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "doctor": "what this machine has: hardware, kernels, servers, data, keys",
     "demo": "the main job on small models that packages carry: no download, no GPU, no key",
     "init": "a recipe as a commented configuration in the current folder: matryoshka init demo",
+    "check": "a configuration without models and calls: files, splits, prompts, tokens, price",
     "pilot": "the main job: warm-up, rounds of collect, pair and train, evaluation, report",
     "sft": "supervised training of an adapter on your own conversations",
     "collect": "a pilot's episodes, or with --out those of any policy in a folder of their own",

@@ -301,7 +301,7 @@ def train_from(folder: Path) -> dict[str, Any]:
         summary = read_json(out / "episodes.json", "the counts of its pairs")
         controller = config.controller
         command = DpoCommand(
-            data=out / "pairs.jsonl", model=Path(controller.path), out=out,
+            data=out / "pairs.jsonl", model=controller.folder, out=out,
             adapter=stage_folder(folder, config, before), dtype=controller.dtype, quantization=controller.quantization,
             device=controller.device, threads=controller.threads, lora=config.lora, train=config.train,
             objective=config.objective,

@@ -156,7 +156,7 @@ def read_tensors(path: Path, config: LoraConfig) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except SafetensorError as err:
-        raise ValueError(f"{path}: not a readable safetensors file ({err}); copy it again") from err
+        raise ValueError(f"{path}: not a readable safetensors file ({err!s:.300}); copy it again") from err
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{path}: {key:.200} is stored as {tensor.dtype}; expected floating-point numbers of 16 "

@@ -227,7 +227,7 @@ def _open(path: Path, stack: ExitStack) -> Any:
     try:
         return stack.enter_context(safe_open(path, framework="pt", device="cpu"))
     except SafetensorError as err:
-        raise ValueError(f"{path}: truncated or not a safetensors file ({err}, {path.stat().st_size} bytes); "
+        raise ValueError(f"{path}: truncated or not a safetensors file ({err!s:.300}, {path.stat().st_size} bytes); "
                          f"get it again") from err
 
 

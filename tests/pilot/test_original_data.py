@@ -13,6 +13,8 @@ from matryoshka.pilot.check import check_run
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.finetune import DpoCommand, load_rows
 from matryoshka.pilot.recipes import RECIPES
+from matryoshka.tasks.lamp.data import Item, read_items, write_items
+from matryoshka.tasks.lamp.task_specs import KINDS
 
 FOLDER = RECIPES / "original"
 
@@ -28,6 +30,21 @@ def chat(question: str) -> list[dict[str, str]]:
 
 def said(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": f"Let's break down this problem:\n{text}"}]
+
+
+def test_formalised_lamp_rows_are_read(tmp_path: Path) -> None:
+    """Oracle: the same items as from LaMP's two files; a label that is none is named by its line."""
+    kind = KINDS["2M"]
+    profile = [{"description": "a farm", "tag": "classic"}]
+    item = Item("7", kind.ask("a ghost"), profile, "action")
+    write_items([item], kind, tmp_path, "dev")
+    path = tmp_path / "formalized_dev_data.jsonl"
+    row = {"question": item.question, "answer": "action", "id": "7", "profile": profile}
+    write(path, [row])
+    assert list(read_items(path, kind)) == list(read_items(tmp_path / "dev_questions.json", kind)) == [item]
+    write(path, [row, {**row, "id": "8", "answer": "actions"}])
+    with pytest.raises(ValueError, match=r"data\.jsonl:2: 'actions' is none of LaMP-2M's labels"):
+        list(read_items(path, kind))
 
 
 def test_the_original_s_layout_is_read(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,6 @@ from matryoshka.tasks.lamp.task_specs import CATEGORIES, KINDS, Kind
 GSM8K = {"train": 7473, "test": 1319, "gsmhardv2": 1319}
 ALFWORLD = {"train": 3553, "valid_seen": 140, "valid_unseen": 134}
 LAMP = {("2N", "train"): 5914, ("2N", "dev"): 1052, ("1", "train"): 236, ("4", "train"): 326}
-MODELS = ("smollm2-135m-instruct", "Meta-Llama-3-8B-Instruct", "Qwen2.5-7B-Instruct")
-GGUF = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
 # Thousands of real rows take minutes to count; the other recipes make their problems from a seed or take few of them.
 LARGE = [name for name in recipe_names() if name.startswith(("gsm8k", "lamp_llama3", "real_households"))]
 LARGE += ["alfworld_demo", "alfworld_llama3", "alfworld_valid_seen"]
@@ -66,11 +64,15 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
 def world(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which every shipped configuration finds what it names, data in full size, models tiny."""
     folder = tmp_path_factory.mktemp("world")
-    for name in MODELS:
-        shutil.copytree(tiny_dir, folder / "models" / name)
-        config = json.loads((tiny_dir / "config.json").read_text())
-        (folder / "models" / name / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 65536}))
-    (folder / "models" / GGUF).write_bytes(b"GGUF")
+    shipped = [load_toml(RunConfig, RECIPES / f"{name}.toml") for name in recipe_names()]
+    fields = json.loads((tiny_dir / "config.json").read_text()) | {"max_position_embeddings": 65536}
+    for path in {Path(model) for config in shipped for model in (config.controller.path, config.serve.model) if model}:
+        if path.suffix == ".gguf":
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(b"GGUF")
+            continue
+        shutil.copytree(tiny_dir, folder / path)
+        (folder / path / "config.json").write_text(json.dumps(fields))
     program = folder / ".venv-vllm" / "bin" / "python"
     program.parent.mkdir(parents=True)
     program.write_text("#!/bin/sh\n")
@@ -161,7 +163,7 @@ def test_what_only_training_would_find_is_found_before(world: Path, monkeypatch:
         "[warmup] source = 'gold', but [task] warmup is 0, so there is nothing to learn from"
     ]
     other = world / "models" / "other"
-    shutil.copytree(world / "models" / MODELS[0], other)
+    shutil.copytree(world / "models" / "smollm2-135m-instruct", other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
     (fault,) = check_run(load_toml(RunConfig, RECIPES / "demo.toml", {"controller.path": str(other)})).faults

@@ -146,7 +146,7 @@ def read_episodes(path: Path) -> Episodes:
     replayed = {replan_seed(config, round) for round in range(1, max(1, config.rounds) + 1)}
     ordered = {key: after_first_turn(row) if row.info.seed in replayed else row for key, row in ordered.items()}
     if any(turn.action.token_ids is None for row in ordered.values() for turn in row.turns):
-        tokenizer = Tokenizer.load(Path(config.controller.path))
+        tokenizer = Tokenizer.load(config.controller.folder)
         ordered = {key: _tokenized(tokenizer, row) for key, row in ordered.items()}
     setting = TaskSetting(config.task.sizes, config.seed)
     rule = task_class(config.task.name)(config.task.options, setting).pair_rule

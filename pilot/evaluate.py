@@ -192,7 +192,7 @@ class EvaluateConfig(RunConfig):
     split: tuple[str, ...] = HELD_OUT_SPLITS
     """Splits of problems, where --policy is given."""
     out: str = ""
-    """Folder under `runs/` for the evaluation of --policy; default: NAME-evaluation- and a hash of all settings."""
+    """Folder for the evaluation of --policy; default: runs/NAME-evaluation- and a hash of all settings."""
     generators: str = ""
     """Other generators to evaluate the run's policies with instead, separated by commas: names of models at
     [generator], or of scripted generators where [serve] names one, or TOML files with the keys of [generator]."""
@@ -210,19 +210,21 @@ def evaluate_policies(config: EvaluateConfig, root: Path, world: World) -> list[
     none and for splits that the task does not have.
     """
     settings = config.run
-    out = config.out or f"{settings.name}-evaluation-{content_key(to_json(settings))[:8]}"
+    folder = root / f"{settings.name}-evaluation-{content_key(to_json(settings))[:8]}"
+    folder = Path(config.out) if config.out else folder
     cache = cache_path(root / settings.name)
     of_models: dict[str, Condition] = {}
     for policy in config.policy:
         if (policy_folder(policy) / "config.json").is_file():
             model = replace(settings.controller, path=str(policy_folder(policy)), adapter="")
             # A model is opened alone, so that two of them need not fit the memory.
-            nested = replace(settings, name=f"{out}/{slug(policy)}", controller=model)
-            with open_run(nested, root, cache, world, trains=False) as run:
+            nested = replace(settings, name=slug(policy), controller=model)
+            with open_run(nested, folder, cache, world, trains=False) as run:
                 (found,) = evaluate(run, {"untrained": schemes(run)["untrained"]}, splits=config.split)
                 of_models[policy] = replace(found, name=slug(policy), label=policy)
     with ExitStack() as stack:
-        run = stack.enter_context(open_run(replace(settings, name=out), root, cache, world, trains=False))
+        named = replace(settings, name=folder.name)
+        run = stack.enter_context(open_run(named, folder.parent, cache, world, trains=False))
         others = [policy for policy in config.policy if policy not in of_models]
         done = evaluate(run, policy_conditions(run, others, stack), splits=config.split)
         conditions = [*of_models.values(), *done]

@@ -58,7 +58,7 @@ class PolicyEngine:
         self._config, self._folder = config, folder
         self._threads = controller.threads or usable_cores()
         torch.set_num_threads(self._threads)
-        path = Path(controller.path)
+        path = controller.folder
         dtype, device = DTYPES[controller.dtype], torch.device(controller.device)
         self._model = load_model(path, dtype, device, QUANTIZATIONS[controller.quantization])
         self.tokenizer = Tokenizer.load(path)

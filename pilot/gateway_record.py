@@ -104,7 +104,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Ending:
-    """How an episode ended. rewards: one, or one for each sample of the last call. problem: episodes of one problem are
+    """The end of an episode. rewards: one, or one for each sample of the last call. problem: episodes of one are
     compared; "" is the first call's prompt. used: number of a call -> the sample that the agent went on with.
     """
 
@@ -301,7 +301,7 @@ def train_from(folder: Path) -> dict[str, Any]:
         summary = read_json(out / "episodes.json", "the counts of its pairs")
         controller = config.controller
         command = DpoCommand(
-            data=out / "pairs.jsonl", model=Path(controller.path), out=out,
+            data=out / "pairs.jsonl", model=controller.folder, out=out,
             adapter=stage_folder(folder, config, before), dtype=controller.dtype, quantization=controller.quantization,
             device=controller.device, threads=controller.threads, lora=config.lora, train=config.train,
             objective=config.objective,

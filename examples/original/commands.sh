@@ -64,7 +64,7 @@ step_5() {
 # --compare_answer). Without $CLOSED_LOOP, retries see errors alone: the default here.
 gsm() {
   matryoshka evaluate --config "$GSM" --controller.path "$CONTROLLER" --policy "$OUT/gsm-dpo/adapter" --split test \
-    $CLOSED_LOOP --task.options.test-file "$1" --out "${OUT#runs/}/$2" "${@:3}"
+    $CLOSED_LOOP --task.options.test-file "$1" --out "$OUT/$2" "${@:3}"
 }
 step_6() { gsm "$GSM8K_TEST" gsm8k; }
 step_7() { gsm "$GSM_HARD" gsm-hard; }
@@ -90,7 +90,7 @@ step_12() {
 # 13. Six attempts on the unseen games (alfworld_pipeline.py).
 step_13() {
   matryoshka evaluate --config "$HOUSEHOLDS" --controller.path "$CONTROLLER" --policy "$OUT/households-dpo/adapter" \
-    --split test $CLOSED_LOOP --out "${OUT#runs/}/households"
+    --split test $CLOSED_LOOP --out "$OUT/households"
 }
 
 # 14 to 17: LaMP, for each of its tasks.
@@ -120,7 +120,7 @@ step_15() {
 step_16() {
   for task in $LAMP_TASKS; do
     matryoshka evaluate --config "$LAMP" --controller.path "$CONTROLLER" --policy "$OUT/lamp-$task-dpo/adapter" --split test \
-      $(lamp_files "$task") --out "${OUT#runs/}/lamp-$task"
+      $(lamp_files "$task") --out "$OUT/lamp-$task"
   done
 }
 

@@ -212,6 +212,8 @@ class ALFWorldTask(Task):
         prediction: a list of commands, or a text in which a command is a line behind ">" or, where no line has one,
         every line. A transcript that goes on behind the last command that the household takes has the verdict "error".
         """
+        if prediction in ("done", "not done"):
+            raise ValueError("that is how an episode of ours ended; expected a transcript, which can be played")
         if isinstance(prediction, str):
             lines = [line.strip() for line in prediction.splitlines() if line.strip()]
             marked = [line[1:].strip() for line in lines if line.startswith(">")]

@@ -3,7 +3,6 @@
 BENCHES names the modules of this package; each is imported only when it runs.
 """
 
-import difflib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from matryoshka.benchmarks.result import BenchResult
+from matryoshka.core.config import nearest
 
 # Module of this package -> one line of help. The module has `Config` and `run(config: Config) -> BenchResult`.
 BENCHES: dict[str, str] = {
@@ -41,9 +41,7 @@ def bench(arguments: Sequence[str], read_config: Callable[[Any, Sequence[str], s
         print(_usage())
         return
     if name not in BENCHES:
-        near = difflib.get_close_matches(name, BENCHES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(BENCHES)}"
-        raise ValueError(f"bench: unknown benchmark {name!r}; {hint}")
+        raise ValueError(f"bench: unknown benchmark {name!r}; {nearest(name, BENCHES)}")
     module = importlib.import_module(f"matryoshka.benchmarks.{name}")
     as_json = "--json" in flags
     config = read_config(module.Config, [flag for flag in flags if flag != "--json"], f"matryoshka bench {name}")

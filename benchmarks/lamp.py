@@ -21,7 +21,7 @@ from matryoshka.benchmarks.result import BenchResult, Row
 from matryoshka.core.records import Messages
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.tasks.lamp.data import outputs_beside, read_items
-from matryoshka.tasks.lamp.prompts import summarise
+from matryoshka.tasks.lamp.prompt_style import summarise
 from matryoshka.tasks.lamp.retrieval import bm25
 from matryoshka.tasks.lamp.splits import make_example
 from matryoshka.tasks.lamp.task_specs import KINDS, kind_of

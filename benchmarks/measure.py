@@ -5,7 +5,6 @@ all of them. Memory is what torch's allocator held at its highest beyond what it
 kinds of device the same notion; scratch space inside MKL or cuBLAS is not in it.
 """
 
-import difflib
 import importlib
 import importlib.util
 import itertools
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from matryoshka.core.config import nearest
 from matryoshka.core.machine import usable_cores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -35,9 +35,7 @@ def check_peers(bench: str, against: Sequence[str], known: Sequence[str]) -> Non
     """Raise ValueError for a peer that this bench does not know, naming the nearest one."""
     for peer in against:
         if peer not in known:
-            near = difflib.get_close_matches(peer, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
-            raise ValueError(f"bench {bench}: --against {peer!r} is unknown; {hint}")
+            raise ValueError(f"bench {bench}: --against {peer!r} is unknown; {nearest(peer, known)}")
 
 
 def require(peers: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -186,6 +186,12 @@ def _problem(cls: Any, error: Any) -> str:
     expected = EXPECTED.get(kind) or error["msg"].replace("Input should be", "expected", 1)
     near = difflib.get_close_matches(str(got), re.findall("'(.*?)'", expected), n=1) if kind == "literal_error" else []
     return f"{expected}, got {described}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return a hint for an unknown name: the nearest of `known`, else all of them."""
+    near = difflib.get_close_matches(name, names := list(known), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
 
 
 def _suggestion(cls: Any, loc: tuple[str | int, ...]) -> str:

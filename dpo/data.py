@@ -5,9 +5,11 @@ with its generation prompt, the completion after it, so that training sees the i
 """
 
 import itertools
+import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matryoshka.core.files import read_jsonl
 from matryoshka.core.json_input import Fields, shown
@@ -15,7 +17,10 @@ from matryoshka.core.models.tree import Tokens
 from matryoshka.core.records import Message, Messages, Preference, Sample, content_key, from_json
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item
+from matryoshka.dpo.row_forms import OURS, FieldNames, in_our_form
 
+Row = TypeVar("Row", bound=Item | None)
+logger = logging.getLogger(__name__)
 # Keys that describe a row and change nothing of its training.
 DESCRIPTIVE = (
     "id", "prompt_id", "example_id", "source", "dataset", "category", "language", "split", "url", "metadata", "score",
@@ -50,25 +55,35 @@ def preference_items(preferences: Sequence[Preference]) -> list[Item]:
     return items
 
 
-def read_preferences(path: Path, tokenizer: Tokenizer) -> list[Item]:
+def read_preferences(
+    path: Path, tokenizer: Tokenizer, names: FieldNames = OURS, counts: Counter[str] | None = None
+) -> list[Item]:
     """Return one item for each row of a preference file: TRL's {prompt, chosen, rejected}, or a record of a pilot.
 
     prompt, chosen and rejected are texts or lists of {role, content}; as lists, `prompt` may be left out (what both
     sides begin with). `system` is put before a chat prompt. A pilot's preferences.jsonl has the ids that its sampler
     drew, which are trained on as they are. Every other key that has a meaning is refused by name, so that nothing is
-    dropped without a word; those in DESCRIPTIVE are read over.
+    dropped without a word; those in DESCRIPTIVE are read over. Other trainers' rows: `dpo/row_forms.py`.
+    names: of the fields, where they are others. A row whose sides are equal says nothing and is left out; counts takes
+    their number as "equal".
     Raises FileNotFoundError, ValueError naming file, line and key.
     """
-    return _read(path, lambda row: _preference_row(row, tokenizer))
+    items = _read(path, lambda row: _preference_row(in_our_form(row, names), tokenizer))
+    equal = sum(item is None for item in items)
+    if equal:
+        logger.warning("%s: %d rows have two equal sides and are left out", path, equal)
+    if counts is not None:
+        counts["equal"] += equal
+    return [item for item in items if item is not None]
 
 
-def read_conversations(path: Path, tokenizer: Tokenizer) -> list[Item]:
+def read_conversations(path: Path, tokenizer: Tokenizer, names: FieldNames = OURS) -> list[Item]:
     """Return one item for each row of an SFT file: {prompt, completion} (or {prompt, response}), or {messages}.
 
     `messages`: a chat in which every assistant turn is trained on, but for those with "weight": 0. Other keys and
     errors as in `read_preferences`.
     """
-    return _read(path, lambda row: _conversation_row(row, tokenizer))
+    return _read(path, lambda row: _conversation_row(in_our_form(row, names), tokenizer))
 
 
 def fitting(items: Sequence[Item], context_length: int, overlong: str) -> tuple[list[Item], int]:
@@ -101,7 +116,7 @@ def distinct(items: Sequence[Item]) -> tuple[list[Item], int]:
     return list(first.values()), len(items) - len(first)
 
 
-def _read(path: Path, convert: Callable[[dict[str, Any]], Item]) -> list[Item]:
+def _read(path: Path, convert: Callable[[dict[str, Any]], Row]) -> list[Row]:
     items = []
     for number, row in enumerate(read_jsonl(path), start=1):
         try:
@@ -111,8 +126,9 @@ def _read(path: Path, convert: Callable[[dict[str, Any]], Item]) -> list[Item]:
     return items
 
 
-def _preference_row(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
-    if isinstance(row.get("chosen"), dict):  # the record of a pilot
+def _preference_row(row: dict[str, Any], tokenizer: Tokenizer) -> Item | None:
+    """Return the item of a row, None if its sides are equal."""
+    if isinstance(row.get("chosen"), dict):  # a pilot's own record
         return preference_items([from_json(Preference, row)])[0]
     if missing := sorted({"chosen", "rejected"} - row.keys()):
         raise ValueError(f"field {missing[0]!r} is missing; expected prompt, chosen and rejected, "
@@ -129,7 +145,7 @@ def _preference_row(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
             same += 1
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
     if chosen == rejected:
-        raise ValueError("chosen and rejected are equal; a pair needs two different answers")
+        return None
     prompt = _with_system(row, prompt)
     sides = tuple(_tokens(tokenizer, prompt, side) for side in (chosen, rejected))
     return Item(sides, content_key(prompt))

@@ -6,7 +6,7 @@ in any order of summation.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -65,8 +65,13 @@ class Preference:
     """Target margin of "simpo" over beta; other losses have none."""
     nll_coefficient: float = 0.0
     """Weight of the chosen response's mean token cross-entropy, which is added to the loss (0: nothing is added)."""
+    dropout: str = field(default="off", repr=False)
+    """LoRA's dropout in preference training: "off", so that policy and reference differ by training alone, or "policy",
+    which drops inputs of the policy's adapter; the first loss is then not checked. The reference never has any."""
 
     def __post_init__(self) -> None:
+        if self.dropout not in ("off", "policy"):
+            raise ValueError(f"dpo: dropout {self.dropout!r} is unknown; choose 'off' or 'policy'")
         if self.loss not in LOSSES:
             raise ValueError(f"dpo: loss {self.loss!r} is unknown; choose from {list(LOSSES)}")
         if not self.beta > 0:
@@ -88,7 +93,7 @@ class Preference:
     @property
     def first_loss(self) -> float | None:
         """The mean loss where policy and reference are equal, if all pairs have the same: ln 2 for any smoothing."""
-        if self.nll_coefficient or self.loss == "simpo":
+        if self.nll_coefficient or self.loss == "simpo" or self.dropout == "policy":
             return None
         if self.loss in ("ipo", "ipo_mean"):
             return 1 / (4 * self.beta**2)

@@ -1,5 +1,8 @@
 """Preference pairs from scored episodes: by prompt over all rounds, deduplicated, capped, seeded.
 
+The prompt of a new plan shows the plan that failed and what came of it, so a pair of new plans needs several samples
+in one such state (`[rollout] replans`).
+
 Both sides are the controller's own texts, token for token. Every guidance of an episode that was followed by a
 new plan failed (reward 0); the last one has the episode's reward. A text cut by length is never chosen. An episode
 whose black-box call failed for good says nothing of its guidance. It is left out with the other draws of its group, the
@@ -10,6 +13,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from matryoshka.core.records import Messages, PairRule, Preference, Sample, Trajectory, content_key, stable_seed
@@ -75,15 +79,17 @@ def make_pairs(trajectories: Sequence[Trajectory], rule: PairRule, seed: int) ->
             candidate.rewards.append(reward)
             candidate.sources.append({"controller": trajectory.info.controller, "draw": trajectory.info.draw})
     counts.prompts = len(prompts)
-    by_example: dict[str, list[Preference]] = defaultdict(list)
+    by_example: dict[str, list[list[Preference]]] = defaultdict(list)
     for (example_id, prompt), group in prompts.items():
         counts.distinct += len(group)
         ranked = [group[key] for key in sorted(group)]
         random.Random(stable_seed("pairs", seed, example_id, prompt)).shuffle(ranked)
         pairs = list(_matches(ranked, rule))
         counts.prompts_with_both += bool(pairs)
-        by_example[example_id] += [_preference(prompt, example_id, *pair) for pair in pairs]
-    kept = [pair for example_id in sorted(by_example) for pair in by_example[example_id][: rule.cap]]
+        by_example[example_id].append([_preference(prompt, example_id, *pair) for pair in pairs])
+    # The prompts of an example take turns, so that first plans leave room under the cap for what followed failures.
+    turns = {id: [p for row in zip_longest(*by_example[id]) for p in row if p is not None] for id in sorted(by_example)}
+    kept = [pair for pairs in turns.values() for pair in pairs[: rule.cap]]
     counts.pairs = len(kept)
     return kept, counts
 

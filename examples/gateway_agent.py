@@ -4,8 +4,8 @@
     python examples/gateway_agent.py ADDRESS planner 64     # 64 games, whose rewards go to the gateway
     matryoshka train-from runs/NAME                         # the next policy, which the gateway serves from then on
 
-The agent walks through a castle, door by door, as the planner says; it does not know that behind a left door it falls
-into a pit. To train its planner, the agent itself needs no change: it gets another address and another model's name.
+The agent walks through a castle, door by door, as the planner says; it does not know that the gold lies behind the
+right ones. To train its planner, the agent itself needs no change: it gets another address and another model's name.
 """
 
 import json

@@ -37,8 +37,9 @@ from matryoshka.inference.chat_api import (
     remedy,
 )
 from matryoshka.inference.generator_config import GeneratorConfig as GeneratorConfig
+from matryoshka.inference.http_client import TransportError
 from matryoshka.inference.limits import backoff_s
-from matryoshka.inference.openai_transport import Reply, TransportError
+from matryoshka.inference.openai_transport import Reply
 from matryoshka.inference.pool import MANY_PROMPTS, Endpoint, Pool
 from matryoshka.inference.prices import is_same_model, load_prices, price_of
 from matryoshka.inference.spending import Budget, GeneratorAccount

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import aiohttp
 
+from matryoshka.core.redaction import redact
+
 CONNECT_S = 15.0  # a host that does not even accept the connection is not waited for as long as an answer is
 MAX_ANSWER_BYTES = 64 * 2**20
 
@@ -28,7 +30,7 @@ class TransportError(Exception):
     """No whole reply came. `sent`: the request may have reached the server, which then may have billed it."""
 
     def __init__(self, reason: str, sent: bool) -> None:
-        super().__init__(reason)
+        super().__init__(redact(reason))
         self.sent = sent
 
 

@@ -19,13 +19,13 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from matryoshka.core.redaction import add_secret, redact
+from matryoshka.core.redaction import add_secret
 from matryoshka.inference.generator_config import EndpointConfig
+from matryoshka.inference.http_client import CONNECT_S, TransportError
 
 if TYPE_CHECKING:
     import httpx2
 
-CONNECT_S = 15.0  # a host that does not even accept the connection is not waited for as long as an answer is
 KEEP_ALIVE_S = 15.0
 MAX_REPLY_BYTES = 16 * 2**20
 _TELLS = "Lang Package-Version OS Arch Runtime Runtime-Version Async Retry-Count Read-Timeout".split()
@@ -40,14 +40,6 @@ class Reply:
     status: int
     headers: Mapping[str, str]
     body: bytes
-
-
-class TransportError(Exception):
-    """No whole reply came. `sent`: the request may have reached the server, which then may have billed it."""
-
-    def __init__(self, reason: str, sent: bool) -> None:
-        super().__init__(redact(reason))
-        self.sent = sent
 
 
 class OpenAITransport:

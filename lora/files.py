@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from matryoshka.core.files import write_atomic, write_folder, write_json
+from matryoshka.core.files import write_folder, write_json
 from matryoshka.core.json_input import Fields, read_json, shown
+from matryoshka.core.models.weights import write_tensors
 from matryoshka.lora.linear import LoraConfig, LoraLinear, add_adapter, layers_with, remove_adapter, target_names
 
 PREFIX = "base_model.model."
@@ -79,15 +80,9 @@ def save_adapter(model: nn.Module, name: str, folder: Path, base_model: str, dty
     # Only where they are on: a plain adapter's file, and with it its hash, is what it was before there were variants.
     peft |= {key: True for key, is_on in (("use_rslora", config.rslora), ("use_dora", config.dora)) if is_on}
 
-    def write(path: Path) -> None:
-        path.touch()
-        mode = path.stat().st_mode  # safetensors makes files for their owner alone; a server may be another user
-        save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(mode)
-
     with write_folder(folder) as temporary:
         write_json(temporary / CONFIG, peft)
-        write_atomic(temporary / WEIGHTS, write)
+        write_tensors(temporary / WEIGHTS, tensors)
 
 
 def read_config(folder: Path) -> LoraConfig:
@@ -161,7 +156,7 @@ def read_tensors(path: Path, config: LoraConfig) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except SafetensorError as err:
-        raise ValueError(f"{path}: not a readable safetensors file ({err}); copy it again") from err
+        raise ValueError(f"{path}: not a readable safetensors file ({err!s:.300}); copy it again") from err
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{path}: {key:.200} is stored as {tensor.dtype}; expected floating-point numbers of 16 "

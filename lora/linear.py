@@ -32,7 +32,8 @@ class LoraConfig:
     alpha: float = 16.0
     """The update is scaled by alpha / rank (with rslora by alpha / sqrt(rank))."""
     dropout: float = 0.0
-    """Probability that a number of the adapter's input is dropped in SFT; preference training computes without."""
+    """Probability that a number of the adapter's input is dropped in SFT, and in preference training if the objective's
+    `dropout` is "policy"."""
     targets: tuple[str, ...] = ()
     """Last names of the linear layers that carry the adapter; none: all linear layers of the architecture's blocks."""
     rslora: bool = False

@@ -28,7 +28,15 @@ from matryoshka.pilot.context import open_run
 from matryoshka.pilot.episodes import run_episodes, sampled_settings
 from matryoshka.pilot.evaluate import policy_conditions
 from matryoshka.pilot.folder import CONFIG, GATEWAY, RUNS, cache_path
-from matryoshka.pilot.stages import bootstrap_seed, bootstrapped, collection_seed, in_controller_tokens
+from matryoshka.pilot.stages import (
+    after_first_turn,
+    bootstrap_seed,
+    bootstrapped,
+    collection_seed,
+    in_controller_tokens,
+    replan_seed,
+    replanned,
+)
 from matryoshka.tasks.find import task_class
 
 MORE = "more"  # key of a journal's row: further trajectories of the same episode, one for each sample of its last call
@@ -67,6 +75,7 @@ def collect_apart(config: CollectConfig, world: World, runs: Path = RUNS) -> dic
         draws = sampled_settings(named, collection_seed(named, 1), named.rollout.samples)
         episodes = run_episodes(run, found[1], config.split, draws, f"collect {config.policy}")
         if config.split == CollectConfig.split and config.policy != "own":
+            episodes += replanned(run, found[1], 1, episodes)
             episodes += bootstrapped(run, 1, episodes)
         right = sum(episode.reward > 0.5 for episode in episodes)
         return {"episodes": len(episodes), "right": right, "policy": episodes[0].info.controller, "out": str(out)}
@@ -128,13 +137,16 @@ def read_episodes(path: Path) -> Episodes:
     rollout, order = config.rollout, {}
     for round in range(1, max(1, config.rounds) + 1):
         order[collection_seed(config, round)] = (round, 0, rollout.samples)
-        order[bootstrap_seed(config, round)] = (round, 1, rollout.bootstrap)
+        order[replan_seed(config, round)] = (round, 1, rollout.replans)
+        order[bootstrap_seed(config, round)] = (round, 2, rollout.bootstrap)
     sampled = {key: row for key, row in rows.items() if row.info.seed in order}
     drawn = Counter(_group(row) for row in sampled.values())
     whole = {key: row for key, row in sampled.items() if drawn[_group(row)] >= order[row.info.seed][2]}
     ordered = dict(sorted(whole.items(), key=lambda item: (*order[item[1].info.seed], item[1].info.draw)))
+    replayed = {replan_seed(config, round) for round in range(1, max(1, config.rounds) + 1)}
+    ordered = {key: after_first_turn(row) if row.info.seed in replayed else row for key, row in ordered.items()}
     if any(turn.action.token_ids is None for row in ordered.values() for turn in row.turns):
-        tokenizer = Tokenizer.load(Path(config.controller.path))
+        tokenizer = Tokenizer.load(config.controller.folder)
         ordered = {key: _tokenized(tokenizer, row) for key, row in ordered.items()}
     setting = TaskSetting(config.task.sizes, config.seed)
     rule = task_class(config.task.name)(config.task.options, setting).pair_rule

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from matryoshka.core.config import parse, to_toml
+from matryoshka.core.models.load import model_folder
 from matryoshka.core.parallel.layout import ParallelConfig
 from matryoshka.core.records import RolloutSettings, Sampling
 from matryoshka.core.training.train import TrainConfig
@@ -25,7 +26,7 @@ class ControllerConfig:
     """The white-box model that is trained to guide the generator."""
 
     path: str
-    """A Hugging Face folder."""
+    """A Hugging Face folder, or the hub id (OWNER/NAME) of a model in the local hub cache."""
     adapter: str = ""
     """An adapter folder to start from: it is the untrained policy, and the reference of the first training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -51,6 +52,11 @@ class ControllerConfig:
     guidance in its place (examples/own_scheme.py)."""
     vllm: VllmConfig = VllmConfig()
     """How vLLM serves the controller."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the model. Raises FileNotFoundError for an id that the hub cache does not have."""
+        return model_folder(self.path)
 
     def __post_init__(self) -> None:
         if self.scheme:
@@ -202,6 +208,10 @@ class RolloutConfig:
     bootstrap: int = 0
     """Episodes that the generator guides itself, for each training example that no sample solved (reward above .5,
     which is a ROUGE-L on LaMP-4: few headlines reach it)."""
+    replans: int = 0
+    """New plans that are sampled in one and the same state, after a failed first plan of each training example that has
+    one. Without several of them no pair teaches re-planning, since every episode fails in a state of its own. It needs
+    outer_turns of at least 2."""
     temperature: float = 1.0
     """Temperature of the controller in collection; evaluation is greedy."""
     top_p: float = 1.0
@@ -314,6 +324,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.warmup.source == "adapter" and not self.controller.adapter:
             raise ValueError("[warmup] source = 'adapter', but [controller] adapter names no folder; name the adapter")
+        if self.rollout.replans and rollout_settings(self, greedy=False).outer_turns < 2:
+            raise ValueError(f"[rollout] replans {self.rollout.replans} needs outer_turns of at least 2 in collection")
         if self.rounds < 0:
             raise ValueError(f"rounds {self.rounds} must not be negative")
         is_cut = self.parallel.layout in ("shard", "hybrid")

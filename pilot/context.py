@@ -185,7 +185,7 @@ def assemble(
             config = replace(config, lora=read_config(Path(config.controller.adapter)))
     runner = stack.enter_context(asyncio.Runner())
     with ranks.all_or_none():
-        tokenizer = Tokenizer.load(Path(config.controller.path))
+        tokenizer = Tokenizer.load(config.controller.folder)
 
         def count_tokens(prompt: Messages) -> int:
             return len(tokenizer.render(prompt, add_generation_prompt=True).ids)

@@ -6,13 +6,23 @@ done. A recorded episode is never run again, whatever the number of ranks was th
 
 import asyncio
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from matryoshka.core.protocols import Controller, GeneratorError, RunStopped
-from matryoshka.core.records import Example, RolloutSettings, Trajectory, content_key, from_json, to_json
+from matryoshka.core.records import (
+    Example,
+    Messages,
+    RolloutSettings,
+    Sample,
+    Sampling,
+    Trajectory,
+    content_key,
+    from_json,
+    to_json,
+)
 from matryoshka.core.redaction import to_redacted_json
 from matryoshka.core.signals import Interrupted, async_stop_event
 from matryoshka.inference.local_controller import TokenSampler
@@ -46,6 +56,41 @@ def policy_scheme(run: Run, stage: str) -> Scheme:
         return own_class(scheme, "[controller] scheme")(policy) if scheme else policy
 
     return Scheme(run.policies.name(stage), controller, rollout_settings(run.config, greedy=True))
+
+
+def failed_first_plans(done: Sequence[Trajectory]) -> dict[Messages, Sample]:
+    """Return first prompt -> a guidance to it that failed, so that a new one followed: the first in the order given."""
+    found: dict[Messages, Sample] = {}
+    for trajectory in done:
+        if len(trajectory.turns) > 1:
+            found.setdefault(trajectory.turns[0].prompt, trajectory.turns[0].action)
+    return found
+
+
+class Replay:
+    """A controller that gives recorded guidance to the prompts of `table` and asks `policy` for all others.
+
+    Its name changes with the table, so that its episodes are others than the policy's own.
+    """
+
+    def __init__(self, policy: Controller, table: Mapping[Messages, Sample]) -> None:
+        self._policy, self._table = policy, table
+        said = [(prompt, sample.text) for prompt, sample in table.items()]
+        self.name = f"{policy.name}+after-{content_key(*said)[:12]}"
+
+    async def propose(self, prompt: Messages, n: int, sampling: Sampling) -> list[Sample]:
+        """Return the recorded guidance n times, or n samples of the policy."""
+        if prompt in self._table:
+            return [self._table[prompt]] * n
+        return await self._policy.propose(prompt, n, sampling)
+
+    def prompt_ids(self, prompt: Messages) -> tuple[int, ...] | None:
+        """Return the policy's."""
+        return self._policy.prompt_ids(prompt)
+
+    def count_tokens(self, prompt: Messages) -> int:
+        """Return the policy's count."""
+        return self._policy.count_tokens(prompt)
 
 
 def run_episodes(

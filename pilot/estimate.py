@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from matryoshka.core.protocols import Task
 from matryoshka.core.records import Trajectory, Usage
 from matryoshka.pilot.config import RunConfig, rollout_settings
-from matryoshka.pilot.context import Run, open_run
+from matryoshka.pilot.context import Problems, Run, open_run
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
-from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, schemes
+from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, fixed_schemes
 
 EXAMPLES = 20
 
@@ -50,7 +51,7 @@ def estimate_run(config: RunConfig, root: Path) -> dict[str, Any]:
 
 def extrapolate(run: Run, done: Sequence[Trajectory]) -> dict[str, Any]:
     """Return the episodes of each stage of the whole run, and calls, tokens and dollars at what `done` cost each."""
-    episodes = num_episodes(run)
+    episodes = num_episodes(run.config, run.task, run.problems)
     total = sum(episodes.values())
     infos = [trajectory.info for trajectory in done if trajectory.info.verdict != "failed"]
     usages = [Usage(info.prompt_tokens, info.completion_tokens) for info in infos]
@@ -72,17 +73,18 @@ def extrapolate(run: Run, done: Sequence[Trajectory]) -> dict[str, Any]:
     }
 
 
-def num_episodes(run: Run) -> dict[str, int]:
+def num_episodes(config: RunConfig, task: Task, problems: Problems) -> dict[str, int]:
     """Return how many episodes the stages of the whole run have, most of them with at least one black-box call."""
-    config = run.config
-    sizes = {split: len(run.problems[split]) for split in ("train", "validation", *HELD_OUT_SPLITS)}
+    sizes = {split: len(problems[split]) for split in ("train", "validation", *HELD_OUT_SPLITS)}
     rates = len(config.dpo.learning_rates) or 1
-    # Of the conditions, those with a trained policy are not there yet.
-    trained = config.rounds + (config.warmup.source != "none") + (config.star and config.rounds > 0)
+    # The untrained controller is a condition, and so is every policy that will be trained.
+    policies = 1 + config.rounds + (config.warmup.source != "none") + (config.star and config.rounds > 0)
+    conditions = len(fixed_schemes(config, task, problems)) + policies
     return {
-        "warm-up": len(run.problems["warmup"]) * config.warmup.samples * (config.warmup.source == "generator"),
+        "warm-up": len(problems["warmup"]) * config.warmup.samples * (config.warmup.source == "generator"),
         "collect": config.rounds * sizes["train"] * config.rollout.samples,
+        "re-plan, at most": config.rounds * sizes["train"] * config.rollout.replans,
         "bootstrap, at most": config.rounds * sizes["train"] * config.rollout.bootstrap,
         "choose": (config.rounds * rates + config.rounds + 1) * sizes["validation"],
-        "evaluate": (len(schemes(run)) + trained) * sum(sizes[split] for split in HELD_OUT_SPLITS),
+        "evaluate": conditions * sum(sizes[split] for split in HELD_OUT_SPLITS),
     }

@@ -15,13 +15,13 @@ from typing import Any
 
 from matryoshka.core.distributed import World
 from matryoshka.core.files import write_json
-from matryoshka.core.protocols import Controller
+from matryoshka.core.protocols import Controller, Task
 from matryoshka.core.records import Trajectory, content_key, stable_seed, to_json
 from matryoshka.eval.baselines import GeneratorGuidance, NoGuidance, ScriptedGuidance
 from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.pilot.config import RunConfig, rollout_settings, run_part
-from matryoshka.pilot.context import Run, Scheme, open_run
+from matryoshka.pilot.context import Problems, Run, Scheme, open_run
 from matryoshka.pilot.environment import environment, typed_command
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.folder import cache_path
@@ -120,26 +120,7 @@ def evaluate_with(run: Run, generator: str) -> list[Condition]:
 
 def schemes(run: Run) -> Schemes:
     """Return the conditions of the report: name -> (title, scheme), from no guidance to the last round."""
-    config, examples = run.config, [e for split in HELD_OUT_SPLITS for e in run.problems[split]]
-    one_plan = replace(rollout_settings(config, greedy=True), outer_turns=1)  # fixed guidance has no second plan
-    found = {"no_guidance": ("no guidance", Scheme("no-guidance", _fixed(NoGuidance()), one_plan))}
-    gold = [guidance for example in examples if (guidance := run.task.gold_guidance(example)) is not None]
-    if len(gold) == len(examples):
-        tables = [("gold_guidance", "gold guidance", gold)]
-        if len(set(gold)) > 1:  # where all problems have one guidance, there is no wrong one
-            other = wrong_guidance(gold, config.seed)
-            tables = [("wrong_guidance", "wrong guidance (another problem's)", other), *tables]
-        prompts = [run.task.first_prompt(example) for example in examples]
-        for name, title, texts in tables:
-            controller = ScriptedGuidance(f"{name}-{config.seed}", dict(zip(prompts, texts, strict=True)))
-            found[name] = (title, Scheme(name, _fixed(controller), one_plan))
-    if config.warmup.source == "generator" or run.task.compares_own_guidance:
-        found["own_guidance"] = _own_guidance(config)
-    known = {run.task.first_prompt(example): run.task.baselines(example) for example in examples}
-    for place, baseline in enumerate(run.task.baselines(examples[0])):
-        table = {prompt: baselines[place].guidance for prompt, baselines in known.items()}
-        fixed = _fixed(ScriptedGuidance(f"{baseline.name}-{config.seed}", table))
-        found[baseline.name] = (baseline.label, Scheme(baseline.name, fixed, one_plan))
+    found = fixed_schemes(run.config, run.task, run.problems)
     found["untrained"] = ("untrained controller", policy_scheme(run, ""))
     if is_trained(run, "warmup"):
         found["warmup"] = ("after warm-up (SFT)", policy_scheme(run, "warmup"))
@@ -147,6 +128,31 @@ def schemes(run: Run) -> Schemes:
         found[f"round_{round}"] = (f"after round {round}", policy_scheme(run, f"round-{round}"))
     if is_trained(run, "star"):
         found["star"] = ("STaR control (SFT on round 1's wins)", policy_scheme(run, "star"))
+    return found
+
+
+def fixed_schemes(config: RunConfig, task: Task, problems: Problems) -> Schemes:
+    """Return the conditions that need no model of ours: no guidance, fixed guidance, the generator's own."""
+    examples = [example for split in HELD_OUT_SPLITS for example in problems[split]]
+    one_plan = replace(rollout_settings(config, greedy=True), outer_turns=1)  # fixed guidance has no second plan
+    found = {"no_guidance": ("no guidance", Scheme("no-guidance", _fixed(NoGuidance()), one_plan))}
+    gold = [guidance for example in examples if (guidance := task.gold_guidance(example)) is not None]
+    if len(gold) == len(examples):
+        tables = [("gold_guidance", "gold guidance", gold)]
+        if len(set(gold)) > 1:  # where all problems have one guidance, there is no wrong one
+            other = wrong_guidance(gold, config.seed)
+            tables = [("wrong_guidance", "wrong guidance (another problem's)", other), *tables]
+        prompts = [task.first_prompt(example) for example in examples]
+        for name, title, texts in tables:
+            controller = ScriptedGuidance(f"{name}-{config.seed}", dict(zip(prompts, texts, strict=True)))
+            found[name] = (title, Scheme(name, _fixed(controller), one_plan))
+    if config.warmup.source == "generator" or task.compares_own_guidance:
+        found["own_guidance"] = _own_guidance(config)
+    known = {task.first_prompt(example): task.baselines(example) for example in examples}
+    for place, baseline in enumerate(task.baselines(examples[0])):
+        table = {prompt: baselines[place].guidance for prompt, baselines in known.items()}
+        fixed = _fixed(ScriptedGuidance(f"{baseline.name}-{config.seed}", table))
+        found[baseline.name] = (baseline.label, Scheme(baseline.name, fixed, one_plan))
     return found
 
 
@@ -186,7 +192,7 @@ class EvaluateConfig(RunConfig):
     split: tuple[str, ...] = HELD_OUT_SPLITS
     """Splits of problems, where --policy is given."""
     out: str = ""
-    """Folder under `runs/` for the evaluation of --policy; default: NAME-evaluation- and a hash of all settings."""
+    """Folder for the evaluation of --policy; default: runs/NAME-evaluation- and a hash of all settings."""
     generators: str = ""
     """Other generators to evaluate the run's policies with instead, separated by commas: names of models at
     [generator], or of scripted generators where [serve] names one, or TOML files with the keys of [generator]."""
@@ -204,19 +210,21 @@ def evaluate_policies(config: EvaluateConfig, root: Path, world: World) -> list[
     none and for splits that the task does not have.
     """
     settings = config.run
-    out = config.out or f"{settings.name}-evaluation-{content_key(to_json(settings))[:8]}"
+    folder = root / f"{settings.name}-evaluation-{content_key(to_json(settings))[:8]}"
+    folder = Path(config.out) if config.out else folder
     cache = cache_path(root / settings.name)
     of_models: dict[str, Condition] = {}
     for policy in config.policy:
         if (policy_folder(policy) / "config.json").is_file():
             model = replace(settings.controller, path=str(policy_folder(policy)), adapter="")
             # A model is opened alone, so that two of them need not fit the memory.
-            nested = replace(settings, name=f"{out}/{slug(policy)}", controller=model)
-            with open_run(nested, root, cache, world, trains=False) as run:
+            nested = replace(settings, name=slug(policy), controller=model)
+            with open_run(nested, folder, cache, world, trains=False) as run:
                 (found,) = evaluate(run, {"untrained": schemes(run)["untrained"]}, splits=config.split)
                 of_models[policy] = replace(found, name=slug(policy), label=policy)
     with ExitStack() as stack:
-        run = stack.enter_context(open_run(replace(settings, name=out), root, cache, world, trains=False))
+        named = replace(settings, name=folder.name)
+        run = stack.enter_context(open_run(named, folder.parent, cache, world, trains=False))
         others = [policy for policy in config.policy if policy not in of_models]
         done = evaluate(run, policy_conditions(run, others, stack), splits=config.split)
         conditions = [*of_models.values(), *done]

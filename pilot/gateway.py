@@ -58,7 +58,7 @@ class PolicyEngine:
         self._config, self._folder = config, folder
         self._threads = controller.threads or usable_cores()
         torch.set_num_threads(self._threads)
-        path = Path(controller.path)
+        path = controller.folder
         dtype, device = DTYPES[controller.dtype], torch.device(controller.device)
         self._model = load_model(path, dtype, device, QUANTIZATIONS[controller.quantization])
         self.tokenizer = Tokenizer.load(path)
@@ -68,6 +68,7 @@ class PolicyEngine:
         self._drawing = 0
         self._changed = asyncio.Condition()
         self._loading = asyncio.Lock()
+        self._loads: set[asyncio.Future[None]] = set()
 
     def close(self) -> None:
         if self._sampler is not None:
@@ -82,9 +83,12 @@ class PolicyEngine:
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, model: str) -> Sample:
         """Return one draw of the policy of the stage `model`."""
-        async with self._loading:  # nothing begins while a policy is loaded
-            if model not in self._labels:
-                await self._load(model)
+        if model not in self._labels:
+            loading = asyncio.ensure_future(self._load(model))
+            self._loads.add(loading)
+            loading.add_done_callback(self._loads.discard)
+            await asyncio.shield(loading)  # a client that leaves does not break it off: others wait for the model
+        async with self._loading:
             sampler = self._sampler or self._open()
             self._drawing += 1
         try:
@@ -95,16 +99,20 @@ class PolicyEngine:
                 self._changed.notify_all()
 
     async def _load(self, stage: str) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._drawing == 0)
-        folder = stage_folder(self._folder, self._config, stage)
-        if folder is None:
-            self._labels[stage] = None
-            return
-        await asyncio.to_thread(self.close)
-        label = f"policy{len(self._labels)}"
-        await asyncio.to_thread(load_adapter, self._model, label, folder)
-        self._labels[stage] = label
+        """Load the policy of `stage`, once the draws that run have ended; no draw begins meanwhile."""
+        async with self._loading:
+            if stage in self._labels:
+                return
+            folder = stage_folder(self._folder, self._config, stage)
+            if folder is None:
+                self._labels[stage] = None
+                return
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._drawing == 0)
+            await asyncio.to_thread(self.close)
+            label = f"policy{len(self._labels)}"
+            await asyncio.to_thread(load_adapter, self._model, label, folder)
+            self._labels[stage] = label
 
     def _open(self) -> Sampler:
         controller = self._config.controller

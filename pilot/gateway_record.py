@@ -7,7 +7,7 @@ policy is named by its stage: "" is the model as [controller] has it, "round-1" 
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,7 +104,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Ending:
-    """How an episode ended. rewards: one, or one for each sample of the last call. problem: episodes of one problem are
+    """The end of an episode. rewards: one, or one for each sample of the last call. problem: episodes of one are
     compared; "" is the first call's prompt. used: number of a call -> the sample that the agent went on with.
     """
 
@@ -114,20 +114,34 @@ class Ending:
     used: dict[str, int] | None = None
 
 
+_KNOWN: dict[str, Any] = {}  # a row of which the key alone is needed
+
+
+def _silent(call: Call) -> Call:
+    """Return the call without what was said."""
+    return replace(call, prompt=(), prompt_ids=(), samples=())
+
+
 class Conflict(ValueError):
     """A request that the episode's state does not allow."""
 
 
 class Record:
-    """The journals of a gateway's folder. One process writes them; reading needs no lock."""
+    """The journals of a gateway's folder. One process writes them; reading needs no lock.
+
+    What was said is in memory for open episodes alone, so that a gateway may run for as long as its disk has room.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._calls, self._ended = Journal(folder / CALLS), Journal(folder / TRAJECTORIES)
+        self._endings = {episode: from_json(Ending, row["ending"]) for episode, row in self._ended.rows.items()}
         self.calls: dict[str, list[Call]] = {}
         for row in self._calls.rows.values():
             call = from_json(Call, row["call"])
-            self.calls.setdefault(call.episode, []).append(call)
+            self.calls.setdefault(call.episode, []).append(_silent(call) if call.episode in self._endings else call)
+        for journal in (self._calls, self._ended):
+            journal.rows.update(dict.fromkeys(journal.rows, _KNOWN))
 
     def close(self) -> None:
         self._calls.close()
@@ -141,16 +155,16 @@ class Record:
     def add(self, call: Call) -> None:
         """Record a call. It is safe from a kill now, and from a power cut after `sync`."""
         self._calls.append(call.key, {"call": to_json(call)}, sync=False)
+        self._calls.rows[call.key] = _KNOWN
         self.calls.setdefault(call.episode, []).append(call)
 
     def ending(self, episode: str) -> Ending | None:
         """Return how the episode ended, None if it is open or unknown."""
-        row = self._ended.rows.get(episode)
-        return None if row is None else from_json(Ending, row["ending"])
+        return self._endings.get(episode)
 
     def open_episodes(self) -> list[str]:
         """Return the episodes that have not ended, in the order of their first calls."""
-        return [episode for episode in self.calls if episode not in self._ended.rows]
+        return [episode for episode in self.calls if episode not in self._endings]
 
     def end(self, episode: str, ending: Ending, name: str) -> int:
         """Record the end of an episode, in one row with a trajectory for each reward, and return their number.
@@ -160,6 +174,9 @@ class Record:
         first, *more = [to_json(found) for found in trajectories_of(self.calls[episode], ending, name)]
         row = {"trajectory": first, **({MORE: more} if more else {}), "ending": to_json(ending)}
         self._ended.append(episode, row, sync=False)
+        self._ended.rows[episode] = _KNOWN
+        self._endings[episode] = ending
+        self.calls[episode] = [_silent(call) for call in self.calls[episode]]
         return 1 + len(more)
 
 
@@ -167,7 +184,8 @@ def trajectories_of(calls: Sequence[Call], ending: Ending, name: str) -> list[Tr
     """Return the trajectories of an episode that ended: one for each reward.
 
     Of a call with several samples the turn has the one that the agent used: the one that the ending names, or else the
-    only one whose text is in the next call's prompt. Raises Conflict where neither says it.
+    one that the next call's prompt has as the assistant's message, or the only one whose text is anywhere in what that
+    prompt has gained. Raises Conflict where none of these says it.
     """
     calls = sorted(calls, key=lambda call: call.number)
     last, used = calls[-1], dict(ending.used or {})
@@ -202,9 +220,12 @@ def _used(call: Call, after: Call | None, used: Mapping[str, int]) -> int:
         return index
     if len(call.samples) == 1:
         return 0
-    said = [message.content for message in after.prompt] if after is not None else []
-    found = [i for i, sample in enumerate(call.samples) if sample.text.strip() and any(sample.text in s for s in said)]
-    if len({call.samples[index].text for index in found}) != 1:
+    said = [message for message in after.prompt if message not in call.prompt] if after is not None else []
+    texts = [sample.text.strip() for sample in call.samples]
+    answers = [message.content.strip() for message in said if message.role == "assistant"]
+    found = [i for i, text in enumerate(texts) if text in answers]
+    found = found or [i for i, text in enumerate(texts) if text and any(text in message.content for message in said)]
+    if len({texts[index] for index in found}) != 1:
         what = f"call {call.number} has {len(call.samples)} samples, and it is not known which one the agent used"
         raise Conflict(f'{what}; say it: "used": {{"{call.number}": INDEX}}')
     return found[0]
@@ -280,7 +301,7 @@ def train_from(folder: Path) -> dict[str, Any]:
         summary = read_json(out / "episodes.json", "the counts of its pairs")
         controller = config.controller
         command = DpoCommand(
-            data=out / "pairs.jsonl", model=Path(controller.path), out=out,
+            data=out / "pairs.jsonl", model=controller.folder, out=out,
             adapter=stage_folder(folder, config, before), dtype=controller.dtype, quantization=controller.quantization,
             device=controller.device, threads=controller.threads, lora=config.lora, train=config.train,
             objective=config.objective,

@@ -6,7 +6,6 @@ step with a fake process group.
 """
 
 import dataclasses
-import difflib
 import math
 import re
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from matryoshka.core.config import nearest
 from matryoshka.core.models.load import model_architecture, read_config
 from matryoshka.core.parallel.cluster import Job
 from matryoshka.core.parallel.forecast import Forecast
@@ -144,8 +144,7 @@ def architecture_of(name: str) -> tuple[ModuleType, Any]:
     elif Path(name).is_dir():
         data = read_config(Path(name))
     else:
-        near = difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(MODELS)}"
+        hint = nearest(name.lower(), MODELS, cutoff=0.4)
         raise ValueError(f"plan: model {name!r} is neither known nor a folder; {hint}")
     architecture = model_architecture(data, Path(name))
     return architecture, architecture.read_config(data)

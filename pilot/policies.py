@@ -53,7 +53,7 @@ class Adapters:
         Raises as `load_model` and `load_base`.
         """
         self._config, self._root, self.world = config, root, world
-        self._base = Path(config.controller.path)
+        self._base = config.controller.folder
         self._first = Path(config.controller.adapter) if config.controller.adapter else None
         if config.warmup.source == "adapter":  # it is the warm-up's policy, so that "" is the base model
             self._first = None
@@ -141,7 +141,7 @@ class Weights:
     def __init__(self, config: RunConfig, root: Path, world: World, trains: bool, samples: bool = True) -> None:
         """Take the arguments of `Adapters`. Raises as `load_model`."""
         self._config, self._root, self.world = config, root, world
-        self._base, self._dtype = Path(config.controller.path), DTYPES[config.controller.dtype]
+        self._base, self._dtype = config.controller.folder, DTYPES[config.controller.dtype]
         if trains or (samples and config.controller.engine == "local"):
             self.model = load_model(self._base, self._dtype, world.device)
         else:
@@ -212,7 +212,7 @@ def open_policies(config: RunConfig, root: Path, world: World, trains: bool, sam
 
 
 def _load(config: RunConfig, world: World, trains: bool, samples: bool) -> LanguageModel:
-    controller, path = config.controller, Path(config.controller.path)
+    controller, path = config.controller, config.controller.folder
     dtype = DTYPES[controller.dtype]
     if controller.engine == "local" and (trains or samples):
         return load_model(path, dtype, world.device, QUANTIZATIONS[controller.quantization])

@@ -2,13 +2,13 @@
 
 import ast
 import dataclasses
-import difflib
 import inspect
 import re
 import typing
 from pathlib import Path
 from typing import Any
 
+from matryoshka.core.config import nearest
 from matryoshka.pilot.config import RunConfig
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs"
@@ -26,9 +26,7 @@ def commented_recipe(name: str) -> str:
     """
     names = recipe_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
-        raise ValueError(f"init: unknown recipe {name!r}; {hint}")
+        raise ValueError(f"init: unknown recipe {name!r}; {nearest(name, names)}")
     lines: list[str] = []
     table: Any = RunConfig
     for line in (RECIPES / f"{name}.toml").read_text(encoding="utf-8").splitlines():

@@ -103,12 +103,15 @@ def read_predictions(path: Path) -> list[tuple[str, dict[str, Any]]]:
             raise ValueError(f"{where}: expected an object with a prediction, got {type(row).__name__}")
     if not rows:
         raise ValueError(f"{path}: no predictions; expected JSONL or one JSON list")
-    return [(where, _of_episode(row) if isinstance(row.get("trajectory"), dict) else row) for where, row in rows]
+    return [(where, _of_episode(where, row) if "trajectory" in row else row) for where, row in rows]
 
 
-def _of_episode(row: dict[str, Any]) -> dict[str, Any]:
+def _of_episode(where: str, row: dict[str, Any]) -> dict[str, Any]:
     """Return the prediction of a row of a trajectories.jsonl."""
-    episode = from_json(Trajectory, row["trajectory"])
+    try:
+        episode = from_json(Trajectory, row["trajectory"])
+    except ValueError as err:
+        raise ValueError(f"{where}: {err}") from err
     return {"id": episode.example_id, "prediction": episode.info.prediction}
 
 

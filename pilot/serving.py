@@ -43,7 +43,7 @@ def open_vllm(
     if controller.tune == "adapter":
         check_config(config.lora, "[lora] with [controller] engine = 'vllm'")
         rank = config.lora.rank
-    server = VllmServer(controller.vllm, Path(controller.path), "controller", controller.dtype, rank, log)
+    server = VllmServer(controller.vllm, controller.folder, "controller", controller.dtype, rank, log)
     return Vllm(server, tokenizer, rank, show)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.core.files import write_json, write_jsonl
+from matryoshka.core.protocols import Controller, Task
 from matryoshka.core.records import Example, Preference, Trajectory, Turn, stable_seed, to_json
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item, TrainConfig
@@ -21,9 +22,10 @@ from matryoshka.dpo.data import completion, distinct, fitting, preference_items,
 from matryoshka.dpo.pairs import PairCounts, make_pairs, winners
 from matryoshka.dpo.parity import BOUNDS, check_policy
 from matryoshka.eval.baselines import GeneratorGuidance
+from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.pilot.config import RunConfig, rollout_settings
 from matryoshka.pilot.context import Run, Scheme
-from matryoshka.pilot.episodes import policy_scheme, run_episodes, sampled_settings
+from matryoshka.pilot.episodes import Replay, failed_first_plans, policy_scheme, run_episodes, sampled_settings
 from matryoshka.pilot.folder import copy_folder
 
 logger = logging.getLogger(__name__)
@@ -59,17 +61,18 @@ def warm_up(run: Run) -> str:
     elif config.source == "generator":
         items = _generator_wins(run)
     else:
-        items = [_gold_item(run, example) for example in run.problems["warmup"]]
+        items = [sft_item(run.task, run.tokenizer, example) for example in run.problems["warmup"]]
     _train(run, stage, "", items, config.train, None)
     return stage
 
 
-def _gold_item(run: Run, example: Example) -> Item:
-    guidance = run.task.gold_guidance(example)
+def sft_item(task: Task, tokenizer: Tokenizer, example: Example) -> Item:
+    """Return the item that teaches an example's gold guidance. Raises ValueError if it has none."""
+    guidance = task.gold_guidance(example)
     if guidance is None:
         what = f"example {example.id} has no gold guidance"
         raise ValueError(f"[warmup] source and gold_per_group ask for gold, but {what}; use source = 'file'")
-    return Item((text_completion(run.tokenizer, run.task.first_prompt(example), guidance),), example.id)
+    return Item((text_completion(tokenizer, task.first_prompt(example), guidance),), example.id)
 
 
 def _generator_wins(run: Run) -> list[Item]:
@@ -86,7 +89,7 @@ def _generator_wins(run: Run) -> list[Item]:
     found = Counter(run.task.group(example) for example in examples for _ in kept[example.id])
     for example in examples:
         if not kept[example.id] and found[run.task.group(example)] < config.gold_per_group:
-            kept[example.id].append(_gold_item(run, example))
+            kept[example.id].append(sft_item(run.task, run.tokenizer, example))
             found[run.task.group(example)] += 1
     items = [item for items in kept.values() for item in items]
     if not items:
@@ -108,12 +111,44 @@ def collect(run: Run, round: int) -> list[Trajectory]:
     scheme = policy_scheme(run, policy_before(run.config, round))
     settings = sampled_settings(run.config, collection_seed(run.config, round), run.config.rollout.samples)
     done = run_episodes(run, scheme, ["train"], settings, f"collect {round}")
+    done += replanned(run, scheme, round, done)
     return done + bootstrapped(run, round, done)
 
 
 def collection_seed(config: RunConfig, round: int) -> int:
     """Return the seed of the controller's samples in `round`."""
     return stable_seed("collect", config.seed, round)
+
+
+def replan_seed(config: RunConfig, round: int) -> int:
+    """Return the seed of the new plans of `round` that are sampled in one state."""
+    return stable_seed("replan", config.seed, round)
+
+
+def replanned(run: Run, scheme: Scheme, round: int, done: Sequence[Trajectory]) -> list[Trajectory]:
+    """Return episodes that go on from one failed first plan of each problem in `done`, without that plan's own turn.
+
+    The first plan is replayed and the generator, which is greedy, answers as before, so that all of a problem's
+    episodes come to the same state; there `scheme` plans anew, another draw in each.
+    """
+    table = failed_first_plans(done)
+    samples = run.config.rollout.replans
+    if not samples or not table:
+        return []
+
+    def make(run: Run, sampler: TokenSampler) -> Controller:
+        return Replay(scheme.make(run, sampler), table)
+
+    settings = sampled_settings(run.config, replan_seed(run.config, round), samples)
+    failed = {trajectory.example_id for trajectory in done if len(trajectory.turns) > 1}
+    replay = Scheme(f"{scheme.name} again", make, scheme.settings)
+    episodes = run_episodes(run, replay, ["train"], settings, f"re-plan {round}", only=failed)
+    return [after_first_turn(episode) for episode in episodes]
+
+
+def after_first_turn(episode: Trajectory) -> Trajectory:
+    """Return an episode without its first turn, which was replayed."""
+    return replace(episode, turns=episode.turns[1:])
 
 
 def bootstrap_seed(config: RunConfig, round: int) -> int:

@@ -1,5 +1,6 @@
 """Training of a policy, as the pilot's stages and `matryoshka sft | dpo` share it."""
 
+import logging
 import math
 import os
 import sys
@@ -21,7 +22,8 @@ from matryoshka.core.models.norm_rope_swiglu import at_least_fp32
 from matryoshka.core.models.weights import sampled_digest, save_weights
 from matryoshka.core.parallel.cluster import job_of, memory_of
 from matryoshka.core.parallel.layout import ParallelConfig, choose_layout
-from matryoshka.core.training.step import Reference
+from matryoshka.core.records import content_key
+from matryoshka.core.training.step import Evaluation, Reference
 from matryoshka.core.training.train import Item, TrainConfig, TrainContext, free_share, longest_micro_batch, train
 from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT, Preference
@@ -29,6 +31,7 @@ from matryoshka.dpo.reference import ReferenceLogps, open_reference
 from matryoshka.lora.files import adapter_digest, save_adapter
 from matryoshka.lora.linear import (
     LoraConfig,
+    LoraLinear,
     active,
     copy_adapter,
     layers_with,
@@ -40,6 +43,7 @@ from matryoshka.lora.quantized import quantize_linears
 from matryoshka.pilot.export import copy_tokenizer
 from matryoshka.pilot.progress import Progress
 
+logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUANTIZATIONS: dict[str, Callable[[nn.Module], None] | None] = {"none": None, "nf4": quantize_linears}
 POLICY, REFERENCE = "policy", "reference"
@@ -65,6 +69,10 @@ class Training:
     tensorboard: bool = False
     world: World = ALONE
     """The ranks that train together; the first one writes files and shows progress."""
+    evaluation: Evaluation | None = None
+    """Items whose loss is computed between the steps."""
+    wandb: str = ""
+    """A project of Weights & Biases that takes the metrics, "" for none."""
 
 
 def train_policy(training: Training, fresh: bool) -> dict[str, float]:
@@ -124,24 +132,34 @@ def _train(
 ) -> dict[str, float]:
     """Train `parameters`, the first rank showing progress, and return the last metrics row."""
     model, items, config, objective = training.model, training.items, training.config, training.objective
-    model.train(objective is None)  # dropout is for SFT; policy and reference are compared without it
+    # Without dropout policy and reference differ by training alone; the reference never has any.
+    has_dropout = objective is None or objective.dropout == "policy"
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    if not has_dropout and any(config.dropout for layer in layers for config in layer.configs.values()):
+        logger.warning("%s: lora.dropout is not used, since the objective's dropout is 'off'", training.title)
+    start += " dropout" * (objective is not None and has_dropout)
+    model.train(has_dropout)
     steps = train(
         model, parameters, items, config, objective or SFT(), token_logps, training.folder,
         TrainContext(
             reference=reference, first_loss=objective.first_loss if objective else None, cache=cache,
             reference_first=reference is nullcontext, world=training.world, start=start,
+            evaluation=training.evaluation,
         ),
     )  # fmt: skip
     total = config.epochs * math.ceil(len(items) / config.batch_size)
     row: dict[str, float] = {}
     is_first = training.world.is_first
     scalars = scalar_writer(training.folder, training.tensorboard and is_first)
-    with Progress(training.title, total) as progress, scalars as write_scalars:
+    online = wandb_writer(training.folder, training.wandb if is_first else "", training.title)
+    with Progress(training.title, total) as progress, scalars as write_scalars, online as write_online:
         for row in steps:
             if not is_first:
                 continue
             write_scalars(row)
+            write_online(row)
             extra = f" margin {row['margin']:.3f} acc {row['accuracy']:.2f}" if "margin" in row else ""
+            extra += f" eval {row['eval_loss']:.4f}" if "eval_loss" in row else ""
             progress.update(int(row["step"]), f"loss {row['loss']:.4f}{extra}")
     model.eval()
     return row
@@ -250,3 +268,31 @@ def scalar_writer(folder: Path, enabled: bool) -> Iterator[Callable[[Mapping[str
     finally:
         if writer is not None:
             writer.close()
+
+
+@contextmanager
+def wandb_writer(folder: Path, project: str, title: str) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Yield a function that logs a metrics row, which must have "step", to a run of `project` named after `folder`.
+
+    Its own environment variables decide where it goes (WANDB_MODE=offline keeps it in `folder`). With project "" it
+    does nothing. A continued training continues its run. Raises ValueError naming the extra without the package wandb.
+    """
+    if not project:
+        yield lambda row: None
+        return
+    try:
+        import wandb
+    except ImportError as err:
+        raise ValueError("wandb needs the extra `track`: pip install 'matryoshka-pilot[track]'") from err
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = content_key(project, str(folder.absolute()))[:16]
+    run = wandb.init(project=project, name=folder.name, group=title, dir=folder, id=identity, resume="allow")
+
+
+    def write(row: Mapping[str, float]) -> None:
+        run.log({name: value for name, value in row.items() if name not in ("step", "steps")}, step=int(row["step"]))
+
+    try:
+        yield write
+    finally:
+        run.finish()

@@ -3,7 +3,6 @@ configuration dataclass.
 """
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 import os
@@ -15,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from matryoshka.core.config import load_toml
+from matryoshka.core.config import load_toml, nearest
 from matryoshka.core.protocols import GeneratorError, RunStopped
 from matryoshka.core.redaction import redact, redact_output
 from matryoshka.core.signals import Interrupted
@@ -31,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "doctor": "what this machine has: hardware, kernels, servers, data, keys",
     "demo": "the main job on small models that packages carry: no download, no GPU, no key",
     "init": "a recipe as a commented configuration in the current folder: matryoshka init demo",
+    "check": "a configuration without models and calls: files, splits, prompts, tokens, price",
     "pilot": "the main job: warm-up, rounds of collect, pair and train, evaluation, report",
     "sft": "supervised training of an adapter on your own conversations",
     "collect": "a pilot's episodes, or with --out those of any policy in a folder of their own",
@@ -81,9 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(COMMANDS)}"
-            raise ValueError(f"matryoshka: unknown command {name!r}; {hint}")
+            raise ValueError(f"matryoshka: unknown command {name!r}; {nearest(name, COMMANDS)}")
         _run(name, rest)
     except BrokenPipeError:  # the reader, `head` for one, has seen enough; Python must not flush into it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,8 +20,8 @@ def data(
 
     Args:
         name: The benchmark: alfworld, gsm-hard, gsm8k or lamp.
-        task: Which part of it; of LaMP 1, 2N (news categories), 2M (movie tags), 3 or 4.
-        out: Folder for the files and their manifest; default: data/NAME.
+        task: Which part of it: of LaMP 1, 2N (news categories), 2M (movie tags), 3 or 4; of GSM8K nothing or socratic.
+        out: Folder for the files and their manifest; default: that of the configurations, such as data/gsm8k.
         mirror: Addresses that are tried before the benchmark's own site, for files that the manifest does not name yet;
             the paths behind them and the checksums are those of the site.
     """
@@ -30,5 +30,5 @@ def data(
     known = {benchmark: module for module in found for benchmark in module.BENCHMARKS}
     if name not in known:
         raise ValueError(f"data: benchmark {name!r} has no files to fetch; choose from {', '.join(sorted(known))}")
-    for path in fetch(known[name].sources(name, task), out or Path("data") / name, mirror):
+    for path in fetch(known[name].sources(name, task), out or Path("data") / known[name].FOLDER, mirror):
         print(path)

@@ -1,8 +1,9 @@
 """Prompts as files: a TOML file says, for each request of a task, which messages it consists of.
 
 A request is an array of tables, `[[guidance]]` for one, whose `role` is a chat role and whose `content` is a jinja2
-template. Templates see the values of the request and every other key of the file, such as worked examples. A value is
-put in as it is and is never read as a template itself.
+template. A table `insert = "NAME"` stands for messages that the task makes, such as the turns of a worked conversation.
+Templates see the values of the request and every other key of the file, such as worked examples. A value is put in as
+it is and is never read as a template itself.
 """
 
 import tomllib
@@ -18,17 +19,21 @@ from matryoshka.core.records import Message, Messages, content_key
 _ENVIRONMENT = SandboxedEnvironment(
     autoescape=False, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
 )
+_Row = tuple[str, Template] | str  # role and content, or the name of the messages to insert
 
 
 class PromptFile:
     """The requests of one file. name: the file's; for a file that is not shipped it carries a hash of the text.
 
-    values: the keys of the file that are no requests.
+    values: the keys of the file that are neither requests nor texts.
     """
 
-    def __init__(self, prompts: str, shipped: Path, requests: Sequence[str]) -> None:
+    def __init__(
+        self, prompts: str, shipped: Path, requests: Sequence[str], texts: Mapping[str, str] | None = None
+    ) -> None:
         """prompts: the path of a .toml file, or the name of one in the folder `shipped`. requests: all that it needs.
 
+        texts: keys that are single templates, with the template of a file that leaves the key out.
         Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
         """
         path = Path(prompts) if prompts.endswith(".toml") else shipped / f"{prompts}.toml"
@@ -39,27 +44,55 @@ class PromptFile:
         self.name = path.stem if path.parent == shipped else f"{path.stem}-{content_key(text)[:8]}"
         try:
             data = tomllib.loads(text)
-            self._requests = {name: _messages(name, data.pop(name, None)) for name in requests}
+            self._requests = {name: _rows(name, data.pop(name, None)) for name in requests}
+            self._texts = {
+                name: _ENVIRONMENT.from_string(_text(name, data.pop(name, default)))
+                for name, default in (texts or {}).items()
+            }
         except (ValueError, TemplateError) as err:
             raise ValueError(f"{path}: {err}") from err
         self.values: Mapping[str, Any] = data
         self._path = path
 
-    def render(self, request: str, **values: str) -> Messages:
+    def render(self, request: str, **values: Any) -> Messages:
         """Return the messages of `request`. Raises ValueError if a template uses a value that there is not."""
+        found: list[Message] = []
+        for row in self._requests[request]:
+            if isinstance(row, str):
+                if row not in values:
+                    raise ValueError(f"{self._path}: [[{request}]]: there are no messages {row!r} to insert here")
+                found += values[row]
+            else:
+                found.append(Message(row[0], self._rendered(row[1], f"[[{request}]]", values)))
+        return tuple(found)
+
+    def text(self, name: str, **values: Any) -> str:
+        """Return the single text `name`. Raises as `render`."""
+        return self._rendered(self._texts[name], name, values)
+
+    def _rendered(self, template: Template, where: str, values: Mapping[str, Any]) -> str:
         try:
-            return tuple(
-                Message(role, template.render({**self.values, **values})) for role, template in self._requests[request]
-            )
+            return template.render({**self.values, **values})
         except TemplateError as err:
-            raise ValueError(f"{self._path}: [[{request}]]: {err}") from err
+            raise ValueError(f"{self._path}: {where}: {err}") from err
 
 
-def _messages(request: str, rows: Any) -> list[tuple[str, Template]]:
+def _rows(request: str, rows: Any) -> list[_Row]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"[[{request}]] is missing; expected one table for each message, with role and content")
+    found: list[_Row] = []
     for row in rows:
+        if set(row) == {"insert"}:
+            found.append(_text(f"[[{request}]] insert", row["insert"]))
+            continue
         if set(row) != {"role", "content"} or row["role"] not in ("system", "user", "assistant"):
             expected = "expected the keys role (system, user or assistant) and content"
             raise ValueError(f"[[{request}]]: got {row!r:.80}; {expected}")
-    return [(row["role"], _ENVIRONMENT.from_string(row["content"])) for row in rows]
+        found.append((row["role"], _ENVIRONMENT.from_string(_text(f"[[{request}]] content", row["content"]))))
+    return found
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r:.80}; expected a text")
+    return value

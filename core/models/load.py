@@ -27,7 +27,31 @@ from matryoshka.core.models.weights import load_weights
 MODELS = Path(__file__).parent
 OWN_FOLDERS = "MATRYOSHKA_CONTROLLERS"  # folders of architectures that are the user's own, separated as in PATH
 GUIDE = "docs/controllers.md"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 IS_ARCHITECTURE = re.compile(r"^LORA_TARGETS\b", re.MULTILINE)  # the other modules of this folder do not define it
+
+
+def model_folder(model: Path | str) -> Path:
+    """Return the folder of a model: `model` itself or, for a hub id OWNER/NAME, its snapshot in the local hub cache.
+
+    Nothing is downloaded. The cache is where HF_HUB_CACHE, or HF_HOME and XDG_CACHE_HOME, say. A path that is
+    no folder is returned as it is, for the caller to report, unless it reads as an id. Raises FileNotFoundError for an
+    id that the cache does not have.
+    """
+    folder, text = Path(model), str(model)
+    if folder.is_dir() or not HUB_ID.fullmatch(text) or folder.parent.is_dir():
+        return folder
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    entry = cache / f"models--{text.replace('/', '--')}"
+    main = entry / "refs" / "main"
+    snapshot = entry / "snapshots" / main.read_text().strip() if main.is_file() else None
+    if snapshot is None or not snapshot.is_dir():
+        raise FileNotFoundError(
+            f"{text}: no such folder; expected a Hugging Face model folder, or the id of a model in the hub cache "
+            f"{cache}, which `hf download {text}` would fetch"
+        )
+    return snapshot
 
 
 def load_model(

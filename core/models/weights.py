@@ -7,7 +7,7 @@ memory-mapped. Pickled checkpoints are not read.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -52,24 +52,14 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None, devi
     """
     slots: dict[str, Tensor] = model.state_dict(keep_vars=True)
     with ExitStack() as stack:
-        found = _open_checkpoint(folder, stack)
-        unexpected = [key for key in found if key not in slots and not _is_ignorable(key, found, slots)]
-        missing = [key for key in slots if key not in found]
-        if unexpected or missing:
-            raise ValueError(
-                f"{folder}: the checkpoint and the model disagree: missing {_some(missing)}, unexpected "
-                f"{_some(unexpected)}; check that config.json belongs to these weights (layers, biases, tied head)"
-            )
+        found = _open_matching(slots, folder, stack)
         for key, slot in slots.items():
             path, handle = found[key]
             stored = handle.get_slice(key)
             owner, _, leaf = key.rpartition(".")
             layer: Any = model.get_submodule(owner)
             is_packed = leaf == "weight" and hasattr(layer, "pack")
-            shape = tuple(layer.shape if is_packed else slot.shape)
-            if tuple(stored.get_shape()) != shape:
-                raise ValueError(f"{path}: {key} has shape {tuple(stored.get_shape())}, the model expects "
-                                 f"{shape}; check that config.json belongs to these weights")
+            _check_shape(path, key, stored, layer.shape if is_packed else slot.shape)
             is_floating = is_packed or slot.is_floating_point()
             if is_floating and stored.get_dtype() not in FLOATING:
                 raise ValueError(f"{path}: {key} is stored as {stored.get_dtype()}, expected one of {FLOATING}; "
@@ -86,6 +76,18 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None, devi
                 # when they are first used, and writing to the tensor leaves the file alone.
                 tensor = read.to(device=device, dtype=dtype if is_floating else None)
             _assign(model, key, slot, as_part(slot, tensor) if is_sharded(slot) else tensor)
+
+
+def check_weights(model: nn.Module, folder: Path) -> None:
+    """Return if the checkpoint in `folder` has the names and shapes of `model`; no tensor is read.
+
+    Raises as `load_weights`.
+    """
+    slots: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    with ExitStack() as stack:
+        for key, (path, handle) in _open_matching(slots, folder, stack).items():
+            if key in slots:
+                _check_shape(path, key, handle.get_slice(key), slots[key].shape)
 
 
 def save_weights(
@@ -121,7 +123,7 @@ def save_weights(
     if clash:
         raise ValueError(f"{folder}: holds weights already ({_some(clash)}); remove them or choose another folder")
     for name, keys in zip(names, shards, strict=True):
-        _write_shard(folder / name, {key: whole(tensors[key].detach()).to("cpu", dtype).contiguous() for key in keys})
+        write_tensors(folder / name, {key: whole(tensors[key].detach()).to("cpu", dtype).contiguous() for key in keys})
     if count > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -159,6 +161,27 @@ def weights_hash(folder: Path) -> str:
     """Return 16 hex digits of the SHA-256 of `files_digest`. The name of a model that a run has trained ends with them.
     """
     return hashlib.sha256(files_digest(folder).encode()).hexdigest()[:16]
+
+
+def _open_matching(
+    slots: Mapping[str, Tensor], folder: Path, stack: ExitStack
+) -> dict[str, tuple[Path, Any]]:
+    """Return key -> (file, its handle) of the checkpoint in `folder`, whose keys are those of `slots`."""
+    found = _open_checkpoint(folder, stack)
+    unexpected = [key for key in found if key not in slots and not _is_ignorable(key, found, slots)]
+    missing = [key for key in slots if key not in found]
+    if unexpected or missing:
+        raise ValueError(
+            f"{folder}: the checkpoint and the model disagree: missing {_some(missing)}, unexpected "
+            f"{_some(unexpected)}; check that config.json belongs to these weights (layers, biases, tied head)"
+        )
+    return found
+
+
+def _check_shape(path: Path, key: str, stored: Any, shape: Sequence[int]) -> None:
+    if tuple(stored.get_shape()) != tuple(shape):
+        raise ValueError(f"{path}: {key} has shape {tuple(stored.get_shape())}, the model expects {tuple(shape)}; "
+                         "check that config.json belongs to these weights")
 
 
 def _open_checkpoint(folder: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
@@ -204,7 +227,7 @@ def _open(path: Path, stack: ExitStack) -> Any:
     try:
         return stack.enter_context(safe_open(path, framework="pt", device="cpu"))
     except SafetensorError as err:
-        raise ValueError(f"{path}: truncated or not a safetensors file ({err}, {path.stat().st_size} bytes); "
+        raise ValueError(f"{path}: truncated or not a safetensors file ({err!s:.300}, {path.stat().st_size} bytes); "
                          f"get it again") from err
 
 
@@ -251,7 +274,9 @@ def _split(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str
     return shards
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file atomically."""
+
     def write(temporary: Path) -> None:
         # safetensors creates files that only the owner can read: keep the permissions that the user's umask gives.
         temporary.touch()

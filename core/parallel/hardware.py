@@ -3,8 +3,9 @@
 Every figure is a constant to plan with, not a promise. Bandwidths are of one direction.
 """
 
-import difflib
 from dataclasses import dataclass
+
+from matryoshka.core.config import nearest
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,5 @@ def reduce_across(size: int, cluster: Cluster) -> Cost:
 def known_hardware(name: str) -> Hardware:
     """Return HARDWARE[name]. Raises ValueError naming the nearest for one that is not there."""
     if name not in HARDWARE:
-        near = difflib.get_close_matches(name, HARDWARE, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(HARDWARE)}"
-        raise ValueError(f"plan: hardware {name!r} is unknown; {hint}")
+        raise ValueError(f"plan: hardware {name!r} is unknown; {nearest(name, HARDWARE)}")
     return HARDWARE[name]

@@ -8,13 +8,13 @@ micro-batches runs a dummy item of two tokens and multiplies its loss by 0.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from matryoshka.core.distributed import ALONE, World
 from matryoshka.core.models.attention import bucket, tree_attention
@@ -60,6 +60,25 @@ class ReferenceCache(Protocol):
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """Items that are not trained on, whose loss is computed every so many steps and after the last one.
+
+    patience: training ends after this many evaluations in a row without a new lowest loss; 0: it never ends early.
+    """
+
+    items: Sequence[Item]
+    every: int
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.items or self.every < 1 or self.patience < 0:
+            raise ValueError(
+                f"train: an evaluation of {len(self.items)} items every {self.every} steps with patience "
+                f"{self.patience}; expected items, at least every step, and a patience that is not negative"
+            )
+
+
+@dataclass(frozen=True)
 class TrainContext:
     """The parts of a training beside its model, data and objective.
 
@@ -68,6 +87,7 @@ class TrainContext:
     checked to 1e-5 of it, and of 1 where it is below. cache: keeps reference log-probs. reference_first: the reference
     is the model as it comes, so that the cache is filled before the first step. world: the ranks that share every
     batch. start: tells the weights that training starts from, frozen ones included, from others of their shape.
+    evaluation: items whose loss is computed between the steps.
     """
 
     reference: Reference | None = None
@@ -76,6 +96,7 @@ class TrainContext:
     reference_first: bool = False
     world: World = ALONE
     start: str = ""
+    evaluation: Evaluation | None = None
 
 
 class MicroBatch:
@@ -110,9 +131,22 @@ class MicroBatch:
         return self._token_logps(hidden_UD, head_VD, self._target_U, softcap)[self._of_S]
 
     def reference_logps(self, reference: Reference) -> Tensor:
-        """Return the reference's [S] log-probs of the scored tokens."""
-        with torch.no_grad(), reference():
+        """Return the reference's [S] log-probs of the scored tokens; it never has dropout."""
+        with torch.no_grad(), reference(), without_dropout(self._model):
             return self.logps()
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Compute in evaluation mode inside the block, in the mode of before after it."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
 
 
 def accumulate(
@@ -166,6 +200,38 @@ def accumulate(
     if world.size > 1:
         row["imbalance"] = max(tokens) * world.size / sum(tokens)
     return row, stopping > 0
+
+
+def evaluated(
+    items: Sequence[Item],
+    batch_size: int,
+    max_tokens: int,
+    objective: Objective,
+    micro_batch: Callable[[Sequence[Item]], MicroBatch],
+    context: TrainContext,
+) -> dict[str, float]:
+    """Return "eval_loss" and the objective's metrics by item under "eval_NAME"; nothing is updated.
+
+    The ranks share the items, and all of them get the same numbers. The model must be in evaluation mode.
+    """
+    world = context.world
+    totals = Totals(len(items), sum(sum(s.mask) for item in items for s in item.sequences))
+    sums: dict[str, float] = {"loss": 0.0}
+    for start in range(0, len(items), batch_size):
+        batch = items[start : start + batch_size]
+        for part, counts in _passes(split(batch, max_tokens, world.size), batch, world):
+            micro = micro_batch(part)
+            with torch.no_grad():
+                reference_S = None
+                if context.reference is not None:
+                    own = part if counts else ()
+                    reference_S = _reference(micro, own, context.reference, context.cache, world)
+                loss, metrics = objective(micro.logps(), reference_S, micro.tree, totals)
+            for name, value in {"loss": loss * totals.items, **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + (value.item() if counts else 0.0)
+    message = torch.tensor(list(sums.values()), dtype=torch.float64, device=world.device)
+    world.sum([message])
+    return {f"eval_{name}": value / totals.items for name, value in zip(sums, message.tolist(), strict=True)}
 
 
 def fill_cache(

@@ -9,6 +9,7 @@ bits (held by a test on CPU). Not here: the model's mode. Dropout is on where th
 
 import dataclasses
 import hashlib
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,12 +34,15 @@ from matryoshka.core.training.optimizer import OPTIMIZERS, make_optimizer
 from matryoshka.core.training.packing import Item as Item
 from matryoshka.core.training.packing import batch_at as batch_at
 from matryoshka.core.training.packing import check_budget, check_ids
+from matryoshka.core.training.step import Evaluation as Evaluation
 from matryoshka.core.training.step import (
     LogProbs,
     MicroBatch,
     Objective,
     accumulate,
+    evaluated,
     fill_cache,
+    without_dropout,
 )
 from matryoshka.core.training.step import Totals as Totals
 from matryoshka.core.training.step import TrainContext as TrainContext
@@ -146,11 +150,14 @@ def train(
     optimizer = make_optimizer(
         config.optimizer, parameters, config.learning_rate, betas, config.weight_decay, config.lora_plus_ratio
     )
-    num_steps = config.epochs * math.ceil(len(items) / config.batch_size)
+    evaluation, num_steps = context.evaluation, config.epochs * math.ceil(len(items) / config.batch_size)
+    if evaluation is not None:
+        check_ids(evaluation.items, model.config.vocab_size)
+        check_budget(evaluation.items, config.micro_batch_tokens)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # weights may repeat private training data
     checkpoints = Checkpoints(
         folder,
-        _fingerprint(config, objective, items, context.start),
+        _fingerprint(config, objective, items, context),
         world,
         keep=config.keep_checkpoints,
         max_bytes=int(config.max_checkpoint_gb * 1e9) or None,
@@ -165,18 +172,18 @@ def train(
     with stop_event() as stop, checkpoints:
         if cache is not None and reference is not None and checkpoints.latest() != num_steps:
             cache.verify(items, lambda item: micro_batch([item]).reference_logps(reference))
-            for index in range(num_steps // config.epochs if context.reference_first else 0):
-                _, batch = batch_at(items, index, config.batch_size, config.seed)
+            for batch in _all_batches(items, evaluation, config) if context.reference_first else ():
                 fill_cache(batch, config.micro_batch_tokens, micro_batch, context)
                 if world.any(stop.is_set()):
                     raise Interrupted("train: stopped by signal before the first step; reference log-probs are kept")
         forget_gathered(model)
         step = checkpoints.load(parameters, optimizer)
+        losses = _evaluated_losses(metrics_path, step)
         if world.is_first:
             # Later rows were written after the checkpoint that training continues from.
             lines = metrics_path.read_text().splitlines(keepends=True) if metrics_path.exists() else []
             write_text(metrics_path, "".join(lines[:step]))
-        while step < num_steps:
+        while step < num_steps and not _is_spent(losses, evaluation):
             started = time.perf_counter()
             epoch, batch = batch_at(items, step, config.batch_size, config.seed)
             for group in optimizer.param_groups:
@@ -206,17 +213,49 @@ def train(
                 "lr": optimizer.param_groups[0]["lr"],
                 "seconds": time.perf_counter() - started,
             }
+            if evaluation is not None and (step % evaluation.every == 0 or step == num_steps):
+                with without_dropout(model):
+                    found = evaluated(
+                        evaluation.items, config.batch_size, config.micro_batch_tokens, objective, micro_batch, context
+                    )
+                losses.append(found["eval_loss"])
+                row |= found
+            is_last = step == num_steps or _is_spent(losses, evaluation)
             if world.is_first:
                 with metrics_path.open("a") as handle:
                     handle.write(to_redacted_json(row) + "\n")
             due = config.save_every and step % config.save_every == 0
-            if due or step == num_steps or stopping:
+            if due or is_last or stopping:
                 checkpoints.save(step, parameters, optimizer)
-                if step == num_steps or stopping:
+                if is_last or stopping:
                     checkpoints.wait()
             yield {**row, "steps": num_steps}
             if stopping:  # a signal that came later than this step's sum over the ranks waits for the next one's
                 raise Interrupted(f"train: stopped by signal after step {step} of {num_steps}; state saved in {folder}")
+
+
+def _all_batches(
+    items: Sequence[Item], evaluation: Evaluation | None, config: TrainConfig
+) -> Iterator[Sequence[Item]]:
+    """Yield the batches of the first epoch, then those of the evaluation."""
+    size = config.batch_size
+    for index in range(math.ceil(len(items) / size)):
+        yield batch_at(items, index, size, config.seed)[1]
+    held_out = () if evaluation is None else evaluation.items
+    yield from (held_out[start : start + size] for start in range(0, len(held_out), size))
+
+
+def _is_spent(losses: Sequence[float], evaluation: Evaluation | None) -> bool:
+    """Return whether the last `patience` evaluations found no new lowest loss."""
+    if evaluation is None or not evaluation.patience or not losses:
+        return False
+    return len(losses) - 1 - losses.index(min(losses)) >= evaluation.patience
+
+
+def _evaluated_losses(path: Path, step: int) -> list[float]:
+    """Return the evaluations' losses in the rows up to `step`, which is where training goes on."""
+    lines = path.read_text().splitlines()[:step] if path.exists() else []
+    return [row["eval_loss"] for row in map(json.loads, lines) if "eval_loss" in row]
 
 
 def longest_micro_batch(items: Sequence[Item], config: TrainConfig) -> int:
@@ -230,14 +269,17 @@ def free_share(device: torch.device, world: World) -> int:
     return free_bytes(device) // (1 if device.type == "cuda" else world.local_size)
 
 
-def _fingerprint(config: TrainConfig, objective: Objective, items: Sequence[Item], start: str) -> str:
+def _fingerprint(config: TrainConfig, objective: Objective, items: Sequence[Item], context: TrainContext) -> str:
     """Return a hash of everything that decides the result; checkpoints and micro-batches are not among it."""
     free: dict[str, Any] = {"save_every": 0, "keep_checkpoints": 1, "max_checkpoint_gb": 0.0}
     free |= {"save_asynchronously": True, "rank_timeout_s": TIMEOUT_S, "micro_batch_tokens": 1, "activations": "auto"}
     decisive = dataclasses.replace(config, **free)
     name = repr(objective) if dataclasses.is_dataclass(objective) else type(objective).__qualname__
-    digest = hashlib.sha256(f"{decisive} {name} {start}".encode())
-    for item in items:
+    digest = hashlib.sha256(f"{decisive} {name} {context.start}".encode())
+    deciding = context.evaluation if context.evaluation and context.evaluation.patience else None
+    if deciding is not None:
+        digest.update(f"{deciding.every} {deciding.patience}".encode())
+    for item in (*items, *(deciding.items if deciding else ())):
         digest.update(repr(item).encode())
     return digest.hexdigest()
 

@@ -18,7 +18,7 @@ HOUSEHOLDS=${HOUSEHOLDS:-configs/alfworld_llama3.toml}
 LAMP=${LAMP:-configs/lamp_llama3.toml}
 ROWS=${ROWS:-data/gsm8k/pal_sft/train.jsonl}
 GSM8K_TEST=${GSM8K_TEST:-data/gsm8k/test.jsonl}
-GSM_HARD=${GSM_HARD:-data/gsm-hard/gsmhardv2.jsonl}
+GSM_HARD=${GSM_HARD:-data/gsm8k/gsmhardv2.jsonl}
 LAMP_DATA=${LAMP_DATA-data/lamp}     # empty: made-up users
 LAMP_TASKS=${LAMP_TASKS:-1 2N 2M 3 4}
 OTHER=${OTHER:---generator.model gpt-4o-mini}     # the second generator
@@ -39,7 +39,7 @@ step_1() {
 step_2() {
   matryoshka serve --model "$CONTROLLER" --engine "$ENGINE" --adapter "lora=$OUT/gsm-warmup/adapter" --port "$PORT" &
   local server=$!
-  until (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2> /dev/null; do kill -0 $server && sleep 1; done
+  until (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2> /dev/null; do kill -0 $server || return 1; sleep 1; done
   kill $server && wait $server
 }
 
@@ -64,7 +64,7 @@ step_5() {
 # --compare_answer). Without $CLOSED_LOOP, retries see errors alone: the default here.
 gsm() {
   matryoshka evaluate --config "$GSM" --controller.path "$CONTROLLER" --policy "$OUT/gsm-dpo/adapter" --split test \
-    $CLOSED_LOOP --task.options.test-file "$1" --out "${OUT#runs/}/$2" "${@:3}"
+    $CLOSED_LOOP --task.options.test-file "$1" --out "$OUT/$2" "${@:3}"
 }
 step_6() { gsm "$GSM8K_TEST" gsm8k; }
 step_7() { gsm "$GSM_HARD" gsm-hard; }
@@ -90,7 +90,7 @@ step_12() {
 # 13. Six attempts on the unseen games (alfworld_pipeline.py).
 step_13() {
   matryoshka evaluate --config "$HOUSEHOLDS" --controller.path "$CONTROLLER" --policy "$OUT/households-dpo/adapter" \
-    --split test $CLOSED_LOOP --out "${OUT#runs/}/households"
+    --split test $CLOSED_LOOP --out "$OUT/households"
 }
 
 # 14 to 17: LaMP, for each of its tasks.
@@ -120,7 +120,7 @@ step_15() {
 step_16() {
   for task in $LAMP_TASKS; do
     matryoshka evaluate --config "$LAMP" --controller.path "$CONTROLLER" --policy "$OUT/lamp-$task-dpo/adapter" --split test \
-      $(lamp_files "$task") --out "${OUT#runs/}/lamp-$task"
+      $(lamp_files "$task") --out "$OUT/lamp-$task"
   done
 }
 

@@ -1,82 +1,62 @@
-"""One worked household for each type of task: its first screen, and steps that win in it.
+"""One worked household for each type of task, read from `exemplars.toml`: first screen, plan, the plan as actions."""
 
-We wrote them. The rooms are small, and none is a game of ALFWorld. A test builds each and plays its program to the end.
-"""
-
+import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from matryoshka.tasks.alfworld.plan_language import Step
+from matryoshka.core.records import Message, Messages
+from matryoshka.tasks.alfworld.agent import receptacles_of
+from matryoshka.tasks.alfworld.game import in_verbs
+from matryoshka.tasks.alfworld.plan_language import Step, steps_of
 
 
 @dataclass(frozen=True)
 class Exemplar:
-    """screen: the first words of a household, in the game's wording. steps: a plan that wins there."""
+    """screen: the first words of a household, in the game's wording. steps: a plan that wins there.
+
+    actions: the same as (thought, command, answer), in the verbs of ALFWorld 0.4.0 and later.
+    """
 
     screen: str
     steps: tuple[Step, ...]
+    actions: Sequence[tuple[str, str, str]]
 
 
-def screen(receptacles: tuple[str, ...], task: str) -> str:
-    """Return the first screen of a room with these receptacles, without the game's title."""
-    *before, last = (f"a {receptacle}" for receptacle in receptacles)
-    seen = f"Looking quickly around you, you see {', '.join(before)}, and {last}."
-    return f"You are in the middle of a room. {seen}\n\nYour task is to: {task}."
+def _read(path: Path) -> dict[str, Exemplar]:
+    found = {}
+    for task_type, table in tomllib.loads(path.read_text(encoding="utf-8")).items():
+        actions = []
+        for line in table["played"].splitlines():
+            thought, command, answer = line.split(" | ")
+            actions.append((thought, command, answer))
+        found[task_type] = Exemplar(table["screen"], steps_of(table["steps"]), actions)
+    return found
 
 
-_KITCHEN = (
-    *("cabinet 3", "cabinet 2", "cabinet 1", "coffeemachine 1", "countertop 2", "countertop 1", "diningtable 1"),
-    *("drawer 2", "drawer 1", "fridge 1", "garbagecan 1", "microwave 1", "sinkbasin 1", "stoveburner 1"),
-)
-_BEDROOM = ("bed 1", "desk 1", "drawer 2", "drawer 1", "dresser 1", "garbagecan 1", "shelf 2", "shelf 1", "sidetable 1")
-_LIVING_ROOM = ("armchair 1", "coffeetable 1", "garbagecan 1", "sidetable 2", "sidetable 1", "sofa 1", "tvstand 1")
-_BATHROOM = ("bathtubbasin 1", "cabinet 2", "cabinet 1", "countertop 1", "garbagecan 1", "sinkbasin 1", "toilet 1")
+EXEMPLARS = _read(Path(__file__).with_suffix(".toml"))
 
-EXEMPLARS = {
-    "pick_and_place_simple": Exemplar(
-        screen(_BEDROOM, "put some cellphone on desk"),
-        (
-            Step("find", "cellphone", ("bed", "sidetable", "dresser", "drawer")),
-            Step("put", "cellphone", ("desk",)),
-        ),
-    ),
-    "look_at_obj_in_light": Exemplar(
-        screen(_LIVING_ROOM, "look at newspaper under the floorlamp"),
-        (
-            Step("find", "newspaper", ("coffeetable", "sofa", "armchair")),
-            Step("use", "floorlamp", ("sidetable", "tvstand")),
-        ),
-    ),
-    "pick_clean_then_place_in_recep": Exemplar(
-        screen(_KITCHEN, "clean some plate and put it in cabinet"),
-        (
-            Step("find", "plate", ("countertop", "diningtable", "cabinet")),
-            Step("clean", "plate", ("sinkbasin",)),
-            Step("put", "plate", ("cabinet",)),
-        ),
-    ),
-    "pick_heat_then_place_in_recep": Exemplar(
-        screen(_KITCHEN, "put a hot potato in diningtable"),
-        (
-            Step("find", "potato", ("fridge", "countertop", "garbagecan")),
-            Step("heat", "potato", ("microwave",)),
-            Step("put", "potato", ("diningtable",)),
-        ),
-    ),
-    "pick_cool_then_place_in_recep": Exemplar(
-        screen(_KITCHEN, "cool some tomato and put it in countertop"),
-        (
-            Step("find", "tomato", ("diningtable", "sinkbasin", "countertop")),
-            Step("cool", "tomato", ("fridge",)),
-            Step("put", "tomato", ("countertop",)),
-        ),
-    ),
-    "pick_two_obj_and_place": Exemplar(
-        screen(_BATHROOM, "find two soapbar and put them in cabinet"),
-        (
-            Step("find", "soapbar", ("countertop", "sinkbasin", "bathtubbasin")),
-            Step("put", "soapbar", ("cabinet",)),
-            Step("find", "soapbar", ("countertop", "sinkbasin", "bathtubbasin")),
-            Step("put", "soapbar", ("cabinet",)),
-        ),
-    ),
-}
+
+def played(task_type: str, verbs: str = "current") -> list[tuple[str, str, str]]:
+    """Return (thought, command, answer) of each action in the exemplar's household."""
+    exemplar = EXEMPLARS[task_type]
+    places = receptacles_of(exemplar.screen)
+    found = []
+    for thought, command, answer in exemplar.actions:
+        if command.startswith("go to "):
+            place = command.removeprefix("go to ")
+            # Before ALFWorld 0.4.0 one arrived at numbered positions, whose order says nothing.
+            arrived = place if verbs == "current" else f"loc {places.index(place) + 1}"
+            answer = f"You arrive at {arrived}. {answer}"
+        elif command.startswith("move ") and verbs == "old":
+            answer = answer.replace("You move ", "You put ").replace(" to the ", " in/on the ")
+        found.append((thought, in_verbs(command, verbs), answer))
+    return found
+
+
+def turns(task_type: str, verbs: str) -> Messages:
+    """Return the exemplar's actions as a conversation that ends with the last one."""
+    messages: list[Message] = []
+    for thought, command, answer in played(task_type, verbs):
+        messages += Message("assistant", f"Think: {thought}\nAct: {command}"), Message("user", answer)
+    return tuple(messages[:-1])

@@ -10,9 +10,10 @@ from matryoshka.tasks.sandbox_config import SandboxConfig
 class AlfworldOptions:
     """Where the games come from, how the generator acts in them, and what it may use."""
 
-    prompts: Literal["brief", "compact", "full"] = "compact"
-    """Prompt style: "compact" for models of about a hundred million parameters, "full" for larger ones; "brief" asks
-    a generator on slow hardware for short programs."""
+    prompts: str = "compact"
+    """Prompts: "compact" for models of about a hundred million parameters, "full" for larger ones, "brief", which asks
+    a generator on slow hardware for short programs, "published" in the form of the original's, or a .toml file of your
+    own (tasks/alfworld/prompts/ holds the shipped ones)."""
     data: str = ""
     """Folder of games, in ALFWorld's own layout or as <split>.jsonl.xz; "" makes households from the seed."""
     train_split: str = "train"

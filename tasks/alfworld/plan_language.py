@@ -6,8 +6,11 @@ tried in the order in which the step names them. Lines that cannot be parsed are
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from matryoshka.tasks.alfworld.agent import kind_of
 
 NUMBERED = re.compile(r"\s*#?\s*(?:\[?step\s*\d+\]?|\d+\s*[.)])\s*:?\s*(.+)", re.IGNORECASE)
 _NOISE = re.compile(r"\b(?:a|an|the|some|any|another|first|second|hot|cool|clean)\b|[\[\]().'\"]")
@@ -31,6 +34,11 @@ class Step:
     thing: str = ""
     places: tuple[str, ...] = ()
     words: str = ""
+
+
+def steps_of(rows: Iterable[Sequence[Any]]) -> tuple[Step, ...]:
+    """Return the steps of rows [verb, thing, [place, ...]], as files and examples hold them."""
+    return tuple(Step(verb, thing, tuple(places)) for verb, thing, places in rows)
 
 
 def parse_plan(text: str) -> list[Step]:
@@ -73,6 +81,52 @@ def write_compact(steps: Sequence[Step]) -> str:
     """Return the plan in few words: "1. find mug: countertop, cabinet"."""
     lines = [f"{step.verb} {step.thing}: {', '.join(step.places)}" for step in steps]
     return "\n".join(f"{number}. {line}" for number, line in enumerate(lines, start=1))
+
+
+def of_kinds(steps: Sequence[Step]) -> list[Step]:
+    """Return the steps with types of places ("cabinet") in place of names ("cabinet 16").
+
+    A controller that sees the types alone can learn to write no other plan.
+    """
+    return [replace(step, places=tuple(dict.fromkeys(map(kind_of, step.places)))) for step in steps]
+
+
+def in_sentences(plan: str) -> str:
+    """Return a compact plan in sentences; a line that is no step of the compact language stays as it is."""
+    lines = []
+    for line in plan.splitlines():
+        match = NUMBERED.match(line)
+        step = parse_step(match[1]) if match else Step("")
+        lines.append(f"{line.partition('.')[0]}. {_sentence(step)}" if step.verb and step.places else line)
+    return "\n".join(lines)
+
+
+def _sentence(step: Step) -> str:
+    """Return a step as a sentence; names of places are quoted as the program must write them."""
+    *before, last = map(repr, step.places)
+    places = f"{', '.join(before)} or {last}" if before else last
+    match step.verb:
+        case "find":
+            return f"Find a {step.thing} in {places} and take it."
+        case "use":
+            return f"Find a {step.thing} in {places} and use it."
+        case "put":
+            return f"Put the {step.thing} in {places}."
+    return f"{step.verb.capitalize()} the {step.thing} in {places}."
+
+
+def straight_program(steps: Sequence[Step]) -> str:
+    """Return a program of one line a step, which does what the steps say, each at the first place that they name."""
+    lines = []
+    for step in steps:
+        match step.verb:
+            case "find":
+                lines.append(f"agent.fetch({step.thing!r}, {list(step.places)})")
+            case "use":
+                lines.append(f"agent.use(agent.find({step.thing!r}, {list(step.places)})[0])")
+            case verb:
+                lines.append(f"agent.{verb}(agent.holding, agent.go({step.places[0]!r}))")
+    return "\n".join(["def step_1(agent, memory):", *(f"    {line}" for line in lines)])
 
 
 def program(steps: Sequence[Step], header: str = "") -> str:

@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 
 from matryoshka.core.protocols import GeneratorError
 from matryoshka.core.records import Messages, Sample, Sampling, stable_seed
-from matryoshka.tasks.alfworld import brief, compact, prompts
-from matryoshka.tasks.alfworld.agent import Agent, task_of
-from matryoshka.tasks.alfworld.exemplars import EXEMPLARS
+from matryoshka.tasks.alfworld.agent import Agent, kind_of, receptacles_of, task_of
 from matryoshka.tasks.alfworld.plan_language import Step, parse_plan, program, write_compact, write_full
+from matryoshka.tasks.alfworld.prompt_style import PLAN_MARK, fenced
 
 # What a task sentence asks for: object, then where it goes or the lamp.
 _SENTENCES = (
@@ -26,6 +25,14 @@ _SENTENCES = (
     ("put", r"put (?:a|some) (\w+) (?:in|on) (\w+)"),
 )
 _APPLIANCES = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
+# How the shipped styles begin to ask: for a program, for an action, for a plan in sentences, for a compact plan.
+PROGRAM = (
+    "You write Python programs that act in a household",
+    "Write step_1(agent, memory), step_2(agent, memory)",
+    "You write a Python function step_1(agent, memory) that acts in a household",
+)
+ACTION = "You act in a household, one action at a time."
+PLAN_FULL, PLAN_COMPACT = "You plan household tasks.", "Plan the household task in short steps."
 GUESSES = (2, 4)  # how many types of receptacles a plan of its own names, at least and at most
 
 
@@ -37,26 +44,27 @@ class LiteralGenerator:
     async def complete(self, prompt: Messages, sampling: Sampling) -> Sample:
         """Return a program, an action or a plan, as asked. Raises GeneratorError for a prompt that asks for none."""
         system = prompt[0].content
-        if system.startswith((prompts.SOLVE_SYSTEM.partition("{")[0], compact.SOLVE_SYSTEM, brief.SOLVE_SYSTEM)):
-            return Sample(prompts.fenced(program(parse_plan(_plan_in(prompt)))))
-        if system.startswith(prompts.ACT_SYSTEM.partition("\n")[0]):
+        if system.startswith(PROGRAM):
+            return Sample(fenced(program(parse_plan(_plan_in(prompt)))))
+        if system.startswith(ACTION):
             return Sample(_next_action(prompt))
-        if system == prompts.PLAN_SYSTEM:
+        if system.startswith(PLAN_FULL):
             text = next(m.content for m in reversed(prompt) if "Your task is to: " in m.content)
-            return Sample(own_plan(task_of(text), prompts.Scene(text, "").kinds, write_full, _draws(prompt, sampling)))
-        if system == compact.PLAN_SYSTEM:
-            worked = {compact.short(prompts.Scene(shot.screen, kind)) for kind, shot in EXEMPLARS.items()}
-            asked = next(message.content for message in prompt[1::2] if message.content not in worked)
-            kinds, _, task = asked.partition("\n")
-            return Sample(own_plan(task, kinds.split(", "), write_compact, _draws(prompt, sampling)))
+            kinds = list(dict.fromkeys(map(kind_of, receptacles_of(text))))
+            return Sample(own_plan(task_of(text), kinds, write_full, _draws(prompt, sampling)))
+        if system.startswith(PLAN_COMPACT):
+            # The last message that is no complaint about a plan.
+            asked = [m.content for m in prompt if m.role == "user" and not m.content.startswith("This plan failed.")]
+            shown, _, task = asked[-1].partition("\n")
+            return Sample(own_plan(task, shown.split(", "), write_compact, _draws(prompt, sampling)))
         raise GeneratorError(f"{self.name} writes programs, actions and plans only, and was asked: {system[:80]!r}")
 
 
 def _plan_in(prompt: Messages) -> str:
     """Return the plan that the last request for a program shows, "" if it shows none."""
     asked = [message.content for message in prompt if message.role == "user"]
-    shown = [text for text in asked if prompts.PLAN_MARK in text]
-    return shown[-1].partition(prompts.PLAN_MARK)[2] if shown else ""
+    shown = [text for text in asked if PLAN_MARK in text]
+    return shown[-1].partition(PLAN_MARK)[2] if shown else ""
 
 
 class _NextAction(Exception):
@@ -78,7 +86,7 @@ def _next_action(prompt: Messages) -> str:
     names: dict[str, Callable[[Agent, dict[str, str]], None]] = {}
     exec(program(parse_plan(_plan_in(prompt))), names)
     verbs = "old" if " in/on " in prompt[0].content else "current"
-    agent, memory = Agent(screen.partition(prompts.PLAN_MARK)[0], act, str, verbs), dict[str, str]()
+    agent, memory = Agent(screen.partition(PLAN_MARK)[0], act, str, verbs), dict[str, str]()
     try:
         for step in [value for name, value in names.items() if name.startswith("step_")]:
             step(agent, memory)

@@ -3,6 +3,7 @@
 from matryoshka.core.records import RemoteFile
 
 BENCHMARKS = ("alfworld",)
+FOLDER = "alfworld"
 SITE = "https://github.com/alfworld/alfworld/releases/download"
 ARCHIVES = ("0.2.2/json_2.1.1_json.zip", "0.4.2/json_2.1.3_tw-pddl.zip")
 LOGIC_SITE = "https://raw.githubusercontent.com/alfworld/alfworld/0.4.2/alfworld/data"

@@ -17,21 +17,18 @@ import numpy as np
 from matryoshka.core.intervals import bootstrap, wilson
 from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
 from matryoshka.core.records import Example, Judgement, Messages, Metric, RolloutSettings, Trajectory, Verdict
-from matryoshka.tasks.alfworld import prompts, react
-from matryoshka.tasks.alfworld.brief import brief_style
-from matryoshka.tasks.alfworld.compact import compact_style
+from matryoshka.tasks.alfworld import react
 from matryoshka.tasks.alfworld.options import AlfworldOptions
-from matryoshka.tasks.alfworld.plan_language import Step, merged
+from matryoshka.tasks.alfworld.plan_language import Step, merged, steps_of
 from matryoshka.tasks.alfworld.playthrough import Session, transcript
 from matryoshka.tasks.alfworld.program import CHILD, AskRefusedError, Limits, ProgramOutcome, run_program
-from matryoshka.tasks.alfworld.prompts import Scene
+from matryoshka.tasks.alfworld.prompt_style import Scene, Style
 from matryoshka.tasks.alfworld.scripted_generator import LiteralGenerator
 from matryoshka.tasks.alfworld.splits import households_of, load_splits
 from matryoshka.tasks.episode import Episode, Guidance, Reply
 from matryoshka.tasks.sandbox import extract_code
 from matryoshka.tasks.sandbox_backends import in_words
 
-STYLES = {"brief": brief_style, "compact": compact_style, "full": prompts.full_style}
 # A corrected program goes on in the same household only if it has this share of the actions left to do so.
 RESUME_SHARE = 0.2
 
@@ -60,7 +57,7 @@ class ALFWorldTask(Task):
     free_options = ("sandbox.isolation", "sandbox.command")
 
     def __init__(self, options: AlfworldOptions, setting: TaskSetting) -> None:
-        self.style = STYLES[options.prompts](options.max_steps, options.verbs)
+        self.style = Style(options.prompts, options.max_steps, options.verbs)
         self.name = f"alfworld-{self.style.name}-{options.mode}"
         self.sandbox = options.sandbox.sandbox()
         limits = options.sandbox
@@ -204,7 +201,7 @@ class ALFWorldTask(Task):
         """Return the generator's answer to a question that its program asks."""
         if not question.strip():
             raise AskRefusedError("the question is empty")
-        request, number = prompts.ask(question), len(plan.replies)
+        request, number = self.style.ask(question), len(plan.replies)
         reply = await episode.complete(request, number, max_tokens=self.limits.ask_tokens)
         reply.outcome = "asked by the program"
         return reply.text.strip()
@@ -215,6 +212,8 @@ class ALFWorldTask(Task):
         prediction: a list of commands, or a text in which a command is a line behind ">" or, where no line has one,
         every line. A transcript that goes on behind the last command that the household takes has the verdict "error".
         """
+        if prediction in ("done", "not done"):
+            raise ValueError("that is how an episode of ours ended; expected a transcript, which can be played")
         if isinstance(prediction, str):
             lines = [line.strip() for line in prediction.splitlines() if line.strip()]
             marked = [line[1:].strip() for line in lines if line.startswith(">")]
@@ -279,9 +278,9 @@ def _mean(values: np.ndarray[Any, Any], indices: Any) -> float:
     return float(values[indices].mean())
 
 
-def gold_steps(example: Example) -> list[Step]:
+def gold_steps(example: Example) -> Sequence[Step]:
     """Return the steps of an example's field "gold"."""
-    return [Step(verb, thing, tuple(places)) for verb, thing, places in example.fields["gold"]]
+    return steps_of(example.fields["gold"])
 
 
 def _scene(example: Example) -> Scene:

@@ -6,12 +6,12 @@ every field of every profile entry as text, and a gold answer.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matryoshka.core.files import write_json
+from matryoshka.core.files import read_jsonl, write_json
 from matryoshka.tasks.lamp.task_specs import Kind
 
 Entry = Mapping[str, str]
@@ -37,13 +37,20 @@ def outputs_beside(questions: Path) -> Path:
 def read_items(questions: Path, kind: Kind) -> Iterator[Item]:
     """Yield the items of `questions`, joined with the outputs file beside it, in the order of the questions.
 
+    A .jsonl file is the original's formalised one, whose rows {id, question, answer, profile} are whole.
     Raises FileNotFoundError for a missing file; ValueError naming file and id for malformed rows, for two questions
     with one id, for a question without gold and, at the end of the file, for gold without a question.
     """
-    outputs = outputs_beside(questions)
-    golds = read_golds(outputs, kind)
+    if questions.suffix == ".jsonl":
+        rows: Iterable[Any] = [row | {"input": row.get("question")} for row in read_jsonl(questions)]
+        outputs = questions
+        numbered = enumerate(rows, start=1)
+        golds = {str(row.get("id")): _gold(row.get("answer"), kind, f"{questions}:{n}") for n, row in numbered}
+    else:
+        outputs = outputs_beside(questions)
+        golds, rows = read_golds(outputs, kind), read_array(questions)
     seen: set[str] = set()
-    for index, row in enumerate(read_array(questions)):
+    for index, row in enumerate(rows):
         id = _text(row, "id", f"{questions}: question {index}")
         where = f"{questions}: id {id!r}"
         if id in seen:
@@ -102,13 +109,18 @@ def read_golds(path: Path, kind: Kind) -> dict[str, str]:
     golds: dict[str, str] = {}
     for index, row in enumerate(rows):
         id = _text(row, "id", f"{path}: gold {index}")
-        gold = _text(row, "output", f"{path}: id {id!r}")
+        gold = _gold(_text(row, "output", f"{path}: id {id!r}"), kind, f"{path}: id {id!r}")
         if id in golds:
             raise ValueError(f"{path}: id {id!r} occurs twice; expected each once")
-        if kind.labels and gold not in kind.labels:
-            raise ValueError(f"{path}: id {id!r}: {gold!r} is none of LaMP-{kind.name}'s labels {list(kind.labels)}")
         golds[id] = gold
     return golds
+
+
+def _gold(gold: Any, kind: Kind, where: str) -> str:
+    text = _text({"answer": gold}, "answer", where)
+    if kind.labels and text not in kind.labels:
+        raise ValueError(f"{where}: {text!r} is none of LaMP-{kind.name}'s labels {list(kind.labels)}")
+    return text
 
 
 def write_items(items: Sequence[Item], kind: Kind, folder: Path, split: str) -> None:

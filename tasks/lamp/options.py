@@ -10,6 +10,9 @@ class LampOptions:
 
     task: Literal["1", "2N", "2M", "3", "4"] = "2N"
     """LaMP's task: 1 citations, 2N news categories, 2M movie tags, 3 ratings, 4 headlines."""
+    prompts: str = "plain"
+    """Prompts: "plain", "published" in the form of the original's, or a .toml file of your own (tasks/lamp/prompts/
+    holds the shipped ones)."""
     train_file: str = ""
     """LaMP's questions file for warm-up, training and validation; "" makes users from the seed."""
     test_file: str = ""

@@ -3,6 +3,7 @@
 from matryoshka.core.records import RemoteFile
 
 BENCHMARKS = ("lamp",)
+FOLDER = "lamp"
 SITE = "https://ciir.cs.umass.edu/downloads/LaMP"
 FOLDERS = {"1": "LaMP_1", "2N": "LaMP_2", "2M": "LaMP_2/new", "3": "LaMP_3", "4": "LaMP_4"}
 

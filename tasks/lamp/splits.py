@@ -1,13 +1,13 @@
 """LaMP's problems by split, made from the seed or read from LaMP's own files, users kept apart."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from matryoshka.core.records import Example
 from matryoshka.tasks.lamp.data import Item, read_items
 from matryoshka.tasks.lamp.options import LampOptions
-from matryoshka.tasks.lamp.prompts import joined, line
+from matryoshka.tasks.lamp.prompt_style import joined, line
 from matryoshka.tasks.lamp.retrieval import Embeddings, Retriever, bm25, dense, recency
 from matryoshka.tasks.lamp.synthetic_users import fixtures
 from matryoshka.tasks.lamp.task_specs import Kind, kind_of
@@ -115,31 +115,42 @@ def _read(
 def _cut(
     path: Path, kind: Kind, counts: dict[str, int], example: Callable[[Item], Example]
 ) -> dict[str, Sequence[Example]]:
-    """Return the first problems of `path` in the numbers asked for, split after split; the rest is not read.
+    """Return problems of `path` in the numbers asked for, no user in two splits; what is not needed is not read.
 
     Problems whose histories share an entry, or are joined by others that do, are one user's: all go to the split of the
-    first one. Those that are too many for it, and those that join two splits, are left out.
+    first one. Those that are too many for it, and those that join two splits, are left out. The splits are filled one
+    after the other; where that leaves one short, since the users of the first ones own the rest of the file, they are
+    filled side by side, each new user going to the split that has the smallest share of its problems.
     """
+    for side_by_side in (False, True):
+        splits = _filled(read_items(path, kind), kind, counts, example, side_by_side)
+        short = [split for split, count in counts.items() if len(splits[split]) < count]
+        if not short:
+            return dict(splits)
+    raise ValueError(
+        f"[task] {path} gives {len(splits[short[0]])} problems for {short[0]} but the configuration takes "
+        f"{counts[short[0]]}; no two splits may share a user. Lower [task] {short[0]}"
+    )
+
+
+def _filled(
+    items: Iterator[Item], kind: Kind, counts: dict[str, int], example: Callable[[Item], Example], side_by_side: bool
+) -> dict[str, list[Example]]:
+    """Return the splits as far as `items` fill them; see `_cut`."""
     splits: dict[str, list[Example]] = {split: [] for split in counts}
     owner: dict[int, str] = {}  # hash of an entry -> the split of its user, "" where that would be two
-    items = read_items(path, kind)
     while wanting := [split for split, count in counts.items() if len(splits[split]) < count]:
         item = next(items, None)
         if item is None:
             break
         entries = {hash(tuple(entry[name] for name in kind.fields)) for entry in item.profile}
-        owners = {owner[entry] for entry in entries if entry in owner} or {wanting[0]}
+        first = min(wanting, key=lambda split: len(splits[split]) / counts[split]) if side_by_side else wanting[0]
+        owners = {owner[entry] for entry in entries if entry in owner} or {first}
         split = owners.pop() if len(owners) == 1 else ""
         owner.update(dict.fromkeys(entries - owner.keys(), split))
         if split in wanting:
             splits[split].append(example(item))
-    for split, count in counts.items():
-        if len(splits[split]) < count:
-            raise ValueError(
-                f"[task] {path} gives {len(splits[split])} problems for {split} but the configuration takes {count}; "
-                "no two splits may share a user"
-            )
-    return dict(splits)
+    return splits
 
 
 def _retriever(options: LampOptions) -> Retriever:

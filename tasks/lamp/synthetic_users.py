@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 from matryoshka.core.records import stable_seed
 from matryoshka.tasks.lamp.data import Item
-from matryoshka.tasks.lamp.prompts import Line
+from matryoshka.tasks.lamp.prompt_style import Line
 from matryoshka.tasks.lamp.task_specs import CATEGORIES, TAGS, Kind
 
 SPLITS = ("train", "validation", "test")

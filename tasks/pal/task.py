@@ -35,6 +35,8 @@ class PalOptions:
     """GSM8K or GSM-Hard JSONL file for warm-up, training and validation; "" makes all problems from the seed."""
     test_file: str = ""
     """GSM8K or GSM-Hard JSONL file of the test problems; it goes with train_file."""
+    held_out_file: str = ""
+    """GSM8K or GSM-Hard JSONL file of further test problems of another kind, which [task] held_out counts."""
     sandbox: SandboxConfig = SandboxConfig()
     """Limits of one program, and the boundary around it."""
 
@@ -46,7 +48,7 @@ class PALTask(Task):
     """
 
     options: PalOptions
-    version = 2
+    version = 3
     free_options = ("sandbox.isolation", "sandbox.command")
 
     def __init__(self, options: PalOptions, setting: TaskSetting) -> None:
@@ -65,11 +67,12 @@ class PALTask(Task):
         options, setting = self.options, self.setting
         if self.label == "gsm8k":
             needs = {"train_file": ("warmup", "train", "validation"), "test_file": ("test",)}
-            files = {
-                name: _given(options, name) if any(setting.sizes[split] for split in splits) else None
+            train, test = (
+                _given(options, name) if any(setting.sizes[split] for split in splits) else None
                 for name, splits in needs.items()
-            }
-            return gsm8k.load_splits(files["train_file"], files["test_file"], setting.sizes, setting.gold_warmup)
+            )
+            held_out = Path(options.held_out_file) if options.held_out_file else None
+            return gsm8k.load_splits(gsm8k.Files(train, test, held_out), setting.sizes, setting.gold_warmup)
         return synthetic_problems.load_splits(setting.sizes, setting.seed)
 
     def first_prompt(self, example: Example) -> Messages:
@@ -77,9 +80,9 @@ class PALTask(Task):
         return self.style.guidance(example.fields["question"])
 
     def gold_guidance(self, example: Example) -> str | None:
-        """Return the example's own steps, one a line; None if it has no field "steps"."""
+        """Return the example's own steps in the form that the prompts ask for; None if it has no field "steps"."""
         steps = example.fields.get("steps")
-        return None if steps is None else "\n".join(steps)
+        return None if steps is None else self.style.written(steps)
 
     def check(self, settings: RolloutSettings) -> None:
         """Raise ValueError if programs cannot be kept behind the boundary that was asked for."""

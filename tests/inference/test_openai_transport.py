@@ -24,7 +24,8 @@ from matryoshka.inference import openai_transport
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generator_config import EndpointConfig, GeneratorConfig
 from matryoshka.inference.generators import OpenAIGenerator
-from matryoshka.inference.openai_transport import OpenAITransport, TransportError, proxy_for
+from matryoshka.inference.http_client import TransportError
+from matryoshka.inference.openai_transport import OpenAITransport, proxy_for
 from matryoshka.tests.core.test_redaction import DECODERS, ENCODINGS
 from matryoshka.tests.inference.endpoint import GREEDY, PROMPT, Endpoint, answer, failure, run
 

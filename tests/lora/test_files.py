@@ -380,7 +380,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(
             path.write_bytes(b"half a file")
             raise OSError("no space left on device")
 
-        patch.setattr(files, "save_file", full)
+        patch.setattr("matryoshka.core.models.weights.save_file", full)
         with pytest.raises(OSError, match="no space left"):
             save_adapter(other, "policy", folder, "base")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

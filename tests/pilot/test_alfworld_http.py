@@ -15,10 +15,12 @@ from matryoshka.core.files import read_jsonl
 from matryoshka.core.protocols import GeneratorError
 from matryoshka.core.records import Message, Sampling, Trajectory, from_json
 from matryoshka.scripts import cli
-from matryoshka.tasks.alfworld.prompts import ASK_SYSTEM
+from matryoshka.tasks.alfworld.prompt_style import Style
 from matryoshka.tasks.alfworld.scripted_generator import LiteralGenerator
 from matryoshka.tests.pilot.conftest import with_context
 from matryoshka.tests.pilot.test_alfworld import flags
+
+ASK_SYSTEM = Style("compact").ask("")[0].content
 
 ASKING = "def step_1(agent, memory):\n    print(agent.ask('Where is it?'))\n"
 

@@ -1,24 +1,27 @@
 """Collection, pairs and single rounds apart from `matryoshka pilot`: the same episodes, pairs and policies."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from matryoshka.core.config import load_toml
+from matryoshka.core.distributed import ALONE
 from matryoshka.core.files import read_jsonl, write_jsonl
 from matryoshka.core.records import Preference, from_json
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.dpo.data import read_conversations, read_preferences
 from matryoshka.lora.files import adapter_hash
-from matryoshka.pilot.collected import PairsCommand, read_episodes, write_pairs_of
-from matryoshka.pilot.config import WarmupConfig
+from matryoshka.pilot.collected import CollectConfig, PairsCommand, collect_apart, read_episodes, write_pairs_of
+from matryoshka.pilot.config import RunConfig, WarmupConfig
 from matryoshka.pilot.context import open_run
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.stages import collect, train_round, warm_up, write_pairs
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import Generator
+from matryoshka.tests.pilot.test_lamp_pilot import configured
 from matryoshka.tests.pilot.test_pilot import Runs, small
 
 
@@ -116,6 +119,7 @@ def test_episodes_of_any_policy_become_pairs_that_train(
     assert last(capsys)["policy"].startswith("own-guidance-of-")
 
 
+@pytest.mark.slow
 def test_pairs_leave_incomplete_groups_out(
     tmp_path: Path, controller_dir: Path, generator: Generator
 ) -> None:
@@ -139,6 +143,44 @@ def test_pairs_leave_incomplete_groups_out(
     both = write_pairs_of(PairsCommand((journal, folder), tmp_path / "pairs.jsonl"))
     assert both["episodes"] == 15
     assert write_pairs_of(PairsCommand((tmp_path / "bare.jsonl",), tmp_path / "pairs.jsonl"))["episodes"] == 16
+
+
+def test_what_the_generator_said_is_paired_as_in_the_run(controller_dir: Path, tmp_path: Path) -> None:
+    """Oracle: the run's own pairs of sampled and of bootstrapped summaries, byte for byte."""
+    config = load_toml(RunConfig, configured(tmp_path, controller_dir, "2N", bootstrap=4), {"warmup.source": "none"})
+    with open_run(config, tmp_path) as run:
+        episodes = collect(run, 1)
+        pairs, _ = write_pairs(run, episodes)
+    assert any(row.info.controller.startswith("own-guidance-of-") for row in episodes) and pairs
+    counts = write_pairs_of(PairsCommand((tmp_path / "lamp",), tmp_path / "pairs.jsonl"))
+    assert counts["rows"] == len(pairs)
+    assert (tmp_path / "pairs.jsonl").read_bytes() == (tmp_path / "lamp" / "preferences.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_new_plans_in_one_state_are_paired_as_in_the_run(
+    controller_dir: Path, tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the run's own episodes and pairs, first turns left out where they were replayed; a collection apart from
+    the run gives the same.
+    """
+    monkeypatch.chdir(tmp_path)
+    config = replace(small("again", controller_dir, generator.url("again")), warmup=WarmupConfig("none"), star=False)
+    config = replace(config, rollout=replace(config.rollout, outer_turns=2, replans=3))
+    with open_run(config, Path("runs")) as run:
+        episodes = collect(run, 1)
+        pairs, _ = write_pairs(run, episodes)
+    replayed = [row for row in episodes if "+after-" in row.info.controller]
+    assert replayed and {len(row.turns) for row in replayed} == {1}
+    found = read_episodes(Path("runs/again")).rows.values()
+    assert sorted(map(repr, found)) == sorted(map(repr, episodes))
+    assert write_pairs_of(PairsCommand((Path("runs/again"),), Path("pairs.jsonl")))["rows"] == len(pairs)
+    whole = Path("pairs.jsonl").read_bytes()
+    assert whole == Path("runs/again/preferences.jsonl").read_bytes()
+    given = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
+    collect_apart(CollectConfig(**given, out="data/again"), ALONE)
+    write_pairs_of(PairsCommand((Path("data/again"),), Path("pairs.jsonl")))
+    assert Path("pairs.jsonl").read_bytes() == whole
 
 
 def test_what_makes_no_pairs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

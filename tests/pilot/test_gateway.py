@@ -11,9 +11,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,21 +26,23 @@ import pytest
 from matryoshka.core.config import to_toml
 from matryoshka.core.files import read_jsonl, write_jsonl
 from matryoshka.core.models.load import load_model
-from matryoshka.core.records import Message, Sample, from_json
+from matryoshka.core.records import Message, Sample, Sampling, from_json
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.dpo.parity import check_policy
 from matryoshka.inference import server
+from matryoshka.lora.files import adapter_hash, load_adapter
 from matryoshka.lora.linear import LoraConfig
 from matryoshka.pilot.collected import read_episodes, read_rows
 from matryoshka.pilot.config import ControllerConfig
-from matryoshka.pilot.gateway import open_gateway
+from matryoshka.pilot.gateway import PolicyEngine, open_gateway
 from matryoshka.pilot.gateway_record import (
     Call,
     Conflict,
     Ending,
     GatewayConfig,
+    Record,
     newest_stage,
     train_from,
     trajectories_of,
@@ -135,6 +138,10 @@ def test_calls_become_episodes_and_episodes_trajectories(controller_dir: Path, f
         assert status == 200 and state["ended"] and state["rewards"] == [1.0]
         assert ask(f"{url}/episodes/b", {"rewards": [0, 1, 0.25], "problem": "p"})[0] == 200
         assert ask(f"{url}/episodes")[1]["data"] == []
+    record = Record(folder)  # as a gateway that is started again has it
+    assert [len(record.calls[episode]) for episode in "ab"] == [2, 1] and record.open_episodes() == []
+    assert record.ending("a") == Ending((1.0,), "well done", "p") and not record.calls["a"][0].samples
+    record.close()
     rows = read_rows(folder / "trajectories.jsonl")
     assert list(rows) == ["a", "b", "b#1", "b#2"] and [row.reward for row in rows.values()] == [1, 0, 1, 0.25]
     turns = rows["a"].turns
@@ -190,8 +197,21 @@ def test_bad_ids_and_double_rewards_lose_nothing(controller_dir: Path, folder: P
     assert len(read_jsonl(folder / "trajectories.jsonl")) == 1
 
 
-def test_lost_clients_and_their_retries(controller_dir: Path, folder: Path) -> None:
+def test_lost_clients_and_their_retries(
+    controller_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: the record. A client that leaves before its answer leaves no call; a retry gets what was drawn."""
+    generate, ended = PolicyEngine.generate, list[str]()
+
+    async def slow(engine: PolicyEngine, prompt_ids: Sequence[int], sampling: Sampling, model: str) -> Sample:
+        if sampling.max_tokens == 900:  # the lost client's
+            try:
+                await asyncio.sleep(30)
+            finally:
+                ended.append("lost")
+        return await generate(engine, prompt_ids, sampling, model)
+
+    monkeypatch.setattr(PolicyEngine, "generate", slow)
     with serving(config(controller_dir), folder) as url:
         talk = f"{url}/chat/completions"
         host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
@@ -199,6 +219,7 @@ def test_lost_clients_and_their_retries(controller_dir: Path, folder: Path) -> N
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
         with socket.create_connection((host, int(port))) as gone:
             gone.sendall(head.encode() + body)
+            time.sleep(0.5)  # its draw begins
         status, first = ask(talk, chat("a"), X_Episode_Id="kept")
         assert status == 200
         retried = ask(talk, chat("a"), X_Episode_Id="kept", X_Stainless_Retry_Count="1")[1]
@@ -213,7 +234,7 @@ def test_lost_clients_and_their_retries(controller_dir: Path, folder: Path) -> N
         assert ask(talk, chat("c"), **once)[1]["choices"] == fourth["choices"]
         status, answer = ask(talk, chat("e"), **once)
         assert status == 409 and "call 4 of episode 'kept' had the Idempotency-Key 'k'" in answer["error"]["message"]
-        assert ask(f"{url}/episodes/lost")[0] in (404, 200)
+        assert ended == ["lost"] and ask(f"{url}/episodes/lost")[0] == 404
     calls = [row["key"] for row in read_jsonl(folder / "calls.jsonl")]
     assert [key for key in calls if key.startswith("kept")] == [f"kept/{n}" for n in range(1, 6)]
 
@@ -230,6 +251,8 @@ def test_which_sample_was_used_is_read_from_the_next_prompt() -> None:
     both = trajectories_of(calls, Ending((1.0, 0.0)), "p")
     assert [[turn.action.text for turn in t.turns] for t in both] == [["two", "x"], ["two", "y"]]
     assert len({t.example_id for t in (found, *both)}) == 1
+    spoken = replace(calls[1], prompt=(Message("assistant", "one"), Message("user", "Not two.")))
+    assert trajectories_of([calls[0], spoken], Ending((1.0, 0.0)), "p")[0].turns[0].action.text == "one"
     with pytest.raises(Conflict, match="call 1 has 2 samples, and it is not known"):
         trajectories_of([calls[0], call(2, ["x"], "one or two")], Ending((1.0,)), "p")
 
@@ -308,11 +331,44 @@ def test_episodes_run_side_by_side_while_a_policy_arrives(
     }
 
 
-def test_a_training_goes_on_with_its_pairs(
-    controller_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_client_that_leaves_while_a_policy_is_loaded(
+    controller_dir: Path, adapter_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the pairs file of the training that was interrupted, whatever ended since; no new episode is an error."""
-    with serving(config(controller_dir), folder) as url:
+    """Oracle: the order of events: the loading that the lost client began ends before the next draw begins."""
+    events: list[str] = []
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.3)
+        load_adapter(*arguments)
+        events.append("loaded")
+
+    monkeypatch.setattr("matryoshka.pilot.gateway.load_adapter", slowly)
+    shutil.copytree(adapter_dir, folder / "round-1" / "adapter")
+
+    async def run() -> None:
+        with open_gateway(config(controller_dir), folder) as (engine, _):
+            sampling = Sampling(max_tokens=4)
+            await engine.generate((1, 2, 3), sampling, "")
+            lost = asyncio.create_task(engine.generate((1, 2, 3), sampling, "round-1"))
+            await asyncio.sleep(0.1)
+            lost.cancel()
+            await engine.generate((1, 2, 3), sampling, "")
+            events.append("drawn")
+            await engine.generate((1, 2, 3), sampling, "round-1")
+
+    asyncio.run(run())
+    assert events == ["loaded", "drawn"]
+
+
+def test_a_training_goes_on_with_its_pairs(
+    controller_dir: Path, adapter_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracles: the pairs file of the training that was interrupted, whatever ended since, and a first loss of ln 2,
+    which only the right reference gives: the adapter that [controller] names. No new episode is an error.
+    """
+    settings = config(controller_dir)
+    settings = replace(settings, controller=replace(settings.controller, adapter=str(adapter_dir)))
+    with serving(settings, folder) as url:
         for episode in range(6):
             ask(f"{url}/chat/completions", chat(temperature=1), X_Episode_Id=f"e{episode}")
             ask(f"{url}/episodes/e{episode}", {"reward": episode % 2})
@@ -327,15 +383,19 @@ def test_a_training_goes_on_with_its_pairs(
         train_from(folder)
     pairs = (folder / "round-1" / "pairs.jsonl").read_bytes()
     assert newest_stage(folder) == ""
-    with serving(config(controller_dir), folder) as url:
+    with serving(settings, folder) as url:
         ask(f"{url}/chat/completions", chat(temperature=1), X_Episode_Id="late")
         ask(f"{url}/episodes/late", {"reward": 1})
     assert train_from(folder)["starts_from"] == "untrained" and newest_stage(folder) == "round-1"
     assert (folder / "round-1" / "pairs.jsonl").read_bytes() == pairs
+    names = {row.info.controller for row in read_rows(folder / "trajectories.jsonl").values()}
+    assert names == {f"tiny+{adapter_hash(adapter_dir)}"}
+    first, *_ = read_jsonl(folder / "round-1" / "metrics.jsonl")
+    assert first["loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
     assert train_from(folder)["starts_from"] == "round-1"  # "late" ended since
     with pytest.raises(ValueError, match="no episode has ended since round-2 was trained"):
         train_from(folder)
-    other = open_gateway(config(controller_dir, seed=1), folder)
+    other = open_gateway(replace(settings, seed=1), folder)
     with pytest.raises(ValueError, match="was started with another configuration: seed: 0 -> 1"), other:
         pass
 

@@ -59,7 +59,7 @@ def test_each_question_is_one_command(
         ("generator", ["--policy", policy, *other], 6, "label_free"),
         ("foreign", ["--policy", "foreign"], 6, "label_free"),
     ):
-        assert cli.main(["evaluate", "--config", path, *flags, "--out", out]) == 0, capsys.readouterr().err
+        assert cli.main(["evaluate", "--config", path, *flags, "--out", f"runs/{out}"]) == 0, capsys.readouterr().err
         infos = [row["trajectory"]["info"] for row in read_jsonl(Path("runs") / out / "trajectories.jsonl")]
         assert len(infos) == problems and {info["protocol"] for info in infos} == {protocol}
         settings = json.loads((Path("runs") / out / "evaluation.json").read_text())["settings"]
@@ -71,7 +71,7 @@ def test_each_question_is_one_command(
     assert digests(Path("runs/one")) == before
     # And the results stand beside one another, problem by problem, protocols apart.
     capsys.readouterr()
-    assert cli.main(["compare", "runs/six", "runs/oracle", "runs/generator", "--json-line"]) == 0
+    assert cli.main(["compare", "runs/six", "runs/oracle", "runs/generator", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["differences"]
     refused = {row["second"].partition(":")[0]: bool(row["refused"]) for row in found}
     assert refused == {"oracle": True, "generator": False}

@@ -99,6 +99,9 @@ def test_transcripts_are_played_and_not_believed(tmp_path: Path, capsys: pytest.
     (row,) = rows(capsys)
     assert row["success"]["value"] == 0.5 and row["executable"]["value"] == 0.75
     assert row["steps"]["value"] == (len(walks[0]) + len(walks[1]) + 1 + 50) / 4
+    write_jsonl(tmp_path / "a.jsonl", [{"id": examples[0].id, "prediction": "done"}])
+    assert cli.main(["score", str(tmp_path / "a.jsonl"), "--task.name", "alfworld"]) == 2
+    assert "a transcript, which can be played" in capsys.readouterr().err
 
 
 def test_an_own_task_has_a_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

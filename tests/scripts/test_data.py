@@ -162,7 +162,7 @@ def test_what_has_no_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     error = capsys.readouterr().err
     assert "benchmark 'alfword' has no files to fetch; choose from alfworld, gsm-hard, gsm8k, lamp" in error
     assert main(["data", "gsm8k", "--task", "3", "--out", str(tmp_path / "out")]) == 2
-    assert "gsm8k has no parts; leave --task '3' out" in capsys.readouterr().err
+    assert "gsm8k has no part '3'; leave --task out, or take 'socratic'" in capsys.readouterr().err
     assert "LaMP has no task '7'; choose from 1, 2N, 2M, 3, 4" in error and not (tmp_path / "out").exists()
 
 
@@ -225,6 +225,18 @@ def test_alfworld_is_unpacked_as_its_own_command_does(
         run[3] = str(tmp_path / said)
         assert main(run) == 2 and said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_where_the_files_go(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the paths that the shipped configurations name."""
+    root = site.url.removesuffix("/LaMP")
+    wanted = ["train.jsonl", "test.jsonl", "train_socratic.jsonl", "test_socratic.jsonl", "gsmhardv2.jsonl"]
+    site.files |= {f"/{name}": name.encode() for name in wanted}
+    monkeypatch.setattr(pal, "SHA256", {})
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["gsm8k"], ["gsm8k", "--task", "socratic"], ["gsm-hard"]):
+        assert main(["data", *arguments, "--mirror", root]) == 0
+    assert sorted(path.name for path in (tmp_path / "data" / "gsm8k").glob("*.jsonl")) == sorted(wanted)
 
 
 def test_the_known_checksums_are_those_of_real_files() -> None:

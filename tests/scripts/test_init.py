@@ -1,6 +1,7 @@
 """`matryoshka init`, the demo's adapter by name, and what of both is in a built wheel."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -54,14 +55,23 @@ def test_the_package_data_names_recipes_and_adapter() -> None:
     }
     inference = {path for glob in data["matryoshka.inference"] for path in (ROOT / "inference").glob(glob)}
     assert EMBEDDED_ADAPTER / "adapter_model.safetensors" in inference
+    for folder in sorted({path.parent for path in (ROOT / "tasks").glob("*/task.py")}):
+        globs = data.get(f"matryoshka.tasks.{folder.name}", [])
+        assert set(folder.rglob("*.toml")) == {path for glob in globs for path in folder.glob(glob)}
 
 
 @pytest.mark.slow
 def test_an_installed_wheel_has_the_demo_and_the_recipes(tmp_path: Path) -> None:
     """Oracle: a wheel that pip builds, unpacked where no checkout is; both commands work there as from a clone."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    (source := tmp_path / "source").mkdir()  # setuptools leaves its build/ there
+    for path in ROOT.iterdir():
+        if path.is_dir() and (path / "__init__.py").exists() or path.name == "configs":
+            shutil.copytree(path, source / path.name)
+        elif path.is_file():
+            shutil.copy(path, source)
     subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)], check=True
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)], check=True
     )
     (wheel,) = tmp_path.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], check=True)

@@ -3,22 +3,29 @@
 import asyncio
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
 from matryoshka.core.records import Message, Messages
-from matryoshka.tasks.alfworld import brief, react
-from matryoshka.tasks.alfworld import react_exemplars as acted
+from matryoshka.tasks.alfworld import prompt_style, react
 from matryoshka.tasks.alfworld.agent import Agent, kind_of, receptacles_of, task_of
-from matryoshka.tasks.alfworld.compact import SHOTS, compact_style
 from matryoshka.tasks.alfworld.engine import Engine
-from matryoshka.tasks.alfworld.exemplars import EXEMPLARS
+from matryoshka.tasks.alfworld.exemplars import EXEMPLARS, played
 from matryoshka.tasks.alfworld.game import load_game
 from matryoshka.tasks.alfworld.games import TASK_TYPES
-from matryoshka.tasks.alfworld.plan_language import Step, parse_plan, program, write_compact, write_full
+from matryoshka.tasks.alfworld.plan_language import (
+    Step,
+    in_sentences,
+    parse_plan,
+    program,
+    straight_program,
+    write_compact,
+    write_full,
+)
 from matryoshka.tasks.alfworld.playthrough import Session, screen_text
 from matryoshka.tasks.alfworld.program import AskRefusedError, Limits, run_program
-from matryoshka.tasks.alfworld.prompts import API, PLAN_MARK, Scene, Style, ask, full_style
+from matryoshka.tasks.alfworld.prompt_style import PLAN_MARK, Scene, Style
 
 # What stands where in the exemplars' rooms: the thing of the task where a sensible search finds it late, or a lamp.
 THINGS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -111,11 +118,11 @@ def test_every_exemplar_needs_each_of_its_steps(task_type: str) -> None:
 
 def test_the_agent_has_what_the_prompt_promises() -> None:
     """Oracle: the class: every name and every number of arguments, and no method is in none of the prompts."""
-    shown = f"{API}\n{brief.SOLVE_SYSTEM}"
-    for name, arguments in re.findall(r"agent\.(\w+)(\([^)]*\))?", brief.SOLVE_SYSTEM):
+    brief, full = (Style(name).solve(scene(), "")[0].content for name in ("brief", "full"))
+    for name, arguments in re.findall(r"agent\.(\w+)(\([^)]*\))?", brief):
         member = inspect.getattr_static(Agent, name)
         assert isinstance(member, property) or len(inspect.signature(member).parameters) == arguments.count(",") + 2
-    for name, arguments in re.findall(r"agent\.(\w+)(\([^)]*\))?", API):
+    for name, arguments in re.findall(r"agent\.(\w+)(\([^)]*\))?", full):
         member = inspect.getattr_static(Agent, name)
         if not arguments:
             assert isinstance(member, property), name
@@ -123,7 +130,7 @@ def test_the_agent_has_what_the_prompt_promises() -> None:
         wanted = [argument.strip(" *") for argument in arguments.strip("()").split(",") if argument.strip()]
         assert list(inspect.signature(member).parameters)[1:] == wanted, name
     public = {name for name in vars(Agent) if not name.startswith("_")}
-    assert public == set(re.findall(r"agent\.(\w+)", shown))
+    assert public == set(re.findall(r"agent\.(\w+)", f"{full}\n{brief}"))
 
 
 @pytest.mark.parametrize("verbs", ["current", "old"])
@@ -131,7 +138,7 @@ def test_the_agent_has_what_the_prompt_promises() -> None:
 def test_every_exemplar_is_won_by_its_actions_too(task_type: str, verbs: str) -> None:
     """Oracle: the engine's answer to each command; the old positions by their form, since their numbers say nothing."""
     session = Session(Engine(load_game(room(task_type)), verbs), 50, verbs)
-    for _, command, answer in acted.played(task_type, verbs):
+    for _, command, answer in played(task_type, verbs):
         assert not session.won
         wording = re.escape(answer) if verbs == "current" else re.sub(r"loc \d+", r"loc \\d+", answer)
         assert re.fullmatch(wording, session.act(command))
@@ -152,13 +159,13 @@ def text_of(prompt: Messages) -> str:
 @pytest.mark.parametrize("task_type", TASK_TYPES)
 def test_the_full_style_shows_the_exemplar_of_the_type(task_type: str) -> None:
     """Oracle: by eye: its screen and plan to the controller, also its program to the generator, the scene last."""
-    style, shot = full_style(37), EXEMPLARS[task_type]
+    style, shot = Style("full", 37), EXEMPLARS[task_type]
     plan = style.plan(scene(task_type))
     assert [message.role for message in plan] == ["system", "user", "assistant", "user"]
     assert plan[1].content == shot.screen and plan[2].content == write_full(shot.steps)
     assert plan[3].content == scene().screen
     solve = style.solve(scene(task_type), "my plan")
-    assert "37 actions" in solve[0].content and API in solve[0].content
+    assert "37 actions" in solve[0].content and "agent.find(kind, places)" in solve[0].content
     assert solve[1].content == f"{shot.screen}{PLAN_MARK}{write_full(shot.steps)}"
     assert solve[2].content == f"```python\n{program(shot.steps).strip()}\n```"
     assert solve[3].content == f"{scene().screen}{PLAN_MARK}my plan"
@@ -166,7 +173,7 @@ def test_the_full_style_shows_the_exemplar_of_the_type(task_type: str) -> None:
 
 def test_without_a_plan_no_plan_is_shown() -> None:
     """Oracle: the mark before a plan is nowhere in the prompt."""
-    for style in (full_style(), compact_style(), brief.brief_style()):
+    for style in (Style("full"), Style("compact"), Style("brief")):
         for prompt in (style.solve(scene(), ""), style.act(scene(), "")):
             assert PLAN_MARK not in text_of(prompt)
         assert PLAN_MARK in text_of(style.solve(scene(), "p")) and PLAN_MARK in text_of(style.act(scene(), "p"))
@@ -176,27 +183,27 @@ def test_without_a_plan_no_plan_is_shown() -> None:
 @pytest.mark.parametrize("task_type", TASK_TYPES)
 def test_direct_action_is_shown_a_whole_example_first(task_type: str, plan: str) -> None:
     """Oracle: by eye: roles alternate, the exemplar from its screen to its last command, then this scene."""
-    system, shot, *turns, last = full_style().act(scene(task_type), plan)
+    system, shot, *turns, last = Style("full").act(scene(task_type), plan)
     roles = [message.role for message in (system, shot, *turns, last)]
     assert roles == ["system"] + ["user", "assistant"] * ((len(turns) + 1) // 2) + ["user"]
     assert shot.content.startswith(EXEMPLARS[task_type].screen) and (PLAN_MARK in shot.content) is bool(plan)
     commands = [react.action_in(message.content) for message in turns[::2]]
-    assert commands == [command for _, command, _ in acted.played(task_type)]
+    assert commands == [command for _, command, _ in played(task_type)]
     assert last.content == scene().screen + (f"{PLAN_MARK}my plan" if plan else "")
 
 
 def test_direct_action_names_the_commands_of_the_household() -> None:
     """Oracle: ALFWorld's wording before and since 0.4.0."""
-    new, old = (full_style(50, verbs).act(scene(), "") for verbs in ("current", "old"))
+    new, old = (Style("full", 50, verbs).act(scene(), "") for verbs in ("current", "old"))
     assert "move THING to RECEPTACLE" in new[0].content and "put THING in/on RECEPTACLE" not in new[0].content
     assert "put THING in/on RECEPTACLE" in old[0].content and "{" not in old[0].content + new[0].content
 
 
 def test_compact_prompts_share_their_shots_and_are_short() -> None:
     """Oracle: by eye: the same messages before the last one; there the task and each type of receptacle once."""
-    style = compact_style()
+    style = Style("compact")
     prompts = [style.plan(scene(task_type)) for task_type in TASK_TYPES]
-    assert len({prompt[:-1] for prompt in prompts}) == 1 and len(prompts[0]) == 2 * len(SHOTS) + 2
+    assert len({prompt[:-1] for prompt in prompts}) == 1 and len(prompts[0]) == 2 * 3 + 2
     assert prompts[0][-1] == Message("user", "cabinet, stove\nheat some yam and put it in cabinet")
     assert style.write(EXEMPLARS["look_at_obj_in_light"].steps) == prompts[0][4].content
 
@@ -207,10 +214,10 @@ def test_the_brief_style_shows_sentences_to_the_generator_alone(task_type: str) 
     message; the generator's has plans in sentences with quoted places. All prompts of a type have all but the last
     message in common.
     """
-    style, shot = brief.brief_style(), EXEMPLARS[task_type]
+    style, shot = Style("brief"), EXEMPLARS[task_type]
     asked = style.plan(scene(task_type))
     assert asked[2] == Message("assistant", write_compact(shot.steps)) and len(asked) == 4
-    assert asked[-1] == compact_style().plan(scene(task_type))[-1]
+    assert asked[-1] == Style("compact").plan(scene(task_type))[-1]
     plan = "1. find yam: cabinet 2, stove\n2. heat yam: stove\n3. put yam: cabinet\nthen rest"
     solve, bare = style.solve(scene(task_type), plan), style.solve(scene(task_type), "")
     assert solve[-1].content == f"cabinet, stove\nheat some yam and put it in cabinet{PLAN_MARK}" + (
@@ -218,24 +225,24 @@ def test_the_brief_style_shows_sentences_to_the_generator_alone(task_type: str) 
         "3. Put the yam in 'cabinet'.\nthen rest"
     )
     assert solve[:-1] == style.solve(scene(task_type), "1. find mug: stove")[:-1] != bare[:-1]
-    assert solve[2] == bare[2] == Message("assistant", brief.straight_program(shot.steps))
+    assert solve[2] == bare[2] == Message("assistant", straight_program(shot.steps))
     steps = [Step("find", "mug", ("cabinet 16", "cabinet 2", "shelf 1")), Step("put", "mug", ("desk",))]
     assert style.write(steps) == "1. find mug: cabinet, shelf\n2. put mug: desk"
-    read = parse_plan(brief.in_sentences(write_compact(shot.steps)))  # a scripted reader takes them at their word
+    read = parse_plan(in_sentences(write_compact(shot.steps)))  # a scripted reader takes them at their word
     assert [(s.verb, s.thing, s.places) for s in read] == [(s.verb, s.thing, s.places) for s in shot.steps]
-    assert brief.in_sentences("4. use desklamp: desk") == "4. Find a desklamp in 'desk' and use it."
+    assert in_sentences("4. use desklamp: desk") == "4. Find a desklamp in 'desk' and use it."
 
 
 @pytest.mark.parametrize("task_type", TASK_TYPES)
 def test_every_straight_program_wins_in_its_room(task_type: str) -> None:
     """Oracle: the engine; each exemplar's room holds its things where a sensible search finds them."""
     session = Session(Engine(load_game(room(task_type))), 50)
-    code = brief.straight_program(EXEMPLARS[task_type].steps)
+    code = straight_program(EXEMPLARS[task_type].steps)
     outcome = asyncio.run(run_program(code, session, no_answer, Limits(10.0, 128 * 2**20)))
     assert (session.won, outcome.error) == (True, "")
 
 
-@pytest.mark.parametrize("style", [full_style(), compact_style()], ids=lambda style: style.name)
+@pytest.mark.parametrize("style", [Style("full"), Style("compact"), Style("brief")], ids=lambda style: style.name)
 def test_what_went_wrong_is_shown_after_what_was_said(style: Style) -> None:
     """Oracle: by eye: the conversation continues, roles alternate."""
     again = style.replan(scene(), "the plan", "it broke")
@@ -244,7 +251,7 @@ def test_what_went_wrong_is_shown_after_what_was_said(style: Style) -> None:
     retry = style.retry(scene(), "the plan", "the code\n", "it broke")
     assert retry[:-2] == style.solve(scene(), "the plan")
     assert retry[-2].content == "```python\nthe code\n```" and "it broke" in retry[-1].content
-    for prompt in (again, retry, ask("where?")):
+    for prompt in (again, retry, style.ask("where?")):
         roles = [message.role for message in prompt]
         assert roles[0] == "system" and roles[1:] == ["user", "assistant"] * ((len(roles) - 1) // 2) + ["user"]
 
@@ -254,3 +261,30 @@ def test_the_screen_loses_only_its_title() -> None:
     text = Engine(load_game(room("pick_heat_then_place_in_recep"))).observation.text
     assert text == f"-= Welcome to TextWorld, ALFRED! =-\n\n{screen_text(text)}"
     assert screen_text("no title") == "no title"
+
+
+def test_a_user_s_own_file_changes_exemplars_and_requests(tmp_path: Path) -> None:
+    """Oracle: by hand: an exemplar of one type is changed key by key; a retry that inserts nothing begins anew."""
+    shipped = (Path(prompt_style.__file__).with_name("prompts") / "published.toml").read_text()
+    own = tmp_path / "mine.toml"
+    own.write_text(shipped + '\n[exemplars.pick_heat_then_place_in_recep]\nplan = "# General Plan: mine."\n')
+    style, published = Style(str(own)), Style("published")
+    assert style.name.startswith("mine-") and published.name == "published"
+    (asked,), (other,) = style.plan(scene()), style.plan(scene("pick_two_obj_and_place"))
+    assert "Here is a decomposition:\n# General Plan: mine.\n" in asked.content and asked.role == "user"
+    assert "cabinet 2, cabinet 1, stove 1" in asked.content and asked.content.endswith("Here is a decomposition:")
+    assert (other,) == published.plan(scene("pick_two_obj_and_place"))
+    (retry,) = style.retry(scene(), "the plan", "the code", "it broke")
+    assert "it broke" in retry.content and "the code" not in retry.content
+    steps = EXEMPLARS["look_at_obj_in_light"].steps
+    assert style.write(steps).startswith("# General Plan: ") and len(parse_plan(style.write(steps))) == 2
+
+
+def test_an_unknown_style_is_named(tmp_path: Path) -> None:
+    """Oracle: the names of the shipped files; a file that inserts what there is not."""
+    with pytest.raises(FileNotFoundError, match="'fall': no such file; expected brief, compact, full, published"):
+        Style("fall")
+    text = (Path(prompt_style.__file__).with_name("prompts") / "full.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text.replace('insert = "played"', 'insert = "plaid"'))
+    with pytest.raises(ValueError, match=r"mine.toml: \[\[act\]\]: there are no messages 'plaid' to insert here"):
+        Style(str(tmp_path / "mine.toml")).act(scene(), "")

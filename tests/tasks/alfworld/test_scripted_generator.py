@@ -17,8 +17,6 @@ from hypothesis import strategies as st
 from matryoshka.core.protocols import GeneratorError, TaskSetting
 from matryoshka.core.records import Example, Message, RolloutSettings, Sampling, Trajectory
 from matryoshka.eval.baselines import GeneratorGuidance, NoGuidance, ScriptedGuidance
-from matryoshka.tasks.alfworld.brief import brief_style
-from matryoshka.tasks.alfworld.compact import compact_style
 from matryoshka.tasks.alfworld.engine import Engine
 from matryoshka.tasks.alfworld.game import Game, load_game
 from matryoshka.tasks.alfworld.households import households
@@ -34,13 +32,13 @@ from matryoshka.tasks.alfworld.plan_language import (
     write_full,
 )
 from matryoshka.tasks.alfworld.playthrough import Environment, screen_text
-from matryoshka.tasks.alfworld.prompts import Style, full_style
+from matryoshka.tasks.alfworld.prompt_style import Scene, Style
 from matryoshka.tasks.alfworld.scripted_generator import LiteralGenerator
 from matryoshka.tasks.alfworld.task import ALFWorldTask
 from matryoshka.tests.tasks.alfworld import kitchen
 
 DATA = Path(os.environ.get("MATRYOSHKA_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
-STYLES = [brief_style(), compact_style(), full_style()]
+STYLES = [Style("brief"), Style("compact"), Style("full")]
 NAMES = st.sampled_from(["mug", "cellphone", "knife", "cd", "handtowel"])
 PLACES = st.lists(st.sampled_from(["cabinet", "cabinet 2", "sinkbasin", "desk 1", "tvstand"]), min_size=1, max_size=4)
 STEPS = st.builds(Step, st.sampled_from(["find", "clean", "heat", "cool", "put", "use"]), NAMES, PLACES.map(tuple))
@@ -197,7 +195,7 @@ def test_gold_plans_win_everything_and_other_plans_nothing(style: Style, own_gam
 @pytest.mark.parametrize("verbs", ["current", "old"])
 def test_its_actions_are_those_of_its_program(verbs: str, own_games: list[Game]) -> None:
     """Oracle: the same episodes with programs, command for command; without a plan it does nothing, fifty times."""
-    style = full_style(verbs=verbs)
+    style = Style("full", verbs=verbs)
 
     def commands(mode: str, plans: Any) -> list[tuple[float, list[str]]]:
         told = [
@@ -224,7 +222,7 @@ def test_its_own_plans_win_some(own_games: list[Game]) -> None:
 def test_answers_are_a_function_of_prompt_and_seed() -> None:
     """Oracle: equality, and difference of at least one draw."""
     game = load_game(kitchen.row())
-    task = make_task([], compact_style(), lambda _: Engine(game))
+    task = make_task([], Style("compact"), lambda _: Engine(game))
     prompt = task.first_prompt(example(game))
 
     def said(seed: int, draw: int) -> str:
@@ -239,7 +237,7 @@ def test_a_retry_is_answered_with_the_same_plan() -> None:
     """Oracle: the program for the first request, whatever the complaint says."""
     game = load_game(kitchen.row())
     asked = example(game)
-    style, generator = full_style(), LiteralGenerator()
+    style, generator = Style("full"), LiteralGenerator()
     task = make_task([asked], style, lambda _: Engine(game))
     plan = str(task.gold_guidance(asked)).replace("microwave", "shelf")
     controller = ScriptedGuidance("fixed", {task.first_prompt(asked): plan})
@@ -257,14 +255,12 @@ def test_what_it_cannot_answer_fails_the_episode(system: str) -> None:
 
 def test_a_sentence_of_no_known_kind_fails_the_episode() -> None:
     """Oracle: the exception names the sentence."""
-    prompt = (*compact_style().plan(example_scene())[:-1], Message("user", "cabinet, desk\ndance on the table"))
+    prompt = (*Style("compact").plan(example_scene())[:-1], Message("user", "cabinet, desk\ndance on the table"))
     with pytest.raises(GeneratorError, match="'dance on the table'"):
         asyncio.run(LiteralGenerator().complete(prompt, Sampling()))
 
 
 def example_scene() -> Any:
-    from matryoshka.tasks.alfworld.prompts import Scene
-
     return Scene(screen_text(Engine(load_game(kitchen.row())).observation.text), "pick_heat_then_place_in_recep")
 
 
@@ -275,5 +271,5 @@ def test_gold_plans_win_all_of_valid_seen() -> None:
     if not path.is_file():
         pytest.skip(f"{path} is not here; MATRYOSHKA_DATA names the folder")
     games = [load_game(json.loads(line)) for line in lzma.open(path, "rt")]
-    assert sum(t.reward for t in play(games, compact_style(), gold)) == len(games) == 140
-    assert sum(t.reward for t in play(games, compact_style(), garbage)) <= 2
+    assert sum(t.reward for t in play(games, Style("compact"), gold)) == len(games) == 140
+    assert sum(t.reward for t in play(games, Style("compact"), garbage)) <= 2

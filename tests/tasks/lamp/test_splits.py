@@ -86,8 +86,17 @@ def test_one_file_is_cut_by_users(tmp_path: Path) -> None:
     ids = {split: [example.id for example in rows] for split, rows in splits.items()}
     expected = {"test": ["a0", "a1"], "warmup": ["a3", "a4"], "train": ["a5", "a6", "a7"], "validation": ["a9"]}
     assert ids == {**expected, "held_out": []}
-    with pytest.raises(ValueError, match="gives 0 problems for validation but the configuration takes 1; no two"):
+    with pytest.raises(ValueError, match="gives 2 problems for train but the configuration takes 3; no two"):
         load_splits(config(train_file=written(tmp_path, items[:9])))
+
+
+def test_users_with_many_rows_each_are_dealt_side_by_side(tmp_path: Path) -> None:
+    """Oracle: by hand: in order, u and v would go to warm-up and training, w too, and validation would get nobody."""
+    items = [user(f"{theme}{i}", theme) for i in range(3) for theme in "uvw"]
+    test = written(tmp_path, [user(f"b{i}", f"x{i}") for i in range(3)], "dev")
+    splits = load_splits(config(train_file=written(tmp_path, items), test_file=test))
+    ids = {split: [example.id for example in splits[split]] for split in ("warmup", "train", "validation")}
+    assert ids == {"warmup": ["u0", "u1"], "train": ["v0", "v1", "v2"], "validation": ["w0"]}
 
 
 def test_users_are_joined_by_what_goes_nowhere(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from matryoshka.tasks.lamp.prompts import line
+from matryoshka.tasks.lamp.prompt_style import line
 from matryoshka.tasks.lamp.retrieval import bm25
 from matryoshka.tasks.lamp.rewards import judge
 from matryoshka.tasks.lamp.scripted_generator import read

@@ -23,8 +23,8 @@ from matryoshka.core.records import (
 )
 from matryoshka.tasks.lamp.data import Item
 from matryoshka.tasks.lamp.options import LampOptions
-from matryoshka.tasks.lamp.prompts import KNOWN
 from matryoshka.tasks.lamp.retrieval import bm25, recency
+from matryoshka.tasks.lamp.scripted_generator import KNOWN
 from matryoshka.tasks.lamp.splits import make_example
 from matryoshka.tasks.lamp.task import MAIN_METRIC, LampTask
 from matryoshka.tasks.lamp.task_specs import KINDS

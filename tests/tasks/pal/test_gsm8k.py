@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from matryoshka.core.records import Example, content_key
-from matryoshka.tasks.pal.gsm8k import load
+from matryoshka.tasks.pal.gsm8k import Files, load, load_splits
 
 DATA = Path(os.environ.get("MATRYOSHKA_DATA", Path(__file__).parents[4] / "shared" / "data")) / "gsm8k"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}; set MATRYOSHKA_DATA")
@@ -26,6 +26,35 @@ def test_the_three_forms_of_one_problem_read_alike(tmp_path: Path) -> None:
     fields = {"question": "How many?", "answer": 1234}
     assert pal == hard == [Example(content_key("How many?"), fields)]
     assert gsm8k == [Example(content_key("How many?"), {**fields, "steps": ["What is 2*617?"]})]
+
+
+def test_socratic_rows_have_their_questions_as_steps(tmp_path: Path) -> None:
+    """Oracle: a row written by hand in the form of GSM8K's Socratic files; its steps are questions, not arithmetic."""
+    answer = (
+        "How many clips did Ann sell in May? ** She sold 48/2 = <<48/2=24>>24 clips in May.\n"
+        "How many clips is that in all? ** Ann sold 48+24 = <<48+24=72>>72 clips.\n#### 72"
+    )
+    (example,) = load(write(tmp_path / "a", {"question": "How many?", "answer": answer}))
+    steps = ["How many clips did Ann sell in May?", "How many clips is that in all?"]
+    assert example.fields == {"question": "How many?", "answer": 72, "steps": steps}
+
+
+def test_a_held_out_file_counts_apart(tmp_path: Path) -> None:
+    """Oracle: by hand: a question that stands in both has two ids; one that training sees is refused."""
+    train, test, hard = (tmp_path / name for name in ("train", "test", "hard"))
+    write(train, *({"input": f"t{i}?", "target": i} for i in range(3)))
+    write(test, {"input": "same?", "target": 4}, {"input": "b?", "target": 5})
+    write(hard, {"input": "same?", "target": 4.0}, {"input": "c?", "target": 6.5})
+    sizes = {"warmup": 0, "train": 2, "validation": 1, "test": 2, "held_out": 2}
+    splits = load_splits(Files(train, test, hard), sizes, gold_warmup=False)
+    assert [example.fields["answer"] for example in splits["held_out"]] == [4.0, 6.5]
+    ids = [example.id for rows in splits.values() for example in rows]
+    assert len(set(ids)) == len(ids) == 7 and splits["held_out"][1].id == content_key("c?")
+    with pytest.raises(ValueError, match="held_out 2, but .* held_out_file is empty"):
+        load_splits(Files(train, test), sizes, gold_warmup=False)
+    write(hard, {"input": "t2?", "target": 4.0}, {"input": "c?", "target": 6.5})
+    with pytest.raises(ValueError, match="1 questions stand in both train_file and held_out_file; training would see"):
+        load_splits(Files(train, test, hard), sizes, gold_warmup=False)
 
 
 def test_a_repeated_question_counts_with_an_id_of_its_own(tmp_path: Path) -> None:

@@ -47,6 +47,21 @@ def test_prompts_without_guidance_show_none() -> None:
     assert HEADER not in plain and guided.endswith(f"Q: {QUESTION}\n{GUIDANCE}") and plain.endswith(f"Q: {QUESTION}")
 
 
+def test_gold_guidance_has_the_form_that_the_prompt_asks_for(tmp_path: Path) -> None:
+    """Oracle: the worked examples of the prompt itself: a header in "full", none in "compact", the default for a file.
+
+    A warm-up on gold teaches these texts, so they must be what the prompt asks for.
+    """
+    shot = EXEMPLARS[0]
+    steps = [question for question, _ in shot["steps"]]
+    assert f"A: {FULL.written(steps)}\n\n" in FULL.guidance(QUESTION)[1].content
+    compact = PromptStyle("compact")
+    said = compact.guidance(QUESTION)[2].content
+    assert compact.written(said.split("\n")) == said
+    (tmp_path / "mine.toml").write_text(OWN)
+    assert PromptStyle(str(tmp_path / "mine.toml")).written(["a?", "b?"]) == "a?\nb?"
+
+
 def test_a_retry_has_the_previous_code_the_guidance_and_the_error() -> None:
     """Oracle: the messages of a retry: the first request, the earlier code, the error."""
     code, error = "def solution():\n    return 3 * paws", "NameError: name 'paws' is not defined"
@@ -125,5 +140,5 @@ def test_what_is_wrong_with_a_prompt_file_is_said(change: tuple[str, str], messa
     path.write_text(OWN.replace(*change, 1))
     with pytest.raises(ValueError, match=message):
         PromptStyle(str(path)).guidance("q")
-    with pytest.raises(FileNotFoundError, match="'fall': no such file; expected compact, full or the path of a .toml"):
+    with pytest.raises(FileNotFoundError, match="'fall': no such file; expected compact, full, published or the path"):
         PromptStyle("fall")

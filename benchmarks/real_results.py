@@ -84,9 +84,14 @@ class Outcomes:
 
     @property
     def seeds(self) -> list[str]:
-        """The seeds of which every trained condition is measured."""
-        trained = [rows for condition, rows in self.table.items() if condition not in FIXED]
-        return sorted(set.intersection(*(set(rows) for rows in trained))) if trained else []
+        """The seeds of which the warm-up and every round are measured."""
+        ladder = [rows for condition, rows in self.table.items() if condition not in (*FIXED, "star")]
+        return sorted(set.intersection(*(set(rows) for rows in ladder))) if ladder else []
+
+    @property
+    def conditions(self) -> list[str]:
+        """The conditions that are measured for all of these seeds, which are those that the tables have."""
+        return [name for name, rows in self.table.items() if name in FIXED or set(self.seeds) <= set(rows)]
 
     def wins(self, condition: str, games: Sequence[str]) -> list[list[float]]:
         """Return one row a seed and one column a game; a fixed condition repeats its row."""
@@ -95,11 +100,11 @@ class Outcomes:
         return [[float(row[game].won) for game in games] for row in picked]
 
     def games(self) -> list[str]:
-        """Return the games of which every condition of every complete seed is measured, in a fixed order."""
+        """Return the games of which every one of `conditions` is measured for all seeds, in a fixed order."""
         seen = [
             set(row)
-            for condition, rows in self.table.items()
-            for seed, row in rows.items()
+            for condition in self.conditions
+            for seed, row in self.table[condition].items()
             if condition in FIXED or seed in self.seeds
         ]
         return sorted(set.intersection(*seen)) if seen else []
@@ -142,7 +147,7 @@ def differences(outcomes: Outcomes) -> dict[str, tuple[LevelledDifference, float
         return {}
     found = {
         f"{second} - {first}": levelled_difference(outcomes.wins(first, games), outcomes.wins(second, games))
-        for first, second in comparisons(list(outcomes.table))
+        for first, second in comparisons(outcomes.conditions)
     }
     adjusted = holm({name: row.p for name, row in found.items()})
     return {name: (row, adjusted[name]) for name, row in found.items()}
@@ -151,7 +156,7 @@ def differences(outcomes: Outcomes) -> dict[str, tuple[LevelledDifference, float
 def condition_rows(outcomes: Outcomes) -> list[dict[str, Any]]:
     """Return one row a condition, in the order of `TITLES`: success, by seed and by type, and what an episode costs."""
     games, rows = outcomes.games(), []
-    for name in (name for name in TITLES if name in outcomes.table):
+    for name in (name for name in TITLES if name in outcomes.conditions):
         picked = [row for seed, row in outcomes.table[name].items() if name in FIXED or seed in outcomes.seeds]
         episodes = [row[game] for row in picked for game in games]
         if not episodes:

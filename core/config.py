@@ -24,6 +24,7 @@ import tomli_w
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 C = TypeVar("C")
+LONGEST_PROBLEM = 1000  # characters of an error that repeats a value
 EXPECTED = {  # pydantic's types of error -> words
     "int_type": "expected an integer",
     "float_type": "expected a number",
@@ -98,6 +99,8 @@ def parse(
             key, problem = _join(key, inner.key), inner.problem
         ours = any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in overridden or {})
         where = "override" if ours else source
+        if len(problem) > LONGEST_PROBLEM:  # it repeats a value, which may be a whole file
+            problem = f"{problem[: LONGEST_PROBLEM // 2]} ... {problem[-LONGEST_PROBLEM // 2 :]}"
         raise ConfigError(where, _join(prefix, key) if prefix else key, problem) from err
     except (TypeError, RecursionError) as err:
         raise ValueError(f"{source}: {err}") from err

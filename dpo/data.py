@@ -216,7 +216,7 @@ def _tokens(tokenizer: Tokenizer, prompt: str | Messages, answer: str | Messages
     """Return prompt and answer. A text prompt is continued as plain text; a chat prompt goes through the template."""
     if not isinstance(answer, str):
         if len(answer) != 1 or answer[0].role != "assistant":
-            raise ValueError(f"an answer must be one assistant message; got {[m.role for m in answer]}")
+            raise ValueError(f"an answer must be one assistant message; got {str([m.role for m in answer]):.200}")
         answer = answer[0].content
     if not isinstance(prompt, str):
         return text_completion(tokenizer, prompt, answer)

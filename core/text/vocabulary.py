@@ -104,8 +104,8 @@ class Vocabulary:
             ids = self.raw_encode(prefix + text)
         if found := self.special_set.intersection(ids):
             names = [content for content, id in self.special_ids.items() if id in found]
-            raise ValueError(f"{self.where}: plain text became the special token {names[0]!r} (a character that the "
-                             f"vocabulary cannot write, or a faulty merge); remove it from the text: {text!r:.80}")
+            what = f"plain text became the special token {names[0]!r:.60} (a character that the vocabulary cannot write"
+            raise ValueError(f"{self.where}: {what}, or a faulty merge); remove it from the text: {text!r:.80}")
         return ids
 
 
@@ -131,7 +131,8 @@ def load_vocabulary(folder: Path, added: Iterable[AddedToken], special: Iterable
     is_tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data)
     vocabulary = (_from_tiktoken if is_tiktoken else _from_sentencepiece)(model_path, data, tokens, legacy)
     if unknown := [content for content in special if content not in vocabulary.specials]:
-        raise ValueError(f"{model_path}: the folder names the special token {unknown[0]!r}, which is not in the file")
+        what = f"the folder names the special token {unknown[0]!r:.60}"
+        raise ValueError(f"{model_path}: {what}, which is not in the file")
     return vocabulary
 
 
@@ -172,7 +173,8 @@ def _from_json(path: Path, added: Iterable[AddedToken], special: Iterable[str]) 
     for content in special - set(tokens):
         found = backend.token_to_id(content)
         if found is None:
-            raise ValueError(f"{path}: the folder names the special token {content!r}, which is not in the vocabulary")
+            what = f"the folder names the special token {content!r:.60}"
+            raise ValueError(f"{path}: {what}, which is not in the vocabulary")
         tokens[content] = AddedToken(content, found)
 
     vocab = backend.get_vocab(with_added_tokens=True)

@@ -112,10 +112,13 @@ def read_config(folder: Path) -> LoraConfig:
     targets = fields.texts("target_modules")
     if not targets:
         raise fields.error("target_modules", "a list with at least one name")
+    dropout = fields.number("lora_dropout", 0.0)
+    if not 0.0 <= dropout < 1.0:
+        raise fields.error("lora_dropout", "a number in [0, 1)")
     return LoraConfig(
         rank=fields.integer("r", low=1),
         alpha=fields.number("lora_alpha"),
-        dropout=fields.number("lora_dropout", 0.0),
+        dropout=dropout,
         targets=tuple(sorted(targets)),
         rslora=fields.boolean("use_rslora", False),
         dora=fields.boolean("use_dora", False),

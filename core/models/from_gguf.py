@@ -99,7 +99,7 @@ def _read_gguf(path: Path) -> Any:
     try:
         return _gguf().GGUFReader(path)
     except (ValueError, IndexError) as err:  # reading past the end of its memory map raises these
-        raise ValueError(f"{path}: truncated or not a GGUF file ({err}); get it again") from err
+        raise ValueError(f"{path}: truncated or not a GGUF file ({err!s:.300}); get it again") from err
 
 
 def _gguf() -> ModuleType:

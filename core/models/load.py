@@ -79,7 +79,7 @@ def empty_model(folder: Path) -> LanguageModel:
     try:
         model_config = architecture.read_config(config)
     except ValueError as err:
-        raise ValueError(f"{folder}: {err}") from err
+        raise ValueError(f"{folder}: {err!s:.1000}") from err
     except (ArithmeticError, AttributeError, LookupError, TypeError) as err:
         raise ValueError(f"{folder / 'config.json'}: a field is of the wrong kind ({err!r:.200})") from err
     with torch.device("meta"):
@@ -142,8 +142,8 @@ def model_architecture(config: dict[str, Any], folder: Path) -> ModuleType:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in files:
         raise ValueError(
-            f"{folder / 'config.json'}: model_type is {model_type!r}, expected one of {sorted(files)}; choose another "
-            f"model, or add a file for it: {GUIDE} shows how"
+            f"{folder / 'config.json'}: model_type is {model_type!r:.100}, expected one of {sorted(files)}; choose "
+            f"another model, or add a file for it: {GUIDE} shows how"
         )
     path = files[model_type]
     if path.parent == MODELS:

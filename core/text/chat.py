@@ -216,7 +216,7 @@ class ChatFormat:
             return self._template.render(messages=chat, add_generation_prompt=add_generation_prompt, **self._variables)
         except jinja2.TemplateError as err:
             roles = [message["role"] for message in chat]
-            raise ValueError(f"{self._where}: the chat template refuses the roles {roles}: {err}") from err
+            raise ValueError(f"{self._where}: the chat template refuses the roles {roles}: {err!s:.300}") from err
         except FAILURES as err:
             raise ValueError(f"{self._where}: the chat template fails ({type(err).__name__}: {err!s:.200})") from err
 

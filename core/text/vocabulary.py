@@ -180,8 +180,9 @@ def _from_json(path: Path, added: Iterable[AddedToken], special: Iterable[str]) 
     vocab = backend.get_vocab(with_added_tokens=True)
     kinds = {str(part.get("type")) for part in _parts(data.get("decoder"))}
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
-        raise ValueError(f"{path}: decoder {sorted(kinds)} is not supported; expected byte-level BPE (ByteLevel) or a "
-                         f"sentencepiece model (ByteFallback or Metaspace)")
+        what = f"decoder {str(sorted(kinds)):.200} is not supported"
+        known = "byte-level BPE (ByteLevel) or a sentencepiece model (ByteFallback or Metaspace)"
+        raise ValueError(f"{path}: {what}; expected {known}")
     around = _ids_around_text(backend, path)
     byte_level = "ByteLevel" in kinds
     spell = _spell_byte_level if byte_level else _spell_sentencepiece
@@ -200,7 +201,7 @@ def _ids_around_text(backend: tokenizers.Tokenizer, path: Path) -> tuple[tuple[i
     try:
         encoding = backend.encode("a")
     except Exception as err:  # tokenizers raises no narrower class
-        raise ValueError(f"{path}: its post-processor cannot encode the text 'a' ({err})") from err
+        raise ValueError(f"{path}: its post-processor cannot encode the text 'a' ({err!s:.300})") from err
     added = [index for index, special in enumerate(encoding.special_tokens_mask) if special]
     own = [index for index, special in enumerate(encoding.special_tokens_mask) if not special] or [len(added)]
     before, after = ([index for index in added if side(index)] for side in (own[0].__gt__, own[-1].__lt__))
@@ -300,9 +301,9 @@ def _take_prefix(data: dict[str, Any]) -> tuple[str, str]:
     return prefix, special_prefix
 
 
-def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Return a normalizer, pre-tokenizer or decoder and everything inside it."""
-    if component is None:
+def _parts(component: Any) -> list[dict[str, Any]]:
+    """Return a normalizer, pre-tokenizer or decoder and everything inside it; nothing for what is no object."""
+    if not isinstance(component, dict):
         return []
     inner = [item for value in component.values() if isinstance(value, list) for item in value]
     return [component, *(deep for item in inner if isinstance(item, dict) for deep in _parts(item))]

@@ -93,8 +93,9 @@ def only_clear_errors(folder: Path) -> Iterator[None]:
 
 def fuzz(examples: int) -> Callable[[Any], Any]:
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
-    examples = int(os.environ.get("MATRYOSHKA_FUZZ", examples))
-    return settings(max_examples=examples, deadline=None, suppress_health_check=checks)
+    wanted = os.environ.get("MATRYOSHKA_FUZZ")  # a number of fresh examples; without it they are the same in every run
+    number = int(wanted or examples)
+    return settings(max_examples=number, deadline=None, suppress_health_check=checks, derandomize=not wanted)
 
 
 ADAPTER = {

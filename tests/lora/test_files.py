@@ -285,7 +285,7 @@ REFUSED = {
     "alpha null": ({"lora_alpha": None}, "lora_alpha is None"),
     "alpha beyond float": ({"lora_alpha": 10**400}, "lora_alpha is "),
     "dropout null": ({"lora_dropout": None}, "lora_dropout is None .*expected a finite number"),
-    "dropout of one": ({"lora_dropout": 1.0}, "dropout 1.0 must lie in"),
+    "dropout of one": ({"lora_dropout": 1.0}, r"adapter_config.json: .*lora_dropout.*\[0, 1\)"),
     "rslora as text": ({"use_rslora": "false"}, "use_rslora is 'false' .*expected true or false"),
     "dora as a number": ({"use_dora": 1}, "use_dora is 1 "),
 }

@@ -38,7 +38,7 @@ NOT_KNOWN = "(here stands what the {} wrote)"
 
 @dataclass
 class Checked:
-    """What a check found. lines: what is right, to be read; faults: what keeps the run from starting."""
+    """The findings of a check. lines: one for each sound part; faults: the errors that keep a run from starting."""
 
     lines: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)

@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ def environment() -> dict[str, Any]:
         "versions": {name: version(name) for name in RUNTIME},
         "commit": _commit(ROOT),
     }
+
+
+def hardware(machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an `environment` says of the machine itself."""
+    return {name: value for name, value in machine.items() if name not in ("versions", "commit", "python")}
+
+
+def versions(machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the versions in an `environment`: Python, packages, commit."""
+    return {"python": machine["python"], **machine["versions"], "commit": machine["commit"]}
 
 
 def typed_command() -> str:

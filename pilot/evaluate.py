@@ -22,7 +22,7 @@ from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.pilot.config import RunConfig, rollout_settings, run_part
 from matryoshka.pilot.context import Problems, Run, Scheme, open_run
-from matryoshka.pilot.environment import environment, typed_command
+from matryoshka.pilot.environment import environment, hardware, typed_command, versions
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.folder import cache_path
 from matryoshka.pilot.generator import open_generator, with_generator
@@ -248,9 +248,8 @@ def _report(run: Run, conditions: Sequence[Condition], splits: Sequence[str]) ->
         title=f"Evaluation {run.config.name}",
         command=typed_command(),
         config=to_json(run.config),
-        hardware={name: value for name, value in machine.items() if name not in ("versions", "commit", "python")}
-        | run.task.facts(),
-        versions={"python": machine["python"], **machine["versions"], "commit": machine["commit"]},
+        hardware=hardware(machine) | run.task.facts(),
+        versions=versions(machine),
         conditions=conditions,
         examples=[example for split in splits for example in run.problems[split]],
         comparisons=[(first, other) for other in others],

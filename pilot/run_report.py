@@ -17,7 +17,7 @@ from matryoshka.eval.summary import graded_scores
 from matryoshka.lora.files import adapter_hash
 from matryoshka.pilot.config import EMBEDDED_ADAPTER, RunConfig
 from matryoshka.pilot.context import ENVIRONMENT, Run, open_run
-from matryoshka.pilot.environment import environment, typed_command
+from matryoshka.pilot.environment import environment, hardware, typed_command, versions
 from matryoshka.pilot.episodes import NotRecordedError, policy_scheme, run_episodes
 from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, evaluate, evaluate_with, schemes, trained_rounds
 from matryoshka.pilot.folder import CONFIG
@@ -104,9 +104,8 @@ def _report_input(
         title=f"Pilot {run.config.name}",
         command=typed_command(),
         config=to_json(run.config),
-        hardware={name: value for name, value in machine.items() if name not in ("versions", "commit", "python")}
-        | run.task.facts(),
-        versions={"python": machine["python"], **machine["versions"], "commit": machine["commit"]},
+        hardware=hardware(machine) | run.task.facts(),
+        versions=versions(machine),
         conditions=conditions,
         examples=examples,
         groups=by_split | by_group(run.task, examples),

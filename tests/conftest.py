@@ -18,6 +18,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# pytest finds the packages by its own setting `pythonpath`. Processes that a test starts find them by this one.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / ".ns"), os.environ.get("PYTHONPATH", "")]))
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

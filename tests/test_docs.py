@@ -7,7 +7,6 @@ A comment stands before each block of commands or Python: `<!-- run: KIND -->`, 
 import functools
 import importlib
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -187,12 +186,10 @@ def test_blocks_run(block: Block, tiny_dir: Path, tmp_path: Path) -> None:
     for name, rows in (("pairs", PAIRS), ("chats", CHATS), ("qa", QUESTIONS)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    paths = [str(ROOT / ".ns"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     if block.language == "python":
         script = [sys.executable, "-c", block.text]
     else:
         start = f'matryoshka() {{ "{sys.executable}" -m matryoshka.scripts.cli "$@"; }}\nset -euo pipefail'
         script = ["bash", "-c", f"{start}\n{block.text}"]
-    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{block.where}: {done.stderr[-2000:]}"

@@ -1,8 +1,6 @@
 """benchmarks/real_weights.py over the embedded model: log-probs beside those of transformers and llama.cpp."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +11,11 @@ from matryoshka.dpo.parity import BOUNDS
 
 
 @pytest.mark.slow
-def test_the_embedded_model_end_to_end(
-    smollm2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_embedded_model_end_to_end(smollm2_dir: Path, tmp_path: Path) -> None:
     """Oracles: transformers and our server within the rounding of fp32; llama.cpp, which quantises activations, within
     a tenth of a nat; a step of SFT lowers its own loss."""
     pytest.importorskip("transformers")
     pytest.importorskip("xllamacpp")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server is a process of its own
     main(smollm2_dir, smollm2_gguf(), tmp_path / "result.json", "float32", max_tokens=12, serve=True)
     found = json.loads((tmp_path / "result.json").read_text())
     rms = {name: one["rms"] for name, one in found["nats_a_token"].items()}

@@ -1,7 +1,6 @@
 """The response cache holds its promise: an answer that `put` has taken is there, whatever happens to the process."""
 
 import json
-import os
 import signal
 import sqlite3
 import subprocess
@@ -23,10 +22,7 @@ SAMPLE = Sample('4 "\u00e9"\n', "length", usage=Usage(11, 3))
 def child(code: str, *arguments: str) -> subprocess.Popen[bytes]:
     head = "import os, signal, sys\nfrom pathlib import Path\nfrom matryoshka.core.records import Sample\n"
     head += "from matryoshka.inference.cache import ResponseCache\n"
-    return subprocess.Popen(
-        [sys.executable, "-c", head + code, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    return subprocess.Popen([sys.executable, "-c", head + code, *arguments])
 
 
 def test_what_was_put_is_got_after_reopening(tmp_path: Path) -> None:

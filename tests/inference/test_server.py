@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import os
 import signal
 import sys
 import threading
@@ -658,9 +657,8 @@ def test_a_signal_lets_what_runs_finish_and_exits_0(number: signal.Signals) -> N
         assert await process.wait() == 0
 
     async def bounded() -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", PROGRAM, env=environment, stdout=asyncio.subprocess.PIPE
+            sys.executable, "-c", PROGRAM, stdout=asyncio.subprocess.PIPE
         )
         try:
             await asyncio.wait_for(main(process), 20)

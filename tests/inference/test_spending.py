@@ -175,8 +175,7 @@ def test_a_killed_process_may_have_been_billed_and_its_claim_is_free(tmp_path: P
         "assert c.claim('k', 'g') and c.hold('k', 'g', Usage(100, 8), lambda usage: True) is None\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code, str(path)], env=environment)
+    done = subprocess.run([sys.executable, "-c", code, str(path)])
     assert done.returncode == -signal.SIGKILL
     cache = ResponseCache(path)
     assert cache.spending("g") == Spending(lost=1, lost_usage=Usage(100, 8))
@@ -209,9 +208,8 @@ def test_a_killed_process_that_nobody_waits_for_is_dead(tmp_path: Path) -> None:
         "import sys, time\nfrom pathlib import Path\nfrom matryoshka.inference.cache import ResponseCache\n"
         "assert ResponseCache(Path(sys.argv[1])).claim('k', 'g')\nprint('claimed', flush=True)\ntime.sleep(60)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code, str(tmp_path / "c")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"claimed\n"
         cache = ResponseCache(tmp_path / "c")
         assert not cache.claim("k", "g")

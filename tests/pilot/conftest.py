@@ -38,10 +38,8 @@ class Generator:
 
 
 def environment() -> dict[str, str]:
-    """Return the variables under which the package runs in place, with one thread."""
-    paths = [str(ROOT / ".ns"), os.environ.get("PYTHONPATH", "")]
-    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    return {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    """Return the variables of a process with one thread."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 def command(*arguments: str) -> list[str]:

@@ -29,7 +29,7 @@ from matryoshka.pilot.policies import _heaviest
 from matryoshka.pilot.serving import open_vllm
 from matryoshka.pilot.stages import check_parity, collect, train_round, train_star, warm_up, write_pairs
 from matryoshka.scripts import cli
-from matryoshka.tests.pilot.conftest import Generator, environment
+from matryoshka.tests.pilot.conftest import Generator
 from matryoshka.tests.pilot.test_pilot import Runs, assert_equal_runs, lines, small
 from matryoshka.tests.pilot.test_rank_episodes import RankRuns, runs
 from matryoshka.tests.pilot.test_sharded_pilot import TINY_VLLM
@@ -187,7 +187,7 @@ def test_vllm_is_started_again_with_the_weights_of_each_stage(
 ) -> None:
     """Oracle: log-probs of the weights in each stage's folder; then other weights are served, and training refuses."""
     config = full("full-vllm", controller_dir, generator)
-    vllm = VllmConfig(" ".join(TINY_VLLM), environment=(f"PYTHONPATH={environment()['PYTHONPATH']}",))
+    vllm = VllmConfig(" ".join(TINY_VLLM))
     controller = replace(config.controller, deterministic=False, engine="vllm", vllm=vllm)
     folder = tmp_path / "full-vllm"
     with open_run(replace(config, controller=controller), tmp_path) as run:

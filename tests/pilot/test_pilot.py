@@ -377,7 +377,6 @@ def test_a_server_of_ours_that_does_not_start(
 ) -> None:  # fmt: skip
     """Oracle: the server's own complaint reaches the user, with status 2."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     config = small("run", controller_dir, generator.url("x"))
     config = replace(config, serve=ServeConfig(model=str(tmp_path / "absent")))
     assert cli.main(["pilot", "--config", str(Runs(tmp_path, generator).write(config))]) == 2
@@ -390,12 +389,10 @@ def test_a_server_of_ours_answers(tmp_path: Path, tiny_dir: Path, controller_dir
     """Oracle: the run's own server answers under its name in every episode, and its process ends with the block."""
     config = small("own", controller_dir, generator.url("x"))
     config = replace(config, serve=ServeConfig(model=str(controller_dir), name="tiny-generator"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
-        with open_run(config, tmp_path) as run:
-            assert isinstance(run.generator, OpenAIGenerator)
-            url = run.generator.config.base_url
-            rows = run_episodes(run, policy_scheme(run, ""), ["test"])
+    with open_run(config, tmp_path) as run:
+        assert isinstance(run.generator, OpenAIGenerator)
+        url = run.generator.config.base_url
+        rows = run_episodes(run, policy_scheme(run, ""), ["test"])
     assert {row.info.generator for row in rows} == {"tiny-generator@tiny+base"}
     assert all(row.info.calls == 1 and row.info.completion_tokens > 0 for row in rows)
     assert generator.asked("x") == []

@@ -92,8 +92,8 @@ def test_a_sharded_pilot_trains_what_a_replicated_one_does(
     # What trains nothing needs neither the ranks nor the weights, nor, all being recorded, the server.
     monkeypatch.chdir(runs.root)
     printed = json.loads(output)
-    for stage in ("pairs", "evaluate"):
-        assert cli.main([stage, "--config", str(runs.write(configs["shard"]))]) == 0
+    assert cli.main(["pairs", "--in", str(ours), "--out", str(ours / "preferences.jsonl")]) == 0
+    assert cli.main(["evaluate", "--config", str(runs.write(configs["shard"]))]) == 0
     summary = json.loads((ours / "summary.json").read_text())
     assert {**summary, "seconds": 0, "report": ""} == {**printed, "seconds": 0, "report": ""}
     assert rows(ours) == before

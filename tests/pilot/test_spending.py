@@ -43,7 +43,7 @@ def test_a_run_is_estimated_stopped_budgeted_and_finished(
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = json.loads(ended.stdout.splitlines()[-1])
-    none = {"warm-up": 0, "bootstrap, at most": 0}
+    none = {"warm-up": 0, "re-plan, at most": 0, "bootstrap, at most": 0}
     assert found["episodes"] == {**none, "collect": 16, "choose": 6, "evaluate": 42}
     assert found["sampled"] == 4 and found["tokens"] == pytest.approx(found["calls"] * PER_ANSWER)
     assert found["usd"] == pytest.approx(found["calls"] * USD)

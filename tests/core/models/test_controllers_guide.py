@@ -1,6 +1,5 @@
 """docs/controllers.md: its worked example is a file that keeps the contract, and its table lists every family."""
 
-import os
 import re
 import subprocess
 import sys
@@ -27,9 +26,8 @@ def example(tmp_path: Path) -> Path:
 def contract(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line"]
     command += ["-m", "not slow and not gpu", str(ROOT / "tests/core/models/test_controllers.py")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / ".ns")}
     return subprocess.run(
-        [*command, "--controller", str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*command, "--controller", str(folder)], cwd=ROOT, capture_output=True, text=True
     )
 
 

@@ -239,7 +239,7 @@ def launch(cases: list[Case], ranks: int, model_folder: Path, folder: Path) -> d
 def torchrun(ranks: int, *command: str, timeout_s: float = 1200) -> tuple[int, str, str]:
     """Return status, output and errors of a command on ranks of this machine."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".ns"), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*launcher, *command], env=environment, **pipes) as process:
         try:

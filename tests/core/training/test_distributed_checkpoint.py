@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from matryoshka.core.training.checkpoint import Checkpoints
 from matryoshka.tests.core.parallel import ranks
-from matryoshka.tests.core.parallel.ranks import ROOT, Case
+from matryoshka.tests.core.parallel.ranks import Case
 from matryoshka.tests.core.training import checkpoint_ranks
 from matryoshka.tests.core.training.checkpoint_ranks import TRAINER, make, train
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 def launch(model: Path, folder: Path, case: str, size: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".ns"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command += [checkpoint_ranks.__file__, str(model), str(folder), case]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -499,7 +499,7 @@ except Interrupted as err:
 
 def test_sigterm_saves_and_ends(tiny_dir: Path, tmp_path: Path) -> None:
     """Oracle: a process of its own, terminated in the middle: it says where it stopped, and that state is on disk."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".ns"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, str(tiny_dir), str(tmp_path / "run"), "100000"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         try:

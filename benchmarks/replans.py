@@ -1,11 +1,13 @@
 """Does training on re-plans make second plans better? SmolLM2-135M on households, with the scripted generator.
 
-    python -m matryoshka.benchmarks.replans                 seeds 0, 1 and 2; it may be stopped anywhere
+    python -m matryoshka.benchmarks.replans --seeds 0       it may be stopped anywhere
 
-For each seed the warm-up policy is trained as `configs/alfworld_demo.toml` says. Each training game gets one first plan
-and, where that plan fails, several new plans in the one state behind it (`[rollout] replans`); the pairs among these
-train the policy. The test: on held-out games the warm-up policy plans greedily, and where its plan fails, both policies
-plan anew in the same state, behind the same failed plan and the same complaint. Only second plans are compared.
+The warm-up policy is trained as `configs/alfworld_demo.toml` says, on first plans alone. Each training game gets one
+first plan and, where that plan fails, one second plan. The warm-up policy's second plans hardly ever win, so that the
+generator, as in `[rollout] bootstrap`, plans anew there several times, behind the same failed plan. The pairs among all
+second plans of a state train the policy. The test: on held-out games the warm-up policy plans greedily, and where its
+plan fails, both policies plan anew in the same state, behind the same failed plan and the same complaint. Only second
+plans are compared.
 """
 
 import argparse
@@ -25,20 +27,33 @@ from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.context import Run, Scheme, open_run
 from matryoshka.pilot.environment import environment
-from matryoshka.pilot.episodes import Replay, failed_first_plans, policy_scheme, run_episodes
+from matryoshka.pilot.episodes import Replay, failed_first_plans, policy_scheme, run_episodes, sampled_settings
 from matryoshka.pilot.recipes import RECIPES
-from matryoshka.pilot.stages import collect, train_round, warm_up, write_pairs
+from matryoshka.pilot.stages import (
+    after_first_turn,
+    collect,
+    generator_scheme,
+    in_controller_tokens,
+    replan_seed,
+    train_round,
+    warm_up,
+    write_pairs,
+)
 
 SETTINGS = {
     "star": False,
     "controller.threads": 1,
-    "task.train": 96,
-    "task.validation": 4,
-    "task.test": 100,
+    "task.train": 48,
+    "task.validation": 1,
+    "task.test": 24,
     "rollout.outer_turns": 2,
     "rollout.samples": 1,  # first plans are not what is trained here
-    "rollout.replans": 8,
+    "rollout.guidance_tokens": 64,
+    "dpo.pairs_per_example": 1,
+    "dpo.train.epochs": 1,
+    "dpo.train.batch_size": 8,
 }
+TAUGHT = 6  # second plans of the generator in each state
 
 
 @dataclass(frozen=True)
@@ -47,8 +62,7 @@ class SecondPlans:
 
     games: all of them. first: those that the warm-up policy's first plan won. stopped: those whose first plan failed
     without a complaint, so that there is no second one. before, after: the other games -> whether the second plan of
-    the warm-up policy, and of the trained one in the same state, won. own_first: the games that the trained policy's
-    own first plan won. own: those that its first or its second plan won. pairs: how many it was trained on.
+    the warm-up policy, and of the trained one in the same state, won. training: counts of the training's second plans.
     """
 
     games: int
@@ -56,9 +70,7 @@ class SecondPlans:
     stopped: int
     before: Mapping[str, bool]
     after: Mapping[str, bool]
-    own_first: int
-    own: int
-    pairs: int
+    training: Mapping[str, int]
     seconds: Mapping[str, float]
 
 
@@ -83,50 +95,60 @@ def run_seed(config: RunConfig, root: Path) -> SecondPlans:
     """Train one seed as far as it is not trained, and return what its second plans achieve."""
     with open_run(config, root) as run:
         start = warm_up(run)
-        episodes = collect(run, 1)
-        pairs, counts = write_pairs(run, episodes)
-        stage = train_round(run, 1, pairs, episodes)
-        own = run_episodes(run, policy_scheme(run, start), ["test"], label="before")
-        failed = {episode.example_id: episode for episode in own if len(episode.turns) > 1}
-        after = run_episodes(run, again(run, stage, own), ["test"], label="after", only=set(failed))
-        trained = run_episodes(run, policy_scheme(run, stage), ["test"], label="trained")
-        return second_plans(own, after, trained, counts.pairs, run.seconds.as_dict())
+        sampled = collect(run, 1)
+        taught = replanned_by_generator(run, sampled)
+        pairs, counts = write_pairs(run, [*sampled, *taught])
+        stage = train_round(run, 1, pairs, sampled)
+        before = run_episodes(run, policy_scheme(run, start), ["test"], label="before")
+        failed = {episode.example_id for episode in before if len(episode.turns) > 1}
+        scheme = again(policy_scheme(run, stage), before)
+        after = run_episodes(run, scheme, ["test"], label="after", only=failed)
+        own = [episode for episode in sampled if len(episode.turns) > 1]
+        training = {
+            "states": len(own), "won": sum(map(_won, own)), "taught": len(taught), "taught_won": sum(map(_won, taught)),
+            "pairs": counts.pairs,
+        }  # fmt: skip
+        return second_plans(before, after, training, run.seconds.as_dict())
 
 
-def again(run: Run, stage: str, first: Sequence[Trajectory]) -> Scheme:
-    """Return the scheme in which the policy of `stage` plans anew behind the failed first plans of `first`."""
-    policy, table = policy_scheme(run, stage), failed_first_plans(first)
+def replanned_by_generator(run: Run, done: Sequence[Trajectory]) -> list[Trajectory]:
+    """Return TAUGHT second plans of the generator behind each training game's failed first plan, without that one."""
+    settings = sampled_settings(run.config, replan_seed(run.config, 1), TAUGHT)
+    failed = {episode.example_id for episode in done if len(episode.turns) > 1}
+    scheme = again(generator_scheme(run.config), done)
+    episodes = run_episodes(run, scheme, ["train"], settings, "taught", only=failed)
+    return [in_controller_tokens(run.tokenizer, after_first_turn(episode)) for episode in episodes]
+
+
+def again(scheme: Scheme, first: Sequence[Trajectory]) -> Scheme:
+    """Return the scheme that plans as `scheme` does, behind the failed first plans of `first`."""
+    table = failed_first_plans(first)
 
     def make(run: Run, sampler: TokenSampler) -> Controller:
-        return Replay(policy.make(run, sampler), table)
+        return Replay(scheme.make(run, sampler), table)
 
-    return replace(policy, name=f"{policy.name} again", make=make)
+    return replace(scheme, name=f"{scheme.name} again", make=make)
 
 
 def second_plans(
-    before: Sequence[Trajectory],
-    after: Sequence[Trajectory],
-    trained: Sequence[Trajectory],
-    pairs: int,
-    seconds: Mapping[str, float],
+    before: Sequence[Trajectory], after: Sequence[Trajectory], training: Mapping[str, int], seconds: Mapping[str, float]
 ) -> SecondPlans:
     """Return the comparison of episodes on the same games; `after` has those in which `before` planned twice.
 
     Raises ValueError where a game of `after` did not come to the state that `before` came to.
     """
-    state = {episode.example_id: episode.turns[1].prompt for episode in before if len(episode.turns) > 1}
+    twice = [episode for episode in before if len(episode.turns) > 1]
+    state = {episode.example_id: episode.turns[1].prompt for episode in twice}
     if {episode.example_id: episode.turns[1].prompt for episode in after} != state:
         raise ValueError("replans: the replayed first plans led to other states; the generator must be deterministic")
     alone = [episode for episode in before if len(episode.turns) == 1]
     return SecondPlans(
         games=len(before),
-        first=sum(_won(episode) for episode in alone),
-        stopped=sum(not _won(episode) for episode in alone),
-        before={episode.example_id: _won(episode) for episode in before if len(episode.turns) > 1},
+        first=sum(map(_won, alone)),
+        stopped=len(alone) - sum(map(_won, alone)),
+        before={episode.example_id: _won(episode) for episode in twice},
         after={episode.example_id: _won(episode) for episode in after},
-        own_first=sum(_won(episode) for episode in trained if len(episode.turns) == 1),
-        own=sum(map(_won, trained)),
-        pairs=pairs,
+        training=training,
         seconds=seconds,
     )
 

@@ -270,7 +270,7 @@ def test_names_are_the_checkpoints() -> None:
         ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs 'factor'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type 'llama3' needs 'low_freq_factor'"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-        ({"head_dim": 5}, "5 numbers of a head are to be rotated, expected an even number"),
+        ({"head_dim": 5}, "5 of a head's 5 numbers are to be rotated, expected an even number"),
     ],
 )
 def test_what_is_not_computed_is_refused(change: dict[str, Any], message: str) -> None:

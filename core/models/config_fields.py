@@ -35,7 +35,8 @@ class Fields:
         value = self.get(name, default)
         largest = LARGEST_OF.get(name, LARGEST)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= largest:
-            raise ValueError(f"config.json: {name} is {shown(value)}, expected a whole number from {least} to {largest}")
+            what = f"config.json: {name} is {shown(value)}, expected a whole number"
+            raise ValueError(f"{what} from {least} to {largest}")
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> float:

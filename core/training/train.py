@@ -21,12 +21,11 @@ import torch
 from torch import nn
 
 from matryoshka.core.distributed import TIMEOUT_S, World, forget_gathered, is_sharded, whole
-from matryoshka.core.files import write_text
+from matryoshka.core.files import append_jsonl, write_text
 from matryoshka.core.models.activations import POLICIES
 from matryoshka.core.models.attention import BACKENDS
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.records import stable_seed
-from matryoshka.core.redaction import to_redacted_json
 from matryoshka.core.signals import Interrupted, stop_event
 from matryoshka.core.training.checkpoint import Checkpoints
 from matryoshka.core.training.memory import free_bytes, plan_memory
@@ -222,15 +221,17 @@ def train(
                         evaluation.items, config.batch_size, config.micro_batch_tokens, objective, micro_batch, context
                     )
                 if not math.isfinite(found["eval_loss"]):
-                    raise FloatingPointError(f"{where}: eval_loss {found['eval_loss']}; look at the evaluation's items")
+                    raise FloatingPointError(
+                        f"{where}: the evaluation's loss is {found['eval_loss']}; nothing was saved since the last "
+                        "checkpoint. Lower the learning rate or look at the items of the evaluation"
+                    )
                 losses[step] = found["eval_loss"]
                 row |= found
                 if keeps_best:
                     row |= {"best_step": _best(losses), "best_eval_loss": losses[_best(losses)]}
             is_last = step == num_steps or _is_spent(losses, evaluation)
             if world.is_first:
-                with metrics_path.open("a") as handle:
-                    handle.write(to_redacted_json(row) + "\n")
+                append_jsonl(metrics_path, row)
             due = config.save_every and step % config.save_every == 0
             best = _best(losses) if keeps_best and losses else None
             if due or is_last or stopping or step == best:

@@ -125,8 +125,24 @@ def test_the_best_step_may_lie_in_the_middle(tiny_dir: Path, tmp_path: Path, mon
     with pytest.raises(ValueError, match="metrics.jsonl: has 0 rows, but training goes on after step 5"):
         run(prepared(tiny_dir), tmp_path / "run", evaluation, config)
     monkeypatch.setattr(train_module, "evaluated", lambda *_: {"eval_loss": math.nan})
-    with pytest.raises(FloatingPointError, match="eval_loss nan; look at the evaluation's items"):
+    with pytest.raises(FloatingPointError, match="the evaluation's loss is nan"):
         run(prepared(tiny_dir), tmp_path / "nan", evaluation, config)
+
+
+def test_an_evaluation_that_is_not_finite_stops_training(tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: the error that names the step; patience would take NaN for the lowest loss, and JSON has no NaN."""
+    model, items = prepared(tiny_dir), pairs(6, seed=5)
+
+    class Overflowing(Preference):
+        def __call__(self, logps_S: Any, reference_S: Any, tree: Any, totals: Any) -> Any:
+            loss, found = super().__call__(logps_S, reference_S, tree, totals)
+            return (loss if torch.is_grad_enabled() else loss * math.inf), found
+
+    context = TrainContext(partial(active, model, "reference"), math.log(2), evaluation=Evaluation(items, 2))
+    parameters = trainable_parameters(model, "policy")
+    with pytest.raises(FloatingPointError, match="step 2: the evaluation's loss is inf"):
+        list(train(model, parameters, pairs(), CONFIG, Overflowing(), token_logps, tmp_path, context))
+    assert [row["step"] for row in metrics(tmp_path)] == [1]
 
 
 def test_an_evaluation_of_nothing_is_refused() -> None:

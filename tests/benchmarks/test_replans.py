@@ -6,14 +6,14 @@ import pytest
 
 from matryoshka.benchmarks.replans import SETTINGS, second_plans, summary
 from matryoshka.core.config import load_toml
-from matryoshka.core.records import EpisodeInfo, Message, Sample, Trajectory, Turn
+from matryoshka.core.records import EpisodeInfo, Message, Sample, Trajectory, Turn, Verdict
 from matryoshka.pilot.config import RunConfig, rollout_settings
 from matryoshka.pilot.recipes import RECIPES
 
 
 def episode(game: str, reward: float, *prompts: str) -> Trajectory:
     turns = tuple(Turn((Message("user", prompt),), None, Sample("plan"), (), "") for prompt in prompts)
-    verdict = "right" if reward else "wrong"
+    verdict: Verdict = "right" if reward else "wrong"
     return Trajectory("alfworld", game, turns, reward, EpisodeInfo(verdict, "label_free", "c", "g"))
 
 

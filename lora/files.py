@@ -141,7 +141,10 @@ def load_adapter(model: nn.Module, name: str, folder: Path, device: torch.device
     """
     config, path = read_config(folder), folder / WEIGHTS
     tensors = read_tensors(path, config)
-    add_adapter(model, name, config, 0, device)
+    try:
+        add_adapter(model, name, config, 0, device)
+    except ValueError as err:
+        raise ValueError(f"{folder}: {err}") from err
     expected = adapter_tensors(model, name)
     saved, here = ({key: tuple(t.shape) for key, t in group.items()} for group in (tensors, expected))
     if saved != here:

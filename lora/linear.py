@@ -48,6 +48,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora: rank {self.rank} must be at least 1")
+        if not self.alpha > 0:
+            raise ValueError(f"lora: alpha {self.alpha} must be above 0; the update is multiplied by it")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"lora: dropout {self.dropout} must lie in [0, 1)")
 

@@ -441,6 +441,8 @@ def test_errors(tiny_dir: Path) -> None:
             call(model, "other")
     with pytest.raises(ValueError, match="rank 0 must be at least 1"):
         LoraConfig(rank=0)
+    with pytest.raises(ValueError, match="alpha 0.0 must be above 0"):
+        LoraConfig(alpha=0.0)
     with pytest.raises(ValueError, match=r"dropout 1.0 must lie in \[0, 1\)"):
         LoraConfig(dropout=1.0)
 

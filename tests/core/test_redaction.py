@@ -90,7 +90,7 @@ def test_a_secret_may_be_added_while_another_thread_writes(monkeypatch: pytest.M
             add_secret("another-secret-1234")
             return ()
 
-    monkeypatch.setitem(redaction._secrets, "the other thread", Meanwhile())  # type: ignore[arg-type]
+    monkeypatch.setitem(redaction._secrets, "the other thread", Meanwhile())
     add_secret(KEY)
     assert redact(f"Bearer {KEY}, sent") == f"Bearer {redaction.MARK}, sent"
 

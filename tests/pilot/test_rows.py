@@ -130,7 +130,7 @@ def test_a_hub_id_is_found_in_the_local_cache(
 @pytest.mark.slow
 def test_metrics_go_to_wandb_through_its_own_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: wandb's own offline run file, which holds the numbers by name; without a project nothing is written."""
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     with wandb_writer(tmp_path / "none", "", "dpo") as write_row:
@@ -139,5 +139,6 @@ def test_metrics_go_to_wandb_through_its_own_library(tmp_path: Path, monkeypatch
     with wandb_writer(tmp_path / "run", "mine", "dpo") as write_row:
         write_row({"step": 1, "steps": 2, "loss": 0.5})
         write_row({"step": 2, "steps": 2, "loss": 0.25})
+    wandb.teardown()  # its service writes the file, and ends here as it does at a program's exit
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     assert b"loss" in file.read_bytes()

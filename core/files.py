@@ -255,11 +255,14 @@ def _journal_rows(path: Path, data: bytes, first: int) -> dict[str, dict[str, An
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the one lock of a run directory. Raises ValueError when another process holds it.
+    """Hold the one lock of a run directory. Raises ValueError when another process holds it, and for a file.
 
     A new directory is for its owner alone: prompts, answers and logs may hold a user's private data.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as err:
+        raise ValueError(f"{folder}: there is a file in the place of this folder; give another folder") from err
     with (folder / ".lock").open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,6 +22,7 @@ from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
 from matryoshka.core.records import Example, Messages, RolloutSettings, Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
+from matryoshka.dpo.data import read_conversations
 from matryoshka.inference.generators import OpenAIGenerator
 from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.inference.sampler import Sampler
@@ -208,6 +209,8 @@ def assemble(
                 stack.callback(lambda: runner.run(opened.aclose()))
             context = min(context, config.controller.vllm.context or context)
         problems, skipped = fitting_problems(config, task, problems, context)
+        if config.warmup.source == "file" and not policies.folder("warmup").exists():
+            read_conversations(Path(config.warmup.data), tokenizer)  # a file that cannot be used is reported now
     if skipped:
         logger.warning("problems that exceed the context are left out of everything: %s", skipped)
     return Run(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from matryoshka.core.config import check_least
 from matryoshka.core.distributed import TIMEOUT_S, World, forget_gathered, is_sharded, whole
 from matryoshka.core.files import write_text
 from matryoshka.core.models.activations import POLICIES
@@ -98,9 +99,7 @@ class TrainConfig:
     """Seed of the order of the data and of dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch_tokens", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train: {name} {getattr(self, name)} must be at least 1")
+        check_least(self, "train: ", epochs=1, batch_size=1, micro_batch_tokens=1, keep_checkpoints=1)
         if self.max_checkpoint_gb < 0:
             raise ValueError(f"train: max_checkpoint_gb {self.max_checkpoint_gb} must be above 0, or 0 for no limit")
         for name in ("learning_rate", "lora_plus_ratio", "rank_timeout_s"):

@@ -9,6 +9,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,22 +26,34 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def explains_disk_errors(path: Path) -> Iterator[None]:
-    """Let an error of a disk say where it was met and how to go on; of a full one, how much is free."""
+    """Let an error of a disk say where it was met and how to go on; of a full one, how much is free.
+
+    Libraries in Rust, such as safetensors, raise errors of their own with the number in their text.
+    """
     try:
         yield
-    except OSError as err:
-        if err.errno not in FULL + BROKEN:
+    except Exception as err:
+        found = re.search(r"\(os error (\d+)\)", str(err))
+        number = err.errno if isinstance(err, OSError) else int(found[1]) if found else None
+        if number is None or number not in FULL + BROKEN:
             raise
         remedy = "mend the disk, or move the folder to another one,"
-        if err.errno in FULL:
+        if number in FULL:
             free = shutil.disk_usage(path.parent).free
             remedy = f"{free / 2**20:.1f} MiB are free there; free some space, or raise the quota,"
-        what = f"{path}: {os.strerror(err.errno)}; {remedy} and give the same command again: what is recorded is kept"
-        raise OSError(err.errno, what) from err
+        what = f"{path}: {os.strerror(number)}; {remedy} and give the same command again: what is recorded is kept"
+        raise OSError(number, what) from err
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then fsync and rename it: `path` is whole or untouched."""
+    """Let `write` fill a temporary file beside `path`, then fsync and rename it: `path` is whole or untouched.
+
+    A link stays, and what it names is replaced. Raises ValueError for a device, such as /dev/null, and for a folder: a
+    rename would put a file in its place.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no regular file; give the path of a file, which is written as a whole")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     folder = os.open(path.parent, os.O_RDONLY)  # now: a process that waits for the file may rename the folder

@@ -1,12 +1,13 @@
 """core/files.py: writes are atomic, a journal survives a kill, and malformed rows are named."""
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 
-from matryoshka.core.files import Journal, folder_lock, read_jsonl, write_text
+from matryoshka.core.files import Journal, folder_lock, read_jsonl, write_atomic, write_text
 
 
 def test_a_folder_may_be_renamed_as_soon_as_the_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +35,37 @@ def test_a_new_run_folder_is_for_its_owner_alone(tmp_path: Path) -> None:
             assert folder.stat().st_mode & 0o777 == bits
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("I/O error: No space left on device (os error 28)"), OSError(errno.ENOSPC, "full")]
+)
+def test_a_full_disk_is_explained_whoever_met_it(error: Exception, tmp_path: Path) -> None:
+    """Oracle: by hand: the file, the room and the remedy, for safetensors' own error, too; nothing half is left."""
+
+    def fails(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    with pytest.raises(OSError, match="weights: No space left on device; .* MiB are free there; free some") as found:
+        write_atomic(tmp_path / "weights", fails)
+    assert found.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    """Oracle: the pipe, which stands for /dev/null and other devices, and the folder are there after the refusal; a
+    link still names its file, which has the new text.
+    """
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, there in (("pipe", Path.is_fifo), ("folder", Path.is_dir)):
+        with pytest.raises(ValueError, match=f"{name}: is no regular file"):
+            write_text(tmp_path / name, "text")
+        assert there(tmp_path / name)
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
 
 
 def test_a_file_in_the_place_of_a_run_folder_is_named(tmp_path: Path) -> None:

@@ -134,6 +134,12 @@ def write_jsonl(path: Path, rows: list[Any]) -> None:
     write_text(path, "".join(to_redacted_json(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def append_jsonl(path: Path, row: Any) -> None:
+    """Add one JSON object to the end of `path`; a kill in here may leave a part of its line."""
+    with explains_disk_errors(path), path.open("a", encoding="utf-8") as handle:
+        handle.write(to_redacted_json(row, ensure_ascii=False) + "\n")
+
+
 def read_jsonl(path: Path) -> list[Any]:
     """Return the JSON objects of `path`, one a line.
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from matryoshka.dpo.head_state import Scored, new_state, product, summary, to_direction
+from matryoshka.core.models.language_model import product
+from matryoshka.dpo.head_state import Scored, new_state, summary, to_direction
 
 # Torch's path: 1024 x 2048 fp32 logits stay in a CPU's cache between the products; more rows than that read the head
 # once per row tile. The head's own gradient on a GPU takes larger ones: its accumulator passes through memory.

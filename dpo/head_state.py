@@ -58,11 +58,3 @@ def _odds(state_3S: Tensor) -> Tensor:
     reference, rest, own = state_3S
     odds: Tensor = rest.log() + (reference - own) + 0 * own
     return odds
-
-
-def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return left @ right, accumulated and returned in at least fp32: on a GPU straight from the tensor cores."""
-    dtype = torch.promote_types(left.dtype, torch.float32)
-    if left.is_cuda and left.dtype != dtype:
-        return torch.mm(left, right, out_dtype=dtype, out=out)
-    return torch.mm(left.to(dtype), right.to(dtype), out=out)

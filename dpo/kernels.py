@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matryoshka.dpo.head_state import Scored, new_state, product, summary, to_direction
+from matryoshka.core.models.language_model import product
+from matryoshka.dpo.head_state import Scored, new_state, summary, to_direction
 
 try:
     import triton

@@ -64,7 +64,7 @@ def make_pairs(trajectories: Sequence[Trajectory], rule: PairRule, seed: int) ->
     Equal guidances to one prompt are one candidate with the mean of their rewards, whole if one of them was. Rule
     "binary": above 0.5 beats below 0.5; "ranked": any gap above `rule.margin` counts, the widest first. At most
     `rule.cap` pairs an example, no pair twice.
-    Raises ValueError for an unknown rule.
+    Raises ValueError for an unknown rule, and for an episode without a measure that the rule names.
     """
     if rule.kind not in ("binary", "ranked"):
         raise ValueError(f"pairs: rule {rule.kind!r} is unknown; choose 'binary' or 'ranked'")
@@ -111,6 +111,13 @@ def _rewards(trajectories: Sequence[Trajectory], scores: Sequence[str]) -> list[
     groups: dict[str, list[Trajectory]] = defaultdict(list)
     for trajectory in trajectories:
         groups[trajectory.example_id].append(trajectory)
+
+    for trajectory in trajectories:
+        if lacking := [name for name in scores if name not in trajectory.info.measures]:
+            raise ValueError(
+                f"pairs: an episode of example {trajectory.example_id!r} has no measure {lacking[0]!r}, by which the "
+                f"pair rule ranks; it has {sorted(trajectory.info.measures)}. The task must give it to every episode"
+            )
 
     def rank(trajectory: Trajectory, name: str) -> float:
         own = trajectory.info.measures[name]

@@ -158,4 +158,4 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _plain(value: str) -> str:
     """Return `value` on one line, with what would break a table cell or start an HTML tag escaped."""
-    return " ".join(value.split()).replace("<", "&lt;").replace("|", "\\|")
+    return " ".join(value.split()).replace("\\", "\\\\").replace("<", "&lt;").replace("|", "\\|")

@@ -206,6 +206,8 @@ def _prompts(engine: "Engine", data: dict[str, Any]) -> list[tuple[int, ...]]:
     rows = [prompt] if single else prompt
     if not isinstance(rows, list):
         raise _invalid("prompt", f"expected a string, token ids, or a list of those, got {_show(prompt)}")
+    if len(rows) > MAX_ANSWERS:  # before any of them is tokenized
+        raise _invalid("prompt", f"{len(rows)} prompts are more than {MAX_ANSWERS} answers; split the request")
     prompts = []
     for row in rows:
         if not isinstance(row, str) and not (isinstance(row, list) and all(_is_id(item) for item in row)):

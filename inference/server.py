@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -22,9 +22,6 @@ from matryoshka.core.records import Sample
 from matryoshka.inference.http_server import HttpError, json_response, serve_http
 from matryoshka.inference.openai_request import Engine as Engine
 from matryoshka.inference.openai_request import Job, chat_job, completion_job, read_json
-
-if TYPE_CHECKING:
-    pass
 
 MAX_DRAWS = 8192  # answers that are being drawn or wait for it, over all requests
 TOKENIZING_THREADS = 2

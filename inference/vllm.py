@@ -9,7 +9,6 @@ hot swaps, a server that is killed and started again, and an adapter that the se
 import asyncio
 import json
 import logging
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from matryoshka.core.json_values import as_text
 from matryoshka.core.records import Sample, Sampling, Usage, stable_seed
 from matryoshka.core.text.tokenizer import TextStream, Tokenizer
 from matryoshka.inference.http_client import HttpClient, Reply, TransportError
@@ -132,8 +132,12 @@ class Vllm:
         request = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         async with self._scoring:
             choice = await self._complete(ids, request, adapter)
-        rows = choice["prompt_logprobs"][len(prompt_ids) :]
-        return tuple(float(row[str(id)]["logprob"]) for row, id in zip(rows, completion_ids, strict=True))
+        try:
+            rows = choice["prompt_logprobs"][len(prompt_ids) :]
+            return tuple(float(row[str(id)]["logprob"]) for row, id in zip(rows, completion_ids, strict=True))
+        except (KeyError, TypeError, ValueError) as err:
+            what = f"no log-prob for each token of the prompt ({err!r:.200})"
+            raise ValueError(f"vllm: {self.server.url} sent {what}; a newer vLLM is needed") from err
 
     async def aclose(self) -> None:
         """Stop the server if it is ours, else take our adapters off it; close the connections."""
@@ -196,13 +200,15 @@ class Vllm:
         except TransportError as err:
             raise ConnectionError(f"vllm: no answer from {self.server.url}: {err}") from err
         rows = _json(reply).get("data") if reply.status == 200 else None
-        models = [row for row in rows or [] if not row.get("parent")]
-        if not models or not isinstance(models[0].get("max_model_len"), int):
+        rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        first: dict[str, Any] = next((row for row in rows if not row.get("parent")), {})
+        name, length = first.get("id"), first.get("max_model_len")
+        if not isinstance(name, str) or not isinstance(length, int):
             where = f"{self.server.url}/v1/models answers {reply.status} {reply.text[:300]}"
             raise ValueError(f"vllm: {where}; expected vLLM's list of models (and its key in api_key_env)")
-        self.base, self.context_length = models[0]["id"], models[0]["max_model_len"]
+        self.base, self.context_length = name, length
         # A server of somebody else's may have them from before: same hash, same weights.
-        self._loaded = {row["id"] for row in rows or [] if row["id"] in self._folders}
+        self._loaded = self._folders.keys() & {as_text(row.get("id")) for row in rows}
         self._is_up = True
 
     async def _load(self, name: str) -> None:
@@ -273,13 +279,13 @@ class Vllm:
         data = _json(reply)
         try:
             (choice,) = data["choices"]
-            model, read = data["model"], choice["prompt_token_ids"]
+            model, read = data["model"], list(choice["prompt_token_ids"] or ())
             reason = choice["finish_reason"]
         except (KeyError, TypeError, ValueError) as err:
             raise _Passing(f"the answer holds no choice with token ids ({reply.text[:200]!r})") from err
         if model != (name or self.base):
             raise ValueError(f"vllm: {name or self.base} was asked, {model!r} answered; is {self.server.url} vLLM?")
-        if read is None or tuple(read) != prompt:
+        if tuple(read) != prompt:
             raise ValueError(f"vllm: {self.server.url} read another prompt than was sent; a vLLM that takes token ids "
                              "and return_token_ids is needed (0.10 or newer)")
         if reason not in ("stop", "length"):  # "abort": the server is going down
@@ -289,10 +295,13 @@ class Vllm:
 
     def _sample(self, prompt: tuple[int, ...], sampling: Sampling, choice: dict[str, Any]) -> Sample:
         """Return the sample of a choice; its text is made here, as the local sampler makes it from ids."""
-        ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
-        if not ids or not logprobs or len(ids) != len(logprobs) or None in logprobs:
+        ids, scores = choice.get("token_ids"), choice.get("logprobs")
+        logprobs = scores.get("token_logprobs") if isinstance(scores, dict) else None
+        if not (isinstance(ids, list) and isinstance(logprobs, list) and len(ids) == len(logprobs) > 0) or (
+            None in logprobs or any(type(id) is not int for id in ids)
+        ):
             raise ValueError(f"vllm: {self.server.url} sent no log-prob for each token; a newer vLLM is needed")
-        if not all(isinstance(logp, int | float) and math.isfinite(logp) for logp in logprobs):
+        if not all(isinstance(logp, int | float) and abs(logp) < 1e300 for logp in logprobs):
             raise ValueError(
                 f"vllm: {self.server.url} sent log-probs that are not finite; the weights of model or adapter hold "
                 "NaN or infinity, or its numbers overflow the dtype"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from matryoshka.core.redaction import read_secret
+from matryoshka.core.redaction import read_secret, redact
 from matryoshka.core.terminal import printable
 from matryoshka.inference import vllm_guard
 from matryoshka.inference.http_client import HttpClient, TransportError
@@ -199,9 +199,9 @@ class VllmServer:
         self._process, self.pid = None, 0
 
     def hide(self, text: str) -> str:
-        """Return `text` without the key: servers do repeat it in their errors."""
+        """Return `text` without the key, which servers repeat in their errors, however short it is."""
         key = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        return text.replace(key, "[key]") if key else text
+        return redact(text.replace(key, "[key]") if key else text)
 
     def tail(self, where: int = 0) -> list[str]:
         """Return the last lines of the log after byte `where`."""

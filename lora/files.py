@@ -59,9 +59,8 @@ def adapter_digest(model: nn.Module, name: str) -> str:
 def save_adapter(model: nn.Module, name: str, folder: Path, base_model: str, dtype: torch.dtype | None = None) -> None:
     """Write adapter `name` to `folder` in PEFT's layout.
 
-    The folder appears whole. One that was there steps aside first: a kill between the two renames leaves no folder of
-    that name, never a mixture. base_model: what `base_model_name_or_path` says. dtype: of the file; default the
-    adapter's own.
+    The folder appears whole, in place of one that was there (`write_folder`). base_model: the value of
+    `base_model_name_or_path`. dtype: of the file; default the adapter's own.
     """
     config = layers_with(model, name)[0].configs[name]
     tensors = {key: tensor.to(dtype or tensor.dtype) for key, tensor in adapter_tensors(model, name).items()}

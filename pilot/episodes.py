@@ -11,6 +11,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from matryoshka.core.files import append_jsonl
 from matryoshka.core.protocols import Controller, GeneratorError, RunStopped
 from matryoshka.core.records import (
     Example,
@@ -23,7 +24,6 @@ from matryoshka.core.records import (
     from_json,
     to_json,
 )
-from matryoshka.core.redaction import to_redacted_json
 from matryoshka.core.signals import Interrupted, async_stop_event
 from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.pilot.config import RunConfig, rollout_settings
@@ -258,5 +258,4 @@ def _note_failure(stage: Stage, job: Job, trajectory: Trajectory) -> None:
         "error": trajectory.info.error,
         "key": job.key,
     }
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(to_redacted_json(row, ensure_ascii=False) + "\n")
+    append_jsonl(path, row)

@@ -30,17 +30,28 @@ class Fields:
             raise ValueError(f"config.json: field {name!r} is missing; a {self.family} config has it")
         return default if value is None else value
 
-    def integer(self, name: str, default: Any = REQUIRED) -> int:
-        """Return a field that is a positive whole number. Raises ValueError for anything else."""
+    def integer(self, name: str, default: Any = REQUIRED, least: int = 1) -> int:
+        """Return a field that is a whole number of at least `least`. Raises ValueError for anything else."""
         value = self.get(name, default)
         largest = LARGEST_OF.get(name, LARGEST)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
-            raise ValueError(f"config.json: {name} is {shown(value)}, expected a whole number from 1 to {largest}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= largest:
+            what = f"config.json: {name} is {shown(value)}, expected a whole number"
+            raise ValueError(f"{what} from {least} to {largest}")
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> float:
         """Return a field that is a number above 0. Raises ValueError for anything else."""
         return positive(name, self.get(name, default))
+
+    def window(self, default: Any = None) -> int | None:
+        """Return the sliding window: a whole number above 0, or None for none. Raises ValueError for anything else."""
+        value = self.data.get("sliding_window", default)
+        return None if value is None else self.integer("sliding_window", default)
+
+    def softcap(self, name: str, default: float | None = None) -> float | None:
+        """Return a soft-cap, a number above 0; one that is left out is the default, one that is null is none."""
+        value = self.data.get(name, default)
+        return None if value is None else positive(name, value)
 
     def flag(self, name: str, default: bool = False) -> bool:
         """Return a field that is true or false. Raises ValueError for anything else."""
@@ -60,7 +71,10 @@ class Fields:
 
 
 def positive(name: str, value: Any) -> float:
-    """Return a number above 0 as float. Raises ValueError, naming it, for anything else."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+    """Return a number above 0 as float. Raises ValueError, naming it, for anything else.
+
+    Numbers beyond 1e30 and below 1e-30 would overflow, or become 0, in fp32.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-30 < value < 1e30:
         raise ValueError(f"config.json: {name} is {shown(value)}, expected a finite number above 0")
     return float(value)

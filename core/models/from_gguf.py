@@ -66,11 +66,11 @@ def convert_gguf(gguf_path: Path, out: Path, dtype: torch.dtype = torch.float32)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists and is not a complete model folder (expected {', '.join(FILES)}); "
                          f"remove it or choose another folder")
-    reader = _read_gguf(gguf_path)
-    facts = {name: field.contents() for name, field in reader.fields.items()}
-    layout, model_type = _layout(gguf_path, facts)
-    check_tokenizer(gguf_path, facts)
     try:
+        reader = _read_gguf(gguf_path)
+        facts = {name: field.contents() for name, field in reader.fields.items()}
+        layout, model_type = _layout(gguf_path, facts)
+        check_tokenizer(gguf_path, facts)
         with write_folder(out, replace=False) as temporary:
             weights = _weights(gguf_path, reader.tensors, facts, layout, dtype)
             save_weights(weights, temporary, max_shard_bytes=sys.maxsize)
@@ -82,6 +82,11 @@ def convert_gguf(gguf_path: Path, out: Path, dtype: torch.dtype = torch.float32)
             context = facts[f"{layout.architecture}.context_length"]
             write_json(temporary / "tokenizer_config.json", tokenizer_config(facts, context))
             write_tokenizer(temporary / "tokenizer.json", facts)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as err:
+        if str(gguf_path) in str(err):
+            raise
+        what = f"a value of its metadata or a tensor is missing or of the wrong kind ({err!r:.300})"
+        raise ValueError(f"{gguf_path}: {what}; get the file again, or a Hugging Face folder") from err
     except OSError:
         # Another process may have finished the same conversion first: its folder holds the same.
         if not _is_complete(out):

@@ -32,16 +32,8 @@ def read_config(data: dict[str, Any]) -> Config:
     fields.fixed(hidden_act="gelu_pytorch_tanh", use_bidirectional_attention=False)
     config = read_common(fields, Defaults(max_position_embeddings=8192, tie_word_embeddings=True, head_dim=256))
     sliding = sliding_layers(fields, config.num_hidden_layers, lambda index: index % 2 == 0)
-    return gemma_config(fields, config, sliding, final=softcap(data, "final_logit_softcapping", 30.0),
-                        scores=softcap(data, "attn_logit_softcapping", 50.0))  # fmt: skip
-
-
-def softcap(data: dict[str, Any], name: str, default: float | None) -> float | None:
-    """Return a soft-cap; one that is left out is the default, one that is null is none."""
-    value = data.get(name, default)
-    if value is not None and (not isinstance(value, int | float) or not value > 0):
-        raise ValueError(f"config.json: {name} is {value!r}, expected a number above 0, or null for no soft-cap")
-    return value
+    caps = fields.softcap("final_logit_softcapping", 30.0), fields.softcap("attn_logit_softcapping", 50.0)
+    return gemma_config(fields, config, sliding, *caps)
 
 
 def gemma_config(

@@ -14,7 +14,7 @@ from matryoshka.core.models.decoder import (
     read_common,
     sliding_layers,
 )
-from matryoshka.core.models.gemma2 import OFFSET, SandwichBlock, gemma_config, softcap
+from matryoshka.core.models.gemma2 import OFFSET, SandwichBlock, gemma_config
 from matryoshka.core.models.gguf_layout import HEAD_NORMS, LLAMA_LAYER, GgufLayout
 from matryoshka.core.models.rotary import read_rotary
 
@@ -67,7 +67,7 @@ def read_config(data: dict[str, Any]) -> Config:
     config = config.with_rotary(
         [in_window if slides else rotary for slides, rotary in zip(sliding, config.rotary, strict=True)]
     )
-    config = gemma_config(fields, config, sliding, softcap(data, "final_logit_softcapping", None), None)
+    config = gemma_config(fields, config, sliding, fields.softcap("final_logit_softcapping"), None)
     return replace(config, extra_kept=config.extra_kept + config.queries + config.keys)
 
 

@@ -43,6 +43,20 @@ class ModelConfig(Protocol):
     def extra_recomputed(self) -> int: ...
 
 
+HEAD_ROWS = 8192  # of a head in low precision, made fp32 at a time
+
+
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return left @ right, accumulated and returned in at least fp32: on a GPU straight from the tensor cores.
+
+    There it has no gradient by autograd, so where gradients are recorded both sides are converted first.
+    """
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    if left.is_cuda and left.dtype == right.dtype != dtype and not torch.is_grad_enabled():
+        return torch.mm(left, right, out_dtype=dtype, out=out)
+    return torch.mm(left.to(dtype), right.to(dtype), out=out)
+
+
 def together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """Return the output of every layer for the same input; layers with a method `forward_together` may share work."""
     shared = getattr(layers[0], "forward_together", None)
@@ -96,8 +110,12 @@ class LanguageModel(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define forward")
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Return the [..., V] logits of hidden states, soft-capped where the model does so, in at least fp32."""
-        dtype = torch.promote_types(hidden_BTD.dtype, torch.float32)
-        logits_BTV = hidden_BTD.to(dtype) @ self.head_weight.to(dtype).T
+        """Return the [..., V] logits of hidden states, soft-capped where the model does so, in at least fp32.
+
+        A head in low precision is never fp32 as a whole, whose memory each decoded token would take and fill again.
+        """
+        head_VD, rows = self.head_weight, hidden_BTD.flatten(0, -2)
+        parts = torch.split(head_VD, HEAD_ROWS if head_VD.itemsize < 4 else len(head_VD))
+        logits_BTV = torch.cat([product(rows, part.T) for part in parts], dim=-1).view(*hidden_BTD.shape[:-1], -1)
         cap = self.config.final_logit_softcapping
         return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)

@@ -16,9 +16,7 @@ def read_config(data: dict[str, Any]) -> Config:
     fields = Fields(data, "Mistral")
     fields.fixed(hidden_act="silu", layer_types=None)
     config = read_common(fields, Defaults(max_position_embeddings=4096 * 32))
-    has_window = data.get("sliding_window", 4096) is not None
-    window = fields.integer("sliding_window", 4096) if has_window else None
-    return config.with_attention([window] * config.num_hidden_layers)
+    return config.with_attention([fields.window(4096)] * config.num_hidden_layers)
 
 
 class Model(DecoderModel):

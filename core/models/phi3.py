@@ -23,8 +23,7 @@ def read_config(data: dict[str, Any]) -> Config:
     rotary = config.rotary[0]
     if rotary is not None and rotary.rope_type not in ("default", "longrope"):
         raise ValueError(f"config.json: rope_type {rotary.rope_type!r} is not supported; Phi3 has default and longrope")
-    window = fields.get("sliding_window", None)
-    config = config.with_attention([window] * config.num_hidden_layers)
+    config = config.with_attention([fields.window()] * config.num_hidden_layers)
     # Values are kept as a part of the fused projection, and so all of it is.
     return replace(config, extra_kept=config.queries + config.keys)
 

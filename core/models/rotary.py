@@ -140,14 +140,19 @@ def read_rotary(
             f"config.json: partial_rotary_factor {share!r} is not supported; {fields.family} rotates whole heads"
         )
     size = int(head_dim * positive("partial_rotary_factor", share))
-    if size % 2:
-        raise ValueError(f"config.json: {size} numbers of a head are to be rotated, expected an even number of them")
-    original = rope.get("original_max_position_embeddings", max_positions)
-    original = fields.get("original_max_position_embeddings", original)
+    if size % 2 or not 0 < size <= head_dim:
+        raise ValueError(
+            f"config.json: {size} of a head's {head_dim} numbers are to be rotated, expected an even number of them"
+        )
+    name = "original_max_position_embeddings"
+    original = fields.integer(name, Fields(rope, fields.family).integer(name, max_positions))
     if kind == "dynamic":  # transformers grows theta beyond the model's own context
         original = max_positions
     base = Rotary(size, positive("rope_theta", rope["rope_theta"]), kind, original)
-    return _with_settings(base, rope, (*needed, *known), max_positions)
+    rotary = _with_settings(base, rope, (*needed, *known), max_positions)
+    for length in (original, original + 1):  # settings that divide by zero fail here, not in the first forward pass
+        rotary.frequencies(length)
+    return rotary
 
 
 def _with_settings(base: Rotary, rope: Mapping[str, Any], names: tuple[str, ...], max_positions: int) -> Rotary:
@@ -167,9 +172,8 @@ def _with_settings(base: Rotary, rope: Mapping[str, Any], names: tuple[str, ...]
             values[name] = positive(name, rope[name])
     factor = float(values.get("factor", max_positions / original))
     if kind == "yarn" and "attention_factor" not in values:
-        above, below = float(rope.get("mscale") or 0.0), float(rope.get("mscale_all_dim") or 0.0)
-        if not (above and below):
-            above, below = 1.0, 0.0
+        above, below = rope.get("mscale"), rope.get("mscale_all_dim")
+        above, below = (positive("mscale", above), positive("mscale_all_dim", below)) if above and below else (1.0, 0.0)
         values["attention_factor"] = _magnitude(factor, above) / _magnitude(factor, below)
     if kind == "longrope" and "attention_factor" not in values:
         values["attention_factor"] = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(original))

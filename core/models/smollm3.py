@@ -28,7 +28,7 @@ def read_config(data: dict[str, Any]) -> Config:
             f"config.json: no_rope_layers is {rotates!r:.200}, expected {layers} entries, 1 for a layer that rotates "
             "its queries and keys and 0 for one that does not"
         )
-    window = fields.get("sliding_window", None) if fields.flag("use_sliding_window") else None
+    window = fields.window() if fields.flag("use_sliding_window") else None
     sliding = sliding_layers(fields, layers, lambda index: window is not None and not rotates[index])
     config = config.with_attention([window if slides else None for slides in sliding])
     config = config.with_rotary([config.rotary[index] if rotates[index] else None for index in range(layers)])

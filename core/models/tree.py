@@ -35,6 +35,8 @@ class Tokens:
             object.__setattr__(self, name, packed(getattr(self, name)))
         if len(self.ids) != len(self.mask):
             raise ValueError(f"tokens: {len(self.ids)} ids but {len(self.mask)} mask entries; they go in pairs")
+        if wrong := set(self.mask) - {0, 1}:
+            raise ValueError(f"tokens: the mask has {min(wrong)}; expected 1 where a token is trained on, else 0")
         if self.ids and self.mask[0]:
             raise ValueError("tokens: the first token cannot be scored; nothing stands before it")
 

@@ -6,6 +6,7 @@ memory-mapped. Pickled checkpoints are not read.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -238,8 +239,9 @@ def _is_ignorable(key: str, found: Mapping[str, tuple[Path, Any]], slots: Mappin
         return False
     path, handle = found[HEAD]
     head, embedding = handle.get_slice(HEAD), found[EMBEDDING][1].get_slice(EMBEDDING)
-    same = head.get_shape() == embedding.get_shape()
-    for start in range(0, head.get_shape()[0], COMPARED_ROWS):  # not all at once: a rank need not have room for it
+    shape = head.get_shape()
+    same = len(shape) == 2 and shape == embedding.get_shape()
+    for start in range(0, shape[0] if same else 0, COMPARED_ROWS):  # not all at once: a rank need not have room for it
         rows = slice(start, start + COMPARED_ROWS)
         same = same and torch.equal(head[rows], embedding[rows])
     if not same:
@@ -281,10 +283,21 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         # safetensors creates files that only the owner can read: keep the permissions that the user's umask gives.
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_tensors(tensors, temporary, {"format": "pt"})
         temporary.chmod(mode)
 
     write_atomic(path, write)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file in place. Raises OSError where the disk fails, which safetensors hides in another kind.
+    """
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as err:
+        if (code := re.search(r"\(os error (\d+)\)", str(err))) is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from err
 
 
 def _some(keys: list[str]) -> str:

@@ -27,11 +27,12 @@ from typing import Any, Self, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from matryoshka.core.distributed import ALONE, TIMEOUT_S, World, is_sharded, own
 from matryoshka.core.files import fsync, write_atomic, write_json
+from matryoshka.core.models.weights import save_tensors
 
 STATE, WHOLE = "state.json", "state.safetensors"
 GRACE_S = 10.0  # how long a run that ends with an error still waits for a checkpoint that other ranks write too
@@ -191,7 +192,7 @@ class Checkpoints:
             write_json(temporary / f"rank-{self._world.rank}.json", sizes(files))
             return
         if whole:
-            write_atomic(temporary / WHOLE, lambda path: save_file(whole, path))
+            write_atomic(temporary / WHOLE, lambda path: save_tensors(whole, path))
             files.append(temporary / WHOLE)
         state["files"] = sizes(files) | (self._files_of_others(temporary) if sharded else {})
         write_json(temporary / STATE, state)

@@ -22,12 +22,11 @@ from torch import nn
 
 from matryoshka.core.config import check_least
 from matryoshka.core.distributed import TIMEOUT_S, World, forget_gathered, is_sharded, whole
-from matryoshka.core.files import write_text
+from matryoshka.core.files import append_jsonl, write_text
 from matryoshka.core.models.activations import POLICIES
 from matryoshka.core.models.attention import BACKENDS
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.records import stable_seed
-from matryoshka.core.redaction import to_redacted_json
 from matryoshka.core.signals import Interrupted, stop_event
 from matryoshka.core.training.checkpoint import Checkpoints
 from matryoshka.core.training.memory import free_bytes, plan_memory
@@ -217,12 +216,16 @@ def train(
                     found = evaluated(
                         evaluation.items, config.batch_size, config.micro_batch_tokens, objective, micro_batch, context
                     )
+                if not math.isfinite(found["eval_loss"]):
+                    raise FloatingPointError(
+                        f"{where}: the evaluation's loss is {found['eval_loss']}; nothing was saved since the last "
+                        "checkpoint. Lower the learning rate or look at the items of the evaluation"
+                    )
                 losses.append(found["eval_loss"])
                 row |= found
             is_last = step == num_steps or _is_spent(losses, evaluation)
             if world.is_first:
-                with metrics_path.open("a") as handle:
-                    handle.write(to_redacted_json(row) + "\n")
+                append_jsonl(metrics_path, row)
             due = config.save_every and step % config.save_every == 0
             if due or is_last or stopping:
                 checkpoints.save(step, parameters, optimizer)

@@ -170,6 +170,9 @@ def test_ranked_pairs_have_a_gap_above_the_margin_and_the_widest_come_first() ->
     assert texts(ranked) == [("e", "0.875", "0.125"), ("e", "0.875", "0.375")]
     assert len(make_pairs(rows, PairRule("ranked", cap=9), 0)[0]) == 3
     assert texts(make_pairs(rows, PairRule("ranked", cap=1), 0)[0]) == [("e", "0.875", "0.125")]
+    measured = PairRule("ranked", scores=("rouge",))
+    with pytest.raises(ValueError, match=r"example 'e' has no measure 'rouge', by which .* it has \['bleu'\]"):
+        make_pairs([episode("e", 1.0, turn("a"), measures={"bleu": 1.0})], measured, 0)
     with pytest.raises(ValueError, match="rule 'best' is unknown; choose 'binary' or 'ranked'"):
         make_pairs(rows, PairRule("best"), 0)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from matryoshka.core.intervals import wilson
 from matryoshka.core.records import Example, Metric, Trajectory, to_json
-from matryoshka.eval.markdown import p_value
+from matryoshka.eval.markdown import _grid, p_value
 from matryoshka.eval.report import Condition, write_report
 from matryoshka.eval.statistics import mcnemar_exact
 from matryoshka.eval.summary import summarise
@@ -156,3 +157,11 @@ def test_an_oracle_report_says_so_everywhere(make_input: Any, tmp_path: Path) ->
     captions = [part.partition("</caption>")[0] for part in page.split("<caption>")[1:]]
     assert len(captions) == 4 and all("oracle protocol" in caption for caption in captions)
     assert text.count("oracle protocol, n = ") == 4 and "label-free protocol" not in text + page
+
+
+@pytest.mark.parametrize("hostile", ["a|b", r"a\|b", r"a\\|b", "a\nb", "\\"])
+def test_a_cell_stays_one_cell(hostile: str) -> None:
+    """Oracle: the rule of GitHub's tables by hand: a pipe after an even number of backslashes ends a cell."""
+    *_, row = _grid(["x", "y"], [[hostile, "z"]]).splitlines()
+    ends = re.findall(r"(?<!\\)(?:\\\\)*\|", row)
+    assert len(ends) == 3 and row.endswith("| z |")

@@ -39,7 +39,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         models = [{"id": self.base, "parent": None, "max_model_len": CONTEXT}]
         models += [{"id": name, "parent": self.base} for name in ADAPTERS]
-        self.send({"object": "list", "data": models} if self.path == "/v1/models" else {})
+        listed = json.loads(os.environ.get("FAKE_MODELS", "null")) or models
+        self.send({"object": "list", "data": listed} if self.path == "/v1/models" else {})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -71,8 +72,8 @@ class Handler(BaseHTTPRequestHandler):
         seed = body.get("seed", 0) + len(body["model"])
         ids = [32 + (sum(body["prompt"]) + seed + i) % 90 for i in range(body["max_tokens"])]
         scores = {"token_logprobs": [-0.5] * len(ids)}
-        choice = {"index": 0, "text": "", "finish_reason": "length", "token_ids": ids, "logprobs": scores}
-        choice["prompt_token_ids"] = body["prompt"]
+        choice: dict[str, Any] = {"index": 0, "text": "", "finish_reason": "length", "token_ids": ids}
+        choice |= {"logprobs": scores, "prompt_token_ids": body["prompt"]}
         answer = {"model": body["model"], "choices": [choice]}
         if fault == "wrong model":
             answer["model"] = "another"
@@ -80,8 +81,16 @@ class Handler(BaseHTTPRequestHandler):
             choice["prompt_token_ids"] = [0, *body["prompt"]]
         elif fault == "no ids":
             choice["token_ids"] = None
+        elif fault == "ids as text":
+            choice["token_ids"] = "a" * len(ids)
+        elif fault == "prompt as a number":
+            choice["prompt_token_ids"] = 5
         elif fault == "no log-probs":
             choice["logprobs"] = None
+        elif fault == "log-probs as a list":
+            choice["logprobs"] = scores["token_logprobs"]
+        elif fault == "log-probs of 400 digits":
+            choice["logprobs"] = {"token_logprobs": [-(10**400)] * len(ids)}
         elif fault == "nan":
             choice["logprobs"] = {"token_logprobs": [float("nan")] * len(ids)}
         elif fault == "abort":

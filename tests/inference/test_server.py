@@ -328,6 +328,8 @@ def test_bad_values_are_refused_by_name() -> None:
                 assert (status, reply["error"]["param"]) == (400, "prompt"), prompt
             assert (await server.post({"model": "base", "prompt": "a", "logprobs": 5}, "/v1/completions"))[0] == 400
             assert (await server.post({"model": "base", "prompt": ["a"] * 9, "n": 128}, "/v1/completions"))[0] == 400
+            status, reply = await server.post({"model": "base", "prompt": ["a"] * 1025}, "/v1/completions")
+            assert status == 400 and "1025 prompts are more than 1024 answers" in reply["error"]["message"]
             for body in (b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000):
                 status, reply = await server.post(body)
                 assert (status, reply["error"]["code"]) == (400, "invalid_json")

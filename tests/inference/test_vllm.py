@@ -119,14 +119,18 @@ def test_a_request_is_what_vllm_takes(tiny_dir: Path, tmp_path: Path, faults: Ca
     with_server(tiny_dir, tmp_path, use)
 
 
-MENDED = ("500", "503", "429", "drop", "truncated", "garbage", "no choices", "abort", "forget")
+MENDED = ("500", "503", "429", "drop", "truncated", "garbage", "no choices", "abort", "prompt as a number",
+          "forget")  # fmt: skip
 REFUSED = {
     "400": "refuses the request: 400 as you wish",
     "401": "refuses the request: 401 as you wish",
     "wrong model": "'another' answered",
     "wrong prompt": "read another prompt than was sent",
     "no ids": "no log-prob for each token",
+    "ids as text": "no log-prob for each token",
     "no log-probs": "no log-prob for each token",
+    "log-probs as a list": "no log-prob for each token",
+    "log-probs of 400 digits": "sent log-probs that are not finite",
     "nan": "sent log-probs that are not finite",
 }
 
@@ -151,6 +155,20 @@ def test_what_each_fault_leads_to(tiny_dir: Path, tmp_path: Path, faults: Callab
                 await vllm.generate(PROMPT, SAMPLING, name)
             assert len(requests(tmp_path)) == before + 1, fault
         assert vllm.num_restarts == 0
+
+    with_server(tiny_dir, tmp_path, use)
+
+
+@pytest.mark.parametrize("models", [5, "base", [1], [{}], [{"id": "base", "max_model_len": "64"}], [{"id": ["a"]}]])
+def test_a_malformed_list_of_models_is_one_clear_error(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: object
+) -> None:
+    """Oracle: the error that names the address, for lists that other servers, or none, would send."""
+    monkeypatch.setenv("FAKE_MODELS", json.dumps(models))
+
+    async def use(vllm: Vllm) -> None:
+        with pytest.raises(ValueError, match=r"/v1/models answers 200 .*; expected vLLM's list of models"):
+            await vllm.generate(PROMPT, SAMPLING)
 
     with_server(tiny_dir, tmp_path, use)
 

@@ -187,6 +187,11 @@ def test_errors_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyP
         path.write_bytes(broken)
         with pytest.raises(ValueError, match=r"tiny\.gguf: truncated or not a GGUF file"):
             convert_gguf(path, out)
+    for key in (b"llama.block_count", b"llama.attention.head_count", b"llama.context_length", b"ggml.token_type"):
+        assert key in whole
+        path.write_bytes(whole.replace(key, key[:-1] + b"_"))
+        with pytest.raises(ValueError, match=r"tiny\.gguf: a value of its metadata .* is missing or of the wrong kind"):
+            convert_gguf(path, out)
     for changed, message in (
         ({"architecture": "mamba"}, r"general\.architecture is 'mamba', expected one of \['gemma3', 'llama', 'qwen2'"),
         ({"pre": "tekken"}, r"tokenizer\.ggml\.pre is 'tekken', expected one of \['llama-bpe', 'qwen2', 'smollm'\]"),

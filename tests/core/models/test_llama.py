@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from matryoshka.core.models import language_model
 from matryoshka.core.models.decoder import Config, RMSNorm
 from matryoshka.core.models.llama import LORA_TARGETS, Model, read_config
 from matryoshka.core.models.load import load_model
@@ -211,6 +213,27 @@ def test_rms_norm_by_hand() -> None:
     torch.testing.assert_close(out, expected, rtol=1e-14, atol=0)
 
 
+def test_a_head_in_low_precision_is_made_wide_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the product with the whole head in fp32; nothing as large as that head is made on the way."""
+    monkeypatch.setattr(language_model, "HEAD_ROWS", 16)
+    model = Model(read_config({**BASE, "hidden_size": 64}))
+    randomise(model)
+    model = model.bfloat16()
+    hidden = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(6)).bfloat16()
+    made: list[int] = []
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            made.extend([out.numel()] if isinstance(out, Tensor) and out.dtype == torch.float32 else [])
+            return out
+
+    with torch.no_grad(), Watch():  # type: ignore[no-untyped-call]
+        logits = model.logits(hidden)
+    assert max(made) < 67 * 64 and logits.dtype == torch.float32
+    torch.testing.assert_close(logits, hidden.float() @ model.head_weight.float().T, rtol=0, atol=1e-6)
+
+
 def test_float64_stays_float64() -> None:
     """Oracle: causality and float64 rounding. An fp32 step anywhere would leave errors above 1e-9."""
     model = Model(read_config({**BASE, "tie_word_embeddings": True}))
@@ -270,7 +293,7 @@ def test_names_are_the_checkpoints() -> None:
         ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs 'factor'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type 'llama3' needs 'low_freq_factor'"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-        ({"head_dim": 5}, "5 numbers of a head are to be rotated, expected an even number"),
+        ({"head_dim": 5}, "5 of a head's 5 numbers are to be rotated, expected an even number"),
     ],
 )
 def test_what_is_not_computed_is_refused(change: dict[str, Any], message: str) -> None:

@@ -127,6 +127,7 @@ def test_weights_that_do_not_fit_the_config(tmp_path: Path) -> None:
         load_model(folder)
 
 
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
 HOSTILE = {
     "ten million layers": ("num_hidden_layers", 10_000_000, "a whole number from 1 to 1000"),
     "layers as text": ("num_hidden_layers", "2", "num_hidden_layers is '2'"),
@@ -140,6 +141,15 @@ HOSTILE = {
     "scaling that is a list": ("rope_scaling", [1], "config.json"),
     "scaling that is a text": ("rope_scaling", "linear", "config.json"),
     "a factor as text": ("rope_scaling", {"rope_type": "linear", "factor": "2"}, "config.json"),
+    "an original length below zero": (
+        "rope_scaling", YARN | {"original_max_position_embeddings": -64}, "original_max_position_embeddings is -64"
+    ),
+    "an original length of 1e999": (
+        "rope_scaling", YARN | {"original_max_position_embeddings": float("inf")}, "original_max_position_embeddings is"
+    ),
+    "a scale of 1e300": ("rope_scaling", YARN | {"mscale": 1e300, "mscale_all_dim": 1.0}, "mscale is 1e\\+300"),
+    "a factor of 5e-324": ("rope_scaling", {"rope_type": "linear", "factor": 5e-324}, "factor is 5e-324"),
+    "a base whose logarithm is 0": ("rope_scaling", YARN | {"rope_theta": 1.0}, "config.json: .*division by zero"),
     "a type that is an object": ("model_type", {"a": 1}, "model_type is"),
     "a path as type": ("model_type", "../../lora/linear", "model_type is"),
     "ties as text": ("tie_word_embeddings", "true", "tie_word_embeddings is 'true'"),
@@ -154,7 +164,24 @@ def test_a_hostile_configuration_is_refused_at_once(
     """Oracle: one short message that names the file, before any layer is built."""
     config = json.loads((tiny_dir / "config.json").read_text()) | {name: value}
     shutil.copytree(tiny_dir, tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config).replace("Infinity", "1e999"))
     with pytest.raises(ValueError, match=message) as caught:
         load_model(tmp_path / "model")
     assert str(tmp_path / "model") in str(caught.value) and len(str(caught.value)) < 1000
+
+
+FAMILY_FIELDS = {
+    "a window that is true": ("phi3", "sliding_window", True, "sliding_window is True"),
+    "a window of half a token": ("mistral", "sliding_window", 2.5, "sliding_window is 2.5"),
+    "a soft-cap of 1e300": ("gemma2", "final_logit_softcapping", 1e300, "final_logit_softcapping is 1e"),
+    "windows from a layer in text": ("qwen2", "max_window_layers", "1", "max_window_layers is '1'"),
+    "a rotation wider than the head": ("phi3", "partial_rotary_factor", 2.0, "numbers are to be rotated"),
+}
+
+
+@pytest.mark.parametrize(("model_type", "name", "value", "message"), FAMILY_FIELDS.values(), ids=FAMILY_FIELDS.keys())
+def test_a_field_of_one_family_is_checked(model_type: str, name: str, value: object, message: str) -> None:
+    """Oracle: the message; without the check the model would compute with the value, or NaN."""
+    data = json.loads((Path(__file__).parent / "controllers" / f"{model_type}.json").read_text())["base"]
+    with pytest.raises(ValueError, match=message):
+        model_architecture({"model_type": model_type}, Path()).read_config({**data, name: value})

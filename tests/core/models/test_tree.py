@@ -272,6 +272,7 @@ def test_padding_changes_nothing() -> None:
     [
         ((1, 2), (0,), "2 ids but 1 mask entries"),
         ((1, 2), (1, 1), "the first token cannot be scored"),
+        ((1, 2), (0, 2), "the mask has 2; expected 1 where a token is trained on"),
     ],
 )
 def test_errors(ids: tuple[int, ...], mask: tuple[int, ...], message: str) -> None:

@@ -1,5 +1,6 @@
 """weights.py: oracles are the tensors that were written, safetensors' own files, and the kernel's memory count."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from matryoshka.core.models import weights
 from matryoshka.core.models.load import load_model
-from matryoshka.core.models.weights import load_weights, sampled_digest, save_weights
+from matryoshka.core.models.weights import load_weights, sampled_digest, save_weights, write_tensors
 
 
 class Body(nn.Module):
@@ -151,6 +154,28 @@ def test_tied_head(tmp_path: Path) -> None:
     save_file({**tensors, "lm_head.weight": torch.zeros(6, 4)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_tokens.weight.*tie_word_embeddings"):
         load_weights(meta_body(tied=True), tmp_path, None, "cpu")
+
+
+def test_a_head_that_is_no_matrix_is_refused(tmp_path: Path) -> None:
+    """Oracle: the message; a number has no rows to compare."""
+    save_file({**checkpoint(tied=True), "lm_head.weight": torch.tensor(1.0)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: lm_head.weight differs from model.embed_tokens.weight"):
+        load_weights(meta_body(tied=True), tmp_path, None, "cpu")
+
+
+def test_a_full_disk_is_explained_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the message that safetensors raised on a full tmpfs of 1 MiB; it is of no kind that a disk's errors are.
+
+    Nothing is left of the file, and the error says how much is free.
+    """
+    def full(*arguments: Any) -> None:
+        arguments[1].write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(OSError, match=r"a\.safetensors: No space left on device; .* MiB are free there") as caught:
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
 
 
 def test_legacy_rope_buffers_are_accepted(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytes
         assert disk.wait(60)
         save_file(tensors, path)
 
-    monkeypatch.setattr(module, "save_file", slow)
+    monkeypatch.setattr(module, "save_tensors", slow)
     parameters, optimizer = make()
     with Checkpoints(tmp_path, "run") as checkpoints:
         update(parameters, optimizer, 1)
@@ -134,7 +134,7 @@ def test_what_the_writer_raises_is_raised(tmp_path: Path, monkeypatch: pytest.Mo
     def full(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "save_tensors", full)
     checkpoints = Checkpoints(tmp_path, "run")
     checkpoints.save(2, parameters, optimizer)
     with pytest.raises(OSError, match="No space left"):

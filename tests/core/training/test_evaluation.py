@@ -85,6 +85,22 @@ def test_training_ends_when_the_loss_no_longer_falls(tiny_dir: Path, tmp_path: P
     assert same(values(again), values(model))
 
 
+def test_an_evaluation_that_is_not_finite_stops_training(tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: the error that names the step; patience would take NaN for the lowest loss, and JSON has no NaN."""
+    model, items = prepared(tiny_dir), pairs(6, seed=5)
+
+    class Overflowing(Preference):
+        def __call__(self, logps_S: Any, reference_S: Any, tree: Any, totals: Any) -> Any:
+            loss, found = super().__call__(logps_S, reference_S, tree, totals)
+            return (loss if torch.is_grad_enabled() else loss * math.inf), found
+
+    context = TrainContext(partial(active, model, "reference"), math.log(2), evaluation=Evaluation(items, 2))
+    parameters = trainable_parameters(model, "policy")
+    with pytest.raises(FloatingPointError, match="step 2: the evaluation's loss is inf"):
+        list(train(model, parameters, pairs(), CONFIG, Overflowing(), token_logps, tmp_path, context))
+    assert [row["step"] for row in metrics(tmp_path)] == [1]
+
+
 def test_an_evaluation_of_nothing_is_refused() -> None:
     """Oracle: the message names what came."""
     with pytest.raises(ValueError, match="an evaluation of 0 items every 1 steps with patience 0; expected items"):

@@ -9,7 +9,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,23 +25,18 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def explains_disk_errors(path: Path) -> Iterator[None]:
-    """Let an error of a disk say where it was met and how to go on; of a full one, how much is free.
-
-    Libraries in Rust, such as safetensors, raise errors of their own with the number in their text.
-    """
+    """Let an error of a disk say where it was met and how to go on; of a full one, how much is free."""
     try:
         yield
-    except Exception as err:
-        found = re.search(r"\(os error (\d+)\)", str(err))
-        number = err.errno if isinstance(err, OSError) else int(found[1]) if found else None
-        if number is None or number not in FULL + BROKEN:
+    except OSError as err:
+        if err.errno not in FULL + BROKEN:
             raise
         remedy = "mend the disk, or move the folder to another one,"
-        if number in FULL:
+        if err.errno in FULL:
             free = shutil.disk_usage(path.parent).free
             remedy = f"{free / 2**20:.1f} MiB are free there; free some space, or raise the quota,"
-        what = f"{path}: {os.strerror(number)}; {remedy} and give the same command again: what is recorded is kept"
-        raise OSError(number, what) from err
+        what = f"{path}: {os.strerror(err.errno)}; {remedy} and give the same command again: what is recorded is kept"
+        raise OSError(err.errno, what) from err
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:

@@ -1,13 +1,12 @@
 """core/files.py: writes are atomic, a journal survives a kill, and malformed rows are named."""
 
-import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 
-from matryoshka.core.files import Journal, folder_lock, read_jsonl, write_atomic, write_text
+from matryoshka.core.files import Journal, folder_lock, read_jsonl, write_text
 
 
 def test_a_folder_may_be_renamed_as_soon_as_the_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,21 +34,6 @@ def test_a_new_run_folder_is_for_its_owner_alone(tmp_path: Path) -> None:
             assert folder.stat().st_mode & 0o777 == bits
     finally:
         os.umask(before)
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError("I/O error: No space left on device (os error 28)"), OSError(errno.ENOSPC, "full")]
-)
-def test_a_full_disk_is_explained_whoever_met_it(error: Exception, tmp_path: Path) -> None:
-    """Oracle: by hand: the file, the room and the remedy, for safetensors' own error, too; nothing half is left."""
-
-    def fails(path: Path) -> None:
-        path.write_bytes(b"half")
-        raise error
-
-    with pytest.raises(OSError, match="weights: No space left on device; .* MiB are free there; free some") as found:
-        write_atomic(tmp_path / "weights", fails)
-    assert found.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
 
 
 def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:

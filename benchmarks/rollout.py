@@ -105,19 +105,13 @@ class Additions(Task):
         return episode.trajectory(float(right), "right" if right else "wrong")
 
 
-class AtOnce:
+class AtOnce(Controller):
     """A core.protocols.Controller that always writes the same guidance."""
 
     name = "at-once"
 
     async def propose(self, prompt: Messages, n: int, sampling: Sampling) -> list[Sample]:
         return [Sample("Add the two numbers.")] * n
-
-    def prompt_ids(self, prompt: Messages) -> None:
-        return None
-
-    def count_tokens(self, prompt: Messages) -> int:
-        return 0
 
 
 def run(config: Config) -> BenchResult:

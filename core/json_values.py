@@ -1,8 +1,8 @@
-"""A checked reader of JSON from elsewhere: a value or one clear ValueError, never another exception or a flood of
-memory.
+"""Reads the JSON of a server's reply: a value or one clear ValueError, in bounded time and memory.
 
-Numbers that no field of ours can hold (1e999, NaN, a thousand digits) become infinity or NaN, so that a reply with one
-odd number can still be read; `as_count` is what fields that count something are read with.
+Files are read by `json_input.py`, which is stricter. Numbers that no field of ours can hold (1e999, NaN, a thousand
+digits) become infinity or NaN here, so that a reply with one odd number can still be read; fields that count something
+are read with `as_count`.
 """
 
 import json
@@ -20,7 +20,7 @@ MAX_COUNT = 10**12
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def read_json(data: bytes | str) -> Any:
+def parse_reply(data: bytes | str) -> Any:
     """Return the value that `data`, UTF-8, holds. Raises ValueError naming the fault if that is not JSON, is
     nested too deeply or holds too many values.
     """

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Controller(Protocol):
-    """White-box policy: writes guidance."""
+    """White-box policy: writes guidance. A subclass without a tokenizer of its own writes `propose` alone."""
 
     name: str
 
@@ -32,11 +32,11 @@ class Controller(Protocol):
 
     def prompt_ids(self, prompt: Messages) -> tuple[int, ...] | None:
         """Return the ids that `propose` is conditioned on, or None where the model is not ours to see."""
-        ...
+        return None
 
     def count_tokens(self, prompt: Messages) -> int:
-        """Return how many tokens `prompt` takes in this controller's context."""
-        ...
+        """Return how many tokens `prompt` takes in this controller's context; 0 where no context of ours holds it."""
+        return 0
 
 
 class Generator(Protocol):

@@ -148,7 +148,8 @@ def _found(text: str) -> list[_Secret]:
             break
         text = plain
         forms.append(text.translate(_SQUEEZE))
-    return [s for s in _secrets.values() if any(spelling in form for form in forms for spelling in s.spellings)]
+    known = list(_secrets.values())  # another thread may add one meanwhile
+    return [s for s in known if any(spelling in form for form in forms for spelling in s.spellings)]
 
 
 def _unescaped(match: re.Match[str]) -> str:

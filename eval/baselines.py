@@ -6,12 +6,12 @@ They take the place of a trained controller in the same loop, so two rows of a r
 from collections.abc import Mapping
 from dataclasses import replace
 
-from matryoshka.core.protocols import Generator
+from matryoshka.core.protocols import Controller, Generator
 from matryoshka.core.records import Messages, Sample, Sampling
 from matryoshka.tasks.reasoning import without_reasoning
 
 
-class NoGuidance:
+class NoGuidance(Controller):
     """Controller that says nothing: the generator works from the question alone."""
 
     name = "no-guidance"
@@ -20,16 +20,8 @@ class NoGuidance:
         """Return n empty samples."""
         return [Sample("")] * n
 
-    def prompt_ids(self, prompt: Messages) -> tuple[int, ...] | None:
-        """Return None: there is no tokenizer."""
-        return None
 
-    def count_tokens(self, prompt: Messages) -> int:
-        """Return 0: nothing reads the prompt."""
-        return 0
-
-
-class ScriptedGuidance:
+class ScriptedGuidance(Controller):
     """Controller with one fixed text for each prompt: gold guidance as a ceiling, wrong guidance as a floor."""
 
     def __init__(self, name: str, table: Mapping[Messages, str]) -> None:
@@ -46,16 +38,8 @@ class ScriptedGuidance:
             )
         return [Sample(self._table[prompt])] * n
 
-    def prompt_ids(self, prompt: Messages) -> tuple[int, ...] | None:
-        """Return None: there is no tokenizer."""
-        return None
 
-    def count_tokens(self, prompt: Messages) -> int:
-        """Return 0: nothing reads the prompt."""
-        return 0
-
-
-class GeneratorGuidance:
+class GeneratorGuidance(Controller):
     """Controller that asks the generator itself: a baseline, and the teacher of a warm-up where no gold is known."""
 
     def __init__(self, generator: Generator) -> None:
@@ -69,11 +53,3 @@ class GeneratorGuidance:
         """
         drawn = [await self._generator.complete(prompt, replace(sampling, draw=sampling.draw + i)) for i in range(n)]
         return [replace(sample, text=without_reasoning(sample.text)) for sample in drawn]
-
-    def prompt_ids(self, prompt: Messages) -> tuple[int, ...] | None:
-        """Return None: there is no tokenizer."""
-        return None
-
-    def count_tokens(self, prompt: Messages) -> int:
-        """Return 0: no context of ours holds the prompt."""
-        return 0

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from matryoshka.core.intervals import bootstrap, wilson
+from matryoshka.core.records import Metric
 
 EXACT_FLIPS = 14  # differences up to which every assignment of signs is counted
 FLIPS = 10_000
@@ -82,9 +83,8 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Paired:
     one, two = wilson(both + lost, n), wilson(both + gained, n)
     phi = _correlation(both, lost, gained, neither)
     difference = (gained - lost) / n
-    low = difference - _add(two.value - two.low, one.high - one.value, phi)
-    high = difference + _add(two.high - two.value, one.value - one.low, phi)
-    return Paired(n, gained, lost, difference, max(-1.0, low), min(1.0, high), mcnemar_exact(gained, lost))
+    low, high = _newcombe(difference, one, two, phi)
+    return Paired(n, gained, lost, difference, low, high, mcnemar_exact(gained, lost))
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,13 @@ def unpaired(first: Sequence[bool], second: Sequence[bool]) -> Unpaired:
     if not n or not m:
         raise ValueError(f"unpaired: got {n} and {m} outcomes; expected at least one of both")
     one, two = wilson(sum(first), n), wilson(sum(second), m)
-    difference = two.value - one.value
-    low = difference - _add(two.value - two.low, one.high - one.value, 0.0)
-    high = difference + _add(two.high - two.value, one.value - one.low, 0.0)
     right = sum(first) + sum(second)
     ways = [math.comb(n, k) * math.comb(m, right - k) for k in range(max(0, right - m), min(n, right) + 1)]
     observed = math.comb(n, sum(first)) * math.comb(m, sum(second))
-    return Unpaired(n, m, difference, max(-1.0, low), min(1.0, high), sum(w for w in ways if w <= observed) / sum(ways))
+    p = sum(w for w in ways if w <= observed) / sum(ways)
+    difference = two.value - one.value
+    low, high = _newcombe(difference, one, two, 0.0)
+    return Unpaired(n, m, difference, low, high, p)
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,13 @@ def _correlation(a: int, b: int, c: int, d: int) -> float:
     return numerator / math.sqrt(margins)
 
 
-def _add(x: float, y: float, phi: float) -> float:
-    # the form is >= (x - y)^2 >= 0 in exact arithmetic, but may round below 0
-    return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
+def _newcombe(difference: float, one: Metric, two: Metric, phi: float) -> tuple[float, float]:
+    """Return the interval of `difference`, the second share less the first, by method 10 ("square and add")."""
+
+    def add(x: float, y: float) -> float:
+        # the form is >= (x - y)^2 >= 0 in exact arithmetic, but may round below 0
+        return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
+
+    low = difference - add(two.value - two.low, one.high - one.value)
+    high = difference + add(two.high - two.value, one.value - one.low)
+    return max(-1.0, low), min(1.0, high)

@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from matryoshka.core.json_values import all_values, as_count, as_text, read_json
+from matryoshka.core.json_values import all_values, as_count, as_text, parse_reply
 from matryoshka.core.records import Messages, Sample, Sampling, Usage, content_key
 from matryoshka.core.redaction import redact
+from matryoshka.inference.http_client import Reply
 from matryoshka.inference.limits import retry_after_s
-from matryoshka.inference.openai_transport import Reply
 
 Blame = Literal["passing", "endpoint", "prompt", "request", "unclear"]
 
@@ -152,7 +152,7 @@ def chat_body(
 def parse_answer(body: bytes) -> Answer:
     """Return the answer in the body of a reply with status 200. Raises AttemptError if it has none."""
     try:
-        data = read_json(body)
+        data = parse_reply(body)
     except ValueError as err:
         shown = body[:200].decode("utf-8", "replace")
         raise AttemptError(f"the reply is no JSON: {err} ({shown!r})", "passing", UNKNOWN) from None
@@ -287,7 +287,7 @@ def remedy(status: int, key_name: str) -> str:
 def _error_of(body: bytes) -> tuple[str, list[str], str]:
     """Return the message, the codes and the parameter of an error's body, in any of the forms that servers send."""
     try:
-        data = read_json(body)
+        data = parse_reply(body)
     except ValueError:  # a page or plain text
         return re.sub("<[^>]*>", " ", body[:1200].decode("utf-8", "replace")).strip()[:300], [], ""
     if isinstance(data, list) and data:  # Gemini's

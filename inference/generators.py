@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from matryoshka.core.json_values import as_text, read_json
+from matryoshka.core.json_values import as_text, parse_reply
 from matryoshka.core.protocols import GeneratorError, RunStopped
 from matryoshka.core.records import Messages, Sample, Sampling, Usage, content_key
 from matryoshka.core.redaction import redact
@@ -37,9 +37,8 @@ from matryoshka.inference.chat_api import (
     remedy,
 )
 from matryoshka.inference.generator_config import GeneratorConfig as GeneratorConfig
-from matryoshka.inference.http_client import TransportError
+from matryoshka.inference.http_client import Reply, TransportError
 from matryoshka.inference.limits import backoff_s
-from matryoshka.inference.openai_transport import Reply
 from matryoshka.inference.pool import MANY_PROMPTS, Endpoint, Pool
 from matryoshka.inference.prices import is_same_model, load_prices, price_of
 from matryoshka.inference.spending import Budget, GeneratorAccount
@@ -323,7 +322,7 @@ class OpenAIGenerator:
         if endpoint.is_azure:
             return ""
         try:
-            served = [row["id"] for row in read_json(reply.body)["data"]]
+            served = [row["id"] for row in parse_reply(reply.body)["data"]]
         except (ValueError, KeyError, TypeError):
             what = "answers, but not with OpenAI's list of models; base_url usually ends in /v1"
             return f"generator: {endpoint.base_url} {what}"

@@ -23,7 +23,12 @@ class Reply:
 
     status: int
     headers: Mapping[str, str]
-    text: str
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        """The body with U+FFFD for what is not UTF-8."""
+        return self.body.decode("utf-8", "replace")
 
 
 class TransportError(Exception):
@@ -71,7 +76,7 @@ class HttpClient:
                     response.close()  # a connection with half an answer on it is of no use
                     raise
                 # No await after the last byte: a cancellation now would lose an answer that was received.
-                return Reply(response.status, response.headers, data.decode("utf-8", "replace"))
+                return Reply(response.status, response.headers, bytes(data))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as err:
             raise TransportError(f"connection failed: {err}", sent=False) from err
         except TimeoutError as err:

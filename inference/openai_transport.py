@@ -9,19 +9,21 @@ that is raised refers to the request, whose headers hold the key.
 import asyncio
 import functools
 import ipaddress
+import os
 import shlex
+import signal
 import ssl
 import time
 import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from matryoshka.core.redaction import add_secret
 from matryoshka.inference.generator_config import EndpointConfig
-from matryoshka.inference.http_client import CONNECT_S, TransportError
+from matryoshka.inference.http_client import CONNECT_S, Reply, TransportError
 
 if TYPE_CHECKING:
     import httpx2
@@ -33,20 +35,11 @@ TOKEN_LIFE_S = 300.0  # a command that prints tokens is run again after this; to
 TOKEN_COMMAND_S = 60.0
 
 
-@dataclass(frozen=True)
-class Reply:
-    """A whole reply; header names are case-insensitive."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-
 class OpenAITransport:
     """The client of one endpoint. It keeps connections alive between requests; one object lives in one event loop."""
 
     def __init__(self, config: EndpointConfig, key: str) -> None:
-        """Make the client; nothing is sent. Raises ValueError for a proxy that is not supported."""
+        """Make the client; nothing is sent. Raises ValueError for a proxy or a token command that cannot be used."""
         # Imported here, since it takes a second that a command without a generator need not wait for.
         import httpx2
         import openai
@@ -106,6 +99,8 @@ class OpenAITransport:
         import openai
 
         try:
+            if self._token is not None:
+                await self._token()  # outside of the exchange's time: a command that hangs has sent nothing
             async with asyncio.timeout(timeout_s):
                 client, options = self._client, self._options
                 if body is None:
@@ -233,7 +228,11 @@ class _Token:
     """The output of a command: a token for Azure's Entra ID or another identity service, kept for TOKEN_LIFE_S."""
 
     def __init__(self, command: str) -> None:
-        self._command = command
+        self._where = f"generator: token_command {command!r}"
+        try:
+            self._words = shlex.split(command)
+        except ValueError as err:
+            raise ValueError(f"{self._where}: {err}; write it as in a shell") from err
         self._value, self._until = "", 0.0
         self._lock = asyncio.Lock()
 
@@ -246,20 +245,26 @@ class _Token:
         return self._value
 
     async def _run(self) -> str:
-        where = f"generator: token_command {self._command!r}"
         pipe = asyncio.subprocess.PIPE
         try:
-            process = await asyncio.create_subprocess_exec(*shlex.split(self._command), stdout=pipe, stderr=pipe)
+            process = await asyncio.create_subprocess_exec(
+                *self._words, stdout=pipe, stderr=pipe, start_new_session=True
+            )
         except OSError as err:
-            raise TokenError(f"{where} cannot be started: {err.strerror}") from None
+            raise TokenError(f"{self._where} cannot be started: {err.strerror}") from None
         try:
             async with asyncio.timeout(TOKEN_COMMAND_S):
                 out, errors = await process.communicate()
-        except BaseException:
-            process.kill()
-            raise
+        except BaseException as err:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its children too, one of which may hold its output open
+            if not isinstance(err, TimeoutError):
+                raise
+            await process.communicate()  # which ends at once now, and closes the pipes
+            raise TokenError(f"{self._where} did not end within {TOKEN_COMMAND_S:g} s") from None
         token = out.decode("utf-8", "replace").strip()
         if process.returncode or not token.isascii() or not token.isprintable() or not token:
             said = errors.decode("utf-8", "replace").strip()[-300:]
-            raise TokenError(f"{where} ended with status {process.returncode} and printed no token; it said: {said}")
+            what = f"ended with status {process.returncode} and printed no token; it said: {said}"
+            raise TokenError(f"{self._where} {what}")
         return token

@@ -264,7 +264,7 @@ class Vllm:
     async def _request(self, method: str, path: str, data: bytes | None, timeout_s: float) -> Reply:
         server = self.server
         reply = await self._client.request(method, f"{server.url}/v1/{path}", server.headers, data, timeout_s)
-        return replace(reply, text=server.hide(reply.text))
+        return replace(reply, body=server.hide(reply.text).encode())
 
     def _choice(self, reply: Reply, prompt: tuple[int, ...], name: str) -> dict[str, Any]:
         """Return the choice that `reply` holds. Raises _Passing where another attempt may help, else ValueError."""

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from matryoshka.core.files import write_folder, write_json
 from matryoshka.core.json_input import Fields, read_json, shown
 from matryoshka.core.models.weights import write_tensors
-from matryoshka.lora.linear import LoraConfig, LoraLinear, add_adapter, layers_with, remove_adapter, target_names
+from matryoshka.lora.linear import (
+    LoraConfig,
+    LoraLinear,
+    add_adapter,
+    layers_with,
+    remove_adapter,
+    replace_layers,
+    target_names,
+)
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -133,7 +141,10 @@ def load_adapter(model: nn.Module, name: str, folder: Path, device: torch.device
     """
     config, path = read_config(folder), folder / WEIGHTS
     tensors = read_tensors(path, config)
-    add_adapter(model, name, config, 0, device)
+    try:
+        add_adapter(model, name, config, 0, device)
+    except ValueError as err:
+        raise ValueError(f"{folder}: {err}") from err
     expected = adapter_tensors(model, name)
     saved, here = ({key: tuple(t.shape) for key, t in group.items()} for group in (tensors, expected))
     if saved != here:
@@ -192,16 +203,16 @@ def merge(model: nn.Module, name: str) -> None:
             f"merge: the base under adapter {name!r} is quantised; load the model without quantisation and merge "
             "there. An adapter that was trained beside rounded weights then computes nearly, not exactly, the same"
         )
-    for path, module in list(model.named_modules()):
-        if not isinstance(module, LoraLinear):
-            continue
-        outputs, inputs = module.weight.shape
-        plain = nn.Linear(inputs, outputs, bias=module.bias is not None, device="meta").train(module.training)
-        weight = module.weight.detach()
-        if name in module.configs:
-            weight = module.merged(name).to(weight.dtype)
+
+    def merged(layer: LoraLinear) -> nn.Linear:
+        outputs, inputs = layer.weight.shape
+        plain = nn.Linear(inputs, outputs, bias=layer.bias is not None, device="meta").train(layer.training)
+        weight = layer.weight.detach()
+        if name in layer.configs:
+            weight = layer.merged(name).to(weight.dtype)
         plain.weight = nn.Parameter(weight, requires_grad=False)
-        if module.bias is not None:
-            plain.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, plain)
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+        return plain
+
+    replace_layers(model, LoraLinear, merged)

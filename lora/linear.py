@@ -10,9 +10,10 @@ Shapes: M rows (all leading dimensions), I inputs, O outputs, R rank.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from matryoshka.core.distributed import whole
 from matryoshka.lora.functions import BaseFunction, LoraFunction, weight_norm
 from matryoshka.lora.nf4 import NF4, dense
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora: rank {self.rank} must be at least 1")
+        if not self.alpha > 0:
+            raise ValueError(f"lora: alpha {self.alpha} must be above 0; the update is multiplied by it")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"lora: dropout {self.dropout} must lie in [0, 1)")
 
@@ -208,12 +213,17 @@ def add_adapter(
         module.attach(name, config, a_RI.to(place, dtype), b_OR)
 
 
+def replace_layers(model: nn.Module, kind: type[M], make: Callable[[M], nn.Module]) -> None:
+    """Put make(layer) in the place of every layer of `kind` but the head."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, kind) and not path.endswith("lm_head"):
+            parent_path, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent_path), leaf, make(module))
+
+
 def prepare_linears(model: nn.Module) -> None:
     """Make every linear layer but the head one that adapters can be given to later; it computes the same."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and not path.endswith("lm_head"):
-            parent_path, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent_path), leaf, LoraLinear(module))
+    replace_layers(model, nn.Linear, LoraLinear)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

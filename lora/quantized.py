@@ -9,7 +9,7 @@ and policy and reference must compute the same bits.
 import torch
 from torch import Tensor, nn
 
-from matryoshka.lora.linear import LoraLinear
+from matryoshka.lora.linear import LoraLinear, replace_layers
 from matryoshka.lora.nf4 import NF4, quantize
 
 
@@ -56,7 +56,4 @@ class QuantizedLinear(LoraLinear):
 
 def quantize_linears(model: nn.Module) -> None:
     """Make every linear layer but the head a QuantizedLinear; on the meta device `load_weights` fills them."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and not path.endswith("lm_head"):
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, QuantizedLinear(module))
+    replace_layers(model, nn.Linear, QuantizedLinear)

@@ -16,7 +16,7 @@ from typing import Any
 
 from matryoshka.core.models.load import empty_model
 from matryoshka.core.models.weights import check_weights
-from matryoshka.core.protocols import Task
+from matryoshka.core.protocols import Controller, Task
 from matryoshka.core.records import Example, Messages, RolloutSettings, Sample, Sampling, Trajectory, Usage
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.packing import check_budget
@@ -180,7 +180,7 @@ def _longest_pair(config: RunConfig, task: Task, problems: Problems) -> str:
     return f"pairs: at most {most:,} tokens each, within micro-batches of {config.dpo.train.micro_batch_tokens:,}"
 
 
-class _Player:
+class _Player(Controller):
     """A controller and generator that says one sentence, which is no program and no plan, and keeps what it is asked.
     """
 
@@ -194,12 +194,6 @@ class _Player:
     async def complete(self, prompt: Messages, sampling: Sampling) -> Sample:
         self.asked.append((prompt, sampling.max_tokens))
         return Sample(NOT_KNOWN.format(self.name))
-
-    def prompt_ids(self, prompt: Messages) -> tuple[int, ...] | None:
-        return None
-
-    def count_tokens(self, prompt: Messages) -> int:
-        return 0
 
 
 def _cost(config: RunConfig, checked: Checked, task: Task, problems: Problems, price: Price | None) -> str:

@@ -305,6 +305,8 @@ class RunConfig:
     """Rounds of collect, pair and train."""
     star: bool = True
     """Also train the STaR control: SFT on round 1's winners."""
+    wrong: bool = True
+    """Also evaluate the gold guidance of another problem, which shows whether the generator reads its guidance."""
     overlong: Literal["error", "skip"] = "error"
     """The treatment of a problem or item that does not fit the context: "skip" leaves it out and counts it.
     """

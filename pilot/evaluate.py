@@ -65,7 +65,7 @@ def policy_conditions(run: Run, policies: Sequence[str], stack: ExitStack) -> Sc
     stage of a run as RUN:STAGE or as its folder; or another model as controller, as `with_generator` takes it, which
     `stack` closes. Raises ValueError for anything else.
     """
-    known, found = schemes(run), Schemes()
+    known, found = schemes(replace(run, config=replace(run.config, wrong=True))), Schemes()
     greedy = rollout_settings(run.config, greedy=True)
     known.setdefault("own_guidance", _own_guidance(run.config))
     for policy in policies:
@@ -148,7 +148,7 @@ def fixed_schemes(config: RunConfig, task: Task, problems: Problems) -> Schemes:
     gold = [guidance for example in examples if (guidance := task.gold_guidance(example)) is not None]
     if len(gold) == len(examples):
         tables = [("gold_guidance", "gold guidance", gold)]
-        if len(set(gold)) > 1:  # where all problems have one guidance, there is no wrong one
+        if config.wrong and len(set(gold)) > 1:  # where all problems have one guidance, there is no wrong one
             other = wrong_guidance(gold, config.seed)
             tables = [("wrong_guidance", "wrong guidance (another problem's)", other), *tables]
         prompts = [task.first_prompt(example) for example in examples]

@@ -17,7 +17,7 @@ from matryoshka.pilot.folder import RUNS
 from matryoshka.pilot.loop import run_pilot
 from matryoshka.pilot.recipes import RECIPES
 
-KEYS = ("examples", "no_guidance", "gold_guidance", "untrained", "warmup", "round_1", "p_trained_vs_untrained")
+KEYS = ("examples", "no_guidance", "gold_guidance", "untrained", "warmup", "round_1", "round_2", "gain_over_warmup")
 
 
 def demo(seed: int = 0, config: Path = RECIPES / "demo.toml") -> None:

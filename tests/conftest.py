@@ -62,12 +62,12 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     259 ids: one a byte, then <|im_start|>, <|im_end|>, <|endoftext|>. Seeded, so equal everywhere.
     """
-    import torch
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Builder
 
     from matryoshka.core.models.llama import Model, read_config
     from matryoshka.core.models.weights import save_weights
+    from matryoshka.tests.random_weights import randomise
 
     folder = tmp_path_factory.mktemp("tiny")
     specials = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -94,11 +94,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     model = Model(read_config(config))
-    draws = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=draws)
-            weight.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else 0.2 * noise)
+    randomise(model, 0.2)
     save_weights(model, folder)
     return folder
 

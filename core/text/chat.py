@@ -80,7 +80,7 @@ class ChatFormat:
         if thinking is not None:
             self._variables["enable_thinking"] = thinking
         self._ids = vocabulary.special_ids
-        contents = sorted(self._ids, key=len, reverse=True)
+        contents = self._contents = sorted(self._ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, contents)) or "(?!)")
         self._starts = re.compile(f"(?={self._special.pattern})(.)", re.DOTALL)
         # A token with lstrip or rstrip takes the whitespace beside it along.
@@ -181,7 +181,7 @@ class ChatFormat:
         for match in self._swallowing.finditer(text):
             if match.start() > end:
                 yield end, text[end : match.start()], None
-            content = match.group() if match.group() in self._ids else match.group().strip()
+            content = next(content for content in self._contents if content in match.group())
             yield match.start(), match.group(), self._ids[content]
             end = match.end()
         if end < len(text):

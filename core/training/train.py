@@ -99,9 +99,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "train: ", epochs=1, batch_size=1, micro_batch_tokens=1, keep_checkpoints=1)
-        if self.max_checkpoint_gb < 0:
-            raise ValueError(f"train: max_checkpoint_gb {self.max_checkpoint_gb} must be above 0, or 0 for no limit")
-        for name in ("learning_rate", "lora_plus_ratio", "rank_timeout_s"):
+        check_least(self, "train: ", weight_decay=0, save_every=0, max_checkpoint_gb=0)
+        for name in ("warmup_ratio", "min_lr_ratio", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"train: {name} {getattr(self, name)} is a share; it must lie between 0 and 1")
+        for name in ("learning_rate", "max_grad_norm", "lora_plus_ratio", "rank_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train: {name} {getattr(self, name)} must be above 0")
         if self.optimizer not in OPTIMIZERS:

@@ -80,6 +80,21 @@ def test_no_spelling_of_a_secret_is_left(encoding: str) -> None:
         assert b"planted" not in base64.b64decode(piece + "==", altchars=b"-_")
 
 
+def test_a_secret_may_be_added_while_another_thread_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the text comes back, redacted, where a secret is added at the worst moment: while the known ones are
+    gone over. A dict that grows meanwhile would raise RuntimeError."""
+
+    class Meanwhile:
+        @property
+        def spellings(self) -> tuple[str, ...]:
+            add_secret("another-secret-1234")
+            return ()
+
+    monkeypatch.setitem(redaction._secrets, "the other thread", Meanwhile())
+    add_secret(KEY)
+    assert redact(f"Bearer {KEY}, sent") == f"Bearer {redaction.MARK}, sent"
+
+
 PLACES: dict[str, Callable[[str], object]] = {
     "a text": lambda key: key,
     "a dict's value": lambda key: {"content": key},

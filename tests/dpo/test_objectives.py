@@ -23,10 +23,10 @@ from matryoshka.lora.linear import (
     active,
     add_adapter,
     copy_adapter,
-    layers_with,
     set_active,
     trainable_parameters,
 )
+from matryoshka.tests.random_weights import randomise_adapter
 
 
 def pairs(count: int, seed: int = 0) -> list[Item]:
@@ -54,11 +54,7 @@ def random_logps(items: list[Item], seed: int) -> dict[int, Tensor]:
 def adapted_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     model: Any = load_model(folder, dtype)
     add_adapter(model, "policy", LoraConfig(rank=2), seed=0)
-    draws = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for layer in layers_with(model, "policy"):
-            for weight in (layer.lora_A["policy"], layer.lora_B["policy"]):
-                weight.copy_(0.2 * torch.randn(weight.shape, generator=draws, dtype=torch.float64))
+    randomise_adapter(model, "policy", 0.2, dtype=torch.float64)
     set_active(model, "policy")
     return model
 

@@ -15,7 +15,8 @@ from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.dpo.data import completion
 from matryoshka.dpo.parity import BOUNDS, check_policy, check_samples, difference, trainer_logps
 from matryoshka.inference.sampler import Sampler
-from matryoshka.lora.linear import LoraConfig, active, add_adapter, layers_with
+from matryoshka.lora.linear import LoraConfig, active, add_adapter
+from matryoshka.tests.random_weights import randomise_adapter
 
 PROMPT = (Message("user", "What is two plus two?"),)
 
@@ -26,11 +27,7 @@ def drawn(tiny_dir: Path) -> tuple[Any, tuple[int, ...], list[Sample]]:
     model, tokenizer = load_model(tiny_dir), Tokenizer.load(tiny_dir)
     for seed, name in enumerate("ab"):
         add_adapter(model, name, LoraConfig(rank=2, targets=("q_proj", "down_proj")), seed)
-        draws = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for layer in layers_with(model, name):
-                weight = layer.parts(name)["lora_B"][name]
-                weight.copy_(0.3 * torch.randn(weight.shape, generator=draws))
+        randomise_adapter(model, name, 0.3, seed, ("lora_B",))
     ids = tokenizer.render(PROMPT, add_generation_prompt=True).ids
 
     async def draw() -> list[Sample]:

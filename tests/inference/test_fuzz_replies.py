@@ -20,7 +20,7 @@ from matryoshka.core.records import Message, Sample, Sampling
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.chat_api import Answer, AttemptError, parse_answer, refusal
 from matryoshka.inference.generators import OpenAIGenerator
-from matryoshka.inference.openai_transport import Reply
+from matryoshka.inference.http_client import Reply
 from matryoshka.tests.inference.endpoint import Endpoint, answer, failure, run
 
 SECONDS = 30.0

@@ -21,6 +21,7 @@ from matryoshka.core.files import Journal
 from matryoshka.core.protocols import GeneratorError
 from matryoshka.core.records import to_json
 from matryoshka.inference import openai_transport
+from matryoshka.inference.accounts import Spending
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generator_config import EndpointConfig, GeneratorConfig
 from matryoshka.inference.generators import OpenAIGenerator
@@ -194,11 +195,17 @@ def test_tokens_of_a_command(api: str, tmp_path: Path, monkeypatch: pytest.Monke
         ("/no/such/program", "cannot be started: No such file"),
         ("sh -c 'echo no login >&2; exit 3'", "status 3 and printed no token; it said: no login"),
         ("true", "printed no token"),
+        ("sleep 5", "did not end within 0.3 s"),
+        ("sh -c 'sleep 2 & echo token'", "did not end within 0.3 s"),  # it has ended, but its output is still open
     ],
 )
-def test_a_command_without_a_token_fails_the_episode_and_sends_nothing(command: str, words: str) -> None:
-    """Oracle: the server saw nothing; the error names the command and its output."""
-    endpoint = Endpoint()
+def test_a_command_without_a_token_fails_the_episode_and_sends_nothing(
+    command: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the server saw nothing, and nothing counts as billed; the error names the command and its output."""
+    endpoint, cache = Endpoint(), ResponseCache(tmp_path / "cache.sqlite")
+    if words.startswith("did not end"):
+        monkeypatch.setattr("matryoshka.inference.openai_transport.TOKEN_COMMAND_S", 0.3)
 
     async def scene(generator: OpenAIGenerator) -> None:
         with pytest.raises(GeneratorError, match=f"(?s)after 1 attempts.*token_command.*{words}"):
@@ -206,8 +213,14 @@ def test_a_command_without_a_token_fails_the_episode_and_sends_nothing(command: 
         with pytest.raises(ValueError, match="token_command"):
             await generator.check()
 
-    run(endpoint, scene, token_command=command, max_retries=0)
-    assert endpoint.heads == []
+    generator = run(endpoint, scene, cache, token_command=command, max_retries=0)
+    assert endpoint.heads == [] and generator.account.spending() == Spending()
+
+
+def test_a_malformed_command_is_refused_before_anything_is_asked() -> None:
+    """Oracle: the message, which names the setting and the fault."""
+    with pytest.raises(ValueError, match=r"token_command \"echo 'x\": No closing quotation"):
+        OpenAITransport(EndpointConfig("http://localhost", "", "m", token_command="echo 'x"), "")
 
 
 class Raw:

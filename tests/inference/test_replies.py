@@ -15,7 +15,7 @@ from matryoshka.core.records import Message, Sample, Sampling, Usage
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.chat_api import AttemptError, Billed, most_tokens, parse_answer, refusal, server_seed
 from matryoshka.inference.generators import OpenAIGenerator
-from matryoshka.inference.openai_transport import Reply
+from matryoshka.inference.http_client import Reply
 from matryoshka.inference.spending import Budget
 from matryoshka.tests.inference.endpoint import GREEDY, PROMPT, Endpoint, answer, failure, run
 

@@ -28,6 +28,7 @@ from matryoshka.dpo.head import token_logps
 from matryoshka.inference.sampler import Sampler
 from matryoshka.lora.linear import LoraConfig, active, add_adapter, layers_with, remove_adapter
 from matryoshka.lora.quantized import quantize_linears
+from matryoshka.tests.random_weights import randomise_adapter
 
 GREEDY = Sampling(max_tokens=16)
 WARM = Sampling(temperature=1.2, max_tokens=12, seed=3)
@@ -39,11 +40,7 @@ def make_model(folder: Path, adapters: Sequence[str] = ()) -> Any:
     model: Any = load_model(folder)
     for seed, name in enumerate(adapters):
         add_adapter(model, name, LoraConfig(rank=2, dropout=0.5), seed)
-        draws = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for layer in layers_with(model, name):
-                for weight in (layer.lora_A[name], layer.lora_B[name]):
-                    weight.copy_(0.3 * torch.randn(weight.shape, generator=draws))
+        randomise_adapter(model, name, 0.3, seed)
     return model
 
 

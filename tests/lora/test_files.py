@@ -18,6 +18,7 @@ from matryoshka.core.models.weights import save_weights
 from matryoshka.lora import files
 from matryoshka.lora.files import adapter_hash, adapter_tensors, load_adapter, merge, read_config, save_adapter
 from matryoshka.lora.linear import LoraConfig, LoraLinear, add_adapter, layers_with, set_active
+from matryoshka.tests.random_weights import randomise_adapter
 
 IDS = torch.tensor([[1, 5, 250, 3, 77, 8, 9, 100], [4, 4, 2, 201, 30, 31, 32, 33]])
 CONFIG = LoraConfig(rank=3, alpha=6.0, dropout=0.25, targets=("q_proj", "v_proj", "down_proj"))
@@ -27,12 +28,7 @@ def adapted(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, con
     """Return the model of `folder` with a random adapter "policy", active."""
     model: Any = load_model(folder, dtype)
     add_adapter(model, "policy", config, seed=0)
-    draws = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in layers_with(model, "policy"):
-            for part in module.parts("policy").values():
-                weight = part["policy"]
-                weight.copy_(0.3 * torch.randn(weight.shape, generator=draws, dtype=torch.float64))
+    randomise_adapter(model, "policy", 0.3, seed, dtype=torch.float64)
     set_active(model, "policy")
     return model
 

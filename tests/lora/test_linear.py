@@ -23,6 +23,7 @@ from matryoshka.lora.linear import (
     target_names,
     trainable_parameters,
 )
+from matryoshka.tests.random_weights import randomise_adapter
 
 ALL = LORA_TARGETS
 IDS = torch.tensor([[1, 5, 250, 3, 77, 8, 9, 100], [4, 4, 2, 201, 30, 31, 32, 33]])
@@ -30,12 +31,7 @@ IDS = torch.tensor([[1, 5, 250, 3, 77, 8, 9, 100], [4, 4, 2, 201, 30, 31, 32, 33
 
 def filled(model: nn.Module, name: str, seed: int = 0) -> None:
     """Give adapter `name` random values in all of its parameters."""
-    draws = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in layers_with(model, name):
-            for part in module.parts(name).values():
-                weight = part[name]
-                weight.copy_(0.2 * torch.randn(weight.shape, generator=draws, dtype=torch.float64))
+    randomise_adapter(model, name, 0.2, seed, dtype=torch.float64)
 
 
 def logits(model: Any, ids: Tensor = IDS) -> Tensor:
@@ -445,6 +441,8 @@ def test_errors(tiny_dir: Path) -> None:
             call(model, "other")
     with pytest.raises(ValueError, match="rank 0 must be at least 1"):
         LoraConfig(rank=0)
+    with pytest.raises(ValueError, match="alpha 0.0 must be above 0"):
+        LoraConfig(alpha=0.0)
     with pytest.raises(ValueError, match=r"dropout 1.0 must lie in \[0, 1\)"):
         LoraConfig(dropout=1.0)
 

@@ -26,6 +26,7 @@ from matryoshka.lora.functions import BaseFunction, LoraFunction
 from matryoshka.lora.linear import LoraConfig, active, add_adapter, layers_with, set_active, trainable_parameters
 from matryoshka.lora.nf4 import dense, dense_twin, quantize
 from matryoshka.lora.quantized import QuantizedLinear, quantize_linears
+from matryoshka.tests.random_weights import randomise, randomise_adapter
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -57,11 +58,7 @@ def rows_of_64(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     config = json.loads((tiny_dir / "config.json").read_text()) | {"hidden_size": 64, "intermediate_size": 128}
     (folder / "config.json").write_text(json.dumps(config))
     model = Model(read_config(config))
-    draws = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=draws)
-            weight.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else 0.15 * noise)
+    randomise(model, 0.15)
     save_weights(model, folder)
     return folder
 
@@ -69,12 +66,7 @@ def rows_of_64(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def adapted(model: Any, seed: int = 0, **config: Any) -> dict[str, nn.Parameter]:
     """Give the model an active adapter with random values and return its parameters."""
     add_adapter(model, "policy", LoraConfig(**{"rank": 3, **config}), seed)
-    draws = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in layers_with(model, "policy"):
-            for part in layer.parts("policy").values():
-                noise = 0.2 * torch.randn(part["policy"].shape, generator=draws, dtype=torch.float64)
-                part["policy"].copy_(noise)
+    randomise_adapter(model, "policy", 0.2, seed, dtype=torch.float64)
     set_active(model, "policy")
     return trainable_parameters(model, "policy")
 

@@ -30,6 +30,7 @@ from matryoshka.core.models.llama import Model, read_config
 from matryoshka.core.models.tree import Tokens, TokenTree, build_tree
 from matryoshka.dpo.head import token_logps
 from matryoshka.lora.linear import LoraConfig, add_adapter, set_active, trainable_parameters
+from matryoshka.tests.random_weights import randomise, randomise_adapter
 
 LAYER = LayerAttention(0, 0.5)
 LAYERS = [LAYER, LayerAttention(0, 0.3, window=1), LayerAttention(0, 0.7, softcap=0.9, window=4),
@@ -193,16 +194,12 @@ def adapted_model(dtype: torch.dtype) -> Model:
             "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
         }  # fmt: skip
     )
-    model, draws = Model(config), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=draws)
-            weight.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else 0.3 * noise)
+    model = Model(config)
+    randomise(model, 0.3)
     model = model.to(torch.bfloat16).to(dtype)
     add_adapter(model, "policy", LoraConfig(rank=2), seed=0)
-    with torch.no_grad():
-        for weight in trainable_parameters(model, "policy").values():
-            weight.copy_(0.1 * torch.randn(weight.shape, generator=draws))
+    trainable_parameters(model, "policy")
+    randomise_adapter(model, "policy", 0.1, seed=1)
     set_active(model, "policy")
     return model
 

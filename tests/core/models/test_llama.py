@@ -17,6 +17,7 @@ from matryoshka.core.models import language_model
 from matryoshka.core.models.decoder import Config, RMSNorm
 from matryoshka.core.models.llama import LORA_TARGETS, Model, read_config
 from matryoshka.core.models.load import load_model
+from matryoshka.tests.random_weights import randomise
 
 BASE: dict[str, Any] = {
     "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -43,20 +44,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Give every parameter, norms and biases too, values that matter."""
-    draws = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = 0.3 * torch.randn(weight.shape, generator=draws, dtype=torch.float64)
-            weight.copy_(1 + noise if name.endswith("norm.weight") else noise)
-
-
 def pair(config: dict[str, Any], dtype: torch.dtype) -> tuple[Model, Any]:
     """Return our model and transformers' of the same random weights."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**copy.deepcopy(config))).eval()  # it edits dicts
-    randomise(theirs)
+    randomise(theirs, 0.3, 0.3, dtype=torch.float64)
     ours = Model(read_config(config))
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if k in ours.state_dict()}, strict=True)
     return ours.to(dtype).eval(), theirs.to(dtype)
@@ -159,7 +151,7 @@ def test_meta_reference_model(scaled: bool, monkeypatch: pytest.MonkeyPatch) -> 
     if scaled:
         config["rope_scaling"] = {**LLAMA3, "original_max_position_embeddings": 8192}
     ours = Model(read_config(config))
-    randomise(ours)
+    randomise(ours, 0.3, 0.3, dtype=torch.float64)
     weights = {_meta_name(name): _meta_rows(name, weight) for name, weight in ours.state_dict().items()}
     theirs.load_state_dict(weights, strict=True)
     ids = torch.randint(0, 67, (2, 60), generator=torch.Generator().manual_seed(3))
@@ -217,7 +209,7 @@ def test_a_head_in_low_precision_is_made_wide_in_parts(monkeypatch: pytest.Monke
     """Oracle: the product with the whole head in fp32; nothing as large as that head is made on the way."""
     monkeypatch.setattr(language_model, "HEAD_ROWS", 16)
     model = Model(read_config({**BASE, "hidden_size": 64}))
-    randomise(model)
+    randomise(model, 0.3, 0.3, dtype=torch.float64)
     model = model.bfloat16()
     hidden = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(6)).bfloat16()
     made: list[int] = []
@@ -237,7 +229,7 @@ def test_a_head_in_low_precision_is_made_wide_in_parts(monkeypatch: pytest.Monke
 def test_float64_stays_float64() -> None:
     """Oracle: causality and float64 rounding. An fp32 step anywhere would leave errors above 1e-9."""
     model = Model(read_config({**BASE, "tie_word_embeddings": True}))
-    randomise(model)
+    randomise(model, 0.3, 0.3, dtype=torch.float64)
     model = model.double()
     ids = torch.randint(0, 67, (1, 40), generator=torch.Generator().manual_seed(4))
     hidden = model(ids)
@@ -260,7 +252,7 @@ def test_float64_stays_float64() -> None:
 def test_what_follows_changes_nothing_before() -> None:
     """Oracle: causality, to the bit of a float64 sum; and positions given equal positions left out."""
     model = Model(read_config(BASE)).double()
-    randomise(model)
+    randomise(model, 0.3, 0.3, dtype=torch.float64)
     ids = torch.randint(0, 67, (2, 12), generator=torch.Generator().manual_seed(6))
     other = ids.clone()
     other[:, 7:] = (other[:, 7:] + 1) % 67

@@ -189,6 +189,15 @@ def test_sentencepiece_chat(legacy: bool, sentencepiece_dir: Path, tmp_path: Pat
     assert (ids.count(1), ids.count(2)) == (1, 1)
 
 
+def test_a_special_token_may_end_in_the_space_that_it_swallows(write_folder: Any) -> None:
+    """Oracle: by hand: "</s> " takes the second space along, and is itself still found."""
+    template = "{% for m in messages %}{{ m['content'] + '</s>  ' }}{% endfor %}"
+    folder = write_folder(("<s>", "</s> "), ("</s> ",), eos_token="</s> ", chat_template=template)
+    tokenizer = Tokenizer.load(folder)
+    (a,), (b,) = tokenizer.encode("a"), tokenizer.encode("b")
+    assert tokenizer.render((Message("user", "a"), Message("assistant", "b"))).ids == (a, 1, b, 1)
+
+
 def test_tokens_that_swallow_whitespace(write_folder: WriteFolder) -> None:
     """Oracle: transformers; `rstrip` tokens, as Phi-3 has them, take the newline after them along."""
     folder = write_folder(specials=CHATML_TOKENS, rstrip=("<|im_end|>",), chat_template=CHATML)

@@ -550,7 +550,13 @@ def test_errors(tiny_dir: Path, tmp_path: Path) -> None:
         zero: dict[str, Any] = {name: 0}
         with pytest.raises(ValueError, match=f"{name} 0 must be at least 1"):
             TrainConfig(**zero)
-    with pytest.raises(ValueError, match="learning_rate 0.0 must be above 0"):
-        TrainConfig(learning_rate=0.0)
+    for name in ("learning_rate", "max_grad_norm"):
+        with pytest.raises(ValueError, match=f"{name} 0 must be above 0"):
+            TrainConfig(**{name: 0})  # type: ignore[arg-type]
+    for name in ("warmup_ratio", "min_lr_ratio", "beta2"):  # 3 for 3% would never reach the learning rate
+        with pytest.raises(ValueError, match=f"{name} 3 is a share; it must lie between 0 and 1"):
+            TrainConfig(**{name: 3})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="save_every -1 must not be below 0"):
+        TrainConfig(save_every=-1)
     with pytest.raises(ValueError, match=r"attention 'flash' is unknown; choose from \['auto', 'varlen'\]"):
         TrainConfig(attention="flash")

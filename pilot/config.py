@@ -345,11 +345,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_name(self.name)
         check_least(self, "", rounds=0, ray_tasks=0, budget_usd=0, budget_tokens=0)
-        if self.warmup.source in ("gold", "generator") and not self.task.warmup:
-            raise ValueError(
-                f"[warmup] source = {self.warmup.source!r}, but [task] warmup is 0, so there is nothing to learn from; "
-                "take source = 'none', or give it problems"
-            )
         if self.warmup.source == "adapter" and not self.controller.adapter:
             raise ValueError("[warmup] source = 'adapter', but [controller] adapter names no folder; name the adapter")
         if self.rollout.replans and rollout_settings(self, greedy=False).outer_turns < 2:

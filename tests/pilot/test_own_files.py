@@ -203,7 +203,6 @@ def test_the_options_of_the_chosen_task_are_flags(tmp_path: Path, monkeypatch: p
         ({"name": "../own"}, "name '../own' must name a folder below runs/"),
         ({"name": ""}, "name '' must name a folder below runs/"),
         ({"warmup.source": "file"}, "source = 'file', but data names no file"),
-        ({"task.warmup": 0}, r"\[warmup\] source = 'gold', but \[task\] warmup is 0"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(

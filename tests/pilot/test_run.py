@@ -83,6 +83,9 @@ def test_a_users_warm_up_rows_are_checked_before_the_run_is_bound(
     with pytest.raises(ValueError, match=r"chats\.jsonl:2: field 'completion' is missing"):
         with open_run(config, tmp_path):
             pass
+    none = replace(config, task=replace(config.task, warmup=0), warmup=replace(config.warmup, source="gold"))
+    with pytest.raises(ValueError, match=r"source = 'gold', but \[task\] warmup is 0"), open_run(none, tmp_path):
+        pass
     assert not (tmp_path / "user" / "config.toml").exists()
     data.write_text('{"prompt": "p", "completion": "c"}\n')
     with open_run(config, tmp_path) as run:

@@ -212,7 +212,8 @@ def _cost(config: RunConfig, checked: Checked, task: Task, problems: Problems, p
             once = _plus(once, share, _usage(task, episode.asked[:1], guidance))
             most = _plus(most, share, _usage(task, episode.asked, guidance))
             calls += share * len(episode.asked)
-    checked.prompts = _kinds(next(iter(played.values()))[0].trajectory)
+    for first, *_ in reversed(played.values()):  # of a kind that both have, the collection's is shown
+        checked.prompts |= _kinds(first.trajectory)
     usd = {name: None if price is None else price.usd(usage) for name, usage in (("once", once), ("most", most))}
     checked.numbers = {
         "episodes": episodes, "calls_at_most": round(calls), "tokens": once.prompt_tokens + once.completion_tokens,

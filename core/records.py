@@ -232,14 +232,17 @@ class RolloutSettings:
 class RemoteFile:
     """A file of a benchmark. path: in the folder of its files; place: its address behind that of a site or mirror.
 
-    site: the benchmark's own. sha256: "" where the site publishes none. unpack: it is a zip archive, whose members go
-    into the folder.
+    site: the benchmark's own. sha256: "" where it is not known. git_blob: the file's id in the site's git repository,
+    "" for none. reported_bytes: its size as somebody else has reported it, 0 for no report. unpack: it is a zip
+    archive, whose members go into the folder.
     """
 
     path: str
     place: str
     site: str
     sha256: str = ""
+    git_blob: str = ""
+    reported_bytes: int = 0
     unpack: bool = False
 
 

@@ -1,6 +1,7 @@
 """A JSON service on aiohttp.web: it runs until a signal, keeps within limits, and answers every error as OpenAI does.
 
-It is no public web server: there is no TLS and no streaming, and a proxy belongs in front for those. The invariants: a
+It is no public web server: there is no TLS, for which a proxy belongs in front, and answers are made before they are
+sent. The invariants: a
 handler whose client left is cancelled, a handler that fails costs its own request only, a client that sends or reads
 slowly is cut off, and a stopping server finishes the requests that it runs.
 """

@@ -194,13 +194,6 @@ class _Player(Controller):
         return Sample(NOT_KNOWN.format(self.name))
 
 
-def _played(task: Task, example: Example, settings: RolloutSettings) -> tuple[Trajectory, list[tuple[Messages, int]]]:
-    """Return an episode in which every attempt fails, and the generator's requests with their token limits."""
-    controller, generator = _Player("controller"), _Player("generator")
-    trajectory = asyncio.run(task.rollout(example, controller, generator, settings))
-    return trajectory, generator.asked
-
-
 def _cost(config: RunConfig, checked: Checked, task: Task, problems: Problems, price: Price | None) -> str:
     """Show a prompt of each kind, and count what the run's requests take if every call is as long as it may be."""
     episodes = num_episodes(config, task, problems)
@@ -217,7 +210,8 @@ def _cost(config: RunConfig, checked: Checked, task: Task, problems: Problems, p
             once = _plus(once, share, _usage(task, episode.asked[:1], guidance))
             most = _plus(most, share, _usage(task, episode.asked, guidance))
             calls += share * len(episode.asked)
-    checked.prompts = _kinds(next(iter(played.values()))[0].trajectory)
+    for first, *_ in reversed(played.values()):  # of a kind that both have, the collection's is shown
+        checked.prompts |= _kinds(first.trajectory)
     usd = {name: None if price is None else price.usd(usage) for name, usage in (("once", once), ("most", most))}
     checked.numbers = {
         "episodes": episodes, "calls_at_most": round(calls), "tokens": once.prompt_tokens + once.completion_tokens,

@@ -1,8 +1,9 @@
 """A benchmark's files from their own site, checked and resumable.
 
-`manifest.json` in the target folder, which its user may edit, holds each file's address and checksum. Where a site
-publishes no checksums, the first download records them, and every later one must give the same bytes. The invariant: a
-file under its final name is complete and has the manifest's checksum; a partial one is in `.part`.
+`manifest.json` in the target folder, which its user may edit, holds each file's address and checksum. Where no checksum
+is known, the first download says so and records the one that it saw, and every later one must give the same bytes, on
+another machine too if the manifest is copied there. The invariant: a file under its final name is complete and has the
+manifest's checksum; a partial one is in `.part`.
 """
 
 import hashlib
@@ -54,6 +55,11 @@ def fetch(files: Sequence[RemoteFile], out: Path, mirrors: Sequence[str] = ()) -
                 f"{path}: SHA-256 is {digest}, but {out / MANIFEST} says {entry['sha256']}; delete the file to fetch "
                 "it again, or correct the manifest if the new file is the right one"
             )
+        if file.git_blob and not file.sha256 and (found := _git_blob(path)) != file.git_blob:
+            what = f"its id as a git blob is {found}, but the site's repository has {file.git_blob}"
+            raise ValueError(f"{path}: {what}; delete the file to fetch it again")
+        if not entry["sha256"] and not file.git_blob:
+            _say_unknown(path, digest, file.reported_bytes)
         entry["sha256"] = digest
         write_json(out / MANIFEST, manifest)
         if file.unpack and entry.get(UNPACKED) != digest:
@@ -61,6 +67,25 @@ def fetch(files: Sequence[RemoteFile], out: Path, mirrors: Sequence[str] = ()) -
             entry[UNPACKED] = digest
             write_json(out / MANIFEST, manifest)
     return paths
+
+
+def _say_unknown(path: Path, digest: str, reported: int) -> None:
+    size = path.stat().st_size
+    report = f" (another download is reported to have had {reported:,} bytes)" if reported else ""
+    logger.warning(
+        "%s: no checksum of this file is known, so that it cannot be checked%s; it has %s bytes and SHA-256 %s, which "
+        "the manifest keeps: copy %s into another machine's folder, and its download must be the same",
+        path, report, f"{size:,}", digest, MANIFEST,
+    )  # fmt: skip
+
+
+def _git_blob(path: Path) -> str:
+    """Return the id that git gives to the file's bytes."""
+    found = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as handle:
+        while piece := handle.read(PIECE_BYTES):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def _download_first(urls: Sequence[str], path: Path, sha256: str) -> str:

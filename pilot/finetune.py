@@ -61,8 +61,8 @@ class SftCommand:
     eval_every: int = 0
     """Steps between two evaluations; 0 is once an epoch."""
     early_stop: int = 0
-    """Training ends after so many evaluations in a row without a new lowest loss; 0: never early. The last policy is
-    kept."""
+    """Training ends after so many evaluations in a row without a new lowest loss, and the policy with the lowest one is
+    kept, which `best_step` names. 0: training never ends early, and the last policy is kept."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the base model's weights."""
     quantization: Literal["none", "nf4"] = "none"

@@ -6,6 +6,7 @@ goes on under the policy that it began with; a new one takes the newest that `ma
 """
 
 import asyncio
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from aiohttp import web
@@ -146,24 +147,26 @@ class GatewayApi(Api):
         ]
 
     async def chat(self, request: web.Request) -> web.Response:
-        """Answer a call of an episode, once it is recorded.
+        """Answer a call of an episode, once it is recorded; with `stream` as server-sent events, whose one delta of
+        content is the whole text, since the record comes before the answer.
 
         A call that is made again, since the client did not get its answer, is answered with what was drawn then: a call
         with the same idempotency key, or a retry of the call before. Calls of one episode are answered one after the
         other.
         """
         data = read_json(await request.read())
-        episode = self._episode_of(request, data)
+        episode, form = self._episode_of(request, data), _taken_form(data)
         self._in_flight[episode] += 1
         try:
             async with self._locks[episode]:
-                return await self._call(episode, data, request.headers.get(ONCE, ""), _is_retry(request))
+                answer = await self._call(episode, data, request.headers.get(ONCE, ""), _is_retry(request))
+            return json_response(answer) if form == "whole" else _events(answer, form == "stream with usage")
         finally:
             self._in_flight[episode] -= 1
             if not self._in_flight[episode]:
                 del self._in_flight[episode], self._locks[episode]
 
-    async def _call(self, episode: str, data: dict[str, Any], once: str, is_retry: bool) -> web.Response:
+    async def _call(self, episode: str, data: dict[str, Any], once: str, is_retry: bool) -> dict[str, Any]:
         if self._record.ending(episode) is not None:
             raise HttpError(409, f"episode {episode!r} has ended; take another id", code="episode_ended")
         if self._config.temperature is not None:
@@ -189,10 +192,10 @@ class GatewayApi(Api):
         await asyncio.to_thread(self._record.sync)
         return self._answered(job, call)
 
-    def _answered(self, job: Job, call: Call) -> web.Response:
+    def _answered(self, job: Job, call: Call) -> dict[str, Any]:
         answer = self._chat_answer(job, list(call.samples))
         known = {"id": f"chatcmpl-{call.episode}-{call.number}", "episode": call.episode, "call": call.number}
-        return json_response({**answer, **known, "policy": call.stage or "untrained"})
+        return {**answer, **known, "policy": call.stage or "untrained"}
 
     def _episode_of(self, request: web.Request, data: dict[str, Any]) -> str:
         """Return the id of the call's episode and leave the model's bare name in `data`. Raises HttpError 400."""
@@ -277,6 +280,47 @@ def _checked_id(episode: str) -> str:
         what = "expected 1 to 128 letters, digits, dots, hyphens and underscores, beginning with a letter or digit"
         raise HttpError(400, f"episode id {episode[:80]!r}: {what}", code="invalid_episode")
     return episode
+
+
+def _taken_form(data: dict[str, Any]) -> Literal["whole", "stream", "stream with usage"]:
+    """Return how the answer to `data` is to be sent, and take that out of `data`.
+
+    A call that is made again is the same call, whichever way it wants its answer. Raises HttpError 400.
+    """
+    wanted, options = data.pop("stream", False), data.pop("stream_options", None)
+    if not isinstance(wanted, bool):
+        raise HttpError(400, f"stream: expected true or false, got {json.dumps(wanted)[:80]}", "stream")
+    if options is None:
+        return "stream" if wanted else "whole"
+    if not wanted:
+        raise HttpError(400, "stream_options: they are for stream = true alone", "stream_options")
+    usage = options.get("include_usage", False) if isinstance(options, dict) else None
+    if not isinstance(usage, bool) or set(options) - {"include_usage"}:
+        what = f'expected {{"include_usage": true}} or false, got {json.dumps(options)[:80]}'
+        raise HttpError(400, f"stream_options: {what}", "stream_options")
+    return "stream with usage" if usage else "stream"
+
+
+def _events(answer: dict[str, Any], with_usage: bool) -> web.Response:
+    """Return a chat answer as the server-sent events in which OpenAI streams it: chunks, then [DONE]."""
+    common = {name: value for name, value in answer.items() if name not in ("choices", "usage")}
+    common |= {"object": "chat.completion.chunk"} | ({"usage": None} if with_usage else {})
+    chunks: list[dict[str, Any]] = []
+    for choice in answer["choices"]:
+        unsaid = {"index": choice["index"], "delta": {}, "logprobs": None, "finish_reason": None}
+        text = {name: value for name, value in choice.items() if name not in ("message", "finish_reason")}
+        for change in (
+            {"delta": {"role": "assistant", "content": "", "refusal": None}},
+            {**text, "delta": {"content": choice["message"]["content"]}},
+            {"finish_reason": choice["finish_reason"]},
+        ):
+            chunks.append({**common, "choices": [unsaid | change]})
+    if with_usage:
+        chunks.append({**common, "choices": [], "usage": answer["usage"]})
+    rows = [*(json.dumps(chunk, allow_nan=False) for chunk in chunks), "[DONE]"]
+    body = "".join(f"data: {row}\n\n" for row in rows).encode()
+    headers = {"Cache-Control": "no-cache"}
+    return web.Response(body=body, headers=headers, content_type="text/event-stream", charset="utf-8")
 
 
 def _is_retry(request: web.Request) -> bool:

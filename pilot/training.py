@@ -160,6 +160,7 @@ def _train(
             write_online(row)
             extra = f" margin {row['margin']:.3f} acc {row['accuracy']:.2f}" if "margin" in row else ""
             extra += f" eval {row['eval_loss']:.4f}" if "eval_loss" in row else ""
+            extra += f" (best: step {row['best_step']})" if "best_step" in row else ""
             progress.update(int(row["step"]), f"loss {row['loss']:.4f}{extra}")
     model.eval()
     return row

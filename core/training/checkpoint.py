@@ -20,7 +20,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -88,6 +88,16 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             return 0
+        self._fill(step, parameters, optimizer)
+        return step
+
+    def load_parameters(self, step: int, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Fill `parameters` alone from the checkpoint of `step`; the errors are those of `load`."""
+        self._fill(step, parameters, None)
+
+    def _fill(
+        self, step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None
+    ) -> None:
         path = self._folder / f"step-{step}"
         state = read_state(path)
         if state["run"] != self._run:
@@ -96,25 +106,35 @@ class Checkpoints:
                 "what wrote it, or start in a new folder"
             )
         _check_parameters(path, state["tensors"], parameters)
-        targets = {name: _empty(kind, _owner(name, parameters)[1]) for name, kind in state["tensors"].items()}
+        names = [name for name in state["tensors"] if optimizer is not None or _owner(name, parameters)[0] is None]
+        targets = {name: _empty(state["tensors"][name], _owner(name, parameters)[1]) for name in names}
         _read(path, state["files"], targets)
+        for name, value in targets.items():
+            key, parameter = _owner(name, parameters)
+            if key is None:
+                parameter.detach().copy_(value)
+        if optimizer is None:
+            return
         everyone = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         order = {id(parameter): at for at, parameter in enumerate(everyone)}
         moments: dict[int, dict[str, Any]] = {}
         for name, value in (targets | state["values"]).items():
             key, parameter = _owner(name, parameters)
-            if key is None:
-                parameter.detach().copy_(value)
-            else:
+            if key is not None:
                 moments.setdefault(order[id(parameter)], {})[key] = value
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})  # which puts them where they belong
-        return step
 
-    def save(self, step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    def save(
+        self,
+        step: int,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        best: int | None = None,
+    ) -> None:
         """Copy the state and write `step-<step>` in the background, after the one before it is complete.
 
-        Raises what writing the one before it raised.
+        best: the step of a checkpoint that stays, however old it is. Raises what writing the one before it raised.
         """
         self._join()
         tensors: dict[str, Tensor] = {}
@@ -139,7 +159,7 @@ class Checkpoints:
         slices = {name: tensor.to("cpu", copy=True) for name, tensor in own_slices(sharded).items()}
         if sharded or self._world.is_first:
             self._deadline = time.monotonic() + self._timeout_s
-            arguments = (step, state, copies, slices, bool(sharded))
+            arguments = (step, state, copies, slices, bool(sharded), best)
             self._thread = threading.Thread(target=self._guarded, args=arguments, name=f"step-{step}", daemon=True)
             self._thread.start()
         if not self._asynchronous:
@@ -183,7 +203,13 @@ class Checkpoints:
             self._failure = err
 
     def _write(
-        self, step: int, state: dict[str, Any], whole: dict[str, Tensor], slices: dict[str, Tensor], sharded: bool
+        self,
+        step: int,
+        state: dict[str, Any],
+        whole: dict[str, Tensor],
+        slices: dict[str, Tensor],
+        sharded: bool,
+        best: int | None,
     ) -> None:
         target, temporary = self._folder / f"step-{step}", self._folder / f".step-{step}.tmp"
         temporary.mkdir(parents=True, exist_ok=True)
@@ -200,7 +226,8 @@ class Checkpoints:
             remove(target)
         os.rename(temporary, target)
         fsync(self._folder)  # the new name is durable before an old checkpoint goes
-        rotate(self._folder, target, self._keep, self._max_bytes)
+        stay = {target} if best is None else {target, self._folder / f"step-{best}"}
+        rotate(self._folder, stay, self._keep, self._max_bytes)
 
     def _files_of_others(self, temporary: Path) -> dict[str, int]:
         """Wait until every other rank has written its slices; return the bytes of their files by name."""
@@ -298,10 +325,10 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def rotate(folder: Path, newest: Path, keep: int, max_bytes: int | None) -> None:
-    """Remove the oldest checkpoints while there are more than `keep` or they take more; `newest` always stays."""
-    old = sorted((path for path in folder.glob("step-*") if path != newest), key=step_of)
-    size = {path: sum(file.stat().st_size for file in path.iterdir()) for path in (newest, *old)}
+def rotate(folder: Path, stay: Collection[Path], keep: int, max_bytes: int | None) -> None:
+    """Remove the oldest checkpoints while there are more than `keep` or they take more; those in `stay` stay."""
+    old = sorted((path for path in folder.glob("step-*") if path not in stay), key=step_of)
+    size = {path: sum(file.stat().st_size for file in path.iterdir()) for path in (*stay, *old)}
     while old and (len(size) > keep or (max_bytes is not None and sum(size.values()) > max_bytes)):
         del size[old[0]]
         remove(old.pop(0))

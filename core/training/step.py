@@ -63,7 +63,8 @@ class ReferenceCache(Protocol):
 class Evaluation:
     """Items that are not trained on, whose loss is computed every so many steps and after the last one.
 
-    patience: training ends after this many evaluations in a row without a new lowest loss; 0: it never ends early.
+    patience: training ends after this many evaluations in a row without a new lowest loss, and keeps the parameters
+    with the lowest; 0: it never ends early and keeps the last ones.
     """
 
     items: Sequence[Item]

@@ -132,6 +132,8 @@ def train(
 ) -> Iterator[dict[str, float]]:
     """Train `parameters` in place and yield a metrics row per optimizer step: step, epoch, loss, grad_norm, lr, ...
 
+    With an evaluation that has patience, the parameters end as they were after the step with the lowest evaluation
+    loss, which the last row names as "best_step"; its checkpoint stays until the end.
     State and metrics.jsonl go to `folder`, which all ranks see; an unfinished run found there is continued. All ranks
     of the context's world call this with the same arguments and get the same rows. The reference of the first
     micro-batch is computed, whether it is in the cache or not.
@@ -181,7 +183,8 @@ def train(
                     raise Interrupted("train: stopped by signal before the first step; reference log-probs are kept")
         forget_gathered(model)
         step = checkpoints.load(parameters, optimizer)
-        losses = _evaluated_losses(metrics_path, step)
+        keeps_best = evaluation is not None and evaluation.patience > 0
+        losses = _evaluated_losses(metrics_path, step, keeps_best)
         if world.is_first:
             # Later rows were written after the checkpoint that training continues from.
             lines = metrics_path.read_text().splitlines(keepends=True) if metrics_path.exists() else []
@@ -226,19 +229,25 @@ def train(
                         f"{where}: the evaluation's loss is {found['eval_loss']}; nothing was saved since the last "
                         "checkpoint. Lower the learning rate or look at the items of the evaluation"
                     )
-                losses.append(found["eval_loss"])
+                losses[step] = found["eval_loss"]
                 row |= found
+                if keeps_best:
+                    row |= {"best_step": _best(losses), "best_eval_loss": losses[_best(losses)]}
             is_last = step == num_steps or _is_spent(losses, evaluation)
             if world.is_first:
                 append_jsonl(metrics_path, row)
             due = config.save_every and step % config.save_every == 0
-            if due or is_last or stopping:
-                checkpoints.save(step, parameters, optimizer)
+            best = _best(losses) if keeps_best and losses else None
+            if due or is_last or stopping or step == best:
+                checkpoints.save(step, parameters, optimizer, best)
                 if is_last or stopping:
                     checkpoints.wait()
             yield {**row, "steps": num_steps}
             if stopping:  # a signal that came later than this step's sum over the ranks waits for the next one's
                 raise Interrupted(f"train: stopped by signal after step {step} of {num_steps}; state saved in {folder}")
+        if keeps_best and _best(losses) != step:
+            forget_gathered(model)
+            checkpoints.load_parameters(_best(losses), parameters)
 
 
 def _all_batches(
@@ -252,17 +261,28 @@ def _all_batches(
     yield from (held_out[start : start + size] for start in range(0, len(held_out), size))
 
 
-def _is_spent(losses: Sequence[float], evaluation: Evaluation | None) -> bool:
+def _is_spent(losses: Mapping[int, float], evaluation: Evaluation | None) -> bool:
     """Return whether the last `patience` evaluations found no new lowest loss."""
     if evaluation is None or not evaluation.patience or not losses:
         return False
-    return len(losses) - 1 - losses.index(min(losses)) >= evaluation.patience
+    return len(losses) - 1 - list(losses).index(_best(losses)) >= evaluation.patience
 
 
-def _evaluated_losses(path: Path, step: int) -> list[float]:
-    """Return the evaluations' losses in the rows up to `step`, which is where training goes on."""
+def _best(losses: Mapping[int, float]) -> int:
+    """Return the step with the lowest evaluation loss, the first of several."""
+    return min(losses, key=losses.__getitem__)
+
+
+def _evaluated_losses(path: Path, step: int, is_needed: bool) -> dict[int, float]:
+    """Return step -> the evaluation's loss in the rows up to `step`, which is where training goes on.
+
+    is_needed: raise ValueError if rows are missing.
+    """
     lines = path.read_text().splitlines()[:step] if path.exists() else []
-    return [row["eval_loss"] for row in map(json.loads, lines) if "eval_loss" in row]
+    if is_needed and len(lines) < step:
+        what = f"has {len(lines)} rows, but training goes on after step {step} and compares evaluation losses"
+        raise ValueError(f"{path}: {what}; put the file back, or start in a new folder")
+    return {row["step"]: row["eval_loss"] for row in map(json.loads, lines) if "eval_loss" in row}
 
 
 def longest_micro_batch(items: Sequence[Item], config: TrainConfig) -> int:

@@ -13,6 +13,7 @@ SHA256 = {
     "test_socratic.jsonl": "c96673362fa7a699f4836a9b6474a067448f95fe58064727501ee63ba4c3fdb6",
     "gsmhardv2.jsonl": "2032b0188a49ac0ec38cbe1e695e7d62d6dddc44bbb64f920728aca710e9ddef",
 }
+GIT_BLOBS = {"train_socratic.jsonl": "8d038499db0e40f3fb7d1f3bbef090cb932c3e2d"}  # where no SHA-256 is known
 
 
 def sources(benchmark: str, part: str) -> list[RemoteFile]:
@@ -26,4 +27,4 @@ def sources(benchmark: str, part: str) -> list[RemoteFile]:
         site, names = GSM8K, [f"{split}{'_socratic' * bool(part)}.jsonl" for split in ("train", "test")]
     else:
         raise ValueError(f"{benchmark} has no part {part!r}; leave --task out, or take 'socratic' of gsm8k")
-    return [RemoteFile(name, name, site, SHA256.get(name, "")) for name in names]
+    return [RemoteFile(name, name, site, SHA256.get(name, ""), GIT_BLOBS.get(name, "")) for name in names]

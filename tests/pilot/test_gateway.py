@@ -165,7 +165,12 @@ def test_bad_ids_and_double_rewards_lose_nothing(controller_dir: Path, folder: P
             ({**chat(), "model": "planner:"}, {}, "episode id ''"),
             ({**chat(), "model": "planner:a"}, {"X_Episode_Id": "b"}, "give two ids, 'b' and 'a'"),
             ({**chat(), "model": "other:a"}, {"X_Episode_Id": "b"}, "model 'other:a' is not served here"),
-            (chat(stream=True), {"X_Episode_Id": "a"}, "stream: only false is supported"),
+            (chat(stream=1), {"X_Episode_Id": "a"}, "stream: expected true or false, got 1"),
+            (chat(stream_options={}), {"X_Episode_Id": "a"}, "stream_options: they are for stream = true alone"),
+            (
+                chat(stream=True, stream_options={"other": 1}), {"X_Episode_Id": "a"},
+                'stream_options: expected {"include_usage": true} or false, got {"other": 1}',
+            ),
         ):
             status, answer = ask(talk, body, **headers)
             assert status in (400, 404) and said in answer["error"]["message"]
@@ -237,6 +242,54 @@ def test_lost_clients_and_their_retries(
         assert ended == ["lost"] and ask(f"{url}/episodes/lost")[0] == 404
     calls = [row["key"] for row in read_jsonl(folder / "calls.jsonl")]
     assert [key for key in calls if key.startswith("kept")] == [f"kept/{n}" for n in range(1, 6)]
+
+
+def test_streamed_answers_are_those_of_whole_ones(controller_dir: Path, folder: Path) -> None:
+    """Oracles: the openai package's streaming client and its accumulating helper, against the whole answer to the same
+    call, which a retry gets; the record, which has each call once.
+    """
+    with serving(config(controller_dir), folder) as url:
+        client = openai.OpenAI(base_url=url, api_key="none")
+        body = chat("a", n=2, temperature=1, logprobs=True)
+        headers = {"X-Episode-Id": "s", "Idempotency-Key": "one"}
+        usage: Any = {"include_usage": True}
+        *chunks, last = client.chat.completions.create(
+            **body, stream=True, stream_options=usage, extra_headers=headers
+        )  # fmt: skip
+        whole = client.chat.completions.create(**body, extra_headers=headers)
+        assert last.usage == whole.usage and not last.choices and all(chunk.usage is None for chunk in chunks)
+        assert {(chunk.id, chunk.object) for chunk in (*chunks, last)} == {(whole.id, "chat.completion.chunk")}
+        for choice in whole.choices:
+            parts = [part for chunk in chunks for part in chunk.choices if part.index == choice.index]
+            assert "".join(part.delta.content or "" for part in parts) == choice.message.content
+            assert [part.delta.role for part in parts] == ["assistant", None, None]
+            assert [part.finish_reason for part in parts] == [None, None, choice.finish_reason]
+            scores = [row for part in parts if part.logprobs for row in part.logprobs.content or []]
+            assert choice.logprobs is not None and scores == choice.logprobs.content
+        plain = list(client.chat.completions.create(**chat("b", stream=True), extra_headers={"X-Episode-Id": "s"}))
+        assert all("usage" not in chunk.model_fields_set for chunk in plain) and all(c.choices for c in plain)
+        with client.chat.completions.stream(**chat("c"), extra_headers={"X-Episode-Id": "s"}) as stream:
+            stream.until_done()
+            gathered = stream.current_completion_snapshot  # the final one is an error where the length cut it
+        retry = {"X-Episode-Id": "s", "X-Stainless-Retry-Count": "1"}
+        again = client.chat.completions.create(**chat("c"), extra_headers=retry)
+        assert (gathered.id, gathered.choices[0].message.content) == (again.id, again.choices[0].message.content)
+        assert gathered.choices[0].finish_reason == again.choices[0].finish_reason
+
+        # A client that leaves in the middle of the events: the call stands, and the client gets it when it asks again.
+        host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+        sent = json.dumps(chat("d", stream=True, model="planner:s")).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(sent)}\r\n\r\n"
+        with socket.create_connection((host, int(port))) as gone:
+            gone.sendall(head.encode() + sent)
+            begun = gone.recv(300)
+        assert begun.startswith(b"HTTP/1.1 200") and b"text/event-stream" in begun and b"[DONE]" not in begun
+        fourth = client.chat.completions.create(**chat("d"), extra_headers=retry)
+        assert fourth.model_extra is not None and fourth.model_extra["call"] == 4
+        assert ask(f"{url}/episodes/s")[1]["calls"] == 4
+    calls = [from_json(Call, row["call"]) for row in read_jsonl(folder / "calls.jsonl")]
+    assert [call.key for call in calls] == [f"s/{number}" for number in range(1, 5)]
+    assert [sample.text for sample in calls[0].samples] == [choice.message.content for choice in whole.choices]
 
 
 def test_which_sample_was_used_is_read_from_the_next_prompt() -> None:

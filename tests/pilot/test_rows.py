@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from matryoshka.core.files import read_jsonl
 from matryoshka.core.models.load import model_folder
@@ -68,7 +69,9 @@ def test_samples_lengths_and_held_out_rows_are_counted(tiny_dir: Path, tmp_path:
 def test_the_command_evaluates_and_stops_early(
     tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Oracle: the rows of metrics.jsonl; held-out pairs with exchanged sides get worse, so the second one ends it."""
+    """Oracle: the rows of metrics.jsonl; held-out pairs with exchanged sides get worse, so that the second evaluation
+    ends it and the adapter is that of one step: the checkpoint's, number by number. The last line names the step.
+    """
     data = write(tmp_path / "rows.jsonl", PAIRS)
     turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in PAIRS]
     held_out = write(tmp_path / "eval.jsonl", turned)
@@ -77,8 +80,15 @@ def test_the_command_evaluates_and_stops_early(
     rows = read_jsonl(tmp_path / "out" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2] and rows[1]["eval_loss"] > rows[0]["eval_loss"]
     assert rows[1]["eval_accuracy"] == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["held_out"] == 6
-    assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["held_out"] == 6 and (said["step"], said["best_step"]) == (2, 1)
+    assert said["best_eval_loss"] == rows[0]["eval_loss"]
+    kept, steps = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors"), {}
+    for step in (1, 2):
+        state = load_file(tmp_path / "out" / f"step-{step}" / "state.safetensors")
+        steps[step] = sorted(value.double().abs().sum().item() for name, value in state.items() if "parameter/" in name)
+    found = sorted(value.double().abs().sum().item() for value in kept.values())
+    assert found == steps[1] != steps[2]
 
 
 def test_dropout_of_a_preference_training_is_a_choice(

@@ -79,15 +79,43 @@ def site() -> Iterator[Site]:
     server.server_close()
 
 
-def test_files_come_whole_once_and_their_checksums_are_recorded(site: Site, tmp_path: Path) -> None:
-    """Oracle: the bytes served; a second call asks for nothing; SHA-256 by hashlib."""
+def test_files_come_whole_once_and_their_checksums_are_recorded(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Oracle: the bytes served; a second call asks for nothing; SHA-256 by hashlib, which the first download says, as
+    none is known of LaMP's files. A folder with that manifest alone, as on another machine, refuses other bytes.
+    """
     paths = fetch(files(site), tmp_path)
     assert [path.name for path in paths] == FILES and {path.parent.name for path in paths} == {"LaMP_2M"}
     assert [path.read_bytes() for path in paths] == list(site.files.values())
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert [row["sha256"] for row in manifest.values()] == [hashlib.sha256(b).hexdigest() for b in site.files.values()]
-    assert fetch(files("http://127.0.0.1:1"), tmp_path) == paths and len(site.asked) == 4
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 4 and all(row["sha256"] in line for row, line in zip(manifest.values(), said, strict=True))
+    assert "no checksum of this file is known" in said[2] and "reported to have had 9,493,217 bytes" in said[2]
+    assert "reported" not in said[0] and "it has 105,000 bytes" in said[0]
+    assert fetch(files("http://127.0.0.1:1"), tmp_path) == paths and len(site.asked) == 4 and len(caplog.records) == 4
     assert not list(tmp_path.rglob("*.part*"))
+    other = tmp_path / "other machine"
+    other.mkdir()
+    (other / MANIFEST).write_bytes((tmp_path / MANIFEST).read_bytes())
+    assert [path.read_bytes() for path in fetch(files(site), other)] == list(site.files.values())
+    assert len(caplog.records) == 4
+    (other / "LaMP_2M" / FILES[0]).unlink()
+    site.files[next(iter(site.files))] = b"other bytes"
+    with pytest.raises(ValueError, match=rf"SHA-256 is \w+, but .* says {manifest[f'LaMP_2M/{FILES[0]}']['sha256']}"):
+        fetch(files(site), other)
+
+
+def test_a_file_is_held_against_its_id_in_git(site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Oracle: the id that git itself gives to b"hello\\n"; no word of an unknown checksum; other bytes are refused."""
+    site.files["/a"] = b"hello\n"
+    root = site.url.removesuffix("/LaMP")
+    file = RemoteFile("a", "a", root, git_blob="ce013625030ba8dba906f756967f9e9ca394464a")
+    assert fetch([file], tmp_path)[0].read_bytes() == b"hello\n" and not caplog.records
+    site.files["/a"] = b"hallo\n"
+    with pytest.raises(ValueError, match="its id as a git blob is .*, but the site's repository has ce0136"):
+        fetch([file], tmp_path / "other")
 
 
 def test_a_broken_download_goes_on_where_it_stopped(site: Site, tmp_path: Path) -> None:
@@ -210,6 +238,8 @@ def test_alfworld_is_unpacked_as_its_own_command_does(
         site.files[f"/{place}"] = archive({"json_2.1.1/": b"", name: games[name]})
     site.files |= {f"/{name}": name.encode() for name in alfworld.LOGIC}
     monkeypatch.setattr(alfworld, "LOGIC", {name: hashlib.sha256(name.encode()).hexdigest() for name in alfworld.LOGIC})
+    pinned = dict.fromkeys(alfworld.ARCHIVES, "")
+    monkeypatch.setattr(alfworld, "ARCHIVES", pinned)
     run = ["data", "alfworld", "--out", str(tmp_path), "--mirror", root]
     assert main(run) == 0
     assert {name: (tmp_path / name).read_bytes() for name in games} == games
@@ -221,7 +251,7 @@ def test_alfworld_is_unpacked_as_its_own_command_does(
     # An archive that is damaged, and one that leads out of the folder.
     faults = {"not a whole zip archive": b"PK no zip", "leads out of the folder": archive({"../out": b""})}
     for said, body in faults.items():
-        site.files[f"/{alfworld.ARCHIVES[0]}"] = body
+        site.files[f"/{next(iter(pinned))}"] = body
         run[3] = str(tmp_path / said)
         assert main(run) == 2 and said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -233,6 +263,7 @@ def test_where_the_files_go(site: Site, tmp_path: Path, monkeypatch: pytest.Monk
     wanted = ["train.jsonl", "test.jsonl", "train_socratic.jsonl", "test_socratic.jsonl", "gsmhardv2.jsonl"]
     site.files |= {f"/{name}": name.encode() for name in wanted}
     monkeypatch.setattr(pal, "SHA256", {})
+    monkeypatch.setattr(pal, "GIT_BLOBS", {})
     monkeypatch.chdir(tmp_path)
     for arguments in (["gsm8k"], ["gsm8k", "--task", "socratic"], ["gsm-hard"]):
         assert main(["data", *arguments, "--mirror", root]) == 0
@@ -240,7 +271,11 @@ def test_where_the_files_go(site: Site, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_known_checksums_are_those_of_real_files() -> None:
-    """Oracle: GSM8K's own training file, where the real data are at hand."""
+    """Oracle: GSM8K's own training file, where the real data are at hand. Something is known of all files but LaMP's.
+    """
+    for benchmark, part in (("gsm8k", ""), ("gsm8k", "socratic"), ("gsm-hard", "")):
+        assert all(file.sha256 or file.git_blob for file in pal.sources(benchmark, part))
+    assert all(file.sha256 for file in alfworld.sources("alfworld", ""))
     path = Path(os.environ.get("MATRYOSHKA_DATA", "../shared/data")) / "gsm8k" / "train.jsonl"
     if not path.is_file():
         pytest.skip(f"{path} is not there")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from matryoshka.core.training import train as train_module
 from matryoshka.core.training.step import MicroBatch
 from matryoshka.core.training.train import Evaluation, Item, TrainConfig, TrainContext, train
 from matryoshka.dpo.head import token_logps
@@ -61,28 +62,71 @@ def test_an_evaluation_is_the_loss_over_all_its_items_and_changes_nothing(tiny_d
     assert rows[-1]["eval_accuracy"] == right / len(held_out)
 
 
-def test_training_ends_when_the_loss_no_longer_falls(tiny_dir: Path, tmp_path: Path) -> None:
-    """Oracle: by hand: pairs with their sides exchanged get worse with every step, so the second evaluation ends it.
+WORSE = [Item(item.sequences[::-1], item.group) for item in pairs()]  # with every step of training they get worse
+EARLY = replace(CONFIG, epochs=4, save_every=1)
 
-    Started again it is at its end, and a killed one ends at the same step with the same weights.
-    """
-    worse = [Item(item.sequences[::-1], item.group) for item in pairs()]
-    config, spent = replace(CONFIG, epochs=4, save_every=1), Evaluation(worse, 1, patience=1)
+
+def after_step(folder: Path, tiny_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Return the parameters after `step` steps of the training without evaluation."""
     model = prepared(tiny_dir)
-    rows = run(model, tmp_path / "run", spent, config)
-    assert [row["step"] for row in rows] == [1, 2] and rows[1]["eval_loss"] > rows[0]["eval_loss"]
-    assert run(prepared(tiny_dir), tmp_path / "run", spent, config) == [] and len(metrics(tmp_path / "run")) == 2
-    killed = prepared(tiny_dir)
-    context = TrainContext(partial(active, killed, "reference"), math.log(2), evaluation=spent)
-    steps: Any = train(
-        killed, trainable_parameters(killed, "policy"), pairs(), config, Preference(), token_logps,
-        tmp_path / "killed", context,
-    )  # fmt: skip
-    next(steps)
+    context = TrainContext(partial(active, model, "reference"), math.log(2))
+    parameters = trainable_parameters(model, "policy")
+    steps: Any = train(model, parameters, pairs(), EARLY, Preference(), token_logps, folder, context)
+    for _ in range(step):
+        next(steps)
+    found = values(model)
     steps.close()
+    return found
+
+
+def test_training_ends_when_the_loss_no_longer_falls_and_keeps_the_best(tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: by hand: pairs with their sides exchanged get worse with every step, so that the third evaluation ends
+    it and step 1 is kept; the parameters are those of one step of the training without evaluation, bit by bit.
+
+    Started again it is at its end. Killed after each step it ends at the same step with the same parameters.
+    """
+    spent, best = Evaluation(WORSE, 1, patience=2), after_step(tmp_path / "bare", tiny_dir, 1)
+    model = prepared(tiny_dir)
+    rows = run(model, tmp_path / "run", spent, EARLY)
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[2]["eval_loss"] > rows[0]["eval_loss"]
+    assert [(row["best_step"], row["best_eval_loss"]) for row in rows] == [(1, rows[0]["eval_loss"])] * 3
+    assert same(values(model), best)
+    assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == ["step-1", "step-3"]
     again = prepared(tiny_dir)
-    assert [row["step"] for row in run(again, tmp_path / "killed", spent, config)] == [2]
-    assert same(values(again), values(model))
+    assert run(again, tmp_path / "run", spent, EARLY) == [] and len(metrics(tmp_path / "run")) == 3
+    assert same(values(again), best)
+    for _ in range(2):
+        killed = prepared(tiny_dir)
+        context = TrainContext(partial(active, killed, "reference"), math.log(2), evaluation=spent)
+        parameters = trainable_parameters(killed, "policy")
+        steps: Any = train(
+            killed, parameters, pairs(), EARLY, Preference(), token_logps, tmp_path / "killed", context
+        )  # fmt: skip
+        next(steps)
+        steps.close()
+    resumed = prepared(tiny_dir)
+    assert [row["step"] for row in run(resumed, tmp_path / "killed", spent, EARLY)] == [3]
+    assert same(values(resumed), best)
+
+
+def test_the_best_step_may_lie_in_the_middle(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: losses by hand, 3 2 4 2 5: the first of the lowest is kept, also where training ends by itself and the
+    only checkpoints are those that early stop needs. Rows that are gone cannot be compared, and are asked for.
+    """
+    losses = iter([3.0, 2.0, 4.0, 2.0, 5.0])
+    monkeypatch.setattr(train_module, "evaluated", lambda *_: {"eval_loss": next(losses)})
+    config, evaluation = replace(EARLY, epochs=4, save_every=0, batch_size=4), Evaluation(WORSE, 1, patience=3)
+    model = prepared(tiny_dir)
+    rows = run(model, tmp_path / "run", evaluation, config)
+    assert [row["best_step"] for row in rows] == [1, 2, 2, 2, 2] and rows[-1]["best_eval_loss"] == 2.0
+    assert same(values(model), after_step(tmp_path / "bare", tiny_dir, 2))
+    assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == ["step-2", "step-5"]
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="metrics.jsonl: has 0 rows, but training goes on after step 5"):
+        run(prepared(tiny_dir), tmp_path / "run", evaluation, config)
+    monkeypatch.setattr(train_module, "evaluated", lambda *_: {"eval_loss": math.nan})
+    with pytest.raises(FloatingPointError, match="the evaluation's loss is nan"):
+        run(prepared(tiny_dir), tmp_path / "nan", evaluation, config)
 
 
 def test_an_evaluation_that_is_not_finite_stops_training(tiny_dir: Path, tmp_path: Path) -> None:

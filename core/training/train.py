@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from matryoshka.core.config import check_least
-from matryoshka.core.distributed import TIMEOUT_S, World, forget_gathered, is_sharded, whole
+from matryoshka.core.distributed import TIMEOUT_S, World, forget_gathered, full_tensor, is_sharded
 from matryoshka.core.files import append_jsonl, write_text
 from matryoshka.core.models.activations import POLICIES
 from matryoshka.core.models.attention import BACKENDS
@@ -199,7 +199,7 @@ def train(
             row, stopping = accumulate(
                 batch, config.micro_batch_tokens, objective, micro_batch, checked, where, whole_ones, stop.is_set()
             )
-            norm = whole(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
+            norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
             if not math.isfinite(row["loss"]) or not torch.isfinite(norm):
                 raise FloatingPointError(
                     f"{where}: loss {row['loss']}, gradient norm {norm.item()}; nothing was updated. "

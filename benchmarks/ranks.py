@@ -21,7 +21,7 @@ import torch
 from matryoshka.benchmarks.measure import DTYPES, MIB, dtype_of, events_of, highest, prepare
 from matryoshka.benchmarks.ranked import launch, trained_part
 from matryoshka.benchmarks.result import BenchResult, Row
-from matryoshka.core.distributed import World, open_world, own
+from matryoshka.core.distributed import World, local_part, open_world
 from matryoshka.core.models.attention import PIECE
 from matryoshka.core.models.load import empty_model
 from matryoshka.core.models.tree import Tokens
@@ -166,7 +166,7 @@ def measure(config: Config, case: Case, folder: Path, world: World) -> dict[str,
     parallel, dtype = ParallelConfig(case.layout, case.group, offload=case.offload), DTYPES[config.dtype]
     base = Base(config.model, dtype, "none", case.full, LoraConfig(), parallel)
     model = load_base(base, items, settings, world)
-    stored = sum(own(parameter).nbytes for parameter in model.parameters())
+    stored = sum(local_part(parameter).nbytes for parameter in model.parameters())
     parameters, objective, reference = trained_part(model, case.full, world)
     steps = train(
         model, parameters, items, settings, objective, token_logps, folder / case.name.replace(" ", "-"),

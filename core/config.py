@@ -53,7 +53,7 @@ def load_toml(cls: type[C], path: Path | str, overrides: Mapping[str, Any] | Non
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a TOML configuration")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as err:  # malformed, not UTF-8, or an integer of thousands of digits
         raise ValueError(f"{path}: not valid TOML: {err}") from err
     except RecursionError:
@@ -104,6 +104,15 @@ def parse(
         raise ConfigError(where, _join(prefix, key) if prefix else key, problem) from err
     except (TypeError, RecursionError) as err:
         raise ValueError(f"{source}: {err}") from err
+
+
+def check_least(config: object, where: str, **least: float) -> None:
+    """Raise ValueError for a field of `config` that is below its value in `least`; a field that is None may be."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= low:
+            expected = "must not be negative" if low == 0 else f"must be at least {low:g}"
+            raise ValueError(f"{where}{name} {value} {expected}")
 
 
 def to_toml(config: Any) -> str:

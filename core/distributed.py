@@ -81,13 +81,13 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def own(tensor: Any) -> Tensor:
+def local_part(tensor: Any) -> Tensor:
     """Return the part of `tensor` that lies on this rank; of a tensor that is not sharded, all of it."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return part
 
 
-def whole(tensor: Any) -> Tensor:
+def full_tensor(tensor: Any) -> Tensor:
     """Return a sharded tensor with the parts of all ranks, all of which must call this; other tensors as they are."""
     full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return full
@@ -107,7 +107,7 @@ def as_part(like: Any, part: Tensor) -> Tensor:
     return tensor
 
 
-def own_rows(tensor: Any) -> tuple[int, int]:
+def local_rows(tensor: Any) -> tuple[int, int]:
     """Return [first, last) of the rows of a sharded tensor that lie here: equal parts, the last ones short or empty.
 
     Raises ValueError for a tensor that is cut along another dimension.

@@ -40,7 +40,14 @@ def explains_disk_errors(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then fsync and rename it: `path` is whole or untouched."""
+    """Let `write` fill a temporary file beside `path`, then fsync and rename it: `path` is whole or untouched.
+
+    A link stays, and what it names is replaced. Raises ValueError for a device, such as /dev/null, and for a folder: a
+    rename would put a file in its place.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no regular file; give the path of a file, which is written as a whole")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     folder = os.open(path.parent, os.O_RDONLY)  # now: a process that waits for the file may rename the folder
@@ -261,11 +268,14 @@ def _journal_rows(path: Path, data: bytes, first: int) -> dict[str, dict[str, An
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the one lock of a run directory. Raises ValueError when another process holds it.
+    """Hold the one lock of a run directory. Raises ValueError when another process holds it, and for a file.
 
     A new directory is for its owner alone: prompts, answers and logs may hold a user's private data.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as err:
+        raise ValueError(f"{folder}: there is a file in the place of this folder; give another folder") from err
     with (folder / ".lock").open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,7 +19,7 @@ SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 60
 def parse_json(text: str | bytes, where: str) -> Any:
     """Return the value that `text` writes. where: the file (and line) that errors name."""
     try:
-        text = text if isinstance(text, str) else text.decode()
+        text = text if isinstance(text, str) else text.decode("utf-8-sig")  # some editors put a BOM first
     except UnicodeDecodeError as err:
         raise ValueError(f"{where}: not UTF-8 (byte {err.start + 1}); save it in UTF-8") from err
     try:

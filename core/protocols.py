@@ -186,4 +186,4 @@ class Task(Protocol):
     @classmethod
     def scripted_generator(cls, name: str) -> Generator:
         """Return the generator of this task that is a script, not a model. Raises ValueError for an unknown `name`."""
-        raise ValueError(f"[serve] scripted {name!r}: {cls.__name__} has no scripted generator")
+        raise ValueError(f"[serve] scripted {name!r}: {cls.__name__} has no such generator; your own is FILE.py:CLASS")

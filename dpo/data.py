@@ -21,6 +21,7 @@ from matryoshka.dpo.row_forms import OURS, FieldNames, in_our_form
 
 Row = TypeVar("Row", bound=Item | None)
 logger = logging.getLogger(__name__)
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 # Keys that describe a row and change nothing of its training.
 DESCRIPTIVE = (
     "id", "prompt_id", "example_id", "source", "dataset", "category", "language", "split", "url", "metadata", "score",
@@ -131,8 +132,10 @@ def _preference_row(row: dict[str, Any], tokenizer: Tokenizer) -> Item | None:
     if isinstance(row.get("chosen"), dict):  # a pilot's own record
         return preference_items([from_json(Preference, row)])[0]
     if missing := sorted({"chosen", "rejected"} - row.keys()):
-        raise ValueError(f"field {missing[0]!r} is missing; expected prompt, chosen and rejected, "
-                         f"got {shown(sorted(row))}")
+        expected = "expected prompt, chosen and rejected"
+        if {"messages", "completion", "response"} & row.keys():
+            expected += " (rows without a worse side are for `matryoshka sft`)"
+        raise ValueError(f"field {missing[0]!r} is missing; {expected}; got {shown(sorted(row))}")
     _check_keys(row, ("prompt", "chosen", "rejected", "system"))
     chosen, rejected = _text_or_chat(row, "chosen"), _text_or_chat(row, "rejected")
     if "prompt" in row:
@@ -154,9 +157,11 @@ def _preference_row(row: dict[str, Any], tokenizer: Tokenizer) -> Item | None:
 def _conversation_row(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
     if "messages" in row:
         return _messages_row(row, tokenizer)
-    name = "completion" if "completion" in row else "response"
+    name = "response" if "response" in row and "completion" not in row else "completion"
     if missing := sorted({"prompt", name} - row.keys()):
         expected = "expected prompt and completion, or messages"
+        if "chosen" in row:
+            expected += " (preference pairs are for `matryoshka dpo`)"
         raise ValueError(f"field {missing[0]!r} is missing; {expected}; got {shown(sorted(row))}")
     _check_keys(row, ("prompt", name, "system"))
     prompt = _with_system(row, _text_or_chat(row, "prompt"))
@@ -251,6 +256,8 @@ def _message(data: Any, where: str, weighted: bool) -> tuple[Message, bool]:
     if not isinstance(content, str):
         raise fields.error("content", "a text, or a list of {type: 'text', text}")
     message, weight = Message(fields.text("role"), content), data.get("weight")
+    if message.role not in ROLES:
+        raise fields.error("role", f"one of {', '.join(ROLES)}")
     if weight is not None:
         if type(weight) not in (int, float) or weight not in (0, 1):
             raise fields.error("weight", "0 or 1")

@@ -38,6 +38,13 @@ class PairCounts:
     def as_dict(self) -> dict[str, int]:
         return dict(vars(self))
 
+    def why_none(self) -> str:
+        """Return why there is no pair, in words."""
+        cut = f"; {self.cut_by_length} of {self.samples} samples were cut by length, and those are never chosen"
+        left_out = f"; {self.left_out} episodes are left out, since other draws of their groups failed"
+        none = "no prompt has both a better and a worse sample"
+        return none + cut * bool(self.cut_by_length) + left_out * bool(self.left_out)
+
 
 @dataclass
 class _Candidate:

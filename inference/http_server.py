@@ -72,7 +72,7 @@ async def serve_http(
     """
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     running: set[asyncio.Task[Any]] = set()
-    served = ", ".join(route.path for route in routes)
+    served = ", ".join(dict.fromkeys(route.path for route in routes))
 
     @web.middleware
     async def answer(

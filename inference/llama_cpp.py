@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from matryoshka.core.config import check_least
+
 if TYPE_CHECKING:
     from xllamacpp import Server
 
@@ -30,9 +32,7 @@ class LlamaConfig:
     """Host memory for prompts that have left their slots, in MiB; 0 keeps none."""
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("context", 1), ("prompt_cache_mib", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"llama: {name} {getattr(self, name)} must be at least {least}")
+        check_least(self, "llama: ", slots=1, context=1, prompt_cache_mib=0)
 
 
 def check_gguf(path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from matryoshka.core.distributed import whole
+from matryoshka.core.distributed import full_tensor
 from matryoshka.lora.functions import BaseFunction, LoraFunction, weight_norm
 from matryoshka.lora.nf4 import NF4, dense
 
@@ -93,7 +93,7 @@ class LoraLinear(nn.Module):
 
     def dense(self) -> Tensor:
         """Return the whole [O, I] weight in `dtype`: the parameter itself, or a packed one made dense."""
-        weight, scales = whole(self.weight), self.scales
+        weight, scales = full_tensor(self.weight), self.scales
         return weight if scales is None else dense(weight.to(scales.offset.device), scales, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ class Checked:
         try:
             self.lines.append(check())
         except (ValueError, OSError) as err:
-            self.faults.append(str(err))
+            if str(err) not in self.faults:  # controller and generator may miss the same folder
+                self.faults.append(str(err))
             return False
         return True
 
@@ -169,11 +170,12 @@ def _longest_pair(config: RunConfig, task: Task, problems: Problems) -> str:
     if not config.rounds:
         return "pairs: none, since rounds is 0"
     longest = max(task.setting.count_tokens(task.first_prompt(example)) for example in problems["train"])
-    most = longest + 2 * config.rollout.guidance_tokens
+    guidance = rollout_settings(config, greedy=False).controller.max_tokens
+    most = longest + 2 * guidance
     if most > config.dpo.train.micro_batch_tokens:
         raise ValueError(
             f"[dpo.train] micro_batch_tokens {config.dpo.train.micro_batch_tokens}: a pair may take {most} tokens (the "
-            f"longest prompt of {longest} and two guidances of {config.rollout.guidance_tokens}); raise it"
+            f"longest prompt of {longest} and two guidances of {guidance}); raise it"
         )
     return f"pairs: at most {most:,} tokens each, within micro-batches of {config.dpo.train.micro_batch_tokens:,}"
 

@@ -5,7 +5,6 @@ configuration only the sampled episodes count, and of those only whole groups: a
 because calls failed, would bias the pairs.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from matryoshka.dpo.pairs import make_pairs, winners
 from matryoshka.pilot.config import RunConfig, run_part
 from matryoshka.pilot.context import open_run
 from matryoshka.pilot.episodes import run_episodes, sampled_settings
-from matryoshka.pilot.evaluate import policy_conditions
+from matryoshka.pilot.evaluate import check_splits, policy_conditions
 from matryoshka.pilot.folder import CONFIG, GATEWAY, RUNS, cache_path
 from matryoshka.pilot.stages import (
     after_first_turn,
@@ -68,9 +67,7 @@ def collect_apart(config: CollectConfig, world: World, runs: Path = RUNS) -> dic
     named = replace(settings, name=out.name)
     with ExitStack() as stack:
         run = stack.enter_context(open_run(named, out.parent, cache_path(runs / settings.name), world, trains=False))
-        if unknown := [split for split in config.split if not run.problems.get(split)]:
-            there = ", ".join(split for split, examples in run.problems.items() if examples)
-            raise ValueError(f"collect: split {unknown[0]!r} has no problems; choose from {there}")
+        check_splits(run, config.split)
         (found,) = policy_conditions(run, [config.policy], stack).values()
         draws = sampled_settings(named, collection_seed(named, 1), named.rollout.samples)
         episodes = run_episodes(run, found[1], config.split, draws, f"collect {config.policy}")
@@ -178,8 +175,8 @@ def write_pairs_of(command: PairsCommand) -> dict[str, Any]:
     else:
         rows = [FORMS[command.form](pair) for pair in pairs]
     if not rows:
-        what = "no example has both a better and a worse guidance" if command.form != "sft" else "no guidance won"
-        raise ValueError(f"pairs: nothing to write: {what} ({len(episodes)} episodes; {json.dumps(counts.as_dict())})")
+        what = counts.why_none() if command.form != "sft" else "no whole guidance won"
+        raise ValueError(f"pairs: nothing to write from {len(episodes)} episodes: {what}")
     write_jsonl(command.out, rows)
     return {"episodes": len(episodes), **counts.as_dict(), "rows": len(rows), "out": str(command.out)}
 

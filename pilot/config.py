@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from matryoshka.core.config import parse, to_toml
+from matryoshka.core.config import check_least, parse, to_toml
 from matryoshka.core.models.load import model_folder
 from matryoshka.core.parallel.layout import ParallelConfig
+from matryoshka.core.protocols import Controller, Generator
 from matryoshka.core.records import RolloutSettings, Sampling
 from matryoshka.core.training.train import TrainConfig
 from matryoshka.dpo.objectives import Preference
@@ -59,8 +60,9 @@ class ControllerConfig:
         return model_folder(self.path)
 
     def __post_init__(self) -> None:
+        check_least(self, "controller: ", threads=0, max_rows=1)
         if self.scheme:
-            own_class(self.scheme, "scheme")
+            own_class(self.scheme, "scheme", Controller, 1)
         if self.engine == "vllm" and self.deterministic:
             raise ValueError("deterministic is of the local engine; what vLLM draws depends on its batches' rounding")
         if self.tune != "full":
@@ -113,8 +115,9 @@ class ServeConfig:
     """Slots, context and prompt cache of engine llama.cpp."""
 
     def __post_init__(self) -> None:
-        if self.copies < 1:
-            raise ValueError(f"serve: copies {self.copies} must be at least 1")
+        check_least(self, "serve: ", copies=1, threads=0, max_rows=1)
+        if ":" in self.scripted:
+            own_class(self.scripted, "serve: scripted", Generator)
         if self.engine == "llama.cpp" and self.adapter:
             raise ValueError(
                 f"serve: engine llama.cpp serves a GGUF file as it is, but adapter {self.adapter!r} is given; merge it"
@@ -148,9 +151,7 @@ class TaskConfig:
     """Options of the chosen task."""
 
     def __post_init__(self) -> None:
-        for name, least in (("warmup", 0), ("train", 1), ("validation", 1), ("test", 1), ("held_out", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"task: {name} {getattr(self, name)} must be at least {least}")
+        check_least(self, "task: ", warmup=0, train=1, validation=1, test=1, held_out=0)
         kind = options_class(task_class(self.name))
         given = {} if self.options is None else self.options
         if isinstance(given, Mapping):
@@ -198,6 +199,15 @@ class WarmupConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=2e-5, epochs=3))
     """How the warm-up trains."""
 
+    def __post_init__(self) -> None:
+        check_least(self, "warmup: ", samples=1, wins_per_example=1, gold_per_group=0)
+        if self.source == "file" and not self.data:
+            raise ValueError("warmup: source = 'file', but data names no file; give a JSONL file of conversations")
+
+
+EPISODE_LEAST = {"temperature": 0, "top_p": 0, "guidance_tokens": 1, "code_tokens": 1, "inner_attempts": 1,
+                 "outer_turns": 1}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class RolloutConfig:
@@ -232,6 +242,9 @@ class RolloutConfig:
     """The run stops when more than this share of the episodes fail because calls of the generator failed for good
     (judged from 20 episodes on)."""
 
+    def __post_init__(self) -> None:
+        check_least(self, "rollout: ", samples=1, bootstrap=0, replans=0, limit=1, max_failed_share=0, **EPISODE_LEAST)
+
 
 @dataclass(frozen=True)
 class EpisodeConfig:
@@ -252,6 +265,9 @@ class EpisodeConfig:
     outer_turns: int | None = None
     """Guidances in one episode: the first plan and re-plans after failures."""
 
+    def __post_init__(self) -> None:
+        check_least(self, "", **EPISODE_LEAST)
+
 
 @dataclass(frozen=True)
 class DpoConfig:
@@ -268,6 +284,9 @@ class DpoConfig:
     reference_cache: bool = False
     """Keep reference log-probs in the run's folder, so that later epochs and further learning rates need no reference
     pass. With tune = "full" they are always kept, in the round's folder."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "dpo: ", pairs_per_example=1)
 
 
 @dataclass(frozen=True)
@@ -324,12 +343,12 @@ class RunConfig:
     """Preference training."""
 
     def __post_init__(self) -> None:
+        check_name(self.name)
+        check_least(self, "", rounds=0, ray_tasks=0, budget_usd=0, budget_tokens=0)
         if self.warmup.source == "adapter" and not self.controller.adapter:
             raise ValueError("[warmup] source = 'adapter', but [controller] adapter names no folder; name the adapter")
         if self.rollout.replans and rollout_settings(self, greedy=False).outer_turns < 2:
             raise ValueError(f"[rollout] replans {self.rollout.replans} needs outer_turns of at least 2 in collection")
-        if self.rounds < 0:
-            raise ValueError(f"rounds {self.rounds} must not be negative")
         is_cut = self.parallel.layout in ("shard", "hybrid")
         if is_cut and self.controller.tune == "full":
             raise ValueError(
@@ -341,8 +360,13 @@ class RunConfig:
                 f"[parallel] layout {self.parallel.layout!r}: the local sampler needs the whole model on every rank "
                 "(layout 'replicate'); a model that does not fit is sampled by the vLLM engine"
             )
-        if self.ray_tasks < 0:
-            raise ValueError(f"ray_tasks {self.ray_tasks} must not be negative; 0 is one for each GPU or machine")
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a name that is no folder below the one that keeps runs."""
+    path = Path(name)
+    if not path.name or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"name {name!r} must name a folder below runs/, such as 'mine' or 'today/mine'")
 
 
 def run_part(config: RunConfig) -> RunConfig:

@@ -22,6 +22,7 @@ from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
 from matryoshka.core.records import Example, Messages, RolloutSettings, Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
+from matryoshka.dpo.data import read_conversations
 from matryoshka.inference.generators import OpenAIGenerator
 from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.inference.sampler import Sampler
@@ -208,6 +209,8 @@ def assemble(
                 stack.callback(lambda: runner.run(opened.aclose()))
             context = min(context, config.controller.vllm.context or context)
         problems, skipped = fitting_problems(config, task, problems, context)
+        if trains and not policies.folder("warmup").exists():
+            check_warmup(config, problems, tokenizer)
     if skipped:
         logger.warning("problems that exceed the context are left out of everything: %s", skipped)
     return Run(
@@ -228,6 +231,16 @@ def assemble(
         vllm=vllm,
         is_read=is_read,
     )
+
+
+def check_warmup(config: RunConfig, problems: Problems, tokenizer: Tokenizer) -> None:
+    """Raise ValueError or FileNotFoundError if the warm-up has nothing to learn from."""
+    source = config.warmup.source
+    if source == "file":
+        read_conversations(Path(config.warmup.data), tokenizer)
+    elif source in ("gold", "generator") and not problems["warmup"]:
+        what = f"[warmup] source = {source!r}, but [task] warmup is 0, so there is nothing to learn from"
+        raise ValueError(f"{what}; take source = 'none', or give it problems")
 
 
 def open_task(config: RunConfig, count_tokens: Callable[[Messages], int]) -> Task:

@@ -165,11 +165,11 @@ def _download(url: str, path: Path) -> None:
                 got = handle.tell()
     except urllib.error.HTTPError as err:
         if err.code == 416:  # our part is as long as the file, or longer: it was not renamed, or has changed
-            mark.unlink()
+            mark.unlink(missing_ok=True)
             return _download(url, path)
         raise ValueError(f"{url}: the server answered {err.code} {err.reason}; the manifest names the address") from err
-    except HTTPException as err:
-        raise OSError(f"{url}: the connection broke ({err!r}); run the command again to go on") from err
+    except (HTTPException, urllib.error.URLError, ConnectionError, TimeoutError) as err:
+        raise OSError(f"{url}: no connection, or it broke ({err!r}); run the command again to go on") from err
     if got != total:
         raise OSError(f"{url}: {got} of {total} bytes came; run the command again to go on")
     os.replace(part, path)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from matryoshka.core.distributed import World, own
+from matryoshka.core.distributed import World, local_part
 from matryoshka.core.models.activations import activations
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.norm_rope_swiglu import at_least_fp32
@@ -75,7 +75,7 @@ def _first_rank(
     if mesh is not None:
         parallel = ParallelConfig(reshard=job.reshard, prefetch=job.prefetch)
         shard(built, mesh, parallel, job.dtype, world.device)
-    stored = sum(own(parameter).nbytes for parameter in built.parameters())
+    stored = sum(local_part(parameter).nbytes for parameter in built.parameters())
     trained = list(built.parameters())
     if not job.full:
         add_adapter(built, POLICY, LoraConfig(job.rank, targets=job.targets, dora=job.dora), 0, world.device)

@@ -24,7 +24,7 @@ from matryoshka.pilot.config import RunConfig, rollout_settings, run_part
 from matryoshka.pilot.context import Problems, Run, Scheme, open_run
 from matryoshka.pilot.environment import environment, hardware, typed_command, versions
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
-from matryoshka.pilot.folder import cache_path
+from matryoshka.pilot.folder import cache_path, trained_stages
 from matryoshka.pilot.generator import open_generator, with_generator
 from matryoshka.pilot.stages import is_trained, left_out
 
@@ -84,6 +84,8 @@ def policy_conditions(run: Run, policies: Sequence[str], stack: ExitStack) -> Sc
         elif run.policies.folder(str(folder)).exists():
             found[slug(policy)] = (policy, policy_scheme(run, str(folder)))
         else:
+            if ":" in policy and (stages := trained_stages(folder.parent)):
+                raise ValueError(f"policy {policy!r}: that run has no such stage; choose from {', '.join(stages)}")
             raise ValueError(
                 f"policy {policy!r} is neither a condition ({', '.join(known)}) nor an adapter folder, a "
                 "stage as RUN:STAGE, a model folder, URL#MODEL or a TOML file of another model"
@@ -91,10 +93,17 @@ def policy_conditions(run: Run, policies: Sequence[str], stack: ExitStack) -> Sc
     return found
 
 
+def check_splits(run: Run, splits: Sequence[str]) -> None:
+    """Raise ValueError where one of `splits` is none, or all of them have no problems."""
+    there = [split for split, examples in run.problems.items() if examples]
+    if unknown := [split for split in splits if split not in run.problems] or [*splits] * (not {*splits} & {*there}):
+        raise ValueError(f"split {unknown[0]!r} has no problems; choose from {', '.join(there)}")
+
+
 def policy_folder(policy: str) -> Path:
-    """Return the folder that "RUN:STAGE", or the path of a folder, names."""
+    """Return the folder that "RUN:STAGE", or the path of a folder, names; tables write a stage with an underscore."""
     run, colon, stage = policy.rpartition(":")
-    return (Path(run) / stage if colon else Path(policy)).absolute()
+    return (Path(run) / stage.replace("_", "-") if colon else Path(policy)).absolute()
 
 
 def slug(policy: str) -> str:
@@ -213,26 +222,26 @@ def evaluate_policies(config: EvaluateConfig, root: Path, world: World) -> list[
     folder = root / f"{settings.name}-evaluation-{content_key(to_json(settings))[:8]}"
     folder = Path(config.out) if config.out else folder
     cache = cache_path(root / settings.name)
-    of_models: dict[str, Condition] = {}
-    for policy in config.policy:
-        if (policy_folder(policy) / "config.json").is_file():
-            model = replace(settings.controller, path=str(policy_folder(policy)), adapter="")
-            # A model is opened alone, so that two of them need not fit the memory.
-            nested = replace(settings, name=slug(policy), controller=model)
-            with open_run(nested, folder, cache, world, trains=False) as run:
-                (found,) = evaluate(run, {"untrained": schemes(run)["untrained"]}, splits=config.split)
-                of_models[policy] = replace(found, name=slug(policy), label=policy)
+    models = [policy for policy in config.policy if (policy_folder(policy) / "config.json").is_file()]
     with ExitStack() as stack:
         named = replace(settings, name=folder.name)
         run = stack.enter_context(open_run(named, folder.parent, cache, world, trains=False))
-        others = [policy for policy in config.policy if policy not in of_models]
-        done = evaluate(run, policy_conditions(run, others, stack), splits=config.split)
-        conditions = [*of_models.values(), *done]
-        rows = [_row(run, condition) for condition in conditions]
-        if world.is_first:
-            write_json(run.folder / "evaluation.json", {"settings": to_json(settings), "policies": rows})
-            write_report(_report(run, conditions, config.split), run.folder)
-        return rows
+        check_splits(run, config.split)
+        others = policy_conditions(run, [policy for policy in config.policy if policy not in models], stack)
+        conditions = evaluate(run, others, splits=config.split)
+    for policy in models:  # each is opened alone, so that two of them need not fit the memory
+        model = replace(settings.controller, path=str(policy_folder(policy)), adapter="")
+        nested = replace(settings, name=slug(policy), controller=model)
+        with open_run(nested, folder, cache, world, trains=False) as of_model:
+            (found,) = evaluate(of_model, {"untrained": schemes(of_model)["untrained"]}, splits=config.split)
+            conditions.append(replace(found, name=slug(policy), label=policy))
+    order = [slug(ALIASES.get(policy, policy)) for policy in config.policy]
+    conditions.sort(key=lambda condition: order.index(slug(condition.name)))
+    rows = [_row(run, condition) for condition in conditions]
+    if world.is_first:
+        write_json(run.folder / "evaluation.json", {"settings": to_json(settings), "policies": rows})
+        write_report(_report(run, conditions, config.split), run.folder)
+    return rows
 
 
 def _row(run: Run, condition: Condition) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from matryoshka.core.files import write_folder
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.weights import save_weights, weights_hash
 from matryoshka.lora.files import adapter_hash, load_adapter, merge
+from matryoshka.pilot.folder import trained_stages
 
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".gguf")
 
@@ -32,16 +33,16 @@ def export_policy(run: Path, out: Path, stage: str = "") -> str:
     exists.
     """
     _refuse_existing(out)
-    hashes = {"adapter": adapter_hash, "model": weights_hash}
-    folders = {path.parent.name: path for part in hashes for path in run.glob(f"*/{part}")}
-    trained = sorted(folders)
-    rounds = sorted((name for name in trained if name.startswith("round-")), key=lambda name: int(name[6:]))
+    folders = trained_stages(run)
+    if not folders:
+        raise ValueError(f"{run}: no trained policy is there; expected the folder of a run, such as runs/demo-0")
+    rounds = sorted((name for name in folders if name.startswith("round-")), key=lambda name: int(name[6:]))
     chosen = stage or (rounds[-1] if rounds else "")
-    if chosen not in trained:
-        raise ValueError(f"{run}: stage {chosen or 'round-1'!r} is not trained; choose from {trained}")
+    if chosen not in folders:
+        raise ValueError(f"{run}: stage {chosen or 'round-1'!r} is not trained; choose from {list(folders)}")
     with write_folder(out, replace=False) as temporary:
         shutil.copytree(folders[chosen], temporary)
-    return hashes[folders[chosen].name](out)
+    return adapter_hash(out) if folders[chosen].name == "adapter" else weights_hash(out)
 
 
 def copy_tokenizer(model: Path, out: Path) -> None:

@@ -4,13 +4,16 @@ import logging
 import math
 import random
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from matryoshka.core.config import check_least
 from matryoshka.core.distributed import World, open_world
+from matryoshka.core.files import folder_lock
 from matryoshka.core.machine import usable_cores
 from matryoshka.core.models.load import empty_model, model_folder
 from matryoshka.core.models.tree import Tokens
@@ -24,6 +27,7 @@ from matryoshka.dpo.row_forms import FieldNames
 from matryoshka.lora.files import load_adapter
 from matryoshka.lora.files import read_config as adapter_config
 from matryoshka.lora.linear import LoraConfig, add_adapter
+from matryoshka.pilot.ranks import Ranks
 from matryoshka.pilot.training import DTYPES, POLICY, Base, Training, load_base, train_policy, train_weights
 
 logger = logging.getLogger(__name__)
@@ -89,9 +93,7 @@ class SftCommand:
             raise ValueError(f"weights: {len(self.weights)} for {1 + len(self.more_data)} files; give each file one")
         if min((*self.weights, 1.0)) <= 0:
             raise ValueError(f"weights {list(self.weights)} must be above 0")
-        for name in ("max_samples", "max_length", "eval_every", "early_stop"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)} must not be negative")
+        check_least(self, "", max_samples=0, max_length=0, eval_every=0, early_stop=0, threads=0)
         if not 0 <= self.eval_share < 1 or (self.eval_share and self.eval_data):
             raise ValueError(f"eval_share {self.eval_share} must lie in [0, 1), and be 0 beside eval_data")
         if (self.early_stop or self.eval_every) and not (self.eval_share or self.eval_data):
@@ -121,24 +123,28 @@ def finetune(
 
     Return counts, the path written and the last metrics on the first rank, None on the others: processes that torchrun
     started share every batch. preference None is SFT. reference_cache: a file that keeps reference log-probs. Pairs
-    that repeat an earlier one are left out and counted. Raises ValueError, FileNotFoundError for
-    settings that exclude each other, malformed data, and a model that does not fit.
+    that repeat an earlier one are left out and counted. Raises ValueError, FileNotFoundError for settings that exclude
+    each other, malformed data, a model that does not fit, and a folder in which another process trains.
     """
     if settings.tune == "full" and settings.adapter:
         raise ValueError(f"adapter {settings.adapter}: there is none where all weights are trained; merge it first")
     if settings.tune == "full" and settings.quantization != "none":
         raise ValueError(f"quantization {settings.quantization!r} is for a frozen base; train an adapter on it")
-    with open_world(settings.device, settings.train.rank_timeout_s) as world:
-        return _finetune(settings, preference, reference_cache, world)
+    with ExitStack() as stack:
+        world = stack.enter_context(open_world(settings.device, settings.train.rank_timeout_s))
+        return _finetune(settings, preference, reference_cache, world, stack)
 
 
 def _finetune(
-    settings: SftCommand, preference: Preference | None, reference_cache: Path | None, world: World
+    settings: SftCommand, preference: Preference | None, reference_cache: Path | None, world: World, stack: ExitStack
 ) -> dict[str, Any] | None:
     torch.set_num_threads(settings.threads or max(1, usable_cores() // world.local_size))
     model_path = model_folder(settings.model)
     tokenizer, context = Tokenizer.load(model_path), empty_model(model_path).config.max_position_embeddings
     rows = load_rows(settings, tokenizer, context, preference is not None)
+    with Ranks(world).all_or_none():
+        if world.is_first:
+            stack.enter_context(folder_lock(settings.out))
     items, evaluation = rows.items, None
     if rows.held_out:
         every = settings.eval_every or math.ceil(len(items) / settings.train.batch_size)
@@ -226,7 +232,8 @@ def load_rows(settings: SftCommand, tokenizer: Tokenizer, context: int, pairs: b
         counts["not_taken"] = len(items) - len(kept)
         items = [items[place] for place in kept]
     if not items:
-        raise ValueError(f"{settings.data}: no row is left to train on; left out were {dict(counts)}")
+        left_out = ", ".join(f"{number} {reason}" for reason, number in counts.items() if number) or "none"
+        raise ValueError(f"{settings.data}: no row is left to train on; rows left out: {left_out}")
     if held_out:
         counts["held_out"] = len(held_out)
     return Rows(items, held_out, dict(counts))

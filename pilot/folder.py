@@ -71,6 +71,11 @@ def deal_caches(folder: Path, num_nodes: int) -> None:
         cache.close()
 
 
+def trained_stages(run: Path) -> dict[str, Path]:
+    """Return stage -> the folder of its policy, an adapter or a model, of the run in the folder `run`."""
+    return {path.parent.name: path for path in sorted(run.glob("*/*")) if path.name in ("adapter", "model")}
+
+
 class StageSeconds:
     """Wall-clock seconds by stage, added up over restarts; the last part of a stage that was killed is not in them."""
 

@@ -209,7 +209,8 @@ class GatewayApi(Api):
         episode = header if header is not None else named
         if episode is None:
             how = f"send the header {HEADER}, or the model as {self._config.model}:ID"
-            raise HttpError(400, f"the call names no episode; {how}", "model", "invalid_episode")
+            got = f"; its model is {model[:80]!r}" if isinstance(model, str) else ""
+            raise HttpError(400, f"the call names no episode; {how}{got}", "model", "invalid_episode")
         return _checked_id(episode)
 
     async def episodes(self, request: web.Request) -> web.Response:

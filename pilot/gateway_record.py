@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from matryoshka.core.config import diff, load_toml, to_toml
+from matryoshka.core.config import check_least, diff, load_toml, to_toml
 from matryoshka.core.files import Journal, folder_lock, write_json, write_jsonl, write_text
 from matryoshka.core.json_input import Fields, read_json
 from matryoshka.core.records import (
@@ -31,7 +31,7 @@ from matryoshka.dpo.pairs import make_pairs
 from matryoshka.lora.files import adapter_hash
 from matryoshka.lora.linear import LoraConfig
 from matryoshka.pilot.collected import MORE, read_rows, single_turns
-from matryoshka.pilot.config import ControllerConfig
+from matryoshka.pilot.config import ControllerConfig, check_name
 from matryoshka.pilot.finetune import DpoCommand, finetune
 from matryoshka.pilot.folder import GATEWAY
 
@@ -75,6 +75,8 @@ class GatewayConfig:
     """Let other machines use the gateway without a key, where host is not loopback."""
 
     def __post_init__(self) -> None:
+        check_name(self.name)
+        check_least(self, "gateway: ", port=0, pairs_per_problem=1, margin=0, temperature=0)
         controller = self.controller
         if controller.engine != "local" or controller.tune != "adapter" or controller.scheme:
             raise ValueError("gateway: it samples with engine 'local', trains an adapter, and has no scheme of its own")
@@ -283,7 +285,7 @@ def train_from(folder: Path) -> dict[str, Any]:
         raise ValueError("train-from: start it as one process; torchrun takes its pairs: pairs --in RUN, then dpo")
     config, before = load_toml(GatewayConfig, folder / GATEWAY), newest_stage(folder)
     stage = f"round-{int(before[6:] or 0) + 1}"
-    out, summary = folder / stage, dict[str, Any]()
+    out = folder / stage
     with folder_lock(out):
         if not (out / "pairs.jsonl").is_file():
             episodes = list(read_rows(folder / TRAJECTORIES).values())
@@ -294,19 +296,17 @@ def train_from(folder: Path) -> dict[str, Any]:
             turns = [turn for episode in episodes for turn in single_turns(episode)]
             pairs, counts = make_pairs(turns, rule, config.seed)
             if not pairs:
-                what = f"{len(episodes)} episodes, {counts.prompts} prompts"
-                raise ValueError(f"{folder}: no prompt has both a better and a worse answer ({what}); collect more")
+                raise ValueError(f"{folder}: no pairs of {len(episodes)} episodes: {counts.why_none()}; collect more")
             write_json(out / "episodes.json", {"episodes": len(episodes), **counts.as_dict()})
             write_jsonl(out / "pairs.jsonl", [to_json(pair) for pair in pairs])
-        summary = read_json(out / "episodes.json", "the counts of its pairs")
-        controller = config.controller
-        command = DpoCommand(
-            data=out / "pairs.jsonl", model=controller.folder, out=out,
-            adapter=stage_folder(folder, config, before), dtype=controller.dtype, quantization=controller.quantization,
-            device=controller.device, threads=controller.threads, lora=config.lora, train=config.train,
-            objective=config.objective,
-        )  # fmt: skip
-        trained = finetune(command, config.objective) or {}
+    summary = read_json(out / "episodes.json", "the counts of its pairs")
+    controller = config.controller
+    command = DpoCommand(
+        data=out / "pairs.jsonl", model=controller.folder, out=out, adapter=stage_folder(folder, config, before),
+        dtype=controller.dtype, quantization=controller.quantization, device=controller.device,
+        threads=controller.threads, lora=config.lora, train=config.train, objective=config.objective,
+    )  # fmt: skip
+    trained = finetune(command, config.objective) or {}
     return {"stage": stage, "starts_from": before or "untrained", **summary, **trained}
 
 

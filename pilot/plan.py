@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from matryoshka.core.config import nearest
+from matryoshka.core.config import check_least, nearest
 from matryoshka.core.models.load import model_architecture, read_config
 from matryoshka.core.parallel.cluster import Job
 from matryoshka.core.parallel.forecast import Forecast
@@ -95,9 +95,7 @@ class PlanConfig:
     """Print one JSON object as the last line."""
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "rank", "micro_batch_tokens", "micro_batches", "sequence_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"plan: {name} {getattr(self, name)} must be at least 1")
+        check_least(self, "plan: ", gpus=1, rank=1, micro_batch_tokens=1, micro_batches=1, sequence_tokens=1)
         for name in ("gpus_per_node", "tflops", "share", "link_gbs", "network_gbs"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"plan: {name} {getattr(self, name)} must not be negative; 0 takes the default")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from matryoshka.core.config import check_least
 from matryoshka.core.files import write_json
 from matryoshka.core.json_input import parse_json, shown
 from matryoshka.core.protocols import Task, TaskSetting
@@ -54,6 +55,7 @@ def score_files(command: ScoreCommand) -> list[dict[str, Any]]:
     """
     if not command.files:
         raise ValueError("score: give at least one file of predictions")
+    check_least(command, "score: ", count=0)
     read = {file.stem: read_predictions(file) for file in command.files}
     if len(read) < len(command.files):
         raise ValueError("score: two files have one name; a report could not tell them apart")

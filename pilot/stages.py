@@ -196,6 +196,8 @@ def in_controller_tokens(tokenizer: Tokenizer, episode: Trajectory) -> Trajector
 def write_pairs(run: Run, trajectories: Sequence[Trajectory]) -> tuple[list[Preference], PairCounts]:
     """Return the preference pairs of all trajectories so far, having written them to preferences.jsonl."""
     pairs, counts = pairs_so_far(run, trajectories)
+    if not pairs:
+        logger.warning("no pairs: %s", counts.why_none())
     if counts.left_out:
         what = f"{counts.left_out} episodes, since other draws of their groups failed"
         logger.warning("pairs: left out %s; a run that is started again completes the groups", what)
@@ -223,7 +225,7 @@ def train_round(run: Run, round: int, pairs: Sequence[Preference], trajectories:
     if repeated:
         logger.warning("%s: %d pairs repeat those of an equal prompt and are left out", stage, repeated)
     if not items:
-        logger.warning("round %d: no problem was both solved and failed: no pairs, so nothing changes", round)
+        logger.warning("round %d: there are no pairs, so the policy stays as it was", round)
         run.policies.keep(before, stage)
         return stage
     check_parity(run, trajectories, before)
@@ -250,6 +252,8 @@ def run_round(run: Run, round: int) -> dict[str, Any]:
     have, or whose starting policy is not trained.
     """
     rounds = run.config.rounds
+    if round < 0:
+        raise ValueError(f"round {round} must be at least 1, or 0 for the first one that is not trained yet")
     round = round or next((n for n in range(1, rounds + 1) if not is_trained(run, f"round-{n}")), rounds + 1)
     if not 1 <= round <= rounds:
         raise ValueError(f"round {round}: the run has rounds = {rounds}; a larger number (--rounds) adds rounds to it")

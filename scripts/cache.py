@@ -49,7 +49,10 @@ def cache(
         raise FileNotFoundError(f"cache: {file}: no such file; give a run's folder or its cache.sqlite")
     for flag, value, owner in (("older-than-days", older_than_days, "prune"), ("out", out, "export")):
         if (value is None) == (action == owner):
-            raise ValueError(f"cache: --{flag} is wanted by {owner} and by nothing else, and the action is {action}")
+            remedy = f"{action} needs --{flag}" if action == owner else f"--{flag} belongs to {owner}, not to {action}"
+            raise ValueError(f"cache: {remedy}")
+    if older_than_days is not None and not older_than_days >= 0:
+        raise ValueError(f"cache: older-than-days {older_than_days} must not be negative; 0 deletes all")
     answers = ResponseCache(file)
     try:
         if older_than_days is not None:

@@ -5,6 +5,7 @@ configuration dataclass.
 import dataclasses
 import importlib
 import inspect
+import itertools
 import os
 import sys
 import typing
@@ -143,7 +144,7 @@ def read_config(cls: Any, arguments: Sequence[str], program: str) -> Any:
 
 def _task_flag(arguments: Sequence[str]) -> dict[str, str]:
     """Return {"task.name": NAME} for the flag `--task.name NAME`, {} without it."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.pairwise([*arguments, ""]):
         option, equals, value = argument.partition("=")
         if option == "--task.name":
             return {"task.name": value if equals else following}

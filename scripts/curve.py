@@ -18,6 +18,8 @@ def curve(config: Path, seeds: tuple[int, ...] = (0, 1, 2), set: tuple[str, ...]
         seeds: One run each.
         set: Changes of the configuration, as key.path=value.
     """
+    if not seeds or len(seeds) > len(dict.fromkeys(seeds)):
+        raise ValueError(f"curve: seeds {list(seeds)}: give at least one, and each once")
     shared = apply_overrides(load_toml(RunConfig, config), list(set))
     result = run_seeds(shared, seeds, RUNS, lambda row: print(json.dumps(row), flush=True))
     write_json(RUNS / f"{shared.name}-curve.json", result)

@@ -32,7 +32,7 @@ def demo(seed: int = 0, config: Path = RECIPES / "demo.toml") -> None:
     settings = replace(settings, name=f"{settings.name}-{seed}")
     convert_gguf(smollm2_gguf(), Path(settings.controller.path))
     summary = run_pilot(settings, RUNS)
-    last_line = {key: summary[key] for key in KEYS}
+    last_line = {key: summary[key] for key in KEYS if key in summary}  # another file may have no warm-up or no round
     last_line |= {"seconds": round(time.time() - started, 1), "report": summary["report"]}
     print(Path(summary["report"]).with_suffix(".md").read_text())
     print(json.dumps(last_line), flush=True)

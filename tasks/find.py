@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import sys
 import typing
@@ -62,10 +63,11 @@ class NoOptions:
     """The options of a task that has none."""
 
 
-def own_class(name: str, where: str) -> Any:
+def own_class(name: str, where: str, protocol: type | None = None, takes: int = 0) -> Any:
     """Return the class that "FILE.py:CLASS" or "PACKAGE.MODULE:CLASS" names. where: the setting, for the errors.
 
-    A file is loaded once in a process. Raises ValueError, FileNotFoundError.
+    protocol: its methods are demanded of the class, which is made with `takes` arguments. A file is loaded once in a
+    process. Raises ValueError, FileNotFoundError.
     """
     place, _, attribute = name.rpartition(":")
     try:
@@ -75,7 +77,16 @@ def own_class(name: str, where: str) -> Any:
     if not hasattr(module, attribute):
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
         raise ValueError(f"{where} {name!r}: {place} has no {attribute!r}; its classes: {', '.join(classes)}")
-    return getattr(module, attribute)
+    found = getattr(module, attribute)
+    if protocol is not None:
+        methods = [key for key, value in vars(protocol).items() if inspect.isfunction(value) and key[0] != "_"]
+        if missing := [key for key in methods if not callable(getattr(found, key, None))]:
+            raise ValueError(f"{where} {name!r}: it has no {missing[0]!r}; expected {', '.join(methods)}")
+        try:
+            inspect.signature(found).bind(*[None] * takes)
+        except TypeError as err:
+            raise ValueError(f"{where} {name!r}: it is made with {takes} arguments, and that fails: {err}") from err
+    return found
 
 
 def _file_module(path: Path) -> ModuleType:

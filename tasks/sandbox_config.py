@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from matryoshka.core.config import check_least
 from matryoshka.tasks.sandbox_backends import MIN_MEMORY_BYTES, Isolation, Sandbox, local_sandbox
 from matryoshka.tasks.sandbox_command import CommandSandbox
 
@@ -21,8 +22,9 @@ class SandboxConfig:
     """Command that programs run through instead, such as docker run --rm -i --network=none python:3.12-slim."""
 
     def __post_init__(self) -> None:
-        if self.memory_mb * 2**20 < MIN_MEMORY_BYTES:
-            raise ValueError(f"memory_mb {self.memory_mb} must be at least {MIN_MEMORY_BYTES // 2**20}")
+        check_least(self, "", memory_mb=MIN_MEMORY_BYTES // 2**20)
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s {self.timeout_s} must be above 0")
 
     @property
     def memory_bytes(self) -> int:

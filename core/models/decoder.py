@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from matryoshka.core.models.activations import recomputed, run_attention, run_block
 from matryoshka.core.models.attention import Causal
 from matryoshka.core.models.config_fields import Fields
-from matryoshka.core.models.language_model import LanguageModel, together
+from matryoshka.core.models.language_model import LanguageModel, project_together
 from matryoshka.core.models.layer_attention import Attend, LayerAttention
 from matryoshka.core.models.norm_rope_swiglu import at_least_fp32, rms_norm, rotate, swiglu
 from matryoshka.core.models.rotary import Rotary, read_rotary
@@ -207,7 +207,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, tables: tuple[Tensor, Tensor] | None, attend: Attend, layer: LayerAttention
     ) -> Tensor:
-        q, k, v = together(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = project_together(x_BTD, self.q_proj, self.k_proj, self.v_proj)
         if self.is_normed:
             q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
         heads = (x.view(*x.shape[:2], -1, self.head_dim) for x in (q, k, v))
@@ -235,7 +235,7 @@ class MLP(nn.Module):
         self.gated = gated
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(recomputed(self.gated, *together(x_BTD, self.gate_proj, self.up_proj)))
+        out: Tensor = self.down_proj(recomputed(self.gated, *project_together(x_BTD, self.gate_proj, self.up_proj)))
         return out
 
 

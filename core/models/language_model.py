@@ -57,7 +57,7 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(left.to(dtype), right.to(dtype), out=out)
 
 
-def together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+def project_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """Return the output of every layer for the same input; layers with a method `forward_together` may share work."""
     shared = getattr(layers[0], "forward_together", None)
     if shared is not None:

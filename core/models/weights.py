@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from matryoshka.core.distributed import as_part, is_sharded, own_rows, whole
+from matryoshka.core.distributed import as_part, full_tensor, is_sharded, local_rows
 from matryoshka.core.files import write_atomic, write_json
 from matryoshka.core.json_input import read_json, shown
 
@@ -69,7 +69,7 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None, devi
                 read = handle.get_tensor(key)
                 place = getattr(model, "compute_device", None) or device
                 packed = layer.pack(read.to(device=place, dtype=torch.float32), dtype or read.dtype)
-                part = packed[slice(*own_rows(slot))].clone() if is_sharded(slot) else packed
+                part = packed[slice(*local_rows(slot))].clone() if is_sharded(slot) else packed
                 tensor = part.to(device)
             else:
                 read = _own_part(slot, stored) if is_sharded(slot) else handle.get_tensor(key)
@@ -115,7 +115,7 @@ def save_weights(
     shards = _split(tensors, max_shard_bytes)
     if not write:
         for key in (key for keys in shards for key in keys):
-            whole(tensors[key])
+            full_tensor(tensors[key])
         return
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
@@ -124,7 +124,8 @@ def save_weights(
     if clash:
         raise ValueError(f"{folder}: holds weights already ({_some(clash)}); remove them or choose another folder")
     for name, keys in zip(names, shards, strict=True):
-        write_tensors(folder / name, {key: whole(tensors[key].detach()).to("cpu", dtype).contiguous() for key in keys})
+        shard = {key: full_tensor(tensors[key].detach()).to("cpu", dtype).contiguous() for key in keys}
+        write_tensors(folder / name, shard)
     if count > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -252,7 +253,7 @@ def _is_ignorable(key: str, found: Mapping[str, tuple[Path, Any]], slots: Mappin
 
 def _own_part(slot: Any, stored: Any) -> Tensor:
     """Return this rank's rows of a tensor that is in a file."""
-    start, stop = own_rows(slot)
+    start, stop = local_rows(slot)
     part: Tensor = stored[start:stop] if start < stop else torch.empty(0, *slot.shape[1:], dtype=slot.dtype)
     return part
 

@@ -74,6 +74,8 @@ class Tokenizer:
             added = [AddedToken(content, older.integer(content, low=0, high=MAX_ID), content in special)
                      for content in older.data]
         vocabulary = load_vocabulary(folder, added, special, bool(config.get("legacy", False)))
+        if not vocabulary.token_bytes:
+            raise ValueError(f"{vocabulary.where}: the vocabulary is empty; get the tokenizer again")
         for name, content in (("bos_token", vocabulary.default_bos), ("eos_token", vocabulary.default_eos)):
             if name not in config and content is not None:
                 names[name] = content

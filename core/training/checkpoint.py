@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from matryoshka.core.distributed import ALONE, TIMEOUT_S, World, is_sharded, own
+from matryoshka.core.distributed import ALONE, TIMEOUT_S, World, is_sharded, local_part
 from matryoshka.core.files import fsync, write_atomic, write_json
 from matryoshka.core.models.weights import save_tensors
 
@@ -358,7 +358,7 @@ def own_slices(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if any(placement.is_partial() for placement in placements):
             raise ValueError(f"checkpoint: {name!r} is a partial sum ({placements}); only whole values can be saved")
         replicas = (at for at, placement in zip(coordinate, placements, strict=True) if placement.is_replicate())
-        if own(tensor).numel() and not any(replicas):
+        if local_part(tensor).numel() and not any(replicas):
             mine[name] = tensor
     return mine
 
@@ -387,7 +387,7 @@ def read_slices(folder: Path, targets: Mapping[str, Tensor]) -> None:
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    wanted = {n: t for n, t in targets.items() if not is_sharded(t) or own(t).numel()}
+    wanted = {n: t for n, t in targets.items() if not is_sharded(t) or local_part(t).numel()}
     reader = HuggingFaceStorageReader(str(folder))
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     metadata = reader.read_metadata()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from matryoshka.core.distributed import own
+from matryoshka.core.distributed import local_part
 from matryoshka.core.machine import available_memory
 from matryoshka.core.models.activations import POLICIES, CompiledBlocks, activations
 from matryoshka.core.models.attention import PIECE
@@ -97,7 +97,7 @@ class Footprint:
 def state_bytes(parameters: Mapping[str, nn.Parameter], optimizer: str = "adamw") -> int:
     """Return the size of gradients and both moments, of parameters that are cut up over ranks this rank's; paged ones
     count as 8-bit ones, though they may move out."""
-    parts = [own(parameter) for parameter in parameters.values()]
+    parts = [local_part(parameter) for parameter in parameters.values()]
     return sum(part.numel() * part.itemsize + 2 * moment_bytes(part, optimizer) for part in parts)
 
 

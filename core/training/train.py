@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from matryoshka.core.distributed import TIMEOUT_S, World, forget_gathered, is_sharded, whole
+from matryoshka.core.config import check_least
+from matryoshka.core.distributed import TIMEOUT_S, World, forget_gathered, full_tensor, is_sharded
 from matryoshka.core.files import append_jsonl, write_text
 from matryoshka.core.models.activations import POLICIES
 from matryoshka.core.models.attention import BACKENDS
@@ -97,12 +98,8 @@ class TrainConfig:
     """Seed of the order of the data and of dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch_tokens", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train: {name} {getattr(self, name)} must be at least 1")
-        for name in ("weight_decay", "save_every", "max_checkpoint_gb"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"train: {name} {getattr(self, name)} must not be below 0")
+        check_least(self, "train: ", epochs=1, batch_size=1, micro_batch_tokens=1, keep_checkpoints=1)
+        check_least(self, "train: ", weight_decay=0, save_every=0, max_checkpoint_gb=0)
         for name in ("warmup_ratio", "min_lr_ratio", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"train: {name} {getattr(self, name)} is a share; it must lie between 0 and 1")
@@ -202,7 +199,7 @@ def train(
             row, stopping = accumulate(
                 batch, config.micro_batch_tokens, objective, micro_batch, checked, where, whole_ones, stop.is_set()
             )
-            norm = whole(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
+            norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
             if not math.isfinite(row["loss"]) or not torch.isfinite(norm):
                 raise FloatingPointError(
                     f"{where}: loss {row['loss']}, gradient norm {norm.item()}; nothing was updated. "

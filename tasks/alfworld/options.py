@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from matryoshka.core.config import check_least
 from matryoshka.tasks.sandbox_config import SandboxConfig
 
 
@@ -42,5 +43,4 @@ class AlfworldOptions:
     """Limits of one program, and the boundary around it."""
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps {self.max_steps} must be at least 1")
+        check_least(self, "", max_steps=1, asks=0)

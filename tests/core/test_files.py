@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from matryoshka.core.files import Journal, folder_lock, write_text
+from matryoshka.core.files import Journal, folder_lock, read_jsonl, write_text
 
 
 def test_a_folder_may_be_renamed_as_soon_as_the_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +34,37 @@ def test_a_new_run_folder_is_for_its_owner_alone(tmp_path: Path) -> None:
             assert folder.stat().st_mode & 0o777 == bits
     finally:
         os.umask(before)
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    """Oracle: the pipe, which stands for /dev/null and other devices, and the folder are there after the refusal; a
+    link still names its file, which has the new text.
+    """
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, there in (("pipe", Path.is_fifo), ("folder", Path.is_dir)):
+        with pytest.raises(ValueError, match=f"{name}: is no regular file"):
+            write_text(tmp_path / name, "text")
+        assert there(tmp_path / name)
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+
+
+def test_a_file_in_the_place_of_a_run_folder_is_named(tmp_path: Path) -> None:
+    """Oracle: the message, for the folder itself and for one below the file."""
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=f"{path}: there is a file in the place"), folder_lock(path):
+            pass
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    """Oracle: the rows as they were given; some editors put these three bytes before a UTF-8 text."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}\r\n')
+    assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
 
 
 def test_a_journal_is_cut_where_a_kill_cut_it(tmp_path: Path) -> None:

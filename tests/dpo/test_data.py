@@ -159,7 +159,9 @@ def test_a_malformed_preference_names_file_and_line(
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"prompt": "p"}, "field 'response' is missing; expected prompt and completion, or messages"),
+        ({"prompt": "p"}, "field 'completion' is missing; expected prompt and completion, or messages"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, "preference pairs are for `matryoshka dpo`"),
+        ({"messages": [{"role": "usr", "content": "u"}]}, r"messages\[0\]: role is 'usr' .*; expected one of system"),
         ({"completion": "c"}, "field 'prompt' is missing"),
         ({"prompt": "", "completion": "c"}, "the prompt is empty and this tokenizer starts a text with no token"),
         ({"messages": "text"}, "field 'messages' is 'text'; expected a list"),

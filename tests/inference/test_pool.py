@@ -22,7 +22,7 @@ from matryoshka.tests.inference.endpoint import GREEDY, PROMPT, Endpoint, answer
 KEY = "sk-planted-4f9a7c21d8e6b350"
 
 
-def together(
+def with_endpoints(
     endpoints: list[Endpoint],
     scene: Callable[[OpenAIGenerator], Awaitable[None]],
     others: list[dict[str, Any]] | None = None,
@@ -64,7 +64,7 @@ def test_requests_are_shared_out_by_room() -> None:
         small.gate.set()
         await everything
 
-    together([small, large], scene, [{"concurrency": 4}], concurrency=2)
+    with_endpoints([small, large], scene, [{"concurrency": 4}], concurrency=2)
     assert (small.most_running, large.most_running) == (2, 4)
     assert (len(small.seen), len(large.seen)) == (2, 4)
 
@@ -77,7 +77,7 @@ def test_equal_endpoints_take_turns() -> None:
         for draw in range(6):
             await generator.complete(PROMPT, Sampling(temperature=1.0, draw=draw))
 
-    together(endpoints, scene)
+    with_endpoints(endpoints, scene)
     assert [len(endpoint.seen) for endpoint in endpoints] == [3, 3]
 
 
@@ -90,7 +90,7 @@ def test_a_wrong_key_retires_one_endpoint_and_the_run_goes_on(caplog: pytest.Log
             await generator.complete(PROMPT, Sampling(temperature=1.0, draw=draw))
         assert generator.stats.failures == 0
 
-    together([bad, good], scene, max_retries=0)
+    with_endpoints([bad, good], scene, max_retries=0)
     assert (len(bad.seen), len(good.seen)) == (1, 5)
     assert "401 bad key" in caplog.text and "goes on with the other endpoints (1 left)" in caplog.text
 
@@ -105,7 +105,7 @@ def test_when_all_are_retired_the_run_stops() -> None:
         with pytest.raises(ValueError, match="(?s)401 bad key.*404 no such model"):
             await generator.complete(PROMPT[1:], GREEDY)
 
-    together(endpoints, scene)
+    with_endpoints(endpoints, scene)
     assert [len(endpoint.seen) for endpoint in endpoints] == [1, 1]
 
 
@@ -121,7 +121,7 @@ def test_who_asks_to_wait_is_left_alone_meanwhile() -> None:
             await asyncio.sleep(0.02)
         assert generator.stats.retries == 1
 
-    together([busy, idle], scene)
+    with_endpoints([busy, idle], scene)
     assert busy.times[1] - busy.times[0] >= 0.6 and len(idle.seen) > 10
 
 
@@ -145,7 +145,7 @@ def test_repeated_failures_pause_one_of_several(caplog: pytest.LogCaptureFixture
         for draw in range(16):
             await generator.complete(PROMPT, Sampling(temperature=1.0, draw=draw))
 
-    together([sick, well], scene)
+    with_endpoints([sick, well], scene)
     assert (len(sick.seen), len(well.seen)) == (3, 16)
     assert "3 failures in a row; left alone for 2 s" in caplog.text
 
@@ -225,14 +225,14 @@ def test_check_retires_what_does_not_serve_the_model(caplog: pytest.LogCaptureFi
         await generator.check()
         await draws(generator, 4)
 
-    together([without, serving], scene)
+    with_endpoints([without, serving], scene)
     assert (len(without.seen), len(serving.seen)) == (0, 4) and "'m' is not served at" in caplog.text
 
     async def neither(generator: OpenAIGenerator) -> None:
         with pytest.raises(ValueError, match="(?s)not served.*not served"):
             await generator.check()
 
-    together([Endpoint(models=("x",)), Endpoint(models=("y",))], neither)
+    with_endpoints([Endpoint(models=("x",)), Endpoint(models=("y",))], neither)
 
 
 def test_each_endpoint_has_its_own_key_model_and_kind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ def test_each_endpoint_has_its_own_key_model_and_kind(monkeypatch: pytest.Monkey
         await draws(generator, 2)
 
     others = [{"api_key_env": "KEY_B", "api": "azure", "api_version": "2024-10-21", "model": "deployed"}]
-    together([one, azure], scene, others, api_key_env="KEY_A")
+    with_endpoints([one, azure], scene, others, api_key_env="KEY_A")
     assert "authorization: bearer a1" in one.heads[0] and one.seen[0]["model"] == "m"
     assert "api-key: b2" in azure.heads[0] and "/openai/deployments/deployed/chat/completions?" in azure.heads[0]
 

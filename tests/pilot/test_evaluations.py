@@ -69,7 +69,7 @@ def test_any_policy_under_any_setting(
     policies = ["none", "untrained", "runs/one:warmup", "foreign", "base", "other.toml"]
     oracle = ("--evaluate.protocol", "oracle", "--evaluate.inner-attempts", "2", "--split", "test")
     rows = {row["policy"]: row for row in evaluated(tmp_path, config, "--policy", *policies, *oracle)}
-    assert list(rows) == ["base", "no_guidance", "untrained", "runs_one_warmup", "foreign", "other_toml"]
+    assert list(rows) == ["no_guidance", "untrained", "runs_one_warmup", "foreign", "base", "other_toml"]
     assert rows["runs_one_warmup"]["metrics"] == rows["foreign"]["metrics"]
     assert rows["base"]["metrics"] == rows["untrained"]["metrics"]
     assert all(row["episodes"] == config.task.test for row in rows.values())
@@ -82,9 +82,17 @@ def test_any_policy_under_any_setting(
     asked = [generator.asked(tenant) for tenant in ("evaluations", "remote")]
     assert cli.main(["evaluate", "--config", "one.toml", "--policy", *policies, *oracle]) == 0
     assert [generator.asked(tenant) for tenant in ("evaluations", "remote")] == asked
-    capsys.readouterr()
-    assert cli.main(["evaluate", "--config", "one.toml", "--policy", "runs/one:round-7"]) == 2
-    assert "policy 'runs/one:round-7' is neither a condition (no_guidance," in capsys.readouterr().err
+    # A mistake in the last of several policies costs nothing, and a report's spelling of a stage is understood.
+    for wrong, message in (
+        (["base", "runs/one:round-7"], "policy 'runs/one:round-7': that run has no such stage; choose from warmup"),
+        (["untrained", "absent"], "policy 'absent' is neither a condition (no_guidance,"),
+        (["none", "--split", "tset"], "split 'tset' has no problems; choose from warmup, train, validation, test"),
+    ):
+        capsys.readouterr()
+        more = ("--evaluate.inner-attempts", "3")
+        assert cli.main(["evaluate", "--config", "one.toml", *more, "--policy", *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert [generator.asked(tenant) for tenant in ("evaluations", "remote")] == asked
 
 
 def test_one_condition_costs_one_condition(

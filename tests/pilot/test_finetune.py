@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from matryoshka.core.files import read_jsonl
+from matryoshka.core.files import folder_lock, read_jsonl
 from matryoshka.core.models.load import load_model
 from matryoshka.lora.files import WEIGHTS, adapter_tensors, load_adapter
 from matryoshka.lora.linear import active
@@ -183,6 +183,16 @@ def test_an_unknown_key_offers_the_nearest(tiny_dir: Path, tmp_path: Path, capsy
     assert cli.main(["dpo", "--config", str(config)]) == 2
     error = capsys.readouterr().err
     assert "objective.lable_smoothing: unknown key; did you mean 'objective.label_smoothing'?" in error
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(
+    tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the message, while the folder's lock is held, and that nothing is written beside the lock."""
+    with folder_lock(tmp_path / "out"):
+        assert cli.main(["sft", *arguments(write(tmp_path / "a.jsonl", CHATS), tiny_dir, tmp_path / "out")]) == 2
+    assert "is working in this run directory" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_other_data_in_a_folder_of_an_unfinished_run_is_refused(

@@ -192,6 +192,17 @@ def test_the_options_of_the_chosen_task_are_flags(tmp_path: Path, monkeypatch: p
         ({"task.name": "no.such.module:Guess"}, "'no.such.module:Guess': no.such.module cannot be imported"),
         ({"task.name": "guess.py:GuessOptions"}, "does not extend matryoshka.core.protocols.Task"),
         ({"controller.scheme": "guess.py:Loud"}, "scheme 'guess.py:Loud': guess.py has no 'Loud'"),
+        ({"controller.scheme": "guess.py:Guess"}, "scheme 'guess.py:Guess': it has no 'propose'; expected propose, "),
+        ({"controller.scheme": "parrot.py:Parrot"}, "scheme 'parrot.py:Parrot': it has no 'propose'"),
+        ({"controller.scheme": "two.py:Louder"}, "it is made with 1 arguments, and that fails"),
+        ({"serve.scripted": "guess.py:Guess"}, "scripted 'guess.py:Guess': it has no 'complete'"),
+        ({"rollout.samples": 0}, "rollout: samples 0 must be at least 1"),
+        ({"rollout.guidance_tokens": 0}, "guidance_tokens 0 must be at least 1"),
+        ({"evaluate.inner_attempts": 0}, "evaluate: inner_attempts 0 must be at least 1"),
+        ({"budget_usd": -1.0}, "budget_usd -1.0 must not be negative"),
+        ({"name": "../own"}, "name '../own' must name a folder below runs/"),
+        ({"name": ""}, "name '' must name a folder below runs/"),
+        ({"warmup.source": "file"}, "source = 'file', but data names no file"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(
@@ -199,7 +210,9 @@ def test_what_is_wrong_is_said_before_anything_runs(
 ) -> None:
     """Oracle: each message by hand."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "guess.py").write_text(GUESS)
+    two = LOUDER.replace("self, policy)", "self, policy, volume)")
+    for name, source in (("guess", GUESS), ("parrot", PARROT), ("two", two)):
+        (tmp_path / f"{name}.py").write_text(source)
     (tmp_path / "run.toml").write_text(CONFIG.format(path="m", task="guess.py:Guess", options=""))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_toml(RunConfig, tmp_path / "run.toml", changes)

@@ -119,7 +119,7 @@ def test_sizes_that_make_no_sense_are_refused() -> None:
         none: dict[str, Any] = {name: 0}
         with pytest.raises(ValueError, match=f"task: {name} 0 must be at least 1"):
             TaskConfig(**none)
-    with pytest.raises(ValueError, match="task: held_out -1 must be at least 0"):
+    with pytest.raises(ValueError, match="task: held_out -1 must not be negative"):
         TaskConfig(held_out=-1)
     with pytest.raises(ValueError, match="rounds -1 must not be negative"):
         replace(CONFIG, rounds=-1)

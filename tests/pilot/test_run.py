@@ -72,15 +72,23 @@ def test_a_stage_without_data_keeps_the_policy(
     assert kept == [before, before]
 
 
-def test_gold_warm_up_needs_steps(tmp_path: Path, controller_dir: Path, generator: Generator) -> None:
-    """Oracle: the message; a user's file is taken instead and errors in it have file and line."""
+def test_a_users_warm_up_rows_are_checked_before_the_run_is_bound(
+    tmp_path: Path, controller_dir: Path, generator: Generator
+) -> None:
+    """Oracle: the message with file and line; no configuration is saved, so that the corrected command may differ."""
     config = small("user", controller_dir, generator.url("user"))
     data = tmp_path / "chats.jsonl"
     data.write_text('{"prompt": "p", "completion": "c"}\n{"prompt": "p"}\n')
-    with open_run(replace(config, warmup=replace(config.warmup, source="file", data=str(data))), tmp_path) as run:
-        with pytest.raises(ValueError, match=r"chats\.jsonl:2: field 'response' is missing"):
-            warm_up(run)
-        data.write_text('{"prompt": "p", "completion": "c"}\n')
+    config = replace(config, warmup=replace(config.warmup, source="file", data=str(data)))
+    with pytest.raises(ValueError, match=r"chats\.jsonl:2: field 'completion' is missing"):
+        with open_run(config, tmp_path):
+            pass
+    none = replace(config, task=replace(config.task, warmup=0), warmup=replace(config.warmup, source="gold"))
+    with pytest.raises(ValueError, match=r"source = 'gold', but \[task\] warmup is 0"), open_run(none, tmp_path):
+        pass
+    assert not (tmp_path / "user" / "config.toml").exists()
+    data.write_text('{"prompt": "p", "completion": "c"}\n')
+    with open_run(config, tmp_path) as run:
         warm_up(run)
         assert is_trained(run, "warmup")
 

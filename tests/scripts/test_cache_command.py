@@ -68,9 +68,10 @@ def test_export_and_prune(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["prune", "."], "--older-than-days is wanted by prune"),
-        (["export", "."], "--out is wanted by export"),
-        (["stats", ".", "--out", "x"], "--out is wanted by export and by nothing else"),
+        (["prune", "."], "prune needs --older-than-days"),
+        (["export", "."], "export needs --out"),
+        (["prune", ".", "--older-than-days", "-1"], "older-than-days -1.0 must not be negative"),
+        (["stats", ".", "--out", "x"], "--out belongs to export, not to stats"),
         (["stats", "absent"], "absent: no such file; give a run's folder"),
     ],
 )

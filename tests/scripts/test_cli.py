@@ -93,6 +93,23 @@ def test_a_bad_flag_is_refused_by_name(seen: list[Config], capsys: pytest.Captur
     assert seen == []
 
 
+def test_a_pilot_without_a_configuration_lists_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the four required keys of a run, in the flag parser's own message."""
+    with pytest.raises(SystemExit):
+        cli.main(["pilot"])
+    complaint = capsys.readouterr().err
+    required = ("--name", "--controller.path", "--generator.base-url", "--generator.model")
+    assert all(flag in complaint for flag in required)
+
+
+def test_a_file_with_a_byte_order_mark_is_read(seen: list[Config], tmp_path: Path) -> None:
+    """Oracle: the same configuration as without the three bytes that some editors put first."""
+    path = tmp_path / "run.toml"
+    path.write_bytes(b'\xef\xbb\xbfname = "n"\r\n')
+    assert cli.main(["take", "--config", str(path)]) == 0
+    assert seen == [Config(name="n")]
+
+
 def test_an_unknown_key_names_the_nearest(
     seen: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from matryoshka.core.distributed import ALONE, World, open_world, whole
+from matryoshka.core.distributed import ALONE, World, full_tensor, open_world
 from matryoshka.core.models import weights
 from matryoshka.core.models.load import empty_model, fill_model
 from matryoshka.core.models.tree import Tokens
@@ -170,7 +170,7 @@ def run(case: Case, model_folder: Path, folder: Path, world: World = ALONE) -> R
     def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
         for name, parameter in parameters.items():
             if name not in gradients and parameter.grad is not None:
-                gradients[name] = whole(parameter.grad).clone()
+                gradients[name] = full_tensor(parameter.grad).clone()
 
     gathered: dict[str, Tensor] = {}
 
@@ -197,7 +197,7 @@ def run(case: Case, model_folder: Path, folder: Path, world: World = ALONE) -> R
         )  # fmt: skip
         found = [row for _, row in zip(range(case.steps), rows, strict=False)]
     hook.remove()
-    after = {name: whole(parameter.detach()) for name, parameter in parameters.items()}
+    after = {name: full_tensor(parameter.detach()) for name, parameter in parameters.items()}
     world.sum(list(gathered.values()))
     tensors = gathered | {f"gradient/{name}": value for name, value in gradients.items()}
     return found, tensors | {f"parameter/{name}": value for name, value in after.items()}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from matryoshka.core.distributed import ALONE, is_sharded, own, whole
+from matryoshka.core.distributed import ALONE, full_tensor, is_sharded, local_part
 from matryoshka.core.models.load import load_model
 from matryoshka.core.models.tree import Tokens
 from matryoshka.core.models.weights import save_weights
@@ -217,4 +217,4 @@ def test_all_weights_of_one_process_resume_with_the_same_bits(tiny_dir: Path, tm
 def test_what_is_not_sharded_is_left_as_it_is() -> None:
     """Oracle: identity."""
     value: Any = torch.ones(2)
-    assert not is_sharded(value) and own(value) is value and whole(value) is value
+    assert not is_sharded(value) and local_part(value) is value and full_tensor(value) is value

@@ -314,3 +314,13 @@ def test_absent_files_are_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         Tokenizer.load(tmp_path / "none")
+
+
+def test_an_empty_vocabulary_is_refused(write_folder: Any) -> None:
+    """Oracle: the message, which names the file."""
+    path = write_folder() / "tokenizer.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data | {"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}))
+    (path.parent / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the vocabulary is empty"):
+        Tokenizer.load(path.parent)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matryoshka.core.distributed import ALONE, World, open_world, whole
+from matryoshka.core.distributed import ALONE, World, full_tensor, open_world
 from matryoshka.core.training.checkpoint import Checkpoints
 from matryoshka.tests.core.parallel import ranks
 from matryoshka.tests.core.parallel.ranks import Case
@@ -77,7 +77,7 @@ def gathered(run: Run) -> dict[str, Tensor]:
     tensors = {name: parameter.detach() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         tensors |= {f"{key}/{name}": value for key, value in optimizer.state[parameter].items()}
-    return {name: whole(tensor).clone() for name, tensor in tensors.items()}
+    return {name: full_tensor(tensor).clone() for name, tensor in tensors.items()}
 
 
 @contextmanager

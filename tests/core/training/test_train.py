@@ -556,7 +556,7 @@ def test_errors(tiny_dir: Path, tmp_path: Path) -> None:
     for name in ("warmup_ratio", "min_lr_ratio", "beta2"):  # 3 for 3% would never reach the learning rate
         with pytest.raises(ValueError, match=f"{name} 3 is a share; it must lie between 0 and 1"):
             TrainConfig(**{name: 3})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="save_every -1 must not be below 0"):
+    with pytest.raises(ValueError, match="save_every -1 must not be negative"):
         TrainConfig(save_every=-1)
     with pytest.raises(ValueError, match=r"attention 'flash' is unknown; choose from \['auto', 'varlen'\]"):
         TrainConfig(attention="flash")

@@ -45,11 +45,11 @@ SETTINGS = {
     "controller.threads": 1,
     "task.train": 48,
     "task.validation": 1,
-    "task.test": 24,
+    "task.test": 60,
     "rollout.outer_turns": 2,
     "rollout.samples": 1,  # first plans are not what is trained here
     "rollout.guidance_tokens": 64,
-    "dpo.pairs_per_example": 1,
+    "dpo.pairs_per_example": 4,
     "dpo.train.epochs": 1,
     "dpo.train.batch_size": 8,
 }

@@ -142,9 +142,6 @@ def _finetune(
     model_path = model_folder(settings.model)
     tokenizer, context = Tokenizer.load(model_path), empty_model(model_path).config.max_position_embeddings
     rows = load_rows(settings, tokenizer, context, preference is not None)
-    with Ranks(world).all_or_none():
-        if world.is_first:
-            stack.enter_context(folder_lock(settings.out))
     items, evaluation = rows.items, None
     if rows.held_out:
         every = settings.eval_every or math.ceil(len(items) / settings.train.batch_size)
@@ -153,6 +150,9 @@ def _finetune(
     lora = adapter_config(settings.adapter) if settings.adapter else settings.lora
     base = Base(model_path, dtype, settings.quantization, full, lora, settings.parallel)
     model = load_base(base, items, settings.train, world)
+    with Ranks(world).all_or_none():  # the lock makes the folder, so what is refused above leaves none
+        if world.is_first:
+            stack.enter_context(folder_lock(settings.out))
     training = Training(
         model=model,
         base=model_path,

@@ -32,7 +32,7 @@ def test_init_writes_into_the_current_folder_once(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["init", "demo"]) == 0
     lines = (tmp_path / "demo.toml").read_text().splitlines()
-    assert lines[lines.index("rounds = 1") - 1] == f"# {field_help(RunConfig)['rounds']}"
+    assert lines[lines.index("rounds = 2") - 1] == f"# {field_help(RunConfig)['rounds']}"
     (tmp_path / "demo.toml").write_text("mine")
     assert cli.main(["init", "demo"]) == 2 and (tmp_path / "demo.toml").read_text() == "mine"
     assert cli.main(["init", "demoo"]) == 2

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from matryoshka.lora.linear import LoraConfig
 from matryoshka.pilot.config import EpisodeConfig, RunConfig, WarmupConfig, rollout_settings
 from matryoshka.pilot.context import open_run
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
+from matryoshka.pilot.evaluate import policy_conditions, schemes
 from matryoshka.pilot.stages import collect, train_round, warm_up, write_pairs
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import Generator
@@ -111,6 +113,18 @@ def test_one_condition_costs_one_condition(
     assert not (tmp_path / "runs" / "part" / "report.json").exists()
     assert cli.main(["evaluate", "--config", str(path), "--only", "round_9"]) == 2
     assert "condition 'round_9' is not there; choose from no_guidance" in capsys.readouterr().err
+
+
+def test_wrong_guidance_is_left_out_of_the_report_alone(
+    tmp_path: Path, controller_dir: Path, generator: Generator
+) -> None:
+    """Oracle: the names of the conditions, with and without the switch; --policy still finds the one left out."""
+    config = small("switch", controller_dir, generator.url("switch"))
+    with open_run(config, tmp_path) as run, ExitStack() as stack:
+        everything = schemes(run)
+        without = replace(run, config=replace(config, wrong=False))
+        assert everything.keys() - schemes(without).keys() == {"wrong_guidance"}
+        assert list(policy_conditions(without, ["wrong"], stack)) == ["wrong_guidance"]
 
 
 def test_training_starts_from_an_adapter(tmp_path: Path, controller_dir: Path, generator: Generator) -> None:

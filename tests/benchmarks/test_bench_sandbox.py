@@ -24,7 +24,8 @@ def test_every_way_has_a_rate_a_start_and_a_cost(capsys: pytest.CaptureFixture[s
     rows = {row["name"]: row["value"] for row in result["rows"]}
     for way in ("bounded", "bounded, no namespaces", "limits alone", "fresh interpreter"):
         assert rows[way] > 0 and rows[f"{way}, start p99"] > 0 and rows[f"{way}, CPU"] >= 0
-    assert rows["soak, growth of descriptors"] == rows["soak, growth of processes"] == 0
+    # Below 0 where a descriptor of an earlier test is collected in between.
+    assert max(rows["soak, growth of descriptors"], rows["soak, growth of processes"]) <= 0
     assert (tmp_path / "soak.png").stat().st_size > 1000
 
 

@@ -155,7 +155,7 @@ def test_ten_kills_and_a_signal_change_no_bit(tiny_dir: Path, tmp_path: Path) ->
     assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == list(range(1, STEPS + 1))
     files = [(folder / "adapter" / WEIGHTS).read_bytes() for folder in (tmp_path / "whole", out)]
     assert files[0] == files[1]
-    assert sorted(path.name for path in out.iterdir()) == ["adapter", "metrics.jsonl", f"step-{STEPS}"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "adapter", "metrics.jsonl", f"step-{STEPS}"]
 
 
 def test_torchrun_starts_again_and_then_reports(tiny_dir: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from matryoshka.tasks.alfworld.plan_language import (
 )
 from matryoshka.tasks.alfworld.playthrough import Session, screen_text
 from matryoshka.tasks.alfworld.program import AskRefusedError, Limits, run_program
-from matryoshka.tasks.alfworld.prompt_style import PLAN_MARK, Scene, Style
+from matryoshka.tasks.alfworld.prompt_style import PLAN_MARK, Failure, Scene, Style
 
 # What stands where in the exemplars' rooms: the thing of the task where a sensible search finds it late, or a lamp.
 THINGS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -248,7 +248,7 @@ def test_what_went_wrong_is_shown_after_what_was_said(style: Style) -> None:
     again = style.replan(scene(), "the plan", "it broke")
     assert again[:-2] == style.plan(scene()) and again[-2] == Message("assistant", "the plan")
     assert "it broke" in again[-1].content
-    retry = style.retry(scene(), "the plan", "the code\n", "it broke")
+    retry = style.retry(scene(), "the plan", "the code\n", Failure("it broke"))
     assert retry[:-2] == style.solve(scene(), "the plan")
     assert retry[-2].content == "```python\nthe code\n```" and "it broke" in retry[-1].content
     for prompt in (again, retry, style.ask("where?")):
@@ -274,7 +274,7 @@ def test_a_user_s_own_file_changes_exemplars_and_requests(tmp_path: Path) -> Non
     assert "Here is a decomposition:\n# General Plan: mine.\n" in asked.content and asked.role == "user"
     assert "cabinet 2, cabinet 1, stove 1" in asked.content and asked.content.endswith("Here is a decomposition:")
     assert (other,) == published.plan(scene("pick_two_obj_and_place"))
-    (retry,) = style.retry(scene(), "the plan", "the code", "it broke")
+    (retry,) = style.retry(scene(), "the plan", "the code", Failure("it broke"))
     assert "it broke" in retry.content and "the code" not in retry.content
     steps = EXEMPLARS["look_at_obj_in_light"].steps
     assert style.write(steps).startswith("# General Plan: ") and len(parse_plan(style.write(steps))) == 2

@@ -6,7 +6,7 @@ import pytest
 
 from matryoshka.core.records import Message, Messages, content_key
 from matryoshka.tasks.alfworld.exemplars import EXEMPLARS
-from matryoshka.tasks.alfworld.prompt_style import Scene, Style
+from matryoshka.tasks.alfworld.prompt_style import Failure, Scene, Style
 
 SCREEN = (
     "You are in the middle of a room. Looking quickly around you, you see a cabinet 2, a cabinet 1, and a stove 1.\n\n"
@@ -21,7 +21,7 @@ REQUESTS: dict[str, Callable[[Style, Scene, str], Messages]] = {
     "plan": lambda style, scene, plan: style.plan(scene),
     "solve": lambda style, scene, plan: style.solve(scene, plan),
     "act": lambda style, scene, plan: style.act(scene, plan),
-    "retry": lambda style, scene, plan: style.retry(scene, plan, "\nx = 1\n", "It {{ broke }}.\nThus."),
+    "retry": lambda style, scene, plan: style.retry(scene, plan, "\nx = 1\n", Failure("It {{ broke }}.\nThus.")),
     "replan": lambda style, scene, plan: style.replan(scene, plan, "It broke."),
     "write": lambda style, scene, plan: (Message("assistant", style.write(EXEMPLARS[scene.task_type].steps)),),
 }

@@ -18,8 +18,9 @@ from matryoshka.pilot.recipes import RECIPES, recipe_names
 from matryoshka.scripts import cli
 from matryoshka.tasks.alfworld.games import TASK_TYPES
 from matryoshka.tasks.alfworld.households import households
-from matryoshka.tasks.lamp.data import Item, write_items
+from matryoshka.tasks.lamp.data import Item
 from matryoshka.tasks.lamp.task_specs import CATEGORIES, KINDS, Kind
+from matryoshka.tests.tasks.lamp.lamp_files import write_items
 
 # As the benchmarks have them: openai/grade-school-math, reasoning-machines/pal, ALFWorld, LaMP (paper, table 18).
 GSM8K = {"train": 7473, "test": 1319, "gsmhardv2": 1319}

@@ -13,8 +13,8 @@ _AFTER = re.compile(rf"{_OPEN}.*", re.DOTALL | re.IGNORECASE)
 def without_reasoning(reply: str) -> str:
     """Return `reply` without its reasoning blocks, nested ones included; a reply without any comes back as it is.
 
-    Many servers put the opening tag into the prompt, so everything before a lone closing tag is reasoning. A block that
-    never ends, for the token limit cut it, leaves no answer behind it.
+    Many servers put the opening tag into the prompt, so everything before a lone closing tag is reasoning. Where the
+    token limit cut a block off, everything from its opening tag on is reasoning, and no answer follows.
     """
     text = reply
     while (shorter := _BLOCK.sub("", text)) != text:

@@ -58,18 +58,19 @@ async def run_solution(
     code: str,
     timeout_s: float,
     memory_bytes: int,
+    slots: asyncio.Semaphore | None = None,
     sandbox: Sandbox | None = None,
 ) -> Outcome:
     """Return the outcome of defining `code` and calling its `solution()` in a fresh process.
 
     timeout_s: wall clock, counted from the moment when the child is ready to run the code. memory_bytes: address space,
-    the interpreter's own included. sandbox: where it runs, by default this machine's with isolation "auto". One program
-    per CPU runs at once. Integers, floats, Fraction and Decimal (as float) are values; bool, str, None, nan, infinities
-    and integers beyond the range of floats are errors.
+    the interpreter's own included. slots: how many programs run at once (default: one per CPU for each event
+    loop). sandbox: where it runs, by default this machine's with isolation "auto". Integers, floats, Fraction and
+    Decimal (as float) are values; bool, str, None, nan, infinities and integers beyond the range of floats are errors.
     Raises RuntimeError if the interpreter itself does not start: that is no fault of the program.
     """
     limits = limits_for(timeout_s, memory_bytes)
-    async with program_slots():
+    async with slots or program_slots():
         started = time.monotonic()
         async with (sandbox or local_sandbox()).open(SCRIPT, limits) as process:
             source = code.encode("utf-8", "surrogatepass")  # malformed text becomes the compiler's SyntaxError

@@ -97,7 +97,7 @@ class PALTask(Task):
                 for attempt in range(settings.inner_attempts):
                     reply = await episode.complete(request, attempt)
                     code = extract_code(reply.text)
-                    outcome = await run_solution(code, limits.timeout_s, limits.memory_bytes, self.sandbox)
+                    outcome = await run_solution(code, limits.timeout_s, limits.memory_bytes, sandbox=self.sandbox)
                     reply.outcome = outcome.error or f"value {outcome.value}"
                     guidance.feedback = _complaint(outcome, example, settings.protocol)
                     if not guidance.feedback:

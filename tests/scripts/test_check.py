@@ -150,7 +150,9 @@ def test_all_faults_are_reported_together(
     assert cli.main([*arguments, "--generator.api-key-env", "MISSING_KEY"]) == 2
     error = capsys.readouterr().err
     assert "3 faults keep this run from starting" in error and "models/smollm2-135m-instruct: no such folder" in error
+    assert "`matryoshka convert --out FOLDER` makes one of the embedded SmolLM2-135M-Instruct" in error
     assert "MISSING_KEY holds no key" in error and "data/gsm8k/train.jsonl: no such file" in error
+    assert "`matryoshka data gsm8k` and" in error
     assert os.listdir(tmp_path) == []
 
 

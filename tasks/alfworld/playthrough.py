@@ -6,7 +6,7 @@ The environment decides what a command does. It is our engine, or TextWorld behi
 from collections.abc import Sequence
 from typing import Protocol
 
-from matryoshka.tasks.alfworld.agent import Agent
+from matryoshka.tasks.alfworld.agent import Agent, kind_of
 from matryoshka.tasks.alfworld.engine import Observation
 
 
@@ -54,8 +54,15 @@ class Session:
 
     def report(self) -> str:
         """Return the last interactions, where the agent is, what it holds, and how many actions are used."""
-        agent = Agent(self.screen, _nothing, _nothing, self.verbs, self.history)
-        return f"{agent.report()} {len(self.history)} of {self.max_steps} actions are used."
+        return f"{self._witness().report()} {len(self.history)} of {self.max_steps} actions are used."
+
+    def searched(self) -> list[str]:
+        """Return the types of the receptacles that were looked into, each once, in order."""
+        return list(dict.fromkeys(map(kind_of, self._witness().seen)))
+
+    def _witness(self) -> Agent:
+        """Return an agent that knows what was seen so far and gives no commands."""
+        return Agent(self.screen, _nothing, _nothing, self.verbs, self.history)
 
 
 def screen_text(text: str) -> str:

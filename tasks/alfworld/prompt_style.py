@@ -40,6 +40,17 @@ class Scene:
     task_type: str
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What came of a program. feedback: the whole account, to be shown as it is."""
+
+    feedback: str
+    error: str = ""
+    """The last line of the program's error, "" if it ended by itself."""
+    searched: Sequence[str] = ()
+    """Types of the receptacles that it and the programs before it looked into."""
+
+
 def fenced(code: str) -> str:
     """Return `code` as a block of a reply."""
     return f"```python\n{code.strip()}\n```"
@@ -92,10 +103,10 @@ class Style:
         """Return the controller's prompt after a plan that led nowhere: the plan and what came of it."""
         return self._render("replan", scene, plan, conversation=self.plan(scene), feedback=feedback)
 
-    def retry(self, scene: Scene, plan: str, code: str, feedback: str) -> Messages:
+    def retry(self, scene: Scene, plan: str, code: str, failure: Failure) -> Messages:
         """Return the generator's prompt after a program that failed: the program and what really happened."""
         before = self.solve(scene, plan)
-        return self._render("retry", scene, plan, conversation=before, code=code, feedback=feedback)
+        return self._render("retry", scene, plan, conversation=before, code=code, **vars(failure))
 
     def ask(self, question: str) -> Messages:
         """Return the generator's prompt for a question that a program asks."""

@@ -22,7 +22,7 @@ from matryoshka.tasks.alfworld.options import AlfworldOptions
 from matryoshka.tasks.alfworld.plan_language import Step, merged, steps_of
 from matryoshka.tasks.alfworld.playthrough import Session, transcript
 from matryoshka.tasks.alfworld.program import CHILD, AskRefusedError, Limits, ProgramOutcome, run_program
-from matryoshka.tasks.alfworld.prompt_style import Scene, Style
+from matryoshka.tasks.alfworld.prompt_style import Failure, Scene, Style
 from matryoshka.tasks.alfworld.scripted_generator import LiteralGenerator
 from matryoshka.tasks.alfworld.splits import households_of, load_splits
 from matryoshka.tasks.episode import Episode, Guidance, Reply
@@ -147,7 +147,7 @@ class ALFWorldTask(Task):
         """Let the generator write programs from `plan` until one ends by itself or the attempts are used up."""
         scene = _scene(example)
         request = self.style.solve(scene, plan.text)
-        session, first, memory = self._begin(example), 1, "{}"
+        session, first, memory, searched = self._begin(example), 1, "{}", list[str]()
         for attempt in range(settings.inner_attempts):
             reply = await episode.complete(request, attempt)
             code, begun = extract_code(reply.text), len(session.history)
@@ -160,6 +160,7 @@ class ALFWorldTask(Task):
             if progress.won or not plan.feedback:
                 return
             first, memory = 1, "{}"
+            searched = list(dict.fromkeys([*searched, *session.searched()]))
             what = "Your corrected program starts at step 1, in the household as it was at first."
             # In the first half of the attempts a mistake is mended where it was made, in the second all begins anew.
             mending = attempt + 1 < settings.inner_attempts / 2
@@ -170,7 +171,8 @@ class ALFWorldTask(Task):
                 what += f"{memory[:500]}."
             else:
                 session = self._begin(example)
-            request = self.style.retry(scene, plan.text, code, f"{plan.feedback}\n\n{what}")
+            failure = Failure(f"{plan.feedback}\n\n{what}", outcome.error.strip().rpartition("\n")[2], searched)
+            request = self.style.retry(scene, plan.text, code, failure)
 
     async def _by_actions(
         self, example: Example, plan: Guidance, episode: Episode, settings: RolloutSettings, progress: _Progress

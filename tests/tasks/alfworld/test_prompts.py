@@ -25,7 +25,7 @@ from matryoshka.tasks.alfworld.plan_language import (
 )
 from matryoshka.tasks.alfworld.playthrough import Session, screen_text
 from matryoshka.tasks.alfworld.program import AskRefusedError, Limits, run_program
-from matryoshka.tasks.alfworld.prompt_style import PLAN_MARK, Scene, Style
+from matryoshka.tasks.alfworld.prompt_style import PLAN_MARK, Failure, Scene, Style
 
 # What stands where in the exemplars' rooms: the thing of the task where a sensible search finds it late, or a lamp.
 THINGS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -242,18 +242,29 @@ def test_every_straight_program_wins_in_its_room(task_type: str) -> None:
     assert (session.won, outcome.error) == (True, "")
 
 
-@pytest.mark.parametrize("style", [Style("full"), Style("compact"), Style("brief")], ids=lambda style: style.name)
+@pytest.mark.parametrize("style", [Style("full"), Style("compact")], ids=lambda style: style.name)
 def test_what_went_wrong_is_shown_after_what_was_said(style: Style) -> None:
     """Oracle: by eye: the conversation continues, roles alternate."""
     again = style.replan(scene(), "the plan", "it broke")
     assert again[:-2] == style.plan(scene()) and again[-2] == Message("assistant", "the plan")
     assert "it broke" in again[-1].content
-    retry = style.retry(scene(), "the plan", "the code\n", "it broke")
+    retry = style.retry(scene(), "the plan", "the code\n", Failure("it broke"))
     assert retry[:-2] == style.solve(scene(), "the plan")
     assert retry[-2].content == "```python\nthe code\n```" and "it broke" in retry[-1].content
     for prompt in (again, retry, style.ask("where?")):
         roles = [message.role for message in prompt]
         assert roles[0] == "system" and roles[1:] == ["user", "assistant"] * ((len(roles) - 1) // 2) + ["user"]
+
+
+def test_the_brief_style_shows_what_was_searched_in_place_of_the_log() -> None:
+    """Oracle: by hand: the request for a program again, and below it the error and the places of both kinds."""
+    style, plan, failure = Style("brief"), "1. find yam: stove", Failure("log", "TypeError: x", ["stove"])
+    asked, retry = style.solve(scene(), plan), style.retry(scene(), plan, "code", failure)
+    assert retry[:-1] == asked[:-1]
+    more = "\nA program for this failed: TypeError: x\nIt is not in 'stove'. Search 'cabinet' in place of them.\n"
+    assert retry[-1].content == asked[-1].content + more
+    (*_, again) = style.retry(scene(), plan, "code", Failure("log", "", ["stove", "cabinet"]))
+    assert again.content.strip() == asked[-1].content  # everything is searched: nothing can be named
 
 
 def test_the_screen_loses_only_its_title() -> None:
@@ -274,7 +285,7 @@ def test_a_user_s_own_file_changes_exemplars_and_requests(tmp_path: Path) -> Non
     assert "Here is a decomposition:\n# General Plan: mine.\n" in asked.content and asked.role == "user"
     assert "cabinet 2, cabinet 1, stove 1" in asked.content and asked.content.endswith("Here is a decomposition:")
     assert (other,) == published.plan(scene("pick_two_obj_and_place"))
-    (retry,) = style.retry(scene(), "the plan", "the code", "it broke")
+    (retry,) = style.retry(scene(), "the plan", "the code", Failure("it broke"))
     assert "it broke" in retry.content and "the code" not in retry.content
     steps = EXEMPLARS["look_at_obj_in_light"].steps
     assert style.write(steps).startswith("# General Plan: ") and len(parse_plan(style.write(steps))) == 2

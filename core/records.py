@@ -306,7 +306,7 @@ def _parse(kind: Any, data: Any, where: str) -> Any:
         return dict(data)
     if dataclasses.is_dataclass(kind):
         return _parse_dataclass(kind, data, where)
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+    if kind is float and type(data) is int and abs(data) < 2**1000:
         return float(data)
     if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
         raise ValueError(f"{where}: expected {kind.__name__}, got {type(data).__name__} ({data!r:.60})")

@@ -224,6 +224,9 @@ def _tokens(tokenizer: Tokenizer, prompt: str | Messages, answer: str | Messages
             raise ValueError(f"an answer must be one assistant message; got {str([m.role for m in answer]):.200}")
         answer = answer[0].content
     if not isinstance(prompt, str):
+        if prompt and prompt[-1].role == "assistant":
+            raise ValueError("the prompt ends with an assistant message, and the answer would begin another one; put "
+                             "the beginning of an answer into the answer, and leave it out of the prompt")
         return text_completion(tokenizer, prompt, answer)
     ids, rest = tokenizer.encode_prompt(prompt), [*tokenizer.encode(answer), tokenizer.eos_id]
     if not ids:
@@ -245,13 +248,12 @@ def _message(data: Any, where: str, weighted: bool) -> tuple[Message, bool]:
     """Return a message, and whether it is trained on if it is the assistant's. weighted: it may have a weight."""
     if not isinstance(data, dict):
         raise ValueError(f"{where} is {shown(data)}; expected {{role, content}}")
-    for key, value in data.items():
-        if key not in ("role", "content", "weight") and value not in (None, "", [], {}):
-            raise ValueError(f"{where}: key {shown(key)} is {shown(value)} and would be dropped: it is not supported; "
-                             "write its text into the content, or remove it")
+    _refuse_keys(data, ("role", "content", "weight"), where)
     fields = Fields(data, where)
     content = data.get("content")
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        for part in content:
+            _refuse_keys(part, ("type", "text"), f"{where}.content")
         content = "".join(Fields(part, f"{where}.content[{i}]").text("text") for i, part in enumerate(content))
     if not isinstance(content, str):
         raise fields.error("content", "a text, or a list of {type: 'text', text}")
@@ -264,3 +266,10 @@ def _message(data: Any, where: str, weighted: bool) -> tuple[Message, bool]:
         if not weighted or (weight and message.role != "assistant"):
             raise fields.error("weight", "no weight here: only assistant turns of 'messages' can have one")
     return message, weight != 0
+
+
+def _refuse_keys(data: dict[str, Any], known: Sequence[str], where: str) -> None:
+    for key, value in data.items():
+        if key not in known and value not in (None, "", [], {}):
+            raise ValueError(f"{where}: key {shown(key)} is {shown(value)} and would be dropped: it is not supported; "
+                             "write its text into the content, or remove it")

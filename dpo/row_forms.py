@@ -11,6 +11,10 @@ from typing import Any
 
 from matryoshka.core.json_input import shown
 
+FORMS = {
+    "prompt", "chosen", "rejected", "completion", "response", "messages", "system", "conversations", "instruction",
+    "input", "output",
+}  # fmt: skip
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -44,7 +48,8 @@ def in_our_form(row: dict[str, Any], names: FieldNames = OURS) -> dict[str, Any]
     if clash := [ours for ours, theirs in given.items() if ours in row and ours != theirs]:
         raise ValueError(f"field {clash[0]!r} is there beside {given[clash[0]]!r}, which was named in its place")
     renamed = {theirs: ours for ours, theirs in given.items()}
-    row = {renamed.get(key, key): value for key, value in row.items()}
+    # Files that were made of tables have a null in each column that a row does not use.
+    row = {renamed.get(key, key): value for key, value in row.items() if value is not None or key not in FORMS}
     for form in (_sharegpt, _alpaca, _ultrafeedback):
         row = form(row)
     return row
@@ -56,9 +61,15 @@ def _sharegpt(row: dict[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in row.items() if key not in ("conversations", "chosen", "rejected")}
     chat = _turns(row["conversations"], "conversations")
     if "chosen" not in row:
-        return rest | {"messages": chat}
-    sides = {name: _turns([row.get(name)], name) for name in ("chosen", "rejected")}
-    return rest | {"prompt": chat, **sides}
+        return _joined(rest, {"messages": chat})
+    return _joined(rest, {"prompt": chat, **{name: _turns([row.get(name)], name) for name in ("chosen", "rejected")}})
+
+
+def _joined(rest: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Return both. Raises ValueError for a field that is in both, since one of them would be dropped."""
+    if both := sorted(rest.keys() & ours.keys()):
+        raise ValueError(f"field {both[0]!r} is {shown(rest[both[0]])} beside another form of it; leave one out")
+    return rest | ours
 
 
 def _turns(turns: Any, where: str) -> list[dict[str, Any]]:
@@ -68,14 +79,15 @@ def _turns(turns: Any, where: str) -> list[dict[str, Any]]:
     for i, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or "from" not in turn:
             return turns  # a chat of {role, content} under this name
-        if turn["from"] not in SPEAKERS or set(turn) - {"from", "value", "weight"}:
+        speaker = turn["from"] if isinstance(turn["from"], str) else ""
+        if speaker not in SPEAKERS or set(turn) - {"from", "value", "weight"}:
             expected = f"expected {{from, value}} with from one of {', '.join(SPEAKERS)}"
             raise ValueError(
                 f"{where}[{i}] is {shown(turn)}; {expected}. Write the rows as messages of {{role, content}} with the "
                 "roles system, user and assistant"
             )
         weight = {"weight": turn["weight"]} if "weight" in turn else {}
-        chat.append({"role": SPEAKERS[turn["from"]], "content": turn.get("value"), **weight})
+        chat.append({"role": SPEAKERS[speaker], "content": turn.get("value"), **weight})
     return chat
 
 
@@ -89,8 +101,8 @@ def _alpaca(row: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"fields 'instruction' and 'input' are {shown(texts)}; expected texts")
     prompt = [{"role": "user", "content": "\n".join(filter(None, texts))}]
     if isinstance(row.get("output"), list) and len(row["output"]) == 2:  # an older form of pairs, the better one first
-        return rest | {"prompt": prompt, "chosen": row["output"][0], "rejected": row["output"][1]}
-    return rest | {"prompt": prompt} | ({"completion": row["output"]} if "output" in row else {})
+        return _joined(rest, {"prompt": prompt, "chosen": row["output"][0], "rejected": row["output"][1]})
+    return _joined(rest, {"prompt": prompt} | ({"completion": row["output"]} if "output" in row else {}))
 
 
 def _ultrafeedback(row: dict[str, Any]) -> dict[str, Any]:

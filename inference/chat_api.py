@@ -20,38 +20,47 @@ Blame = Literal["passing", "endpoint", "prompt", "request", "unclear"]
 
 # How servers say that an answer is whole, and that it was cut at max_tokens. Any other word reports a failure.
 _WHOLE = {"stop", "eos", "eos_token", "stop_sequence", "stop_token", "end_turn", "complete", "completed", "finished"}
-_CUT = {"length", "max_tokens", "max_output_tokens", "model_length"}
-_FILTERED = {"content_filter", "content_filtered", "safety", "sensitive", "recitation", "prohibited_content"}
-_TOOL = {"tool_calls", "function_call", "tool_use"}
+_CUT = {
+    "length", "max_tokens", "max_output_tokens", "max_length", "model_length", "token_limit",
+    "model_context_window_exceeded",
+}  # fmt: skip
+_FILTERED = re.compile(r"filter|safety|sensitive|recitation|prohibited|blocklist|spii|refusal|guardrail|toxic")
+_TOOL = re.compile("tool|function_call")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # fields beside the content
 # Azure reports with an otherwise good answer that its filter did not run.
 _NOT_ABOUT_THE_ANSWER = ("content_filter_results", "content_filter_result", "prompt_filter_results")
 
 _NO_MONEY = "insufficient_quota"  # OpenAI's 429 for an account without money
-_GATEWAY = (408, 502, 504, 524)  # a gateway gave up; the model may have answered, and been billed
+_GATEWAY = (408, 499, 502, 504, 520, 524)  # a gateway gave up; the model may have answered, and been billed
+_PASSING = (*_GATEWAY, 409, 421, 424, 425, 429, 498)  # 424: a worker failed; 498: Groq has no room
+_REFUSES_ALL = (401, 402, 404, 405, 407, 410)
+# Codes of one prompt alone; the last three say that the model's answer to it could not be read.
 _PROMPT_CODES = {
-    "context_length_exceeded", "string_above_max_length", "invalid_prompt", "content_filter", "data_inspection_failed",
-    "datainspectionfailed", "content_policy_violation", "exceed_context_size_error", "responsibleaipolicyviolation",
-    "moderation_error", "content_moderation", "1301",
+    "string_above_max_length", "invalid_prompt", "data_inspection_failed", "datainspectionfailed", "1301",
+    "tool_use_failed", "output_parse_failed", "json_validate_failed",
 }  # fmt: skip
 # Words that are said of one prompt only: it is too long, or against a rule.
 _ABOUT_PROMPT = re.compile(
-    r"context.(length|size|window|limit)|string too long|too many (input )?tokens|input.token|`?inputs`? tokens"
-    r"|(prompt|inputs?|messages?|sequence|content|text|request)\b[^.]{0,60}\b(too (long|large|many)|length|exceeds?"
-    r"|longer|must have less)|token (count|limit)|reduce the length|\brisk|(?<!case.)sensitive|moderation|flagged"
-    r"|inappropriate|unsafe|harmful|safety|(usage|content) polic|violat|content.?(filter|management)|filtered"
-    r"|prohibited|(输入|长度|内容)[^。]{0,20}(过长|超过|超出|超限)|敏感|不安全|违规|风险",
+    r"context.?(length|size|window|limit)|string too long|too many (input )?tokens|input.token|`?inputs`? tokens"
+    r"|(prompt|inputs?|messages?|sequence|content|text|request)\b[^.]{0,60}\b(too (long|large|many)|length"
+    r"|exceed(s|ed)?|longer|must have less|blocked)|token (count|limit)|reduce the length|\brisk"
+    r"|(?<!case.)sensitive|moderation|flagged|inappropriate|unsafe|harmful|safety|(usage|content).polic|violat"
+    r"|content.?(filter|management)|filtered|prohibited|guardrail|jailbreak|recitation"
+    r"|(输入|长度|内容)[^。]{0,20}(过长|超过|超出|超限)|上下文|敏感|不安全|违规|违反|不合规|风险|风控",
     re.I,
 )
 # Subjects of a refusal that every request to the endpoint meets: its key, account, model or address.
 _ABOUT_ENDPOINT = re.compile(
     r"api.?key|credential|authenticat|unauthori|access denied|permission|\baccount\b|organi[sz]ation|\bcredits?\b"
-    r"|balance|billing|payment|quota|subscription|\bregion\b|location|deployment"
-    r"|model\b[^.]{0,80}\b(not|no|unknown|invalid|un\w+)\b|(unknown|invalid|no such|unsupported) model",
+    r"|\bbalance\b|billing|payment|\bquota\b|subscription|\bregion\b|\blocation\b|\bdeployment\b"
+    r"|model\b([^.]|\.\w){0,80}\b(not (a|in|found|exist|available|supported|served|deployed|loaded|enabled|valid"
+    r"|allowed)|doesn.t exist|no longer|unknown|invalid|unavailable|unsupported|deprecated)\b"
+    r"|(unknown|invalid|no such|unsupported) model",
     re.I,
-)  # fmt: skip
+)
 _ABOUT_PARAMETER = re.compile(
-    r"param|argument|not supported|unsupported|unrecogni[sz]ed|not permitted|extra_forbidden|unexpected (key|field)"
-    r"|response_format|\btools?\b|\bstream\b|logprobs|penalty",
+    r"\bparam|keyword argument|not supported|unsupported|unrecogni[sz]ed|not permitted|extra_forbidden"
+    r"|unexpected (key|field)|response_format|\btools?\b|\bstream\b|logprobs|penalty",
     re.I,
 )
 _NAMES_PROMPT = re.compile(r"\b(prompt|input|message|content|text|conversation|query|question)s?\b|输入|内容", re.I)
@@ -158,7 +167,8 @@ def parse_answer(body: bytes) -> Answer:
         raise AttemptError(f"the reply is no JSON: {err} ({shown!r})", "passing", UNKNOWN) from None
     billed = _billed(data.get("usage") if isinstance(data, dict) else None)
     for name, value in all_values(data, _NOT_ABOUT_THE_ANSWER):
-        if name == "error" and value:
+        # Some gateways send an error object whose fields are all empty with every answer.
+        if name == "error" and (any(value.values()) if isinstance(value, dict) else value):
             raise _reported_error(value, billed)
     try:
         choice = data["choices"][0]
@@ -171,16 +181,21 @@ def parse_answer(body: bytes) -> Answer:
     what = f"the answer ended with finish_reason {finish_reason!r:.80}"
     if refused:
         raise AttemptError(f"the model refuses: {refused[:500]}", "prompt", billed)
-    if ended in _FILTERED:
+    if _FILTERED.search(ended):
         raise AttemptError(f"{what}: the server's filter took it or a part of it", "prompt", billed)
-    if ended in _TOOL:
+    if _TOOL.search(ended) or (content is None and message.get("tool_calls")):
         raise AttemptError(f"{what}: it calls a tool, and none was offered", "prompt", billed)
     if ended not in _WHOLE | _CUT:
         raise AttemptError(f"{what}, which reports no whole answer", "passing", billed)
-    if ended in _CUT and not (content or "").strip():
+    is_blank = not (content or "").strip()
+    if ended in _CUT and is_blank:
         what += " and has no content: all tokens went into thinking; raise max_tokens"
         raise AttemptError(what, "prompt", billed)
-    if content is None and isinstance(message.get("content"), list):  # asked again, it would be billed again
+    # Asked again, these two would be billed again, and be the same.
+    if is_blank and any(message.get(name) for name in _THOUGHTS):
+        what += " and is a thought alone: the model never ended it, or the server's reasoning parser took the answer"
+        raise AttemptError(what, "prompt", billed)
+    if content is None and isinstance(message.get("content"), list):
         raise AttemptError("the answer has no text among its parts", "prompt", billed)
     if content is None:
         raise AttemptError(f"the message has no content (finish_reason {finish_reason!r:.80})", "passing", billed)
@@ -210,17 +225,25 @@ def _content(message: dict[str, Any]) -> tuple[str | None, str]:
 
 
 def _billed(usage: Any) -> Billed:
-    """Return a reply's usage: at least its total, with thinking that is billed beside the answer."""
+    """Return a reply's usage: at least its total, with thinking and cached tokens that are counted beside the others.
+    """
     if not isinstance(usage, dict):
         return UNKNOWN
-    details = usage.get("completion_tokens_details")
+    read, written = (
+        found if isinstance(found := usage.get(f"{side}_tokens_details"), dict) else {}
+        for side in ("prompt", "completion")
+    )
     told = [usage.get(name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")]
-    told.append(details.get("reasoning_tokens") if isinstance(details, dict) else None)
+    told += [written.get("reasoning_tokens"), usage.get("reasoning_tokens")]
+    told += [read.get("cached_tokens"), usage.get("cache_read_input_tokens")]
+    told += [read.get("cache_creation_tokens"), usage.get("cache_creation_input_tokens")]
     counts = [as_count(value) for value in told]
     is_exact = all(count is not None or value is None for count, value in zip(counts, told, strict=True))
-    prompt, completion, total, thoughts = (count or 0 for count in counts)
-    if thoughts > completion:  # otherwise they are part of the completion
-        completion += thoughts
+    prompt, completion, total, *parts = (count or 0 for count in counts)
+    thoughts, cached = max(parts[:2]), max(parts[2:4]) + max(parts[4:])
+    # A part that is larger than its whole is none, but was counted beside it.
+    prompt += cached if cached > prompt else 0
+    completion += thoughts if thoughts > completion else 0
     usage_told = Usage(prompt, max(completion, total - prompt))
     return Billed(usage_told, is_exact and usage_told != Usage())
 
@@ -228,6 +251,7 @@ def _billed(usage: Any) -> Billed:
 def _reported_error(error: Any, billed: Billed) -> AttemptError:
     """Return the meaning of an error object in a reply with status 200."""
     message, codes, param = _told(error)
+    message = message or f"{error!r:.200}"
     blame: Blame = "passing"
     if _NO_MONEY in codes:
         blame = "endpoint"
@@ -242,9 +266,12 @@ def refusal(reply: Reply, sent: Collection[str] = ()) -> AttemptError:
     status = reply.status
     reason = f"{status} {message or reply.body[:1200].decode('utf-8', 'replace').strip()[:300]}"
     blame = _blame(message, codes, param, sent)
-    if _NO_MONEY in codes or status in (401, 402, 404, 405, 410) or (status == 403 and blame != "prompt"):
+    # A page is a firewall's or a proxy's, which may dislike one prompt for the code in it, and knows no key or model.
+    is_page = reply.body.lstrip()[:1] == b"<"
+    blame = "unclear" if is_page and blame != "prompt" else blame
+    if _NO_MONEY in codes or status in _REFUSES_ALL or (status == 403 and blame != "prompt" and not is_page):
         return AttemptError(reason, "endpoint", status=status)
-    if status in (408, 409, 425, 429) or status >= 500:
+    if status in _PASSING or status >= 500:
         billed = UNKNOWN if status in _GATEWAY else NOTHING
         return AttemptError(reason, "passing", billed, retry_after_s(reply.headers), status)
     if status < 300:
@@ -259,11 +286,12 @@ def _blame(message: str, codes: Collection[str], param: str, sent: Collection[st
     """Return the subject of a refusal, by its words; other words than ours make it "unclear"."""
     if _PROMPT_CODES & set(codes) or param.startswith(("messages", "prompt", "input")):
         return "prompt"
-    if _ABOUT_PROMPT.search(message):
+    if _ABOUT_PROMPT.search(" ".join([message, *codes])):
         return "prompt"
     if _ABOUT_ENDPOINT.search(message):
         return "endpoint"
-    words = " ".join([message, param, *codes])
+    # INVALID_ARGUMENT, invalid_parameter_error and the like are the code of all of a provider's refusals.
+    words = " ".join([message, param, *(code for code in codes if not code.startswith("invalid"))])
     names = [name for name in sent if name not in ("model", "messages")]
     if _ABOUT_PARAMETER.search(words) or any(re.search(rf"\b{re.escape(name)}\b", words) for name in names):
         return "request"
@@ -292,18 +320,29 @@ def _error_of(body: bytes) -> tuple[str, list[str], str]:
         return re.sub("<[^>]*>", " ", body[:1200].decode("utf-8", "replace")).strip()[:300], [], ""
     if isinstance(data, list) and data:  # Gemini's
         data = data[0]
-    return _told(data.get("error", data) if isinstance(data, dict) else data)
+    inner = data.get("error") if isinstance(data, dict) else None
+    return _told(inner if isinstance(inner, dict) and inner else data)
 
 
 def _told(error: Any) -> tuple[str, list[str], str]:
     """Return the message, the codes in lower case, and the parameter that an error object names."""
+    message = _words(error)[:1000]
     if not isinstance(error, dict):
-        return str(error)[:1000], [], ""
-    message = next((error[name] for name in ("message", "detail", "msg") if error.get(name)), "")
-    if isinstance(message, list):  # FastAPI's, whose rows also repeat the request
-        rows = [row for row in message if isinstance(row, dict)]
-        message = "; ".join(f"{row.get('msg')} ({row.get('type')}) at {row.get('loc')}" for row in rows)
-    raw = error["metadata"].get("raw") if isinstance(error.get("metadata"), dict) else None  # OpenRouter's
-    message = f"{message}: {raw}" if raw else message
+        return message, [], ""
     codes = [str(error.get(name) or "").lower() for name in ("code", "type", "status")]
-    return str(message)[:1000], [code for code in codes if code], str(error.get("param") or "")
+    return message, [code for code in codes if code], str(error.get("param") or "")
+
+
+def _words(error: Any, depth: int = 0) -> str:
+    """Return the texts in which an error says what is wrong, without the request, which some servers repeat."""
+    if isinstance(error, str):
+        return re.split("['\"]input['\"]:", error)[0]
+    if depth == 4 or not isinstance(error, dict | list):
+        return ""
+    if isinstance(error, list):
+        return "; ".join(filter(None, (_words(item, depth + 1) for item in error[:10])))
+    if "loc" in error:  # FastAPI's
+        return f"{error.get('msg')} ({error.get('type')}) at {error['loc']}"
+    said = [error.get(name) for name in ("message", "detail", "msg", "error", "errors")]
+    said += [error["metadata"].get("raw")] if isinstance(error.get("metadata"), dict) else []  # OpenRouter's
+    return ": ".join(filter(None, (_words(item, depth + 1) for item in said)))

@@ -1,13 +1,14 @@
 """The [generator] table: where the black box answers, how its requests look, how patiently and how fast it is asked."""
 
-import json
 import re
 import urllib.parse
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from matryoshka.core.json_input import parse_json, shown
 from matryoshka.core.records import content_key
 
+_SAMPLING = {"max_tokens", "max_completion_tokens", "temperature", "top_p", "stop", "seed"}
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -129,13 +130,15 @@ class GeneratorConfig:
 
     @property
     def extra(self) -> dict[str, Any]:
-        """The fields of extra_body. Raises ValueError when it is no JSON object."""
-        try:
-            extra = json.loads(self.extra_body or "{}")
-        except (ValueError, RecursionError) as err:
-            raise ValueError(f"generator: extra_body is not valid JSON: {err}") from err
-        if not isinstance(extra, dict) or set(extra) & {"model", "messages", "stream", "n"}:
-            raise ValueError("generator: extra_body must be a JSON object without model, messages, stream and n")
+        """The fields of extra_body. Raises ValueError when it is no JSON object, or sets what the run itself sets."""
+        extra = parse_json(self.extra_body or "{}", "generator: extra_body")
+        if not isinstance(extra, dict):
+            raise ValueError(f"generator: extra_body is {shown(extra)}; expected a JSON object")
+        if both := sorted(set(extra) & ({"model", "messages", "stream", "n"} | _SAMPLING - set(self.omit))):
+            raise ValueError(
+                f"generator: extra_body holds {both[0]!r}, which the run sets itself; remove it, or name a sampling "
+                "parameter in omit as well"
+            )
         return extra
 
     @property

@@ -24,7 +24,8 @@ MAX_CHARS_PER_TOKEN = 16  # a text of more characters for each token of the cont
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat answer may fill the context
 
 _HONOURED = {"model", "max_tokens", "temperature", "top_p", "stop", "seed", "n", "logprobs"}
-_IGNORED = {"user", "metadata", "store"}  # they say nothing about the answer
+# They say nothing about the answer.
+_IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"}
 _NEUTRAL: dict[str, tuple[Any, str]] = {
     "stream": (False, "answers are sent whole"),
     "presence_penalty": (0, "penalties are not implemented"),
@@ -175,14 +176,14 @@ def read_messages(data: dict[str, Any]) -> Messages:
         where = f"messages[{index}]"
         if not isinstance(row, dict):
             raise _invalid(where, f"expected an object with role and content, got {_show(row)}")
-        given = {key for key, value in row.items() if value is not None}
+        given = {key for key, value in row.items() if value not in (None, [])}  # an answer that is sent back has these
         if row.get("type") == "text":  # some evaluation clients mark whole messages as they mark parts
             given.remove("type")
         if unknown := sorted(given - {"role", "content"}):
             raise _invalid(where, f"key {unknown[0][:80]!r} is not supported; known: role, content")
         role = row.get("role")
-        if role not in ("system", "user", "assistant"):
-            raise _invalid(f"{where}.role", f"expected system, user or assistant, got {_show(role)}")
+        if role not in ("system", "developer", "user", "assistant"):
+            raise _invalid(f"{where}.role", f"expected system, developer, user or assistant, got {_show(role)}")
         messages.append(Message(role, _content(row.get("content"), f"{where}.content")))
     return tuple(messages)
 

@@ -194,23 +194,43 @@ def proxy_for(url: str) -> str | None:
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
     address = f"{host}:{parts.port}" if parts.port else host
-    if _is_loopback(host) or urllib.request.proxy_bypass(address):
-        return None
     proxies = urllib.request.getproxies()
+    if _is_loopback(host) or urllib.request.proxy_bypass(address) or _is_exempt(host, proxies.get("no", "")):
+        return None
     name = parts.scheme if proxies.get(parts.scheme) else "all"
     if not (proxy := proxies.get(name)):
         return None
+    where = f"generator: the environment variable {name.upper()}_PROXY names"
+    remedy = "name one, such as http://HOST:PORT, or add the host to NO_PROXY to do without"
     proxy = proxy if "://" in proxy else f"http://{proxy}"
-    if password := urllib.parse.urlsplit(proxy).password:
-        add_secret(urllib.parse.unquote(password))
-    scheme = urllib.parse.urlsplit(proxy).scheme.lower()
-    if scheme not in ("http", "https"):
+    try:
+        found = urllib.parse.urlsplit(proxy)
+        is_whole = bool(found.hostname) and found.port != 0
+    except ValueError:
+        is_whole = False
+    if not is_whole:  # it is not shown: it may hold a password
         raise ValueError(
-            f"generator: the environment variable {name.upper()}_PROXY names a proxy of kind {scheme!r} for {url}; "
-            "only HTTP proxies are supported: name one, such as http://HOST:PORT, or add the host to NO_PROXY to do "
-            "without"
+            f"{where} a proxy for {url} that has no host or a malformed port; {remedy}. Special characters of a "
+            "password are written as %XX"
+        )
+    if found.password:
+        add_secret(urllib.parse.unquote(found.password))
+    if found.scheme.lower() not in ("http", "https"):
+        raise ValueError(
+            f"{where} a proxy of kind {found.scheme!r} for {url}; only HTTP proxies are supported: {remedy}"
         )
     return proxy
+
+
+def _is_exempt(host: str, no_proxy: str) -> bool:
+    """Return whether NO_PROXY has `host` in a form that Python does not know: 10.0.0.0/8 or *.example.com."""
+    for entry in (entry.strip().lower() for entry in no_proxy.split(",")):
+        if entry.startswith("*.") and host.endswith(entry[1:]):
+            return True
+        with suppress(ValueError):  # a name, not an address
+            if ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False):
+                return True
+    return False
 
 
 def _is_loopback(host: str) -> bool:

@@ -56,6 +56,8 @@ def price_of(prices: dict[str, Price], model: str) -> Price | None:
 def is_same_model(asked: str, answered: str) -> bool:
     """Return whether an answer that names model `answered` is one of `asked`: the same, or a snapshot of it."""
     names = [name.strip().lower().rpartition("/")[2] for name in (asked, answered)]
+    if names[0] != names[1]:  # the newest snapshot was asked for, and says which one it is
+        names[0] = re.sub("[-:]latest$", "", names[0])
     while names[1] != names[0] and (shorter := _SNAPSHOT.sub("", names[1])) != names[1]:
         names[1] = shorter
     return names[0] == names[1]

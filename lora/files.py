@@ -113,18 +113,20 @@ def read_config(folder: Path) -> LoraConfig:
                            "save it with PEFT's path_initial_model_for_weight_conversion, which makes it plain LoRA")
     handled = {*COMPUTED, *DESCRIPTIVE, *NO_EFFECT_ALONE, "bias", "init_lora_weights"}
     for key in sorted(data.keys() - handled):
-        if data[key] not in (None, False, [], {}, ""):
+        if data[key] is not None and data[key] is not False and data[key] not in ([], {}, ""):  # 0 may be a layer
             raise ValueError(f"{path}: {key:.60} = {shown(data[key])} is not supported; expected plain LoRA, rsLoRA or "
                              "DoRA, where this key is null or false")
     targets = fields.texts("target_modules")
     if not targets:
         raise fields.error("target_modules", "a list with at least one name")
-    dropout = fields.number("lora_dropout", 0.0)
+    alpha, dropout = fields.number("lora_alpha"), fields.number("lora_dropout", 0.0)
+    if not alpha > 0.0:
+        raise fields.error("lora_alpha", "a number above 0")
     if not 0.0 <= dropout < 1.0:
         raise fields.error("lora_dropout", "a number in [0, 1)")
     return LoraConfig(
         rank=fields.integer("r", low=1),
-        alpha=fields.number("lora_alpha"),
+        alpha=alpha,
         dropout=dropout,
         targets=tuple(sorted(targets)),
         rslora=fields.boolean("use_rslora", False),

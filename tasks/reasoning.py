@@ -3,11 +3,17 @@
 import re
 
 _TAGS = r"(?:think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|seed:think)"
-_OPEN = rf"(?:<\s*{_TAGS}\s*>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>)"
-_CLOSE = rf"(?:<\s*/\s*{_TAGS}\s*>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>)"
-_BLOCK = re.compile(rf"{_OPEN}(?:(?!{_OPEN}).)*?{_CLOSE}", re.DOTALL | re.IGNORECASE)
-_BEFORE = re.compile(rf".*{_CLOSE}", re.DOTALL | re.IGNORECASE)
-_AFTER = re.compile(rf"{_OPEN}.*", re.DOTALL | re.IGNORECASE)
+_OPEN = (
+    rf"<\s*{_TAGS}\s*>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|START_THINKING\|>|<\|channel>thought"
+    r"|<\|channel\|>(?:analysis|commentary)"
+)
+_CLOSE = (
+    rf"<\s*/\s*{_TAGS}\s*>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|END_THINKING\|>|<channel\|>"
+)
+# The answer begins, whatever was opened before: gpt-oss and Cohere's models.
+_BEGIN = r"(?:<\|start\|>assistant)?<\|channel\|>final(?:[^<]|<\|constrain\|>)*<\|message\|>|<\|START_RESPONSE\|>"
+_MARK = re.compile(f"(?P<open>{_OPEN})|(?P<begin>{_BEGIN})|{_CLOSE}", re.IGNORECASE)
+_END = re.compile(r"\s*<\|(?:end|return|END_RESPONSE)\|>$")
 
 
 def without_reasoning(reply: str) -> str:
@@ -16,8 +22,18 @@ def without_reasoning(reply: str) -> str:
     Many servers put the opening tag into the prompt, so everything before a lone closing tag is reasoning. Where the
     token limit cut a block off, everything from its opening tag on is reasoning, and no answer follows.
     """
-    text = reply
-    while (shorter := _BLOCK.sub("", text)) != text:
-        text = shorter
-    text = _AFTER.sub("", _BEFORE.sub("", text))
-    return reply if text == reply else text.strip()
+    kept: list[str] = []
+    depth = end = 0
+    for mark in _MARK.finditer(reply):
+        kept += [reply[end : mark.start()]] if depth == 0 else []
+        end = mark.end()
+        if mark["open"]:
+            depth += 1
+        elif depth and not mark["begin"]:
+            depth -= 1
+        else:
+            kept, depth = [], 0
+    if end == 0:
+        return reply
+    kept += [reply[end:]] if depth == 0 else []
+    return _END.sub("", "".join(kept).strip())

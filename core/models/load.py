@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from matryoshka.core.files import EMBEDDED_MODEL, check_model_folder
-from matryoshka.core.json_input import read_json
+from matryoshka.core.json_input import read_json, shown
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.weights import load_weights
 
@@ -96,6 +96,11 @@ def fill_model(
     A model with buffers that no checkpoint holds has a method `init_buffers(device)`, called once the weights are in.
     Returns it in evaluation mode. Raises as `load_model`.
     """
+    if quantised := read_config(folder).get("quantization_config"):
+        raise ValueError(
+            f"{folder / 'config.json'}: quantization_config is {shown(quantised)}; quantised checkpoints are not read; "
+            "use the unquantised one, or remove the key if the weights in the folder are whole"
+        )
     load_weights(model, folder, dtype, device)
     init_buffers = getattr(model, "init_buffers", None)
     if init_buffers is not None:

@@ -35,8 +35,7 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
     "longrope": (("short_factor", "long_factor"), ("factor", "attention_factor")),
 }
-KNOWN = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor"}
-KNOWN |= {name for names in KINDS.values() for part in names for name in part}
+COMMON = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor"}
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,10 @@ def read_rotary(
     needed, known = KINDS[kind]
     if missing := [name for name in needed if name not in rope]:
         raise ValueError(f"config.json: rope_type {kind!r} needs {missing[0]!r}")
-    if unknown := sorted(set(rope) - KNOWN):
-        raise ValueError(f"config.json: the rope setting {unknown[0]!r} is not supported; choose another model")
+    if unknown := sorted(set(rope) - COMMON - {*needed, *known}):
+        raise ValueError(
+            f"config.json: the rope setting {unknown[0]!r} is not known to rope_type {kind!r}; choose another model"
+        )
     share = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
     if not partial and share != 1.0:
         raise ValueError(

@@ -48,7 +48,7 @@ class Failure:
     error: str = ""
     """The last line of the program's error, "" if it ended by itself."""
     searched: Sequence[str] = ()
-    """Types of the receptacles that it looked into."""
+    """Types of the receptacles that it and the programs before it looked into."""
 
 
 def fenced(code: str) -> str:

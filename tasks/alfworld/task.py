@@ -147,7 +147,7 @@ class ALFWorldTask(Task):
         """Let the generator write programs from `plan` until one ends by itself or the attempts are used up."""
         scene = _scene(example)
         request = self.style.solve(scene, plan.text)
-        session, first, memory = self._begin(example), 1, "{}"
+        session, first, memory, searched = self._begin(example), 1, "{}", list[str]()
         for attempt in range(settings.inner_attempts):
             reply = await episode.complete(request, attempt)
             code, begun = extract_code(reply.text), len(session.history)
@@ -160,7 +160,7 @@ class ALFWorldTask(Task):
             if progress.won or not plan.feedback:
                 return
             first, memory = 1, "{}"
-            searched = session.searched()
+            searched = list(dict.fromkeys([*searched, *session.searched()]))
             what = "Your corrected program starts at step 1, in the household as it was at first."
             # In the first half of the attempts a mistake is mended where it was made, in the second all begins anew.
             mending = attempt + 1 < settings.inner_attempts / 2

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from matryoshka.core.models.tree import Tokens
 from matryoshka.core.packed import Packed
-from matryoshka.core.records import Sample, Turn, content_key, from_json, to_json
+from matryoshka.core.records import Judgement, Sample, Turn, content_key, from_json, to_json
 
 integers = st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 1) | st.integers(0, 10**5)).map(tuple)
 numbers = integers | st.lists(st.floats(allow_nan=False)).map(tuple)
@@ -65,9 +65,12 @@ def test_records_keep_few_bytes_a_token() -> None:
         ("token_ids", "12", "Sample.token_ids: expected a list, got str"),
         ("logprobs", [0.5, None], r"Sample.logprobs\[1\]: expected float, got NoneType"),
         ("logprobs", [0.5, 10**400], "Sample: .*"),
+        ("usage", {"prompt_tokens": "7"}, "Sample.usage.prompt_tokens: expected int, got str"),
     ],
 )
 def test_other_things_than_numbers_are_refused(name: str, value: object, message: str) -> None:
     """Oracle: the message names the field and the place."""
     with pytest.raises(ValueError, match=message):
         from_json(Sample, {"text": "", name: value})
+    with pytest.raises(ValueError, match="Judgement.reward: expected float, got int"):
+        from_json(Judgement, {"prediction": None, "verdict": "right", "reward": 10**400})

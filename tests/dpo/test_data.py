@@ -203,6 +203,9 @@ CONVERSATIONS_REFUSED = {
     ),
     "all weights zero": (chat(weight=0), "has no scored token"),
     "a picture": (chat(content=[{"type": "image_url", "image_url": {}}]), r"content is \[.* expected a text"),
+    "a part with a key of its own": (
+        chat(content=[{"type": "text", "text": "Yo", "cache_control": {"type": "ephemeral"}}]), "key 'cache_control'",
+    ),
     "a number as content": (chat(content=4), "content is 4"),
     "no content": (chat(content=None), "content is None"),
     "a number as role": (chat(role=1), "role is 1"),
@@ -223,6 +226,13 @@ CONVERSATIONS_REFUSED = {
     "a key that comes twice": ('{"prompt": "p", "prompt": "q", "completion": "c"}', "the key 'prompt' comes twice"),
     "an integer of 5000 digits": ('{"prompt": "p", "completion": "c", "id": %s}' % ("1" * 5000), "malformed JSON"),
     "nesting 100000 deep": ('{"metadata": ' + "[" * 100_000, "nested more than 100 deep"),
+    "a prompt that begins the answer": (
+        {"prompt": [*AS_USER, *said("Yo")], "completion": "u"}, "the prompt ends with an assistant message",
+    ),
+    "a speaker that is a list": ({"conversations": [{"from": ["human"], "value": "Hi"}]}, "with from one of system"),
+    "a speaker that is an object": ({"conversations": [{"from": {"a": 1}, "value": "Hi"}]}, "with from one of system"),
+    "two prompts": ({"instruction": "i", "output": "o", "prompt": "p"}, "field 'prompt' is 'p' beside another form"),
+    "two chats": ({**chat(), "conversations": AS_USER}, "field 'messages' is .* beside another form"),
     "nesting 101 deep": ('{"metadata": ' + "[" * 101 + "]" * 101 + "}", "nested more than 100 deep"),
     "not a number": ('{"prompt": "p", "completion": "c", "score": NaN}', "NaN is not a JSON number"),
     "half a surrogate pair": ('{"prompt": "p", "completion": "\\ud83d"}', "lone surrogate"),
@@ -234,6 +244,7 @@ PREFERENCES_REFUSED = {
     "an answer with a tool call": (
         {**GOOD, "prompt": AS_USER, "chosen": [{**said("a")[0], "tool_calls": [CALL]}]}, "key 'tool_calls'",
     ),
+    "a prompt that begins the answer": ({**GOOD, "prompt": [*AS_USER, *said("Y")]}, "ends with an assistant message"),
     "a chat beside the sides": ({**GOOD, "messages": AS_USER}, "key 'messages'"),
     "half a pilot's record": ({"prompt": [], "chosen": {"text": "a"}, "rejected": {}}, "field .* is missing"),
 }

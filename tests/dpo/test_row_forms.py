@@ -27,12 +27,13 @@ HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "a"}
         {"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "b"}},
         {"instruction": "Hi", "input": "", "chosen": "a", "rejected": "b"},
         {"instruction": "Hi", "output": ["a", "b"]},
+        {"instruction": "Hi", "output": None, "messages": None, "prompt": None, "chosen": "a", "rejected": "b"},
         {
             "prompt": "Hi", "prompt_id": "x", "chosen": AS_USER + said("a"), "rejected": AS_USER + said("b"),
             "messages": AS_USER + said("a"), "score_chosen": 8.0, "score_rejected": 2.0,
         },
     ],
-    ids=["sharegpt", "alpaca", "alpaca list", "ultrafeedback"],
+    ids=["sharegpt", "alpaca", "alpaca list", "nulls of a table", "ultrafeedback"],
 )  # fmt: skip
 def test_pairs_of_other_trainers(tokenizer: Tokenizer, tmp_path: Path, row: dict[str, Any]) -> None:
     """Oracle: the same pair in TRL's form."""
@@ -49,8 +50,9 @@ def test_pairs_of_other_trainers(tokenizer: Tokenizer, tmp_path: Path, row: dict
         ({"instruction": "Hi", "input": "You", "output": "a"},
          {"prompt": [{"role": "user", "content": "Hi\nYou"}], "completion": "a"}),
         ({"conversations": AS_USER + said("a")}, {"messages": AS_USER + said("a")}),
+        ({"messages": None, "prompt": "p", "completion": None, "response": "a"}, {"prompt": "p", "completion": "a"}),
     ],
-    ids=["sharegpt", "sharegpt system", "alpaca", "messages by another name"],
+    ids=["sharegpt", "sharegpt system", "alpaca", "messages by another name", "nulls of a table"],
 )  # fmt: skip
 def test_conversations_of_other_trainers(
     tokenizer: Tokenizer, tmp_path: Path, row: dict[str, Any], ours: dict[str, Any]

@@ -49,6 +49,12 @@ def refused(words: str) -> str:
     return json.dumps(whole)
 
 
+def thought(words: str) -> str:
+    whole = json.loads(answer(None))
+    whole["choices"][0]["message"]["reasoning"] = words
+    return json.dumps(whole)
+
+
 BACKOFF = "after the back-off"
 FAULTS = [
     Fault("drops the connection before it answers", "drop", AGAIN, MOST, BACKOFF),
@@ -68,6 +74,13 @@ FAULTS = [
     ),
     Fault("sends an error object anywhere in a reply with status 200", (200, failure("lost")), AGAIN, MOST, BACKOFF),
     Fault("spends all tokens on thinking", (200, answer("", "length")), EPISODE, Usage(7, 2), "raise its max_tokens"),
+    Fault(
+        "ends by itself with a thought alone",
+        (200, thought("It is 4.")),
+        EPISODE,
+        Usage(7, 2),
+        "look at the server's reasoning parser",
+    ),
     Fault("filters its answer, or a part of it", (200, answer("par", "content_filter")), EPISODE, Usage(7, 2)),
     Fault(
         "refuses in the message's `refusal`",
@@ -101,9 +114,16 @@ FAULTS = [
     ),
     Fault("429 `insufficient_quota`", (429, failure("pay first", "insufficient_quota")), RUN),
     Fault("500, 503 and other 5xx", (503, failure("overloaded")), AGAIN, Usage(), BACKOFF),
-    Fault("408, 502, 504, 524 (a gateway gave up)", (502, "<html>bad gateway</html>"), AGAIN, MOST, BACKOFF),
-    Fault("409", (409, failure("conflict")), AGAIN, Usage(), BACKOFF),
-    Fault("401, 402, 403 (the key or the account)", (401, failure("bad key", "invalid_api_key")), RUN),
+    Fault("408, 499, 502, 504, 520, 524 (a gateway gave up)", (502, "<html>bad gateway</html>"), AGAIN, MOST, BACKOFF),
+    Fault("409, 421, 424, 425, 498 (busy, or a worker failed)", (424, failure("conflict")), AGAIN, Usage(), BACKOFF),
+    Fault("401, 402, 403, 407 (the key, the account or a proxy's password)", (401, failure("bad key")), RUN),
+    Fault(
+        "403 with a page, not JSON (a firewall that dislikes one prompt)",
+        (403, "<html>blocked</html>"),
+        EPISODE,
+        Usage(),
+        "the third different prompt in a row stops the run",
+    ),
     Fault("404, 405, 410 (the URL or the model)", (404, failure("no such model")), RUN),
     Fault(
         "any other 4xx that names the prompt (too long, against a rule)",

@@ -462,10 +462,17 @@ def test_server_down() -> None:
         ({"api": "gemini"}, "'openai' or 'azure'"),
         ({"api": "azure"}, "'azure' needs one"),
         ({"concurrency": 0}, "concurrency 0"),
+        ({"extra_body": "{"}, "generator: extra_body: malformed JSON"),
+        ({"extra_body": '{"a": NaN}'}, "extra_body: malformed JSON .NaN"),
+        ({"extra_body": "[1]"}, r"extra_body is \[1\]; expected a JSON object"),
+        ({"extra_body": '{"stream": true}', "omit": ("stream",)}, "extra_body holds 'stream', which the run sets"),
+        ({"extra_body": '{"max_tokens": 9}'}, "extra_body holds 'max_tokens', which the run sets itself"),
+        ({"extra_body": '{"seed": 1}'}, "extra_body holds 'seed', which the run sets itself"),
     ],
 )
 def test_config_is_checked(change: dict[str, Any], message: str) -> None:
-    """Oracle: each bad value alone is refused with its field."""
+    """Oracle: each bad value alone is refused with its field; a parameter that is left out may be set otherwise."""
+    GeneratorConfig("http://127.0.0.1/v1", "m", omit=("seed",), extra_body='{"seed": 1}')
     with pytest.raises(ValueError, match=message):
         GeneratorConfig(**{"base_url": "http://127.0.0.1/v1", "model": "m", **change})
 

@@ -147,6 +147,16 @@ def test_an_http_proxy_is_used(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         ({"ALL_PROXY": "socks5://user:secret-9f3c@p:1"}, "http://a.example/v1", ValueError("ALL_PROXY.*'socks5'")),
         ({"HTTPS_PROXY": "socks5h://p:1"}, "https://a.example/v1", ValueError("HTTPS_PROXY.*'socks5h'")),
         ({"HTTP_PROXY": "ftp://p:1"}, "http://a.example/v1", ValueError("HTTP_PROXY.*'ftp'.*NO_PROXY")),
+        ({"HTTP_PROXY": "http://p:1", "NO_PROXY": "192.168.0.0/16, 10.0.0.0/8"}, "http://10.1.2.3:8000/v1", None),
+        ({"HTTP_PROXY": "http://p:1", "NO_PROXY": "10.0.0.0/8"}, "http://11.1.2.3:8000/v1", "http://p:1"),
+        ({"HTTP_PROXY": "http://p:1", "NO_PROXY": "fd00::/8"}, "http://[fd00::7]:8000/v1", None),
+        ({"HTTP_PROXY": "http://p:1", "NO_PROXY": "10.1.2.3"}, "http://10.1.2.3:8000/v1", None),
+        ({"HTTP_PROXY": "http://p:1", "NO_PROXY": "*.lan,b.example"}, "http://gpu.lan:8000/v1", None),
+        ({"HTTP_PROXY": "http://p:1", "NO_PROXY": "*.lan"}, "http://a.example/v1", "http://p:1"),
+        ({"HTTP_PROXY": "http://p:port"}, "http://a.example/v1", ValueError("HTTP_PROXY.*malformed port.*NO_PROXY")),
+        ({"HTTP_PROXY": "http://"}, "http://a.example/v1", ValueError("HTTP_PROXY.*no host")),
+        ({"HTTP_PROXY": "http://[::1"}, "http://a.example/v1", ValueError("HTTP_PROXY.*no host")),
+        ({"HTTP_PROXY": "http://u:secret-9f3c#@p:1"}, "http://a.example/v1", ValueError("HTTP_PROXY.*as %XX")),
     ],
 )
 def test_proxies(variables: dict[str, str], url: str, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:

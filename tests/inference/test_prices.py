@@ -64,6 +64,9 @@ def test_a_wrong_table_is_named(text: str, message: str, tmp_path: Path) -> None
         ("claude-sonnet-4-5", "claude-sonnet-4-5-20250929", True),
         ("llama3", "llama3:latest", True),
         ("Llama-3-8B", "llama-3-8b", True),
+        ("chatgpt-4o-latest", "chatgpt-4o-latest", True),
+        ("claude-3-5-haiku-latest", "claude-3-5-haiku-20241022", True),
+        ("claude-3-5-haiku-latest", "claude-3-5-sonnet-20241022", False),
         ("m", "other", False),
     ],
 )

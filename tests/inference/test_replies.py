@@ -105,6 +105,23 @@ REPLIES: dict[str, tuple[Any, str | tuple[str, str]]] = {
     "a list": ([1, 2], ("passing", "no choice")),
     "a number": (7, ("passing", "no choice")),
     "half a surrogate pair": (reply(content("a\ud83db")), "a\ufffdb"),
+    "one-api's empty error beside a good answer": (
+        reply(error={"message": "", "type": "", "param": "", "code": None}), "4",
+    ),
+    "error: false beside a good answer": (reply(error=False), "4"),
+    "an error that is a number": (reply(error=1301), ("passing", "reports an error: 1301")),
+    "Gemini's BLOCKLIST": (reply(content(None), "BLOCKLIST"), ("prompt", "filter")),
+    "Gemini's SPII": (reply(content(None), "SPII"), ("prompt", "filter")),
+    "Gemini's filter with its reason": (reply(content(None), "content_filter: RECITATION"), ("prompt", "filter")),
+    "Gemini's MALFORMED_FUNCTION_CALL": (reply(content(None), "MALFORMED_FUNCTION_CALL"), ("prompt", "tool")),
+    "Anthropic's refusal": (reply(content(None), "refusal"), ("prompt", "filter")),
+    "Anthropic's whole context": (reply(content("4 be"), "model_context_window_exceeded"), "4 be"),
+    "Bedrock's guardrail": (reply(content("Sorry"), "guardrail_intervened"), ("prompt", "filter")),
+    "Cohere's ERROR_TOXIC": (reply(content("4 be"), "ERROR_TOXIC"), ("prompt", "filter")),
+    "a tool call that ended with stop": (reply(content(None, tool_calls=[{"id": "x"}])), ("prompt", "tool")),
+    "vLLM: a thought that never ended": (reply(content(None, reasoning="So 4.")), ("prompt", "a thought alone")),
+    "vLLM: the parser took the answer": (reply(content("", reasoning_content="4")), ("prompt", "a thought alone")),
+    "a thought beside an answer": (reply(content("4", reasoning_content="2 + 2", reasoning="2 + 2")), "4"),
 }
 
 
@@ -300,6 +317,129 @@ REFUSALS: dict[str, tuple[int, Any, str]] = {
     "Gemini: region": (400, failure("User location is not supported for the API use."), "endpoint"),
     "a wrong path": (405, "Method Not Allowed", "endpoint"),
     "not allowed": (403, failure("You may not use this."), "endpoint"),
+    "Gemini: nothing but its code": (
+        400,
+        [{"error": {"code": 400, "message": "Request contains an invalid argument.", "status": "INVALID_ARGUMENT"}}],
+        "unclear",
+    ),
+    "Gemini: no content, with the same code": (
+        400,
+        {
+            "error": {
+                "code": 400,
+                "message": "* GenerateContentRequest.contents: contents is not specified",
+                "status": "INVALID_ARGUMENT",
+            }
+        },
+        "prompt",
+    ),  # fmt: skip
+    "Gemini: an unknown field, with the same code": (
+        400,
+        {
+            "error": {
+                "code": 400,
+                "message": 'Invalid JSON payload received. Unknown name "seed": Cannot find field.',
+                "status": "INVALID_ARGUMENT",
+            }
+        },
+        "request",
+    ),  # fmt: skip
+    "DashScope: an empty text": (
+        400,
+        failure("<400> InternalError.Algo.InvalidParameter: The content field is required", "invalid_parameter_error"),
+        "prompt",
+    ),
+    "DashScope: streams alone": (
+        400,
+        failure("This model only support stream mode, please enable the stream parameter", "invalid_parameter_error"),
+        "request",
+    ),
+    "MiniMax: invalid params": (400, failure("invalid params, context window exceeds limit (2013)"), "prompt"),
+    "Moonshot: exceeded": (400, failure("Invalid request: Your request exceeded model token limit: 8192"), "prompt"),
+    "MiMo: in Chinese": (
+        400, {"error": {"type": "context_window_exceeded", "code": 400, "message": "请求超出模型上下文限制"}}, "prompt",
+    ),
+    "Tencent: in Chinese": (400, failure("请求内容触发风控"), "prompt"),
+    "Groq: the model called a tool": (
+        400, failure("Tool choice is none, but model called a tool", "tool_use_failed"), "prompt",
+    ),
+    "Groq: its answer cannot be parsed": (
+        400,
+        failure("Parsing failed. The model generated output that could not be parsed.", "output_parse_failed"),
+        "prompt",
+    ),
+    "Groq: no such model": (400, failure("The model `llama-3.1` has been decommissioned and is no longer supported"),
+                            "endpoint"),
+    "a model that gave up": (400, failure("The model was unable to finish"), "unclear"),
+    "a model with a point in its name": (400, failure("model gpt-3.5-turbo does not exist"), "endpoint"),
+    "memory that cannot be allocated": (400, failure("CUDA error: allocation failed"), "unclear"),
+    "LiteLLM: ContextWindowExceededError": (
+        400, failure("litellm.BadRequestError: ContextWindowExceededError: OpenAIException - 9000 > 8192"), "prompt",
+    ),
+    "LiteLLM: no such model": (
+        400,
+        failure("/chat/completions: Invalid model name passed in model=x. Call `/v1/models` to view available models"),
+        "endpoint",
+    ),
+    "LiteLLM: a guardrail": (400, {"error": {"message": {"error": "Violated guardrail policy"}}}, "prompt"),
+    "a gateway: blocked": (400, failure("Your request was blocked."), "prompt"),
+    "NestJS: the words beside the error": (
+        400, {"statusCode": 400, "message": "prompt is too long", "error": "Bad Request"}, "prompt",
+    ),
+    "NestJS: several messages": (
+        400,
+        {"statusCode": 400, "message": ["temperature must not be greater than 2"], "error": "Bad Request"},
+        "request",
+    ),
+    "Mistral: FastAPI's rows in the message": (
+        422,
+        {
+            "object": "error",
+            "message": {
+                "detail": [
+                    {
+                        "type": "extra_forbidden",
+                        "loc": ["body", "seed"],
+                        "msg": "Extra inputs are not permitted",
+                        "input": "content that is too long",
+                    }
+                ]
+            },
+            "type": "invalid_request_error",
+        },
+        "request",
+    ),  # fmt: skip
+    "vLLM: the whole request in the message": (
+        400,
+        failure(
+            "[{'type': 'value_error', 'loc': ('body',), 'msg': 'Value error, top_p must be in (0, 1]', 'input': "
+            "{'messages': [{'content': 'a text that is too long and harmful'}]}}]"
+        ),
+        "request",
+    ),
+    "Cloudflare Workers AI": (
+        400,
+        {"success": False, "errors": [{"code": 5021, "message": "exceeded this model context window limit (8192)"}]},
+        "prompt",
+    ),
+    "a firewall with 403": (
+        403,
+        "<!DOCTYPE html><title>Attention Required! | Cloudflare</title><h1>Sorry, you have been blocked</h1>",
+        "unclear",
+    ),
+    "a firewall with 406": (406, "<html><h1>Not Acceptable!</h1>generated by Mod_Security</html>", "unclear"),
+    "a firewall that speaks of permission": (
+        403, "<HTML><TITLE>Access Denied</TITLE>You don't have permission to access this server", "unclear",
+    ),
+    "for legal reasons": (451, failure("Unavailable For Legal Reasons"), "unclear"),
+    "a proxy that wants a password": (407, "<html>Proxy Authentication Required</html>", "endpoint"),
+    "TGI: a worker failed": (
+        424,
+        {"error": "Request failed during generation: Server error: CUDA out of memory", "error_type": "generation"},
+        "passing",
+    ),
+    "Groq: no capacity": (498, failure("Flex tier capacity exceeded"), "passing"),
+    "Google: cancelled on the way": (499, failure("The operation was cancelled."), "passing"),
     "nothing at all": (400, "", "unclear"),
     "Bad Request": (400, "Bad Request", "unclear"),
     "a proxy's page": (400, "<html><meta content='text/html'><h1>400</h1>nginx</html>", "unclear"),
@@ -378,6 +518,36 @@ NUMBERS: dict[str, tuple[str, Usage, bool]] = {
     "thinking beside the completion, without a total": (
         '{"prompt_tokens": 3, "completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 300}}',
         Usage(3, 309),
+        True,
+    ),
+    "thinking beside the other counts": (
+        '{"prompt_tokens": 3, "completion_tokens": 9, "total_tokens": 12, "reasoning_tokens": 300}',
+        Usage(3, 309),
+        True,
+    ),
+    "SGLang: thinking in the completion": (
+        '{"prompt_tokens": 3, "completion_tokens": 9, "total_tokens": 12, "reasoning_tokens": 5}', Usage(3, 9), True,
+    ),
+    "cached tokens in the prompt": (
+        '{"prompt_tokens": 2006, "completion_tokens": 300, "prompt_tokens_details": {"cached_tokens": 1920}}',
+        Usage(2006, 300),
+        True,
+    ),
+    "LiteLLM: cached tokens, said twice, in the prompt": (
+        '{"prompt_tokens": 98805, "completion_tokens": 5120, "prompt_tokens_details": {"cached_tokens": 66360, '
+        '"cache_creation_tokens": 32435}, "cache_read_input_tokens": 66360, "cache_creation_input_tokens": 32435}',
+        Usage(98805, 5120),
+        True,
+    ),
+    "Anthropic: cached tokens beside the prompt": (
+        '{"prompt_tokens": 3, "completion_tokens": 9, "total_tokens": 12, "cache_read_input_tokens": 2000, '
+        '"cache_creation_input_tokens": 100, "prompt_tokens_details": {"cached_tokens": 2000}}',
+        Usage(2103, 9),
+        True,
+    ),
+    "spoken answers in the completion": (
+        '{"prompt_tokens": 7, "completion_tokens": 9, "completion_tokens_details": {"audio_tokens": 5}}',
+        Usage(7, 9),
         True,
     ),
     "a total alone": ('{"total_tokens": 9}', Usage(0, 9), True),

@@ -527,6 +527,10 @@ def test_messages_as_evaluation_clients_send_them() -> None:
                 status, _ = await server.post({**CHAT, "messages": [{"role": "user", **message}]})
                 assert status == 200
             assert {prompt for prompt, _, _ in server.engine.calls} == {"<user>hi<assistant>"}
+            sent_back: dict[str, Any] = {"role": "assistant", "content": "a", "refusal": None, "tool_calls": []}
+            chat: list[Any] = [{"role": "developer", "content": "be"}, *HELLO, sent_back, *HELLO]
+            assert (await server.post({**CHAT, "messages": chat, "safety_identifier": "me"}))[0] == 200
+            assert server.engine.calls[-1][0] == "<developer>be<user>hi<assistant>a<user>hi<assistant>"
             neutral = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "temperature": 1e-5}
             assert (await server.post({**CHAT, **neutral}))[0] == 200
 

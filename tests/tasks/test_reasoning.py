@@ -31,8 +31,14 @@ FORMS = {
     "Kimi's marks": "\u25c1think\u25b7{}\u25c1/think\u25b7ANSWER",
     "a block behind the answer": "ANSWER\n<think>{}</think>",
     "a second thought that the token limit cut": "ANSWER<think>{}",
+    "a thought that speaks of its own end": "<think>{} I write </think> at the end. {}</think>ANSWER",
+    "Gemma 4's marks": "<|channel>thought\n{}<channel|>ANSWER",
+    "Cohere's marks": "<|START_THINKING|>{}<|END_THINKING|><|START_RESPONSE|>ANSWER<|END_RESPONSE|>",
+    "gpt-oss's channels": "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>ANSWER",
+    "gpt-oss's channels, several of them": "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>"
+    "commentary<|message|>{}<|end|><|start|>assistant<|channel|>final <|constrain|>text<|message|>ANSWER<|return|>",
 }
-CUT = ("<think>{}", "<think>\n{} <think>{}", "[THINK]{}")
+CUT = ("<think>{}", "<think>\n{} <think>{}", "[THINK]{}", "<|channel|>analysis<|message|>{}", "<|channel>thought\n{}")
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -45,6 +51,11 @@ def test_only_the_answer_is_left(form: str) -> None:
 def test_a_thought_that_never_ended_leaves_no_answer(form: str) -> None:
     """Oracle: the empty text."""
     assert without_reasoning(form.replace("{}", "It is 5.")) == ""
+
+
+def test_ten_thousand_nested_thoughts_are_read_in_one_pass() -> None:
+    """Oracle: the answer; searching for the innermost block again and again took minutes."""
+    assert without_reasoning("<think>" * 10_000 + "</think>" * 10_000 + "7") == "7"
 
 
 @given(st.text())

@@ -147,6 +147,13 @@ HOSTILE = {
     "an original length of 1e999": (
         "rope_scaling", YARN | {"original_max_position_embeddings": float("inf")}, "original_max_position_embeddings is"
     ),
+    "a factor without a type": ("rope_scaling", {"factor": 2.0}, "'factor' is not known to rope_type 'default'"),
+    "a setting of another type": (
+        "rope_scaling", {"type": "linear", "factor": 2.0, "beta_fast": 32.0}, "'beta_fast' is not known to rope_type"
+    ),
+    "weights that are said to be quantised": (
+        "quantization_config", {"quant_method": "awq"}, "quantization_config is .*use the unquantised one"
+    ),
     "a scale of 1e300": ("rope_scaling", YARN | {"mscale": 1e300, "mscale_all_dim": 1.0}, "mscale is 1e\\+300"),
     "a factor of 5e-324": ("rope_scaling", {"rope_type": "linear", "factor": 5e-324}, "factor is 5e-324"),
     "a base whose logarithm is 0": ("rope_scaling", YARN | {"rope_theta": 1.0}, "config.json: .*division by zero"),

@@ -242,7 +242,7 @@ def test_every_straight_program_wins_in_its_room(task_type: str) -> None:
     assert (session.won, outcome.error) == (True, "")
 
 
-@pytest.mark.parametrize("style", [Style("full"), Style("compact"), Style("brief")], ids=lambda style: style.name)
+@pytest.mark.parametrize("style", [Style("full"), Style("compact")], ids=lambda style: style.name)
 def test_what_went_wrong_is_shown_after_what_was_said(style: Style) -> None:
     """Oracle: by eye: the conversation continues, roles alternate."""
     again = style.replan(scene(), "the plan", "it broke")
@@ -254,6 +254,17 @@ def test_what_went_wrong_is_shown_after_what_was_said(style: Style) -> None:
     for prompt in (again, retry, style.ask("where?")):
         roles = [message.role for message in prompt]
         assert roles[0] == "system" and roles[1:] == ["user", "assistant"] * ((len(roles) - 1) // 2) + ["user"]
+
+
+def test_the_brief_style_shows_what_was_searched_in_place_of_the_log() -> None:
+    """Oracle: by hand: the request for a program again, and below it the error and the places of both kinds."""
+    style, plan, failure = Style("brief"), "1. find yam: stove", Failure("log", "TypeError: x", ["stove"])
+    asked, retry = style.solve(scene(), plan), style.retry(scene(), plan, "code", failure)
+    assert retry[:-1] == asked[:-1]
+    more = "\nA program for this failed: TypeError: x\nIt is not in 'stove'. Search 'cabinet' in place of them.\n"
+    assert retry[-1].content == asked[-1].content + more
+    (*_, again) = style.retry(scene(), plan, "code", Failure("log", "", ["stove", "cabinet"]))
+    assert again.content.strip() == asked[-1].content  # everything is searched: nothing can be named
 
 
 def test_the_screen_loses_only_its_title() -> None:

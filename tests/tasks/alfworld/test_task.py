@@ -27,6 +27,7 @@ from matryoshka.tasks.alfworld.game import load_game
 from matryoshka.tasks.alfworld.options import AlfworldOptions
 from matryoshka.tasks.alfworld.playthrough import screen_text
 from matryoshka.tasks.alfworld.program import Limits
+from matryoshka.tasks.alfworld.prompt_style import Style
 from matryoshka.tasks.alfworld.task import ALFWorldTask
 from matryoshka.tests.tasks.alfworld import kitchen
 
@@ -118,6 +119,19 @@ def play(
 
 def fenced(*parts: str) -> str:
     return f"Here it is:\n```python\n{''.join(parts)}\n```"
+
+
+def test_a_retry_learns_of_every_place_that_was_searched() -> None:
+    """Oracle: by hand: each program looks into one more place, and the next request names them all, in their order."""
+    looks = [f"def step_1(agent, memory):\n    agent.fetch('cup', ['{place}'])\n" for place in ("fridge", "microwave")]
+    generator, task = Voice(*looks), make_task()
+    task.style = Style("brief")
+    settings = RolloutSettings(protocol="oracle", inner_attempts=3)
+    asyncio.run(task.rollout(EXAMPLE, Voice("1. find cup: fridge"), generator, settings))
+    first, second, third = (prompt[-1].content for prompt in generator.prompts)
+    assert "It is not in" not in first
+    assert "It is not in 'fridge'. Search " in second and "'microwave'" in second
+    assert "It is not in 'fridge' or 'microwave'. Search " in third
 
 
 def test_a_program_that_wins() -> None:

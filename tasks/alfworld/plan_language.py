@@ -62,19 +62,10 @@ def parse_step(words: str) -> Step:
 def write_full(steps: Sequence[Step]) -> str:
     """Return the plan in sentences: a general plan, then "[Step 1] ..."."""
     general = {"find": "find a {0}", "put": "put it in {1}", "use": "turn on the {0}"}
-    detailed = {
-        "find": "Find a {0} in {2} and take it.",
-        "put": "Put the {0} in {2}.",
-        "use": "Turn on the {0} in {2}.",
-    }
-    texts: dict[bool, list[str]] = {True: [], False: []}
-    for step in steps:
-        *before, last = step.places
-        named = (step.thing, step.places[0], f"{', '.join(before)} or {last}" if before else last)
-        texts[True].append(general.get(step.verb, f"{step.verb} it").format(*named))
-        texts[False].append(detailed.get(step.verb, f"{step.verb.capitalize()} the {{0}} with {{2}}.").format(*named))
-    lines = [f"[Step {number}] {text}" for number, text in enumerate(texts[False], start=1)]
-    return "\n".join([f"General plan: {', then '.join(texts[True])}.", *lines])
+    told = [general.get(step.verb, f"{step.verb} it").format(step.thing, step.places[0]) for step in steps]
+    sentences = [_sentence(step, step.places, "Turn on the {0} in {1}.", "with") for step in steps]
+    lines = [f"[Step {number}] {text}" for number, text in enumerate(sentences, start=1)]
+    return "\n".join([f"General plan: {', then '.join(told)}.", *lines])
 
 
 def write_compact(steps: Sequence[Step]) -> str:
@@ -97,22 +88,19 @@ def in_sentences(plan: str) -> str:
     for line in plan.splitlines():
         match = NUMBERED.match(line)
         step = parse_step(match[1]) if match else Step("")
-        lines.append(f"{line.partition('.')[0]}. {_sentence(step)}" if step.verb and step.places else line)
+        if step.verb and step.places:  # names of places are quoted as the program must write them
+            sentence = _sentence(step, [repr(place) for place in step.places], "Find a {0} in {1} and use it.", "in")
+            line = f"{line.partition('.')[0]}. {sentence}"
+        lines.append(line)
     return "\n".join(lines)
 
 
-def _sentence(step: Step) -> str:
-    """Return a step as a sentence; names of places are quoted as the program must write them."""
-    *before, last = map(repr, step.places)
-    places = f"{', '.join(before)} or {last}" if before else last
-    match step.verb:
-        case "find":
-            return f"Find a {step.thing} in {places} and take it."
-        case "use":
-            return f"Find a {step.thing} in {places} and use it."
-        case "put":
-            return f"Put the {step.thing} in {places}."
-    return f"{step.verb.capitalize()} the {step.thing} in {places}."
+def _sentence(step: Step, places: Sequence[str], use: str, treat: str) -> str:
+    """Return a step as a sentence. use: the form of a use; treat: the word before the place of a treatment."""
+    *before, last = places
+    known = {"find": "Find a {0} in {1} and take it.", "put": "Put the {0} in {1}.", "use": use}
+    form = known.get(step.verb, f"{step.verb.capitalize()} the {{0}} {treat} {{1}}.")
+    return form.format(step.thing, f"{', '.join(before)} or {last}" if before else last)
 
 
 def straight_program(steps: Sequence[Step]) -> str:

@@ -19,7 +19,6 @@ from matryoshka.tasks.lamp.data import Entry
 from matryoshka.tasks.lamp.task_specs import Kind
 from matryoshka.tasks.prompt_files import PromptFile
 
-SHIPPED = Path(__file__).with_name("prompts")
 ARROW = " => "
 
 Line = tuple[str, str]  # an entry's text, and the user's own label, score or title for it
@@ -46,25 +45,20 @@ class Fitted:
     cut: bool
 
 
-class LampStyle:
-    """One family of prompts: a shipped style or a user's own file. Raises as `PromptFile`."""
-
-    def __init__(self, prompts: str) -> None:
-        self.file = PromptFile(prompts, SHIPPED, ("summarise", "answer"))
-        self.name = self.file.name
-
-    def summarise(self, kind: Kind, lines: Sequence[Line], question: str) -> Messages:
-        """Return the request for a summary of `lines`."""
-        values = {"lines": lines, "history": joined(lines), "question": question}
-        return self.file.render("summarise", name=kind.name, **values)
-
-    def answer(self, kind: Kind, question: str, guidance: str, history: Sequence[Line] = ()) -> Messages:
-        """Return the request for an answer."""
-        values = {"lines": history, "history": joined(history), "question": question, "guidance": guidance}
-        return self.file.render("answer", name=kind.name, **values)
+def open_prompts(prompts: str) -> PromptFile:
+    """Return a shipped style of prompts or a user's own file. Raises as `PromptFile`."""
+    return PromptFile(prompts, Path(__file__).with_name("prompts"), ("summarise", "answer"))
 
 
-PLAIN = LampStyle("plain")
+PLAIN = open_prompts("plain")
+
+
+def answer(
+    kind: Kind, question: str, guidance: str, history: Sequence[Line] = (), prompts: PromptFile = PLAIN
+) -> Messages:
+    """Return the request for an answer."""
+    values = {"lines": history, "history": joined(history), "question": question, "guidance": guidance}
+    return prompts.render("answer", name=kind.name, **values)
 
 
 def summarise(
@@ -73,7 +67,7 @@ def summarise(
     count_tokens: Callable[[Messages], int],
     budget: int,
     question: str = "",
-    style: LampStyle = PLAIN,
+    prompts: PromptFile = PLAIN,
 ) -> Fitted:
     """Return the request for a summary of `lines` that takes at most `budget` tokens.
 
@@ -81,8 +75,11 @@ def summarise(
     Raises ValueError when the request takes more than `budget` without any line.
     """
 
+    def request(kept: Sequence[Line]) -> Messages:
+        return prompts.render("summarise", name=kind.name, lines=kept, history=joined(kept), question=question)
+
     def fits(kept: Sequence[Line]) -> bool:
-        return count_tokens(style.summarise(kind, kept, question)) <= budget
+        return count_tokens(request(kept)) <= budget
 
     def most(n: int, kept: Callable[[int], Sequence[Line]]) -> int:
         """Return a number of at most n with which `kept` fits, the largest if more text never takes fewer tokens."""
@@ -90,7 +87,7 @@ def summarise(
 
     count = most(len(lines), lambda i: lines[:i])
     if count < 0:
-        bare = count_tokens(style.summarise(kind, (), question))
+        bare = count_tokens(request(()))
         raise ValueError(
             f"LaMP-{kind.name}: the request for a summary takes {bare} tokens "
             f"without any history, more than prompt_tokens {budget}; raise it"
@@ -100,7 +97,7 @@ def summarise(
         body, value = lines[0]
         size = most(len(body), lambda i: [(body[:i], value)])
         kept, cut = ((body[:size], value),) if size > 0 else (), True
-    return Fitted(style.summarise(kind, kept, question), len(lines) - len(kept), cut)
+    return Fitted(request(kept), len(lines) - len(kept), cut)
 
 
 def _plain(text: str) -> str:

@@ -17,8 +17,8 @@ from matryoshka.tasks.lamp.prompt_style import ARROW, PLAIN
 from matryoshka.tasks.lamp.task_specs import KINDS, Kind
 
 # The words of the style "plain", by which these readers know what they are asked.
-KNOWN, HISTORY, QUESTION = (PLAIN.file.values[f"{name}_mark"] for name in ("known", "history", "question"))
-SUMMARISE, ANSWER = (PLAIN.file.values[f"{name}_instruction"] for name in ("summarise", "answer"))
+KNOWN, HISTORY, QUESTION = (PLAIN.values[f"{name}_mark"] for name in ("known", "history", "question"))
+SUMMARISE, ANSWER = (PLAIN.values[f"{name}_instruction"] for name in ("summarise", "answer"))
 READERS = ("careful", "hasty", "talkative")
 STATEMENTS = 8  # of a summary, at most
 SUBJECT_WORDS = 4

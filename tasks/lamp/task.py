@@ -14,7 +14,7 @@ from matryoshka.core.records import Example, Judgement, Messages, Metric, Rollou
 from matryoshka.tasks.episode import Episode
 from matryoshka.tasks.lamp.metrics import meteor, metrics
 from matryoshka.tasks.lamp.options import LampOptions
-from matryoshka.tasks.lamp.prompt_style import Fitted, LampStyle, summarise
+from matryoshka.tasks.lamp.prompt_style import Fitted, answer, open_prompts, summarise
 from matryoshka.tasks.lamp.rewards import judge, pair_rule
 from matryoshka.tasks.lamp.scripted_generator import ScriptedReader
 from matryoshka.tasks.lamp.splits import load_splits
@@ -43,8 +43,8 @@ class LampTask(Task):
     def __init__(self, options: LampOptions, setting: TaskSetting) -> None:
         kind = self.kind = kind_of(options.task)
         shape = {name: getattr(options, name) for name in ("prompt_tokens", "show_question", "retrieved")}
-        self.style = LampStyle(options.prompts)
-        other = "" if self.style.name == "plain" else f"-{self.style.name}"
+        self.prompts = open_prompts(options.prompts)
+        other = "" if self.prompts.name == "plain" else f"-{self.prompts.name}"
         self.name = f"lamp-{kind.name}-{content_key(shape)[:8]}{other}"
         self.label = f"LaMP-{kind.name}"
         self.pair_rule = pair_rule(kind)
@@ -101,7 +101,8 @@ class LampTask(Task):
         reply = ""
         with episode:
             guidance = await episode.propose(fitted.prompt)
-            request = self.style.answer(self.kind, question, guidance.text, entries[: self.options.retrieved])
+            shown = entries[: self.options.retrieved]
+            request = answer(self.kind, question, guidance.text, shown, self.prompts)
             reply = (await episode.complete(request)).text
         judged = judge(self.kind, reply, example.fields["answer"])
         measures = {
@@ -143,5 +144,5 @@ class LampTask(Task):
             question = example.fields["question"] if self.options.show_question else ""
             lines, budget = example.fields["entries"], self.options.prompt_tokens
             count = self.setting.count_tokens
-            self._fitted[example.id] = summarise(self.kind, lines, count, budget, question, self.style)
+            self._fitted[example.id] = summarise(self.kind, lines, count, budget, question, self.prompts)
         return self._fitted[example.id]

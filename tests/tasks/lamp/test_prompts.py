@@ -10,7 +10,7 @@ from matryoshka.core.protocols import TaskSetting
 from matryoshka.core.records import Messages
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.tasks.lamp.options import LampOptions
-from matryoshka.tasks.lamp.prompt_style import PLAIN, LampStyle, Line, joined, line, summarise
+from matryoshka.tasks.lamp.prompt_style import Line, answer, joined, line, open_prompts, summarise
 from matryoshka.tasks.lamp.scripted_generator import HISTORY, KNOWN
 from matryoshka.tasks.lamp.task import LampTask
 from matryoshka.tasks.lamp.task_specs import KINDS
@@ -89,20 +89,20 @@ def test_the_question_is_left_out_unless_asked_for() -> None:
 def test_the_generator_sees_guidance_history_and_question() -> None:
     """Oracle: by hand; without either part it is the question alone."""
     question = NEWS.ask("X")
-    (message,) = PLAIN.answer(NEWS, question, "sports: X", [("a", "crime")])
+    (message,) = answer(NEWS, question, "sports: X", [("a", "crime")])
     lines = ["sports: X", HISTORY, "a => crime", f"The question is: {question}"]
     assert message.content.split(f"{KNOWN}\n")[1] == "\n".join(lines)
-    assert [m.content for m in PLAIN.answer(NEWS, question, "", [])] == [f"The question is: {question}"]
+    assert [m.content for m in answer(NEWS, question, "", [])] == [f"The question is: {question}"]
 
 
 def test_the_published_form_is_a_single_message_without_the_question() -> None:
     """Oracle: the structure of the original, by hand: entries joined by ", and ", summary, question, reminder."""
-    published = LampStyle("published")
-    (asked,) = published.summarise(NEWS, [("a", "sports"), ("b", "crime")], "")
+    published = open_prompts("published")
+    (asked,) = summarise(NEWS, [("a", "sports"), ("b", "crime")], letters, 4000, prompts=published).prompt
     assert asked.role == "user" and asked.content.endswith('"a" (sports), and "b" (crime)')
-    (answered,) = published.answer(KINDS["4"], "Q?", "X wins")
+    (answered,) = answer(KINDS["4"], "Q?", "X wins", prompts=published)
     said = "Template: X wins\nThe question is: Q?\nOutput only the headline."
     assert answered.content.partition("Output only the headline.\n")[2] == said
-    assert [m.content for m in published.answer(NEWS, "Q?", "")] == ["The question is: Q?"]
+    assert [m.content for m in answer(NEWS, "Q?", "", prompts=published)] == ["The question is: Q?"]
     task = LampTask(LampOptions(prompts="published"), TaskSetting({}))
     assert task.name == f"{LampTask(LampOptions(), TaskSetting({})).name}-published"

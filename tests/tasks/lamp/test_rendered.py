@@ -3,7 +3,7 @@
 import pytest
 
 from matryoshka.core.records import Messages, content_key
-from matryoshka.tasks.lamp.prompt_style import PLAIN, Line, summarise
+from matryoshka.tasks.lamp.prompt_style import Line, answer, summarise
 from matryoshka.tasks.lamp.task_specs import KINDS
 
 LINES: list[Line] = [("a {{ b }} body", "sports"), ("another text", "3"), ("no value", "")]
@@ -23,7 +23,7 @@ def rendered(name: str) -> list[Messages]:
     question = kind.ask(*(["A {{ title }}", "B", "C"] if name == "1" else ["X y"]))
     for lines in ([], LINES):
         found += [summarise(kind, lines, lambda prompt: 0, 0, shown).prompt for shown in ("", question)]
-        found += [PLAIN.answer(kind, question, guidance, lines) for guidance in ("", "topic: sports\n")]
+        found += [answer(kind, question, guidance, lines) for guidance in ("", "topic: sports\n")]
     return found
 
 

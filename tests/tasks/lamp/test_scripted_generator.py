@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from matryoshka.core.records import Message, Messages, Sampling
-from matryoshka.tasks.lamp.prompt_style import PLAIN, summarise
+from matryoshka.tasks.lamp.prompt_style import answer, summarise
 from matryoshka.tasks.lamp.scripted_generator import READERS, ScriptedReader, read, summary
 from matryoshka.tasks.lamp.task_specs import KINDS
 
@@ -50,7 +50,7 @@ def test_the_other_tasks() -> None:
 
 def test_three_manners_of_reading() -> None:
     """Oracle: by hand; each is another generator by name, and a sentence is read as its label (test_labels)."""
-    prompt = PLAIN.answer(NEWS, NEWS.ask("Cheap wine from old islands"), "old trains: travel\nwine: food & drink")
+    prompt = answer(NEWS, NEWS.ask("Cheap wine from old islands"), "old trains: travel\nwine: food & drink")
     said = {manner: ask(manner, prompt) for manner in READERS}
     assert said == {"careful": "food & drink", "hasty": "travel", "talkative": "The answer is food & drink."}
     assert len({ScriptedReader(manner).name for manner in READERS}) == 3
@@ -64,9 +64,9 @@ def test_guidance_and_retrieved_entries_are_both_known() -> None:
     """Oracle: by hand: the summary says nothing of the topic, an entry does."""
     question = NEWS.ask("All about tea")
     history = [("Notes on tea", "crime")]
-    assert ask("careful", PLAIN.answer(NEWS, question, "wine: travel", history)) == "crime"
-    assert ask("careful", PLAIN.answer(NEWS, question, "", history)) == "crime"
-    assert ask("careful", PLAIN.answer(NEWS, question, "")) == "unknown"
+    assert ask("careful", answer(NEWS, question, "wine: travel", history)) == "crime"
+    assert ask("careful", answer(NEWS, question, "", history)) == "crime"
+    assert ask("careful", answer(NEWS, question, "")) == "unknown"
 
 
 def test_a_request_for_a_summary_is_answered_by_counting() -> None:

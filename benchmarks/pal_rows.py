@@ -18,9 +18,10 @@ from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import Item
 from matryoshka.dpo.data import text_completion
 from matryoshka.tasks.pal import synthetic_problems as words
-from matryoshka.tasks.pal.prompt_style import PromptStyle
+from matryoshka.tasks.pal.task import open_prompts
+from matryoshka.tasks.prompt_files import PromptFile
 
-STYLES = {name: PromptStyle(name) for name in ("full", "compact")}
+STYLES = {name: open_prompts(name) for name in ("full", "compact")}
 SENTENCE_END = re.compile(r"(?<=[.?!])\s+")
 
 
@@ -51,18 +52,18 @@ def pal_items(
     return items
 
 
-def _word_problems(n: int, style: PromptStyle, seed: int) -> list[tuple[Messages, str]]:
+def _word_problems(n: int, style: PromptFile, seed: int) -> list[tuple[Messages, str]]:
     problems = words.problems("train", n, seed)
-    return [(style.guidance(problem.question), _plan(style, problem.steps)) for problem in problems]
+    return [(style.render("guidance", question=problem.question), _plan(style, problem.steps)) for problem in problems]
 
 
-def _file_rows(path: Path, style: PromptStyle) -> Iterable[tuple[Messages, str]]:
+def _file_rows(path: Path, style: PromptFile) -> Iterable[tuple[Messages, str]]:
     rows = read_jsonl(path)
     asked = [_asked(row["question"]) for row in rows if isinstance(row.get("question"), str)]
     for number, row in enumerate(rows, start=1):
         if isinstance(row.get("question"), str):
             steps = [asked[(number - 1) % len(asked)], asked[number % len(asked)]]
-            yield style.guidance(row["question"]), _plan(style, steps)
+            yield style.render("guidance", question=row["question"]), _plan(style, steps)
         elif "prompt" in row and "response" in row:
             try:
                 yield _messages(row["prompt"]), _messages(row["response"])[-1].content
@@ -78,8 +79,8 @@ def _asked(question: str) -> str:
     return next((s for s in reversed(sentences) if s.endswith("?")), sentences[-1])
 
 
-def _plan(style: PromptStyle, steps: Sequence[str]) -> str:
-    header = style.file.values.get("header")
+def _plan(style: PromptFile, steps: Sequence[str]) -> str:
+    header = style.values.get("header")
     return "\n".join([header, *steps] if header else steps)
 
 

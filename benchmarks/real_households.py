@@ -30,7 +30,7 @@ from matryoshka.core.records import Trajectory
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.context import Run, Scheme, open_run
 from matryoshka.pilot.environment import environment
-from matryoshka.pilot.episodes import run_episodes
+from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.evaluate import schemes
 from matryoshka.pilot.stages import collect, is_trained, policy_before, train_round, train_star, warm_up, write_pairs
 from matryoshka.tasks.alfworld.options import AlfworldOptions
@@ -81,7 +81,10 @@ def main() -> None:
     path = root / "results" if options.quick else RESULTS / ("real_transfer" if options.transfer else "real_households")
     try:
         for seed in options.seeds:
-            run_seed(options, configuration(options, seed, size, file), root, outcomes, saved(options, root, size))
+            config = configuration(options, seed, size, file)
+            run_seed(options, config, root, outcomes, saved(options, root, size))
+            if "star_2" in options.conditions:
+                run_second_star(options, config, root, outcomes, saved(options, root, size))
         if "react" in options.conditions and not options.quick:
             run_react(configuration(options, options.seeds[0], size, file), root, outcomes, saved(options, root, size))
     finally:  # a run that is stopped writes what there is
@@ -186,6 +189,38 @@ def run_seed(options: Options, config: RunConfig, root: Path, outcomes: Outcomes
                 outcomes.save(path)
 
 
+def run_second_star(options: Options, config: RunConfig, root: Path, outcomes: Outcomes, path: Path) -> None:
+    """Train the STaR control for a second round, as far as it is not trained, and evaluate it on the test games.
+
+    Its own policy samples as many episodes as a round does, and it learns from the winners of both rounds, going on
+    from where it was. So it has as many calls of the generator as two rounds of preferences.
+    """
+    folder = root / "transfer" if options.transfer else root
+    first = folder / config.name / "star" / "adapter"
+    again = replace(
+        config,
+        name=f"{config.name}-star",
+        rounds=1,
+        controller=replace(config.controller, adapter=str(first)),
+        warmup=replace(config.warmup, source="adapter"),
+    )
+    is_known = (folder / again.name / "star" / "adapter").exists()
+    if not first.exists() or (options.test_only and not is_known):
+        return
+    earlier: list[Trajectory] = []
+    if not is_known:
+        with open_run(config, folder, cache=root / "answers.sqlite") as run:
+            earlier = collect(run, 1)
+    with open_run(again, folder, cache=root / "answers.sqlite") as run:
+        if not is_known:
+            warm_up(run)
+            train_star(run, earlier + collect(run, 1))
+        episodes, seconds = tested(run, "star_2", policy_scheme(run, "star"))
+        assert isinstance(run.task, ALFWorldTask)
+        outcomes.add("star_2", str(config.seed), episodes, seconds, causes(run.task, episodes))
+    outcomes.save(path)
+
+
 def train(run: Run, known: dict[str, Any] | None) -> dict[str, Any]:
     """Run warm-up, rounds and STaR as far as they are not done, and return what they took and used.
 
@@ -259,14 +294,14 @@ def say_plan(options: Options, size: str) -> None:
     config = load_toml(RunConfig, options.config)
     task, seeds, per_call = config.task, len(options.seeds), SECONDS_PER_CALL[size]
     games = QUICK_GAMES if options.quick else options.games or task.test
-    policies = config.rounds + 1 + config.star
+    policies = config.rounds + 1 + 2 * config.star
     fixed = games * 6  # no plan, wrong, gold, untrained; the generator's own plan takes two calls
     calls = fixed + seeds * policies * games
     stages = 0
     if not options.test_only:
         warm = task.warmup * config.warmup.samples * 2
-        rounds = config.rounds * (task.train * config.rollout.samples * NEW_PLANS + task.validation)
-        calls, stages = calls + int(seeds * (warm + rounds)), seeds * (config.rounds + 2)
+        rounds = (config.rounds + config.star) * (task.train * config.rollout.samples * NEW_PLANS + task.validation)
+        calls, stages = calls + int(seeds * (warm + rounds)), seeds * (config.rounds + 3)
     hours = (calls * per_call + stages * TRAINING_S) / 3600
     points = 100 * smallest_difference(games, seeds, DISAGREEMENT, SHARED, SEED_DEVIATION if seeds > 1 else 0.0)
     print(

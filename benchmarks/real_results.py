@@ -19,7 +19,8 @@ TITLES = {
     "own_guidance": "the generator's own plan",
     "untrained": "untrained controller",
     "warmup": "after warm-up",
-    "star": "STaR at equal calls",
+    "star": "STaR, one round",
+    "star_2": "STaR, two rounds",
     "round_1": "after round 1",
     "round_2": "after round 2",
     "round_3": "after round 3",
@@ -30,6 +31,8 @@ PRICE = (0.15, 0.60)
 generator here runs on the machine itself and costs nothing."""
 FIXED = ("no_guidance", "react", "wrong_guidance", "own_guidance", "untrained", "gold_guidance")
 """Conditions that do not depend on the seed of the training: they are evaluated once."""
+CONTROLS = ("star", "star_2")
+"""Conditions that a seed may lack: they are in the tables once every seed has them."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Outcomes:
     @property
     def seeds(self) -> list[str]:
         """The seeds of which the warm-up and every round are measured."""
-        ladder = [rows for condition, rows in self.table.items() if condition not in (*FIXED, "star")]
+        ladder = [rows for condition, rows in self.table.items() if condition not in (*FIXED, *CONTROLS)]
         return sorted(set.intersection(*(set(rows) for rows in ladder))) if ladder else []
 
     @property
@@ -129,14 +132,18 @@ class Outcomes:
 
 
 def comparisons(conditions: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the pairs that the table compares: the last round with all others, and each step with the one before."""
+    """Return the pairs that the table compares: the last round with all others, and each step with the one before.
+
+    A round is compared with the STaR control of as many rounds, which had as many calls of the generator.
+    """
     rounds = sorted(name for name in conditions if name.startswith("round_"))
     if not rounds:
         return []
     last = rounds[-1]
     ladder = [name for name in ("untrained", "warmup", *rounds) if name in conditions]
-    against = [name for name in ("warmup", "own_guidance", "no_guidance", "star", "untrained") if name in conditions]
+    against = [name for name in ("warmup", "own_guidance", "no_guidance", "untrained") if name in conditions]
     pairs = [(name, last) for name in against] + list(zip(ladder, ladder[1:], strict=False))
+    pairs += [(star, name) for star, name in zip(CONTROLS, ("round_1", "round_2"), strict=True) if star in conditions]
     return list(dict.fromkeys(pairs))
 
 

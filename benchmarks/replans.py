@@ -32,9 +32,9 @@ from matryoshka.pilot.recipes import RECIPES
 from matryoshka.pilot.stages import (
     after_first_turn,
     collect,
+    episodes_seed,
     generator_scheme,
     in_controller_tokens,
-    replan_seed,
     train_round,
     warm_up,
     write_pairs,
@@ -113,7 +113,7 @@ def run_seed(config: RunConfig, root: Path) -> SecondPlans:
 
 def replanned_by_generator(run: Run, done: Sequence[Trajectory]) -> list[Trajectory]:
     """Return TAUGHT second plans of the generator behind each training game's failed first plan, without that one."""
-    settings = sampled_settings(run.config, replan_seed(run.config, 1), TAUGHT)
+    settings = sampled_settings(run.config, episodes_seed("replan", run.config, 1), TAUGHT)
     failed = {episode.example_id for episode in done if len(episode.turns) > 1}
     scheme = again(generator_scheme(run.config), done)
     episodes = run_episodes(run, scheme, ["train"], settings, "taught", only=failed)

@@ -20,16 +20,15 @@ from matryoshka.dpo.head import token_logps
 from matryoshka.dpo.objectives import SFT
 from matryoshka.lora.files import save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter, set_active, trainable_parameters
-from matryoshka.tasks.pal.prompt_style import PromptStyle
+from matryoshka.tasks.pal.task import open_prompts
 
 OUT = Path(__file__).resolve().parent.parent / "inference" / "demo_generator"
 
 
 def item(tokenizer: Tokenizer, lesson: Lesson) -> Item:
     """Return a training item: the prompt's ids, then program and end of turn, which alone are scored."""
-    prompt = tokenizer.render(
-        PromptStyle("compact").code(lesson.question, lesson.steps), add_generation_prompt=True
-    ).ids
+    request = open_prompts("compact").render("code", question=lesson.question, guidance=lesson.steps)
+    prompt = tokenizer.render(request, add_generation_prompt=True).ids
     answer = (*tokenizer.encode(lesson.program), tokenizer.eos_id)
     return Item((Tokens((*prompt, *answer), (0,) * len(prompt) + (1,) * len(answer)),), lesson.question)
 

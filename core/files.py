@@ -292,6 +292,15 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
 
 
+EMBEDDED_MODEL = "`matryoshka convert --out FOLDER` makes one of the embedded SmolLM2-135M-Instruct"
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise FileNotFoundError, which says how to get one, where there is no model folder."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; expected a Hugging Face model folder; {EMBEDDED_MODEL}")
+
+
 def fsync(path: Path) -> None:
     """Return when the disk holds the contents of a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)

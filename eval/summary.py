@@ -1,7 +1,7 @@
 """The numbers of a report: conditions over the same examples, their tables and their paired comparisons.
 
-Nothing is formatted here. The invariant: every number of one report comes from one protocol and one
-set of examples, each answered exactly once by every condition. An episode counts as right only if its verdict is
+Nothing is formatted here. The invariant: every number of one report comes from one protocol and one set of examples,
+each answered exactly once by every condition. An episode counts as right only if its verdict is
 "right": one that raised an error, or whose generator failed for good, stays in the denominator.
 """
 

@@ -29,11 +29,9 @@ from matryoshka.pilot.evaluate import check_splits, policy_conditions
 from matryoshka.pilot.folder import CONFIG, GATEWAY, RUNS, cache_path
 from matryoshka.pilot.stages import (
     after_first_turn,
-    bootstrap_seed,
     bootstrapped,
-    collection_seed,
+    episodes_seed,
     in_controller_tokens,
-    replan_seed,
     replanned,
 )
 from matryoshka.tasks.find import task_class
@@ -69,7 +67,7 @@ def collect_apart(config: CollectConfig, world: World, runs: Path = RUNS) -> dic
         run = stack.enter_context(open_run(named, out.parent, cache_path(runs / settings.name), world, trains=False))
         check_splits(run, config.split)
         (found,) = policy_conditions(run, [config.policy], stack).values()
-        draws = sampled_settings(named, collection_seed(named, 1), named.rollout.samples)
+        draws = sampled_settings(named, episodes_seed("collect", named, 1), named.rollout.samples)
         episodes = run_episodes(run, found[1], config.split, draws, f"collect {config.policy}")
         if config.split == CollectConfig.split and config.policy != "own":
             episodes += replanned(run, found[1], 1, episodes)
@@ -131,16 +129,16 @@ def read_episodes(path: Path) -> Episodes:
     if not (path / CONFIG).is_file():
         return Episodes(rows)
     config = load_toml(RunConfig, path / CONFIG)
-    rollout, order = config.rollout, {}
+    rollout, order, replayed = config.rollout, {}, set()
     for round in range(1, max(1, config.rounds) + 1):
-        order[collection_seed(config, round)] = (round, 0, rollout.samples)
-        order[replan_seed(config, round)] = (round, 1, rollout.replans)
-        order[bootstrap_seed(config, round)] = (round, 2, rollout.bootstrap)
+        order[episodes_seed("collect", config, round)] = (round, 0, rollout.samples)
+        order[replans := episodes_seed("replan", config, round)] = (round, 1, rollout.replans)
+        order[episodes_seed("bootstrap", config, round)] = (round, 2, rollout.bootstrap)
+        replayed.add(replans)
     sampled = {key: row for key, row in rows.items() if row.info.seed in order}
     drawn = Counter(_group(row) for row in sampled.values())
     whole = {key: row for key, row in sampled.items() if drawn[_group(row)] >= order[row.info.seed][2]}
     ordered = dict(sorted(whole.items(), key=lambda item: (*order[item[1].info.seed], item[1].info.draw)))
-    replayed = {replan_seed(config, round) for round in range(1, max(1, config.rounds) + 1)}
     ordered = {key: after_first_turn(row) if row.info.seed in replayed else row for key, row in ordered.items()}
     if any(turn.action.token_ids is None for row in ordered.values() for turn in row.turns):
         tokenizer = Tokenizer.load(config.controller.folder)

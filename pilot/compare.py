@@ -1,6 +1,6 @@
 """Runs, evaluations and scores with one another: paired over the problems that are equal, protocols never mixed."""
 
-import re
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ def read_results(folders: Sequence[Path]) -> list[list[Result]]:
 
     Raises FileNotFoundError without one; ValueError for a report that does not say which problems it is about.
     """
-    names = _names(folders)
+    names = short_names([folder if folder.is_dir() else folder.parent for folder in folders])
     return [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
@@ -102,10 +102,15 @@ def _read(folder: Path, name: str) -> list[Result]:
     ]  # fmt: skip
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    short = [folder.name if folder.is_dir() else folder.parent.name for folder in folders]
-    unique = len(set(short)) == len(short)
-    return short if unique else [re.sub(r"/report\.json$", "", str(folder)) for folder in folders]
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each path: its last part or, where that tells two of them not apart, as many as do."""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    different = len(set(parts))
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-count:]) for own in parts]
+        if len(set(names)) == different:
+            break
+    return names
 
 
 def _chosen(run: Sequence[Result], condition: str) -> Result:

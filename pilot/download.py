@@ -1,9 +1,9 @@
 """A benchmark's files from their own site, checked and resumable.
 
 `manifest.json` in the target folder, which its user may edit, holds each file's address and checksum. Where no checksum
-is known, the first download says so and records the one that it saw, and every later one must give the same bytes, on
-another machine too if the manifest is copied there. The invariant: a file under its final name is complete and has the
-manifest's checksum; a partial one is in `.part`.
+is known, the first download warns and records the checksum of what came; every later download must have the same one,
+also on another machine to which the manifest is copied. The invariant: a file under its final name is complete and has
+the manifest's checksum; a partial one is in `.part`.
 """
 
 import hashlib
@@ -81,11 +81,8 @@ def _say_unknown(path: Path, digest: str, reported: int) -> None:
 
 def _git_blob(path: Path) -> str:
     """Return the id that git gives to the file's bytes."""
-    found = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as handle:
-        while piece := handle.read(PIECE_BYTES):
-            found.update(piece)
-    return found.hexdigest()
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def _download_first(urls: Sequence[str], path: Path, sha256: str) -> str:
@@ -114,14 +111,10 @@ def _unpack(archive: Path, out: Path) -> None:
                     if not target.resolve().is_relative_to(out.resolve()):
                         raise ValueError(f"{archive}: member {member.filename!r} leads out of the folder")
                     if not target.is_file() or target.stat().st_size != member.file_size:
-                        write_atomic(target, partial(_write, body=opened.read(member)))
+                        write_atomic(target, partial(Path.write_bytes, data=opened.read(member)))
                     progress.update(number, "files")
     except (zipfile.BadZipFile, EOFError, zlib.error) as err:
         raise ValueError(f"{archive}: not a whole zip archive ({err}); delete it to fetch it again") from err
-
-
-def _write(path: Path, body: bytes) -> None:
-    path.write_bytes(body)
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, str]]:

@@ -9,7 +9,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,6 @@ from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, fixed_schemes
 
 EXAMPLES = 20
-
-
-@dataclass(frozen=True)
-class Average:
-    """A mean over episodes with the half-width of its 95% interval."""
-
-    value: float
-    error: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Average":
-        spread = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-        return cls(statistics.fmean(values), spread)
 
 
 def estimate_run(config: RunConfig, root: Path) -> dict[str, Any]:
@@ -59,18 +46,24 @@ def extrapolate(run: Run, done: Sequence[Trajectory]) -> dict[str, Any]:
         raise ValueError("estimate: all episodes failed, since the generator did not answer; check [generator]")
     if run.account is not None and not any(usage != Usage() for usage in usages):
         raise ValueError("estimate: the generator's answers do not report tokens (`usage`), so their cost is unknown")
-    tokens = Average.of([usage.prompt_tokens + usage.completion_tokens for usage in usages])
+    tokens, tokens_error = _total(total, [usage.prompt_tokens + usage.completion_tokens for usage in usages])
     price = None if run.account is None else run.account.price
-    usd = None if price is None else Average.of([price.usd(usage) for usage in usages])
+    usd, usd_error = (None, None) if price is None else _total(total, [price.usd(usage) for usage in usages])
     return {
         "episodes": episodes,
         "calls": total * statistics.fmean(info.calls for info in infos),
-        "tokens": total * tokens.value,
-        "tokens_error": total * tokens.error,
-        "usd": None if usd is None else total * usd.value,
-        "usd_error": None if usd is None else total * usd.error,
+        "tokens": tokens,
+        "tokens_error": tokens_error,
+        "usd": usd,
+        "usd_error": usd_error,
         "sampled": len(usages),
     }
+
+
+def _total(count: int, values: Sequence[float]) -> tuple[float, float | None]:
+    """Return `count` times the mean of `values` and the half-width of its 95% interval, None for a single value."""
+    spread = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return count * statistics.fmean(values), None if spread is None else count * spread
 
 
 def num_episodes(config: RunConfig, task: Task, problems: Problems) -> dict[str, int]:

@@ -5,6 +5,7 @@ folder's name carries a hash of all settings, so the same command continues an e
 another one. It shares the generator's answers with the run of the configuration's name.
 """
 
+import json
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from matryoshka.eval.baselines import GeneratorGuidance, NoGuidance, ScriptedGui
 from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.inference.local_controller import TokenSampler
 from matryoshka.pilot.config import RunConfig, rollout_settings, run_part
-from matryoshka.pilot.context import Problems, Run, Scheme, open_run
+from matryoshka.pilot.context import ENVIRONMENT, Problems, Run, Scheme, open_run
 from matryoshka.pilot.environment import environment, hardware, typed_command, versions
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.folder import cache_path, trained_stages
@@ -206,11 +207,6 @@ class EvaluateConfig(RunConfig):
     """Other generators to evaluate the run's policies with instead, separated by commas: names of models at
     [generator], or of scripted generators where [serve] names one, or TOML files with the keys of [generator]."""
 
-    @property
-    def run(self) -> RunConfig:
-        """The configuration of the run alone."""
-        return run_part(self)
-
 
 def evaluate_policies(config: EvaluateConfig, root: Path, world: World) -> list[dict[str, Any]]:
     """Evaluate `config.policy` under the other settings of `config` and return a row for each policy.
@@ -218,7 +214,7 @@ def evaluate_policies(config: EvaluateConfig, root: Path, world: World) -> list[
     The evaluation's folder gets evaluation.json, the report and every episode. Raises ValueError for a policy that is
     none and for splits that the task does not have.
     """
-    settings = config.run
+    settings = run_part(config)
     folder = root / f"{settings.name}-evaluation-{content_key(to_json(settings))[:8]}"
     folder = Path(config.out) if config.out else folder
     cache = cache_path(root / settings.name)
@@ -237,31 +233,32 @@ def evaluate_policies(config: EvaluateConfig, root: Path, world: World) -> list[
             conditions.append(replace(found, name=slug(policy), label=policy))
     order = [slug(ALIASES.get(policy, policy)) for policy in config.policy]
     conditions.sort(key=lambda condition: order.index(slug(condition.name)))
-    rows = [_row(run, condition) for condition in conditions]
+    report = plain_report(run, f"Evaluation {run.config.name}", conditions, config.split)
+    rows = [
+        {"policy": c.name, "label": c.label, "metrics": to_json(report.metrics[c.name])}
+        | {"episodes": len(c.trajectories), "calls": c.calls, "tokens": c.tokens}
+        for c in conditions
+    ]
     if world.is_first:
         write_json(run.folder / "evaluation.json", {"settings": to_json(settings), "policies": rows})
-        write_report(_report(run, conditions, config.split), run.folder)
+        first, *rest = report.metrics
+        write_report(replace(report, comparisons=[(first, other) for other in rest]), run.folder)
     return rows
 
 
-def _row(run: Run, condition: Condition) -> dict[str, Any]:
-    metrics = {name: to_json(metric) for name, metric in run.task.score(condition.trajectories).items()}
-    costs = {"episodes": len(condition.trajectories), "calls": condition.calls, "tokens": condition.tokens}
-    return {"policy": condition.name, "label": condition.label, "metrics": metrics, **costs}
-
-
-def _report(run: Run, conditions: Sequence[Condition], splits: Sequence[str]) -> ReportInput:
+def plain_report(run: Run, title: str, conditions: Sequence[Condition], splits: Sequence[str]) -> ReportInput:
+    """Return what every report of an open run has: its conditions over `splits`, their metrics, and where they ran."""
     machine = environment()
-    first, *others = [condition.name for condition in conditions]
+    if run.is_read and (run.folder / ENVIRONMENT).is_file():  # the machine that the run was started on
+        machine = json.loads((run.folder / ENVIRONMENT).read_text())
     return ReportInput(
-        title=f"Evaluation {run.config.name}",
+        title=title,
         command=typed_command(),
         config=to_json(run.config),
         hardware=hardware(machine) | run.task.facts(),
         versions=versions(machine),
         conditions=conditions,
         examples=[example for split in splits for example in run.problems[split]],
-        comparisons=[(first, other) for other in others],
         metrics={condition.name: run.task.score(condition.trajectories) for condition in conditions},
         counts={"left_out": left_out(run)},
     )

@@ -116,14 +116,12 @@ class DpoCommand(SftCommand):
     """
 
 
-def finetune(
-    settings: SftCommand, preference: Preference | None, reference_cache: Path | None = None
-) -> dict[str, Any] | None:
+def finetune(settings: SftCommand) -> dict[str, Any] | None:
     """Train an adapter and write it to `out/adapter`, or all weights and write the model to `out/model`.
 
-    Return counts, the path written and the last metrics on the first rank, None on the others: processes that torchrun
-    started share every batch. preference None is SFT. reference_cache: a file that keeps reference log-probs. Pairs
-    that repeat an earlier one are left out and counted. Raises ValueError, FileNotFoundError for settings that exclude
+    A `DpoCommand` trains on preferences, any other command is SFT. Returns counts, the path written and the last
+    metrics on the first rank, None on the others: processes that torchrun started share every batch. Pairs that repeat
+    an earlier one are left out and counted. Raises ValueError, FileNotFoundError for settings that exclude
     each other, malformed data, a model that does not fit, and a folder in which another process trains.
     """
     if settings.tune == "full" and settings.adapter:
@@ -132,12 +130,13 @@ def finetune(
         raise ValueError(f"quantization {settings.quantization!r} is for a frozen base; train an adapter on it")
     with ExitStack() as stack:
         world = stack.enter_context(open_world(settings.device, settings.train.rank_timeout_s))
-        return _finetune(settings, preference, reference_cache, world, stack)
+        return _finetune(settings, world, stack)
 
 
-def _finetune(
-    settings: SftCommand, preference: Preference | None, reference_cache: Path | None, world: World, stack: ExitStack
-) -> dict[str, Any] | None:
+def _finetune(settings: SftCommand, world: World, stack: ExitStack) -> dict[str, Any] | None:
+    preference, reference_cache = None, None
+    if isinstance(settings, DpoCommand):
+        preference, reference_cache = settings.objective, settings.reference_cache
     torch.set_num_threads(settings.threads or max(1, usable_cores() // world.local_size))
     model_path = model_folder(settings.model)
     tokenizer, context = Tokenizer.load(model_path), empty_model(model_path).config.max_position_embeddings

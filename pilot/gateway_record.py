@@ -306,7 +306,7 @@ def train_from(folder: Path) -> dict[str, Any]:
         dtype=controller.dtype, quantization=controller.quantization, device=controller.device,
         threads=controller.threads, lora=config.lora, train=config.train, objective=config.objective,
     )  # fmt: skip
-    trained = finetune(command, config.objective) or {}
+    trained = finetune(command) or {}
     return {"stage": stage, "starts_from": before or "untrained", **summary, **trained}
 
 

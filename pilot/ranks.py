@@ -48,16 +48,10 @@ class Ranks:
 
     def texts(self, text: str) -> list[str]:
         """Return the text of every rank, in rank order. Raises RuntimeError when a rank is dead."""
-        data, rank, size = text.encode(), self.world.rank, self.world.size
-        lengths = self.sums([len(data) if i == rank else 0 for i in range(size)])
-        texts = torch.zeros(sum(lengths), dtype=torch.uint8)  # one after the other; each rank fills in its own
-        if data:
-            start = sum(lengths[:rank])
-            texts[start : start + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        if size > 1 and len(texts):
-            dist.all_reduce(texts, group=self._group)
-        joined, ends = texts.numpy().tobytes(), [sum(lengths[: i + 1]) for i in range(size)]
-        return [joined[end - length : end].decode() for end, length in zip(ends, lengths, strict=True)]
+        texts = [text] * self.world.size
+        if self.world.size > 1:
+            dist.all_gather_object(texts, text, group=self._group)
+        return texts
 
     def barrier(self) -> None:
         """Wait until every rank has called this."""

@@ -1,8 +1,7 @@
 """The files in which a run reports its results: report.json, .md, .html, summary, verdicts, scores, transfer.json."""
 
-import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,22 @@ from typing import Any
 from matryoshka.core.config import load_toml
 from matryoshka.core.files import read_jsonl, write_json
 from matryoshka.core.protocols import Task
-from matryoshka.core.records import Example, Trajectory, to_json
+from matryoshka.core.records import Example, Metric, Trajectory, to_json
 from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.eval.statistics import Paired, PairedScores, paired_difference, paired_scores
 from matryoshka.eval.summary import graded_scores
 from matryoshka.lora.files import adapter_hash
 from matryoshka.pilot.config import EMBEDDED_ADAPTER, RunConfig
-from matryoshka.pilot.context import ENVIRONMENT, Run, open_run
-from matryoshka.pilot.environment import environment, hardware, typed_command, versions
+from matryoshka.pilot.context import Run, open_run
 from matryoshka.pilot.episodes import NotRecordedError, policy_scheme, run_episodes
-from matryoshka.pilot.evaluate import HELD_OUT_SPLITS, evaluate, evaluate_with, schemes, trained_rounds
+from matryoshka.pilot.evaluate import (
+    HELD_OUT_SPLITS,
+    evaluate,
+    evaluate_with,
+    plain_report,
+    schemes,
+    trained_rounds,
+)
 from matryoshka.pilot.folder import CONFIG
 from matryoshka.pilot.stages import collect, is_trained, left_out, pairs_so_far
 
@@ -93,30 +98,20 @@ def round_counts(run: Run) -> dict[str, Any]:
 def _report_input(
     run: Run, conditions: Sequence[Condition], counts: dict[str, Any], validation: dict[str, Any]
 ) -> ReportInput:
-    examples = [e for split in HELD_OUT_SPLITS for e in run.problems[split]]
+    plain = plain_report(run, f"Pilot {run.config.name}", conditions, HELD_OUT_SPLITS)
     groups = {split: [e.id for e in run.problems[split]] for split in HELD_OUT_SPLITS}
-    machine = environment()
-    if run.is_read and (run.folder / ENVIRONMENT).is_file():  # the machine that the run was started on
-        machine = json.loads((run.folder / ENVIRONMENT).read_text())
     stages = [path.parent for path in sorted(run.folder.glob("**/metrics.jsonl"))]
     by_split = {SPLIT_TITLES[split]: ids for split, ids in groups.items() if ids and groups["held_out"]}
-    return ReportInput(
-        title=f"Pilot {run.config.name}",
-        command=typed_command(),
-        config=to_json(run.config),
-        hardware=hardware(machine) | run.task.facts(),
-        versions=versions(machine),
-        conditions=conditions,
-        examples=examples,
-        groups=by_split | by_group(run.task, examples),
+    return replace(
+        plain,
+        groups=by_split | by_group(run.task, plain.examples),
         comparisons=_comparisons([condition.name for condition in conditions]),
         training={str(stage.relative_to(run.folder)): read_jsonl(stage / "metrics.jsonl") for stage in stages},
         notes=notes(run, validation),
-        metrics={condition.name: run.task.score(condition.trajectories) for condition in conditions},
         counts={
             **counts,
-            "metrics": scores(run, conditions),
-            "left_out": left_out(run),
+            "metrics": _values(plain.metrics),
+            **plain.counts,
             "validation": validation,
             "seconds": run.seconds.as_dict(),
             **({} if run.account is None else {"generator": run.account.as_dict()}),
@@ -134,10 +129,9 @@ def _comparisons(names: Sequence[str]) -> list[tuple[str, str]]:
     return comparisons + [pair for pair in more if pair not in comparisons]
 
 
-def scores(run: Run, conditions: Sequence[Condition]) -> dict[str, dict[str, float]]:
-    """Return the value of every metric of the task for each condition, over all held-out examples."""
-    found = {condition.name: run.task.score(condition.trajectories) for condition in conditions}
-    return {name: {key: round(metric.value, 4) for key, metric in row.items()} for name, row in found.items()}
+def _values(metrics: Mapping[str, Mapping[str, Metric]]) -> dict[str, dict[str, float]]:
+    """Return condition -> metric -> its value, rounded."""
+    return {name: {key: round(metric.value, 4) for key, metric in row.items()} for name, row in metrics.items()}
 
 
 def controller_steps(names: Sequence[str]) -> list[str]:
@@ -151,7 +145,7 @@ def write_transfer(run: Run, generators: Sequence[str]) -> dict[str, dict[str, A
     for name in generators:
         conditions = evaluate_with(run, name)
         found[name] = summarise(run, conditions, controller_steps([condition.name for condition in conditions])[-1])
-        found[name] |= {"metrics": scores(run, conditions)}
+        found[name] |= {"metrics": _values({c.name: run.task.score(c.trajectories) for c in conditions})}
         if run.world.is_first:
             write_json(run.folder / "transfer.json", found)
     return found

@@ -13,8 +13,9 @@ from matryoshka.core.json_input import parse_json, shown
 from matryoshka.core.protocols import Task, TaskSetting
 from matryoshka.core.records import EpisodeInfo, Example, Metric, Trajectory, from_json, to_json
 from matryoshka.eval.report import Condition, ReportInput, write_report
+from matryoshka.pilot.compare import short_names
 from matryoshka.pilot.config import SPLITS, TaskConfig
-from matryoshka.pilot.environment import environment, typed_command
+from matryoshka.pilot.environment import environment, typed_command, versions
 from matryoshka.tasks.find import task_class
 
 PREDICTIONS = ("prediction", "output", "gpt_response", "response")  # where --key is not given
@@ -56,9 +57,11 @@ def score_files(command: ScoreCommand) -> list[dict[str, Any]]:
     if not command.files:
         raise ValueError("score: give at least one file of predictions")
     check_least(command, "score: ", count=0)
-    read = {file.stem: read_predictions(file) for file in command.files}
-    if len(read) < len(command.files):
-        raise ValueError("score: two files have one name; a report could not tell them apart")
+    names = short_names([file.with_suffix("") for file in command.files])
+    names = names if len(set(names)) == len(names) else short_names(command.files)
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"score: {repeated[0]} is given twice; give each file of predictions once")
+    read = {name: read_predictions(file) for name, file in zip(names, command.files, strict=True)}
     sizes = {split: getattr(command.task, split) for split in SPLITS}
     count = command.count or max(map(len, read.values()))
     if command.split in ("test", "held_out"):
@@ -192,7 +195,7 @@ def _write(
         command=typed_command(),
         config={name: to_json(getattr(command, name)) for name in ("task", "split", "seed", "missing")},
         hardware={},
-        versions={"python": machine["python"], **machine["versions"], "commit": machine["commit"]},
+        versions=versions(machine),
         conditions=conditions,
         examples=examples,
         comparisons=[(first, other) for other in others],

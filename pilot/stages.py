@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matryoshka.core.files import write_json, write_jsonl
 from matryoshka.core.protocols import Controller, Task
@@ -109,20 +109,15 @@ def generator_scheme(config: RunConfig) -> Scheme:
 def collect(run: Run, round: int) -> list[Trajectory]:
     """Return K sampled episodes for each training problem under the policy that `round` starts from."""
     scheme = policy_scheme(run, policy_before(run.config, round))
-    settings = sampled_settings(run.config, collection_seed(run.config, round), run.config.rollout.samples)
+    settings = sampled_settings(run.config, episodes_seed("collect", run.config, round), run.config.rollout.samples)
     done = run_episodes(run, scheme, ["train"], settings, f"collect {round}")
     done += replanned(run, scheme, round, done)
     return done + bootstrapped(run, round, done)
 
 
-def collection_seed(config: RunConfig, round: int) -> int:
-    """Return the seed of the controller's samples in `round`."""
-    return stable_seed("collect", config.seed, round)
-
-
-def replan_seed(config: RunConfig, round: int) -> int:
-    """Return the seed of the new plans of `round` that are sampled in one state."""
-    return stable_seed("replan", config.seed, round)
+def episodes_seed(kind: Literal["collect", "replan", "bootstrap"], config: RunConfig, round: int) -> int:
+    """Return the seed of the episodes of `round`: samples of the policy, new plans in one state, or the generator's."""
+    return stable_seed(kind, config.seed, round)
 
 
 def replanned(run: Run, scheme: Scheme, round: int, done: Sequence[Trajectory]) -> list[Trajectory]:
@@ -139,7 +134,7 @@ def replanned(run: Run, scheme: Scheme, round: int, done: Sequence[Trajectory]) 
     def make(run: Run, sampler: TokenSampler) -> Controller:
         return Replay(scheme.make(run, sampler), table)
 
-    settings = sampled_settings(run.config, replan_seed(run.config, round), samples)
+    settings = sampled_settings(run.config, episodes_seed("replan", run.config, round), samples)
     failed = {trajectory.example_id for trajectory in done if len(trajectory.turns) > 1}
     replay = Scheme(f"{scheme.name} again", make, scheme.settings)
     episodes = run_episodes(run, replay, ["train"], settings, f"re-plan {round}", only=failed)
@@ -149,11 +144,6 @@ def replanned(run: Run, scheme: Scheme, round: int, done: Sequence[Trajectory]) 
 def after_first_turn(episode: Trajectory) -> Trajectory:
     """Return an episode without its first turn, which was replayed."""
     return replace(episode, turns=episode.turns[1:])
-
-
-def bootstrap_seed(config: RunConfig, round: int) -> int:
-    """Return the seed of the episodes of `round` that the generator guides."""
-    return stable_seed("bootstrap", config.seed, round)
 
 
 def collected(run: Run) -> list[Trajectory]:
@@ -174,7 +164,7 @@ def bootstrapped(run: Run, round: int, done: Sequence[Trajectory]) -> list[Traje
     hard = {trajectory.example_id for trajectory in done} - solved
     if not samples or not hard:
         return []
-    settings = sampled_settings(run.config, bootstrap_seed(run.config, round), samples)
+    settings = sampled_settings(run.config, episodes_seed("bootstrap", run.config, round), samples)
     episodes = run_episodes(run, generator_scheme(run.config), ["train"], settings, f"bootstrap {round}", only=hard)
     return [in_controller_tokens(run.tokenizer, episode) for episode in episodes]
 

@@ -7,5 +7,5 @@ from matryoshka.pilot.finetune import DpoCommand, finetune
 
 def dpo(config: DpoCommand) -> None:
     """Train on preference pairs; the last line printed is a summary as JSON."""
-    if (summary := finetune(config, config.objective, config.reference_cache)) is not None:
+    if (summary := finetune(config)) is not None:
         print(json.dumps(summary))

@@ -13,6 +13,7 @@ def estimate(config: RunConfig) -> None:
     width = max(map(len, found["episodes"]))
     for stage, count in found["episodes"].items():
         print(f"{stage:<{width}}  {count:>9,} episodes")
-    usd = "no price is known" if found["usd"] is None else f"{found['usd']:.2f} +- {found['usd_error']:.2f} USD"
+    error = "" if found["usd_error"] is None else f" +- {found['usd_error']:.2f}"
+    usd = "no price is known" if found["usd"] is None else f"{found['usd']:.2f}{error} USD"
     print(f"{found['calls']:,.0f} calls, {found['tokens']:,.0f} tokens, {usd}, going by {found['sampled']} episodes")
     print(json.dumps(found))

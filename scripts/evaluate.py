@@ -4,6 +4,7 @@ import json
 
 from matryoshka.core.distributed import open_world
 from matryoshka.core.records import to_json
+from matryoshka.pilot.config import run_part
 from matryoshka.pilot.context import open_run
 from matryoshka.pilot.evaluate import EvaluateConfig, chosen, evaluate_policies, schemes
 from matryoshka.pilot.evaluate import evaluate as evaluate_conditions
@@ -19,7 +20,7 @@ def evaluate(config: EvaluateConfig) -> None:
         if config.policy:
             rows = evaluate_policies(config, RUNS, world)
         else:
-            with open_run(config.run, RUNS, world=world, trains=False) as run:
+            with open_run(run_part(config), RUNS, world=world, trains=False) as run:
                 if config.generators:
                     names = [name.strip() for name in config.generators.split(",")]
                     if not all(names):

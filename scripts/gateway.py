@@ -1,21 +1,17 @@
 """`matryoshka gateway`: an endpoint in front of the controller that records what agents do with it."""
 
 import asyncio
-import logging
 
-from matryoshka.core.terminal import EscapingFormatter
 from matryoshka.inference import server
 from matryoshka.pilot.folder import RUNS
 from matryoshka.pilot.gateway import open_gateway
 from matryoshka.pilot.gateway_record import GatewayConfig
-from matryoshka.scripts.serve import callers_key
+from matryoshka.scripts.serve import callers_key, log_requests
 
 
 def gateway(config: GatewayConfig) -> None:
     """Serve until SIGTERM or SIGINT; the address is printed when requests are answered."""
-    log = logging.StreamHandler()
-    log.setFormatter(EscapingFormatter("%(asctime)s %(name)s %(message)s"))  # requests put text of their own in there
-    logging.basicConfig(level=logging.INFO, handlers=[log])
+    log_requests()
     server.check_exposure(config.host, config.api_key_env or None, config.allow_anonymous)
     key = callers_key(config.api_key_env)
 

@@ -96,9 +96,7 @@ def _serve_local(config: ServeCommand) -> None:
     from matryoshka.inference.sampler import Sampler
     from matryoshka.lora.files import load_adapter
 
-    log = logging.StreamHandler()
-    log.setFormatter(EscapingFormatter("%(asctime)s %(name)s %(message)s"))  # requests put text of their own in there
-    logging.basicConfig(level=logging.INFO, handlers=[log])
+    log_requests()
     count = config.threads or usable_cores()
     torch.set_num_threads(count)
     key = callers_key(config.api_key_env)
@@ -121,6 +119,13 @@ def _serve_local(config: ServeCommand) -> None:
     with Sampler(network, Tokenizer.load(config.model), config.max_rows, config.deterministic, count) as sampler:
         engine = LocalEngine(sampler, names)
         asyncio.run(server.serve(engine, config.host, config.port, key, ready, config.allow_anonymous))
+
+
+def log_requests() -> None:
+    """Let the log go to standard error, escaped, since requests put text of their own into it."""
+    log = logging.StreamHandler()
+    log.setFormatter(EscapingFormatter("%(asctime)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[log])
 
 
 def callers_key(name: str) -> str | None:

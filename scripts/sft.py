@@ -7,5 +7,5 @@ from matryoshka.pilot.finetune import SftCommand, finetune
 
 def sft(config: SftCommand) -> None:
     """Train on conversations; the last line printed is a summary as JSON."""
-    if (summary := finetune(config, None)) is not None:
+    if (summary := finetune(config)) is not None:
         print(json.dumps(summary))

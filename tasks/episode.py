@@ -97,7 +97,7 @@ class Episode:
         return self.turns[-1]
 
     async def complete(self, prompt: Messages, *numbers: int, max_tokens: int = 0) -> Reply:
-        """Return the generator's reply in the present turn. numbers: what tells apart repeated questions of a turn.
+        """Return the generator's reply in the present turn. numbers: they tell repeated questions of a turn apart.
 
         The first question of all, whose numbers are all 0, is asked with the settings' own seed. max_tokens: of this
         reply; 0 takes the settings'. Raises GeneratorError when the call fails for good.

@@ -2,8 +2,8 @@
 
 A request is an array of tables, `[[guidance]]` for one, whose `role` is a chat role and whose `content` is a jinja2
 template. A table `insert = "NAME"` stands for messages that the task makes, such as the turns of a worked conversation.
-Templates see the values of the request and every other key of the file, such as worked examples. A value is put in as
-it is and is never read as a template itself.
+Templates see the values of the request and every other key of the file, such as worked examples. The text of a value is
+never read as a template.
 """
 
 import tomllib
@@ -55,7 +55,7 @@ class PromptFile:
         self._path = path
 
     def render(self, request: str, **values: Any) -> Messages:
-        """Return the messages of `request`. Raises ValueError if a template uses a value that there is not."""
+        """Return the messages of `request`. Raises ValueError if a template uses a value that is missing."""
         found: list[Message] = []
         for row in self._requests[request]:
             if isinstance(row, str):

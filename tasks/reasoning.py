@@ -19,8 +19,8 @@ _END = re.compile(r"\s*<\|(?:end|return|END_RESPONSE)\|>$")
 def without_reasoning(reply: str) -> str:
     """Return `reply` without its reasoning blocks, nested ones included; a reply without any comes back as it is.
 
-    Many servers put the opening tag into the prompt, so everything before a lone closing tag is reasoning. A block that
-    never ends, for the token limit cut it, leaves no answer behind it.
+    Many servers put the opening tag into the prompt, so everything before a lone closing tag is reasoning. Where the
+    token limit cut a block off, everything from its opening tag on is reasoning, and no answer follows.
     """
     kept: list[str] = []
     depth = end = 0

@@ -6,7 +6,7 @@ memory, file size and open files. Nothing survives from one run to the next. The
 as JSON, so nothing that the program prints is mistaken for it and reading it can run no code. SECURITY.md says what
 holds, what does not, and which test shows it.
 
-A program can write a number to its line itself. It gains nothing: it may return any number anyway.
+A program could write a number to that line itself. It would gain nothing by it, since it may return any number.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from matryoshka.tasks.sandbox_backends import (
 READY = b"ready\n"
 # The child keeps its error to so many characters. The parent cuts it again, because a program may forge the message.
 ERROR_CHARACTERS = 2000
-END_S = 3.0  # for a program that has closed its line to end by itself, so that the reason of its end is known
+END_S = 3.0  # in which a program that has closed its line may end by itself, so that its exit status is known
 _FENCE = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
 
 _slots: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
@@ -70,7 +70,7 @@ async def run_solution(
     Raises RuntimeError if the interpreter itself does not start: that is no fault of the program.
     """
     limits = limits_for(timeout_s, memory_bytes)
-    async with slots or default_slots():
+    async with slots or program_slots():
         started = time.monotonic()
         async with (sandbox or local_sandbox()).open(SCRIPT, limits) as process:
             source = code.encode("utf-8", "surrogatepass")  # malformed text becomes the compiler's SyntaxError
@@ -157,7 +157,7 @@ def clean(error: str) -> str:
     return printable(error[-ERROR_CHARACTERS:])
 
 
-def default_slots() -> asyncio.Semaphore:
+def program_slots() -> asyncio.Semaphore:
     """Return the running loop's semaphore with one slot per CPU."""
     loop = asyncio.get_running_loop()
     for closed in [other for other in _slots if other.is_closed()]:

@@ -1,8 +1,9 @@
 """Where generated programs run: the interface of a sandbox, and the one of this machine.
 
-A sandbox starts a script of ours (`sandbox_child.py`, or another with `prepare()` and `main(line, memory_bytes)`) and
-joins it to us by a line of bytes; what travels there is the caller's business. `LocalSandbox` runs it behind the
-kernel's boundary on this machine; `sandbox_command.py` has one that runs it through a command, such as `docker run`.
+A sandbox starts a script of ours (`sandbox_child.py`, or another with `prepare()` and `main(reading, writing,
+memory_bytes)`) and joins it to us by a line of bytes; what travels there is the caller's business. `LocalSandbox` runs
+it behind the kernel's boundary on this machine; `sandbox_command.py` has one that runs it through a command, such as
+`docker run`.
 """
 
 import asyncio
@@ -36,7 +37,7 @@ SCRIPT = Path(__file__).with_name("sandbox_child.py")
 FILE_BYTES = 2**20
 STDOUT_BYTES = 2**14
 MIN_MEMORY_BYTES = 64 * 2**20
-LINE_BYTES = 2**16  # that a program may send before somebody reads them
+LINE_BYTES = 2**16  # that a program may send before the parent has read them
 START_S = 60.0  # until an interpreter has started: a busy machine is no fault of a program
 KILL_S = 60.0  # until the kernel has ended a killed process
 # Some installations find libpython by it. Nothing else of the environment reaches the interpreter.
@@ -141,7 +142,7 @@ class LocalSandbox:
             server = await asyncio.to_thread(self._server, script)
         with contextlib.ExitStack() as opened:
             folder = "/"
-            if not server.is_walled:  # an accident may write into its working folder: give it one of its own
+            if not server.is_walled:  # a program may write into its working folder, so it gets one of its own
                 folder = opened.enter_context(_working_folder())
             printed = opened.enter_context(open(os.memfd_create("printed", os.MFD_CLOEXEC), "rb", 0))
             line, its_line = _socket_pair(opened, socket.SOCK_STREAM)

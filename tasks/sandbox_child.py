@@ -1,4 +1,4 @@
-"""Runs one model-written program in the sandbox's child process; `tasks/sandbox_server.py` calls it and nobody else.
+"""Runs one model-written program in the sandbox's child process; `tasks/sandbox_server.py` alone calls it.
 
 The line carries the program in one frame (its length in four bytes, then UTF-8), and back two lines of text: "ready"
 before the first line of the program runs, then one JSON object, {"value": number} or {"error": text}.

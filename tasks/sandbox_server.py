@@ -1,4 +1,4 @@
-"""The sandbox's server: a small interpreter that forks one child for each program; `sandbox_local.py` starts it.
+"""The sandbox's server: a small interpreter that forks one child for each program; `sandbox_backends.py` starts it.
 
 It holds no secret: its environment is empty, its memory is that of a fresh interpreter, and it never sees a program or
 a result. A request on the control socket carries limits and three descriptors: a socket that stands for the run, the
@@ -32,7 +32,7 @@ class Boundary:
     def __init__(self, is_wanted: bool) -> None:
         import sandbox_boundary as kernel
 
-        self._kernel = kernel
+        self.kernel = kernel
         self.landlock = 0
         self.filter: kernel.Filter | None = None
         self.is_wanted = is_wanted
@@ -40,7 +40,7 @@ class Boundary:
 
     def confine_server(self) -> None:
         """Confine this process as far as the kernel lets us; what it refuses is noted."""
-        kernel = self._kernel
+        kernel = self.kernel
         kernel.adopt_orphans()
         if not self.is_wanted:
             return
@@ -63,11 +63,7 @@ class Boundary:
     def confine_program(self) -> None:
         """Put this process, a child, behind the boundary. Raises if a part that held at the start does not hold now."""
         if self.filter is not None:
-            self._kernel.confine_program(self.landlock, self.filter)
-
-    def die_with_server(self) -> None:
-        """Let the kernel kill this process, a child, when the server ends."""
-        self._kernel.die_with_parent()
+            self.kernel.confine_program(self.landlock, self.filter)
 
     def _try(self) -> str:
         """Return why a confined child can do what it must not, "" if it cannot."""
@@ -140,7 +136,7 @@ class Server:
             os.kill(child, signal.SIGKILL)
 
     def _accept(self) -> bool:
-        """Start the run that was asked for. Returns False when nobody asks any more."""
+        """Start the run that was asked for. Returns False when the other end of the control socket is closed."""
         request, descriptors, _, _ = socket.recv_fds(self._control, 4096, 3)
         if not request:
             return False
@@ -180,7 +176,7 @@ class Server:
             pass
         try:
             owner.send(f"ended {os.waitstatus_to_exitcode(status)}".encode())
-        except OSError:  # nobody waits for this run any more
+        except OSError:  # the process that asked for this run is gone
             pass
         owner.close()
 
@@ -207,7 +203,7 @@ class Server:
             os.dup2(line, LINE)
             os.closerange(LINE + 1, MAX_DESCRIPTOR)
             os.chdir(folder)
-            self._boundary.die_with_server()
+            self._boundary.kernel.die_with_parent()
             self._limit(int(memory_bytes), int(cpu_s), int(file_bytes))
             self._boundary.confine_program()
             gc.enable()
@@ -246,7 +242,7 @@ def main() -> None:
     for name in [name for name, module in sys.modules.items() if _folder(module) in own]:
         del sys.modules[name]
     sys.modules["__main__"] = type(sys)("__main__")
-    # The import system lists each folder of the library once. Nobody may list them behind the boundary.
+    # The import system lists each folder of the library once, now, since the boundary forbids it later.
     importlib.machinery.PathFinder.find_spec("no_module_has_this_name")
     os.environ.clear()
     sys.dont_write_bytecode = True
@@ -255,7 +251,7 @@ def main() -> None:
 
     found = {"landlock": boundary.landlock, "seccomp": boundary.filter is not None, "problems": boundary.problems}
     control.send(json.dumps(found).encode())
-    os.dup2(null, 1)  # what went wrong until here was told there
+    os.dup2(null, 1)  # the parent's file, which takes the errors of the start
     os.dup2(null, 2)
     gc.collect()
     gc.disable()

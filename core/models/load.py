@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from matryoshka.core.files import EMBEDDED_MODEL, check_model_folder
 from matryoshka.core.json_input import read_json, shown
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.weights import load_weights
@@ -49,7 +50,7 @@ def model_folder(model: Path | str) -> Path:
     if snapshot is None or not snapshot.is_dir():
         raise FileNotFoundError(
             f"{text}: no such folder; expected a Hugging Face model folder, or the id of a model in the hub cache "
-            f"{cache}, which `hf download {text}` would fetch"
+            f"{cache}, which `hf download {text}` would fetch; {EMBEDDED_MODEL}"
         )
     return snapshot
 
@@ -112,11 +113,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises FileNotFoundError when folder or file is missing, ValueError for anything but a JSON object in UTF-8.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        missing = "config.json in this folder" if folder.is_dir() else "folder"
-        raise FileNotFoundError(f"{folder}: no such {missing}; expected a Hugging Face model folder")
-    return read_json(path, "a model's configuration")
+    check_model_folder(folder)
+    return read_json(folder / "config.json", "the configuration of a Hugging Face model folder")
 
 
 def architecture_files() -> dict[str, Path]:

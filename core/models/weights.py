@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from matryoshka.core.distributed import as_part, full_tensor, is_sharded, local_rows
-from matryoshka.core.files import write_atomic, write_json
+from matryoshka.core.files import check_model_folder, write_atomic, write_json
 from matryoshka.core.json_input import read_json, shown
 
 SINGLE = "model.safetensors"
@@ -188,8 +188,7 @@ def _check_shape(path: Path, key: str, stored: Any, shape: Sequence[int]) -> Non
 
 def _open_checkpoint(folder: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
     """Return the open file that holds each key; every file is opened, so that a bad one shows before any work."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected a Hugging Face model folder")
+    check_model_folder(folder)
     if (folder / SINGLE).is_file():
         path = folder / SINGLE
         handle = _open(path, stack)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from matryoshka.core.files import check_model_folder
 from matryoshka.core.json_input import Fields, read_json, shown
 from matryoshka.core.records import Messages
 from matryoshka.core.text.chat import DEFAULT_DATE, LLAMA3_TEMPLATE, ChatFormat, Rendered
@@ -60,8 +61,7 @@ class Tokenizer:
             ValueError: a file is malformed or the files contradict each other.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder; expected a model folder with a tokenizer")
+        check_model_folder(folder)
         config_path = folder / "tokenizer_config.json"
         config = _read(folder / "special_tokens_map.json") | _read(config_path)
         names = {name: _content(config_path, name, config[name]) for name in NAMED if config.get(name) is not None}

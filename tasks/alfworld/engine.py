@@ -80,7 +80,7 @@ class Snapshot(NamedTuple):
 
 
 class _Action(NamedTuple):
-    """A verb and what it acts on, by id; of "slice" the thing that is sliced, with what is held."""
+    """A verb and what it acts on, by id. "slice" names the thing that is cut; the knife is the object in hand."""
 
     verb: str
     thing: str = ""

@@ -8,10 +8,12 @@ task_type, task, walkthrough, pddl_problem} and is what `load_game` takes; our o
 import json
 import lzma
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from matryoshka.core.json_input import parse_json
 
 # In the order of ALFWorld's numbers 1 to 6.
 TASK_TYPES = (
@@ -38,8 +40,8 @@ class Logic:
     grammar: str
 
 
-def read_split(folder: Path, split: str, types: Sequence[str] = TASK_TYPES, limit: int | None = None) -> list[Row]:
-    """Return the games of `split` under `folder` that are of `types`, at most the first `limit`.
+def read_split(folder: Path, split: str, types: Sequence[str] = TASK_TYPES) -> list[Row]:
+    """Return the games of `split` under `folder` that are of `types`.
 
     Rows keep their file's order; ALFWorld's own layout is read in the order of paths, and as ALFWorld does, without
     games that need slicing or moving of receptacles and without those marked unsolvable.
@@ -47,13 +49,7 @@ def read_split(folder: Path, split: str, types: Sequence[str] = TASK_TYPES, limi
     """
     if unknown := [name for name in types if name not in TASK_TYPES]:
         raise ValueError(f"alfworld: task type {unknown[0]!r} is unknown; choose from {', '.join(TASK_TYPES)}")
-    rows = []
-    for row in _rows(folder, split):
-        if row["task_type"] in types:
-            rows.append(row)
-        if limit is not None and len(rows) >= limit:
-            break
-    return rows
+    return [row for row in _rows(folder, split) if row["task_type"] in types]
 
 
 def read_logic(folder: Path) -> Logic | None:
@@ -65,16 +61,17 @@ def read_logic(folder: Path) -> Logic | None:
     return None
 
 
-def check_row(row: Any) -> Row:
-    """Return `row` if it has the form of a game. Raises ValueError saying what is wrong with it."""
+def check_row(row: Any, where: str = "") -> Row:
+    """Return `row` if it has the form of a game. Raises ValueError, which begins with `where`, for any other."""
     if not isinstance(row, dict):
-        raise ValueError(f"the row is {type(row).__name__}; expected an object with {', '.join(KEYS)}")
+        raise ValueError(f"{where}the row is {type(row).__name__}; expected an object with {', '.join(KEYS)}")
     for key in KEYS:
         kind = list if key == "walkthrough" else str
         if not isinstance(row.get(key), kind):
-            raise ValueError(f"{key!r} is {type(row.get(key)).__name__}; expected {kind.__name__}")
+            raise ValueError(f"{where}{key!r} is {type(row.get(key)).__name__}; expected {kind.__name__}")
     if row["task_type"] not in TASK_TYPES:
-        raise ValueError(f"task type {row['task_type']!r} is unknown; expected one of {', '.join(TASK_TYPES)}")
+        expected = f"expected one of {', '.join(TASK_TYPES)}"
+        raise ValueError(f"{where}task type {row['task_type']!r} is unknown; {expected}")
     return row
 
 
@@ -96,22 +93,15 @@ def _rows(folder: Path, split: str) -> Iterator[Row]:
 
 
 def _rows_of_file(path: Path) -> Iterator[Row]:
-    with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as lines:
-        number = 0
-        for number, line in _numbered(lines, path):
-            try:
-                yield check_row(json.loads(line))
-            except ValueError as err:  # malformed JSON is one too
-                raise ValueError(f"{path}:{number}: {err}") from err
-        if not number:
-            raise ValueError(f"{path}: the file is empty; expected one game a line")
-
-
-def _numbered(lines: Iterable[str], path: Path) -> Iterator[tuple[int, str]]:
+    number = 0
     try:
-        yield from enumerate(lines, start=1)
+        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                yield check_row(parse_json(line, f"{path}:{number}"), f"{path}:{number}: ")
     except (lzma.LZMAError, EOFError) as err:
         raise ValueError(f"{path}: not a whole .xz file ({err}); fetch it again") from err
+    if not number:
+        raise ValueError(f"{path}: the file is empty; expected one game a line")
 
 
 def _rows_of_folder(folder: Path) -> Iterator[Row]:

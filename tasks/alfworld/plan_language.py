@@ -129,10 +129,9 @@ def straight_program(steps: Sequence[Step]) -> str:
     return "\n".join(["def step_1(agent, memory):", *(f"    {line}" for line in lines)])
 
 
-def program(steps: Sequence[Step], header: str = "") -> str:
+def program(steps: Sequence[Step]) -> str:
     """Return the program that takes every step literally and stops at the first one that cannot be done."""
-    blocks = [f"# {header}\n"] if header else []
-    blocks += [f"def step_{number}(agent, memory):\n{_body(number, step)}\n" for number, step in enumerate(steps, 1)]
+    blocks = [f"def step_{number}(agent, memory):\n{_body(number, step)}\n" for number, step in enumerate(steps, 1)]
     return "\n".join(blocks) or 'def step_1(agent, memory):\n    raise AssertionError("There is no plan to follow.")\n'
 
 

@@ -2,8 +2,8 @@
 
 The program (step_1(agent, memory), step_2(agent, memory), ...) runs in the sandbox's child process, behind the same
 boundary as every generated program (`tasks/sandbox.py`); every action of its agent is a request over the child's line,
-which the session here answers. So it can do to the household only what commands can, and whatever it does to itself
-ends in an outcome.
+which the session here answers. So a program changes the household by commands alone, and a fault of its own becomes an
+outcome.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matryoshka.tasks.alfworld.playthrough import Session, StepsSpentError
-from matryoshka.tasks.sandbox import END_S, clean, default_slots, frame, limits_for
+from matryoshka.tasks.sandbox import END_S, clean, frame, limits_for, program_slots
 from matryoshka.tasks.sandbox_backends import START_S, Process, Sandbox, local_sandbox, printable
 
 CHILD = Path(__file__).with_name("program_child.py")
@@ -66,16 +66,15 @@ async def run_program(
     limits: Limits,
     first: int = 1,
     memory: str = "{}",
-    slots: asyncio.Semaphore | None = None,
 ) -> ProgramOutcome:
     """Return the outcome of running the steps of `code` from number `first` on in `session`, as it is now.
 
     memory: that of an earlier outcome. ask answers a question; an exception of it but AskRefusedError ends the program
-    and is raised. slots: how many programs run at once (default: one per CPU for each event loop); a program that
-    waits for an answer gives its slot away. Raises RuntimeError if the child does not start.
+    and is raised. One program per CPU runs at once; one that waits for an answer gives its slot away. Raises
+    RuntimeError if the child does not start.
     """
     process_limits = limits_for(limits.timeout_s, limits.memory_bytes)
-    slots = slots or default_slots()
+    slots = program_slots()
     async with slots:
         started = time.monotonic()
         async with (limits.sandbox or local_sandbox()).open(CHILD, process_limits) as process:

@@ -1,8 +1,8 @@
-"""Plays a model-written program in the sandbox's child process; `tasks/sandbox_server.py` calls it and nobody else.
+"""Plays a model-written program in the sandbox's child process; `tasks/sandbox_server.py` alone calls it.
 
 It runs the code's step_1(agent, memory), step_2(agent, memory), ... in order. Whatever the agent does goes over the
-line to the parent, which owns the household; so the code can lie to itself at most. `memory` is the one thing that
-survives into a later attempt, and only what is plain data in it. From the parent come frames (a length in four bytes,
+line to the parent, which owns the household, so the code can deceive itself alone. `memory` alone survives into a later
+attempt, as far as it is plain data. From the parent come frames (a length in four bytes,
 then the content): first the start, made by `marshal`, then answers. Every message to the parent is a byte that says its
 kind, the length in four bytes, and UTF-8 text.
 """

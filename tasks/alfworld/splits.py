@@ -8,7 +8,7 @@ import json
 import random
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -83,16 +83,12 @@ def _games(options: AlfworldOptions, split: str, count: int, seed: int) -> list[
     return [example_of(row) for row in sorted(rows, key=lambda row: order[row["game"]])[:count]]
 
 
-def households_of(options: AlfworldOptions) -> Callable[[Example], Environment]:
-    """Return the function that makes the household of an example."""
-
-    def engine(example: Example) -> Environment:
-        return Engine(_game(example.fields["game"]), options.verbs)
-
-    def textworld(example: Example) -> Environment:
-        return TextWorldEngine(_row(example.fields["game"]), options.verbs)
-
-    return engine if options.backend == "engine" else textworld
+def household_of(options: AlfworldOptions, example: Example) -> Environment:
+    """Return the household of an example."""
+    packed = example.fields["game"]
+    if options.backend == "engine":
+        return Engine(_game(packed), options.verbs)
+    return TextWorldEngine(_row(packed), options.verbs)
 
 
 def _row(packed: str) -> Row:

@@ -7,7 +7,7 @@ done causes one too. The household alone decides whether the task is done, and t
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -20,11 +20,11 @@ from matryoshka.core.records import Example, Judgement, Messages, Metric, Rollou
 from matryoshka.tasks.alfworld import react
 from matryoshka.tasks.alfworld.options import AlfworldOptions
 from matryoshka.tasks.alfworld.plan_language import Step, merged, steps_of
-from matryoshka.tasks.alfworld.playthrough import Session, transcript
+from matryoshka.tasks.alfworld.playthrough import Environment, Session, transcript
 from matryoshka.tasks.alfworld.program import CHILD, AskRefusedError, Limits, ProgramOutcome, run_program
 from matryoshka.tasks.alfworld.prompt_style import Failure, Scene, Style
 from matryoshka.tasks.alfworld.scripted_generator import LiteralGenerator
-from matryoshka.tasks.alfworld.splits import households_of, load_splits
+from matryoshka.tasks.alfworld.splits import household_of, load_splits
 from matryoshka.tasks.episode import Episode, Guidance, Reply
 from matryoshka.tasks.sandbox import extract_code
 from matryoshka.tasks.sandbox_backends import in_words
@@ -62,7 +62,7 @@ class ALFWorldTask(Task):
         self.sandbox = options.sandbox.sandbox()
         limits = options.sandbox
         self.limits = Limits(limits.timeout_s, limits.memory_bytes, options.asks, sandbox=self.sandbox)
-        self.household = households_of(options)
+        self.household: Callable[[Example], Environment] = partial(household_of, options)
         super().__init__(options, setting)
 
     def examples(self, split: str) -> Sequence[Example]:

@@ -1,7 +1,7 @@
 """The original ALFWorld environment behind the interface of `Engine`; TextWorld interprets the problem.
 
 It is some hundred times slower than our engine and needs the packages of the extra `alfworld`, which are imported when
-the first environment is made. Tests compare our engine with it. It has no snapshots.
+the first environment is made. Tests compare our engine with it.
 """
 
 import importlib.util
@@ -60,11 +60,6 @@ class TextWorldEngine:
         with _own_arguments():
             self._environment.load({"pddl_domain": domain, "grammar": grammar, "pddl_problem": row["pddl_problem"]})
         self.observation = self.reset()
-
-    @property
-    def task(self) -> str:
-        """The task's sentence."""
-        return self.game.task
 
     def reset(self) -> Observation:
         """Return the first screen of the game, started afresh."""

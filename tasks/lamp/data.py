@@ -5,16 +5,17 @@ read whole. Errors name file and id. The invariant: every item has an id of its 
 every field of every profile entry as text, and a gold answer.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matryoshka.core.files import read_jsonl, write_json
+from matryoshka.core.files import read_jsonl
+from matryoshka.core.json_input import read_json
 from matryoshka.tasks.lamp.task_specs import Kind
 
 Entry = Mapping[str, str]
+FETCH = "`matryoshka data lamp --task TASK` fetches LaMP's files"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def read_items(questions: Path, kind: Kind) -> Iterator[Item]:
     with one id, for a question without gold and, at the end of the file, for gold without a question.
     """
     if questions.suffix == ".jsonl":
+        if not questions.is_file():
+            raise FileNotFoundError(f"{questions}: no such file; expected formalised rows of LaMP; {FETCH}")
         rows: Iterable[Any] = [row | {"input": row.get("question")} for row in read_jsonl(questions)]
         outputs = questions
         numbered = enumerate(rows, start=1)
@@ -79,7 +82,7 @@ def read_array(path: Path) -> Iterator[Any]:
     except ImportError as err:
         raise ValueError("reading LaMP's files needs ijson: pip install 'matryoshka-pilot[lamp]'") from err
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; `matryoshka data lamp` fetches LaMP's files")
+        raise FileNotFoundError(f"{path}: no such file; {FETCH}")
     done = 0
     with path.open("rb") as handle:
         try:
@@ -95,13 +98,8 @@ def read_array(path: Path) -> Iterator[Any]:
 
 def read_golds(path: Path, kind: Kind) -> dict[str, str]:
     """Return id -> gold answer of an outputs file. Raises as `read_items`."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a questions file needs its gold answers beside it")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as err:  # malformed JSON, or bytes that are not UTF-8
-        raise ValueError(f"{path}: malformed JSON: {err}") from err
-    rows = data.get("golds") if isinstance(data, dict) else None
+    data = read_json(path, f"the gold answers beside a questions file; {FETCH}")
+    rows = data.get("golds")
     if not isinstance(rows, list):
         raise ValueError(f'{path}: expected {{"task": ..., "golds": [{{"id": ..., "output": ...}}]}}')
     if not str(data.get("task")).startswith(f"LaMP_{kind.number}"):
@@ -121,14 +119,6 @@ def _gold(gold: Any, kind: Kind, where: str) -> str:
     if kind.labels and text not in kind.labels:
         raise ValueError(f"{where}: {text!r} is none of LaMP-{kind.name}'s labels {list(kind.labels)}")
     return text
-
-
-def write_items(items: Sequence[Item], kind: Kind, folder: Path, split: str) -> None:
-    """Write `items` as `{split}_questions.json` and `{split}_outputs.json` into `folder`, as LaMP's own are."""
-    questions = [{"id": item.id, "input": item.question, "profile": list(item.profile)} for item in items]
-    golds = [{"id": item.id, "output": item.gold} for item in items]
-    write_json(folder / f"{split}_questions.json", questions)
-    write_json(folder / f"{split}_outputs.json", {"task": f"LaMP_{kind.number}", "golds": golds})
 
 
 def _profile(row: Any, kind: Kind, where: str) -> list[Entry]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from matryoshka.core.config import check_least
+
 
 @dataclass(frozen=True)
 class LampOptions:
@@ -41,6 +43,4 @@ class LampOptions:
     """SQLite file that keeps the embeddings; "" keeps none."""
 
     def __post_init__(self) -> None:
-        for name, least in (("entries", 0), ("prompt_tokens", 1), ("entry_characters", 1), ("retrieved", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
+        check_least(self, "", entries=0, prompt_tokens=1, entry_characters=1, retrieved=0)

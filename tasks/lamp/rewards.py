@@ -12,7 +12,7 @@ from matryoshka.tasks.lamp.answer_parsing import Prediction, parse
 from matryoshka.tasks.lamp.metrics import error, rouge, sentence_bleu
 from matryoshka.tasks.lamp.task_specs import Kind
 
-PAIRS_PER_QUESTION = 2
+PAIRS_PER_QUESTION = 2  # at most
 
 
 def judge(kind: Kind, reply: str, gold: str) -> Judgement:
@@ -33,11 +33,10 @@ def judge(kind: Kind, reply: str, gold: str) -> Judgement:
     return Judgement(prediction, verdict, (rouge_l + bleu) / 2, rouge_l, {"rouge_l": rouge_l, "bleu": bleu})
 
 
-def pair_rule(kind: Kind, cap: int = PAIRS_PER_QUESTION) -> PairRule:
-    """Return how pairs of this task are made, at most `cap` a question."""
-    if kind.name == "3":
-        return PairRule("ranked", cap)
-    return PairRule("binary", cap) if kind.labels else PairRule("ranked", cap, scores=("rouge_l", "bleu"))
+def pair_rule(kind: Kind) -> PairRule:
+    """Return how pairs of this task are made."""
+    scores = () if kind.labels else ("rouge_l", "bleu")
+    return PairRule("binary" if kind.labels and kind.name != "3" else "ranked", PAIRS_PER_QUESTION, scores=scores)
 
 
 def _same(kind: Kind, prediction: Prediction, gold: str) -> bool:

@@ -115,12 +115,13 @@ def _read(
 def _cut(
     path: Path, kind: Kind, counts: dict[str, int], example: Callable[[Item], Example]
 ) -> dict[str, Sequence[Example]]:
-    """Return problems of `path` in the numbers asked for, no user in two splits; what is not needed is not read.
+    """Return problems of `path` in the numbers asked for, no user in two splits; reading ends when all are full.
 
-    Problems whose histories share an entry, or are joined by others that do, are one user's: all go to the split of the
-    first one. Those that are too many for it, and those that join two splits, are left out. The splits are filled one
-    after the other; where that leaves one short, since the users of the first ones own the rest of the file, they are
-    filled side by side, each new user going to the split that has the smallest share of its problems.
+    Problems belong to one user if their histories share an entry, directly or through other problems. A user's problems
+    all go to the split of the first one; they are left out where that split is full already, or where they join users
+    of two splits. At first the splits are filled one after the other. If the users of the first splits then own so much
+    of the file that a later split stays short, all are filled side by side: each new user goes to the split that has
+    the smallest share of its problems.
     """
     for side_by_side in (False, True):
         splits = _filled(read_items(path, kind), kind, counts, example, side_by_side)

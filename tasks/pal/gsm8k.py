@@ -6,53 +6,38 @@ It downloads nothing and skips no row: a row that cannot be read is an error tha
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from matryoshka.core.files import read_jsonl
+from matryoshka.core.protocols import TaskSetting
 from matryoshka.core.records import Example, content_key
 from matryoshka.tasks.pal.answers import parse_gold
+from matryoshka.tasks.pal.options import PalOptions
 
 LARGEST = sys.float_info.max
 
 
-@dataclass(frozen=True)
-class Files:
-    """Where a run's word problems are: warm-up, training and validation are cut from `train`; None where none is taken.
+def load_splits(options: PalOptions, setting: TaskSetting) -> dict[str, Sequence[Example]]:
+    """Return the problems of each split in file order; warm-up, training and validation are cut from train_file.
 
-    held_out: further test problems of another kind.
-    """
-
-    train: Path | None
-    test: Path | None
-    held_out: Path | None = None
-
-
-def load_splits(files: Files, sizes: Mapping[str, int], gold_warmup: bool) -> dict[str, Sequence[Example]]:
-    """Return the problems of each split in file order.
-
-    gold_warmup: the warm-up takes annotated rows alone, for it teaches their steps; the other splits take the rest.
+    A warm-up on gold takes annotated rows alone, for it teaches their steps; the other splits take the rest.
     A held-out problem whose question is one of the test too (GSM-Hard leaves some of GSM8K's as they are) counts in
     both, with an id of its own.
     Raises FileNotFoundError, or ValueError for files that are malformed, too short or let training see a test problem.
     """
-    train_file, test_file = files.train, files.test
-    train = _load(train_file, "train_file", sum(sizes[split] for split in ("warmup", "train", "validation")))
-    test = _load(test_file, "test_file", sizes["test"])[: sizes["test"]]
-    warmup = [example for example in train if "steps" in example.fields or not gold_warmup][: sizes["warmup"]]
+    sizes = setting.sizes
+    train = _load(options, "train_file", sum(sizes[split] for split in ("warmup", "train", "validation")))
+    test = _load(options, "test_file", sizes["test"])[: sizes["test"]]
+    held_out = _load(options, "held_out_file", sizes["held_out"])[: sizes["held_out"]]
+    warmup = [example for example in train if "steps" in example.fields or not setting.gold_warmup][: sizes["warmup"]]
     if len(warmup) < sizes["warmup"]:
-        where = f"[task.options] train_file {train_file}"
+        where = f"[task.options] train_file {options.train_file}"
         raise ValueError(f"{where} has {len(warmup)} annotated problems but the warm-up takes {sizes['warmup']}")
     taught = {example.id for example in warmup}
     rest = [example for example in train if example.id not in taught][: sizes["train"] + sizes["validation"]]
-    held_out: list[Example] = []
-    if count := sizes["held_out"]:
-        if files.held_out is None:
-            what = f"[task] held_out {count}, but [task.options] held_out_file is empty"
-            raise ValueError(f"{what}; name a JSONL file of further test problems, or set held_out = 0")
-        held_out = _load(files.held_out, "held_out_file", count)[:count]
     known = taught | {example.id for example in rest}
     for name, examples in (("test_file", test), ("held_out_file", held_out)):
         if shared := known & {example.id for example in examples}:
@@ -74,6 +59,9 @@ def load(path: Path) -> list[Example]:
     question that comes again in one file gets an id of its own, so that every row counts.
     Raises FileNotFoundError, or ValueError naming file and line.
     """
+    if not path.is_file():
+        fetch = "`matryoshka data gsm8k` and `matryoshka data gsm-hard` fetch the published files"
+        raise FileNotFoundError(f"{path}: no such file; expected word problems as JSONL; {fetch}")
     examples: list[Example] = []
     seen: Counter[str] = Counter()
     for number, row in enumerate(read_jsonl(path), start=1):
@@ -88,12 +76,17 @@ def load(path: Path) -> list[Example]:
     return examples
 
 
-def _load(path: Path | None, key: str, count: int) -> list[Example]:
-    if path is None:
+def _load(options: PalOptions, name: str, count: int) -> list[Example]:
+    """Return the problems of the file that the option `name` names, [] where the splits take none of it."""
+    if not count:
         return []
-    examples = load(path)
+    file = getattr(options, name)
+    if not file:
+        what = f"[task] takes {count} problems, but [task.options] {name} is empty"
+        raise ValueError(f"{what}; give the path of a GSM8K or GSM-Hard JSONL file, or take no problems of it")
+    examples = load(Path(file))
     if len(examples) < count:
-        where = f"[task.options] {key} {path}"
+        where = f"[task.options] {name} {file}"
         raise ValueError(f"{where} has {len(examples)} problems but the configuration takes {count}")
     return examples
 

@@ -7,7 +7,6 @@ program that did not run. Under "oracle" a wrong answer causes one as well. The 
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,27 +17,20 @@ from matryoshka.core.records import Example, Judgement, Messages, Metric, Rollou
 from matryoshka.tasks.episode import Episode
 from matryoshka.tasks.pal import gsm8k, synthetic_problems
 from matryoshka.tasks.pal.answers import read_answer, same_answer
-from matryoshka.tasks.pal.prompt_style import PromptStyle
+from matryoshka.tasks.pal.options import PalOptions
+from matryoshka.tasks.prompt_files import PromptFile
 from matryoshka.tasks.sandbox import Outcome, extract_code, run_solution
 from matryoshka.tasks.sandbox_backends import SCRIPT, in_words
-from matryoshka.tasks.sandbox_config import SandboxConfig
 
 
-@dataclass(frozen=True)
-class PalOptions:
-    """The options of the task "pal"."""
+def open_prompts(prompts: str) -> PromptFile:
+    """Return a shipped style of prompts or a user's own file; docs/prompts.md has its requests and their values.
 
-    prompts: str = "compact"
-    """Prompts: "compact" for models of about a hundred million parameters, "full" for larger ones, or a .toml file of
-    your own (tasks/pal/prompts/ holds the shipped ones)."""
-    train_file: str = ""
-    """GSM8K or GSM-Hard JSONL file for warm-up, training and validation; "" makes all problems from the seed."""
-    test_file: str = ""
-    """GSM8K or GSM-Hard JSONL file of the test problems; it goes with train_file."""
-    held_out_file: str = ""
-    """GSM8K or GSM-Hard JSONL file of further test problems of another kind, which [task] held_out counts."""
-    sandbox: SandboxConfig = SandboxConfig()
-    """Limits of one program, and the boundary around it."""
+    A retry and a new plan of the shipped styles insert the conversation so far, so that the model sees what it wrote
+    and what really happened. The text "written" makes guidance of known sub-questions, by default one a line.
+    """
+    requests, one_a_line = ("guidance", "code", "retry", "replan"), "{{ steps | join('\n') }}"
+    return PromptFile(prompts, Path(__file__).with_name("prompts"), requests, {"written": one_a_line})
 
 
 class PALTask(Task):
@@ -52,9 +44,9 @@ class PALTask(Task):
     free_options = ("sandbox.isolation", "sandbox.command")
 
     def __init__(self, options: PalOptions, setting: TaskSetting) -> None:
-        self.style = PromptStyle(options.prompts)
+        self.prompts = open_prompts(options.prompts)
         self.sandbox = options.sandbox.sandbox()
-        self.name = f"pal-{self.style.name}"
+        self.name = f"pal-{self.prompts.name}"
         self.label = "gsm8k" if options.train_file or options.test_file else "words"
         super().__init__(options, setting)
 
@@ -64,25 +56,18 @@ class PALTask(Task):
 
     @cached_property
     def _splits(self) -> Mapping[str, Sequence[Example]]:
-        options, setting = self.options, self.setting
         if self.label == "gsm8k":
-            needs = {"train_file": ("warmup", "train", "validation"), "test_file": ("test",)}
-            train, test = (
-                _given(options, name) if any(setting.sizes[split] for split in splits) else None
-                for name, splits in needs.items()
-            )
-            held_out = Path(options.held_out_file) if options.held_out_file else None
-            return gsm8k.load_splits(gsm8k.Files(train, test, held_out), setting.sizes, setting.gold_warmup)
-        return synthetic_problems.load_splits(setting.sizes, setting.seed)
+            return gsm8k.load_splits(self.options, self.setting)
+        return synthetic_problems.load_splits(self.setting.sizes, self.setting.seed)
 
     def first_prompt(self, example: Example) -> Messages:
         """Return the request for sub-questions."""
-        return self.style.guidance(example.fields["question"])
+        return self.prompts.render("guidance", question=example.fields["question"])
 
     def gold_guidance(self, example: Example) -> str | None:
         """Return the example's own steps in the form that the prompts ask for; None if it has no field "steps"."""
         steps = example.fields.get("steps")
-        return None if steps is None else self.style.written(steps)
+        return None if steps is None else self.prompts.text("written", steps=steps)
 
     def check(self, settings: RolloutSettings) -> None:
         """Raise ValueError if programs cannot be kept behind the boundary that was asked for."""
@@ -103,25 +88,25 @@ class PALTask(Task):
         question, limits = example.fields["question"], self.options.sandbox
         episode = Episode(self.name, example, controller, generator, settings)
         outcome: Outcome | None = None
-        prompt = self.first_prompt(example)
+        first = prompt = self.first_prompt(example)
         with episode:
             for _ in range(settings.outer_turns):
                 guidance = await episode.propose(prompt)
-                request = self.style.code(question, guidance.text)
+                said = {"question": question, "guidance": guidance.text}
+                asked = request = self.prompts.render("code", **said)
                 for attempt in range(settings.inner_attempts):
                     reply = await episode.complete(request, attempt)
                     code = extract_code(reply.text)
-                    outcome = await run_solution(
-                        code, limits.timeout_s, limits.memory_bytes, sandbox=self.sandbox
-                    )
+                    outcome = await run_solution(code, limits.timeout_s, limits.memory_bytes, sandbox=self.sandbox)
                     reply.outcome = outcome.error or f"value {outcome.value}"
                     guidance.feedback = _complaint(outcome, example, settings.protocol)
                     if not guidance.feedback:
                         break
-                    request = self.style.retry(question, guidance.text, code, guidance.feedback)
+                    shown = {"code": code, "error": guidance.feedback}
+                    request = self.prompts.render("retry", conversation=asked, **said, **shown)
                 if not guidance.feedback:
                     break
-                prompt = self.style.replan(question, guidance.text, guidance.feedback)
+                prompt = self.prompts.render("replan", conversation=first, **said, feedback=guidance.feedback)
         prediction, error = (outcome.value, outcome.error) if outcome else (None, None)
         right = same_answer(prediction, example.fields["answer"])
         verdict: Verdict = "error" if prediction is None else "right" if right else "wrong"
@@ -147,13 +132,6 @@ class PALTask(Task):
             "executable": wilson(counts["right"] + counts["wrong"], n),
             "failed": wilson(counts["failed"], n),
         }
-
-
-def _given(options: PalOptions, name: str) -> Path:
-    file = getattr(options, name)
-    if not file:
-        raise ValueError(f"[task.options] {name} is empty; give the path of a GSM8K or GSM-Hard JSONL file")
-    return Path(file)
 
 
 def _complaint(outcome: Outcome, example: Example, protocol: str) -> str:

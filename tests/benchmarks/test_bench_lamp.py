@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from matryoshka.benchmarks import lamp
-from matryoshka.tasks.lamp.data import write_items
 from matryoshka.tasks.lamp.synthetic_users import fixtures
 from matryoshka.tasks.lamp.task_specs import KINDS
+from matryoshka.tests.tasks.lamp.lamp_files import write_items
 
 pytest.importorskip("ijson")
 pytest.importorskip("rank_bm25")

@@ -78,8 +78,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.Captu
     ):
         assert cli.main(["compare", *map(str, given)]) == 2
         assert said in capsys.readouterr().err
-    # Folders of one name are told apart by their paths, and a report.json may be named itself.
+    # Folders of one name are told apart by the folders above them, and a report.json may be named itself.
     again = run(tmp_path / "more" / "one", {"a": "w"}, "a")
     assert cli.main(["compare", str(one / "report.json"), str(again), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["differences"]
-    assert (row["first"], row["second"]) == (f"{one}:a", f"{again}:a")
+    assert (row["first"], row["second"]) == (f"{tmp_path.name}/one:a", "more/one:a")

@@ -17,9 +17,10 @@ from matryoshka.pilot.recipes import RECIPES
 from matryoshka.scripts import cli
 from matryoshka.tasks.alfworld.games import TASK_TYPES, read_split
 from matryoshka.tasks.alfworld.households import households
-from matryoshka.tasks.lamp.data import Item, read_items, write_items
+from matryoshka.tasks.lamp.data import Item, read_items
 from matryoshka.tasks.lamp.task_specs import CATEGORIES, KINDS
 from matryoshka.tests.tasks.alfworld.test_games import write_official
+from matryoshka.tests.tasks.lamp.lamp_files import write_items
 
 FOLDER = RECIPES / "original"
 

@@ -46,7 +46,7 @@ from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.stages import left_out, warm_up
 from matryoshka.scripts import cli
 from matryoshka.scripts.demo import KEYS
-from matryoshka.tasks.pal.task import PalOptions
+from matryoshka.tasks.pal.options import PalOptions
 from matryoshka.tasks.sandbox_config import SandboxConfig
 from matryoshka.tests.pilot.conftest import Generator, command, environment, with_context
 

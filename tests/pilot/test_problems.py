@@ -13,7 +13,7 @@ from matryoshka.core.records import Messages
 from matryoshka.inference.generators import GeneratorConfig
 from matryoshka.pilot.config import ControllerConfig, RunConfig, TaskConfig, WarmupConfig
 from matryoshka.pilot.context import Problems, fitting_problems, load_problems, open_task
-from matryoshka.tasks.pal.task import PalOptions
+from matryoshka.tasks.pal.options import PalOptions
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CONFIG = RunConfig("n", ControllerConfig("m"), GeneratorConfig("http://x/v1", "m"))

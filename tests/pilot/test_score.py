@@ -114,6 +114,21 @@ def test_an_own_task_has_a_measure(tmp_path: Path, capsys: pytest.CaptureFixture
     assert rows(capsys)[0]["accuracy"]["value"] == 0.5
 
 
+def test_files_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: by hand: the folders above them tell two files apart, or the endings of their names."""
+    (example,) = problems("pal", 1)
+    files = [tmp_path / name for name in ("one/made.jsonl", "two/made.jsonl", "two/made.json")]
+    for file in files:
+        write_jsonl(file, [{"id": example.id, "prediction": example.fields["answer"]}])
+    assert cli.main(["score", *map(str, files[:2]), "--count", "1", "--out", str(tmp_path / "out")]) == 0
+    assert [row["file"] for row in rows(capsys)] == ["one/made", "two/made"]
+    assert list(json.loads((tmp_path / "out" / "scores.json").read_text())) == ["one/made", "two/made"]
+    assert cli.main(["score", *map(str, files[1:]), "--count", "1"]) == 0
+    assert [row["file"] for row in rows(capsys)] == ["made.jsonl", "made.json"]
+    assert cli.main(["score", str(files[0]), str(files[0]), "--count", "1"]) == 2
+    assert "score: made.jsonl is given twice; give each file of predictions once" in capsys.readouterr().err
+
+
 def test_predictions_that_cannot_be_scored_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: status 2 and a message with file, row and remedy."""
     (example,) = problems("pal", 1)

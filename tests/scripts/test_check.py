@@ -18,8 +18,9 @@ from matryoshka.pilot.recipes import RECIPES, recipe_names
 from matryoshka.scripts import cli
 from matryoshka.tasks.alfworld.games import TASK_TYPES
 from matryoshka.tasks.alfworld.households import households
-from matryoshka.tasks.lamp.data import Item, write_items
+from matryoshka.tasks.lamp.data import Item
 from matryoshka.tasks.lamp.task_specs import CATEGORIES, KINDS, Kind
+from matryoshka.tests.tasks.lamp.lamp_files import write_items
 
 # As the benchmarks have them: openai/grade-school-math, reasoning-machines/pal, ALFWorld, LaMP (paper, table 18).
 GSM8K = {"train": 7473, "test": 1319, "gsmhardv2": 1319}
@@ -149,7 +150,9 @@ def test_all_faults_are_reported_together(
     assert cli.main([*arguments, "--generator.api-key-env", "MISSING_KEY"]) == 2
     error = capsys.readouterr().err
     assert "3 faults keep this run from starting" in error and "models/smollm2-135m-instruct: no such folder" in error
+    assert "`matryoshka convert --out FOLDER` makes one of the embedded SmolLM2-135M-Instruct" in error
     assert "MISSING_KEY holds no key" in error and "data/gsm8k/train.jsonl: no such file" in error
+    assert "`matryoshka data gsm8k` and" in error
     assert os.listdir(tmp_path) == []
 
 

@@ -13,7 +13,8 @@ from matryoshka.tasks.alfworld.react import action_in
 from matryoshka.tasks.episode import Guidance, Reply
 from matryoshka.tasks.lamp.rewards import judge
 from matryoshka.tasks.lamp.task_specs import KINDS
-from matryoshka.tasks.pal.task import PalOptions, PALTask
+from matryoshka.tasks.pal.options import PalOptions
+from matryoshka.tasks.pal.task import PALTask
 from matryoshka.tasks.reasoning import without_reasoning
 from matryoshka.tasks.sandbox_config import SandboxConfig
 

@@ -98,7 +98,7 @@ def test_config_errors(tmp_path: Path) -> None:
     """Oracle: by hand; each message names the file, or the folder that is not there."""
     with pytest.raises(FileNotFoundError, match="absent: no such folder"):
         load_model(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="no such config.json in this folder"):
+    with pytest.raises(FileNotFoundError, match="config.json: no such file; expected the configuration"):
         load_model(tmp_path)
     path = tmp_path / "config.json"
     for broken, where in ((b'{\n"model_type": "llama",\n', "line 3"), (b'{"model_type": "\xff"}', "byte 17")):

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from matryoshka.core.protocols import GeneratorError
+from matryoshka.tasks import sandbox
 from matryoshka.tasks.alfworld import program
 from matryoshka.tasks.alfworld.engine import Engine
 from matryoshka.tasks.alfworld.game import load_game
@@ -139,18 +140,18 @@ def test_questions_are_answered_within_their_budget() -> None:
     assert outcome.memory == "{'a': ['ONE', 'TWO', 'all 2 questions are used up']}"
 
 
-def test_a_question_costs_no_program_time_and_no_slot() -> None:
+def test_a_question_costs_no_program_time_and_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: two programs in one slot, each waiting longer than its time limit, take as long as one of them."""
+    monkeypatch.setattr(sandbox, "usable_cores", lambda: 1)
 
     async def slowly(question: str) -> str:
         await asyncio.sleep(1.5)
         return "yes"
 
     async def both() -> list[ProgramOutcome]:
-        slots = asyncio.Semaphore(1)
         quick = Limits(timeout_s=1.2, memory_bytes=LIMITS.memory_bytes)
         code = step("agent.ask('well?')")
-        runs = (run_program(code, session(), slowly, quick, slots=slots) for _ in range(2))
+        runs = (run_program(code, session(), slowly, quick) for _ in range(2))
         return list(await asyncio.gather(*runs))
 
     started = time.monotonic()
@@ -285,12 +286,13 @@ def test_nothing_is_left_behind(tmp_path: object) -> None:
     assert left() == before
 
 
-def test_many_programs_share_the_slots() -> None:
+def test_many_programs_share_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: thirty programs at once in two slots all win."""
+    monkeypatch.setattr(sandbox, "usable_cores", lambda: 2)
 
     async def all_of_them() -> list[Session]:
-        slots, places = asyncio.Semaphore(2), [session() for _ in range(30)]
-        await asyncio.gather(*(run_program(WINNING, place, no_answer, LIMITS, slots=slots) for place in places))
+        places = [session() for _ in range(30)]
+        await asyncio.gather(*(run_program(WINNING, place, no_answer, LIMITS) for place in places))
         return places
 
     assert all(place.won for place in asyncio.run(all_of_them()))

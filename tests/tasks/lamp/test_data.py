@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from matryoshka.tasks.lamp.data import Item, outputs_beside, read_array, read_golds, read_items, write_items
+from matryoshka.tasks.lamp.data import Item, outputs_beside, read_array, read_golds, read_items
 from matryoshka.tasks.lamp.synthetic_users import fixtures
 from matryoshka.tasks.lamp.task_specs import KINDS
+from matryoshka.tests.tasks.lamp.lamp_files import write_items
 
 ROOT = Path(__file__).parents[3]
 DATA = Path(os.environ.get("MATRYOSHKA_DATA", ROOT.parent / "shared" / "data")) / "lamp"
@@ -87,7 +88,7 @@ def test_files_that_are_not_json(tmp_path: Path) -> None:
     outputs = outputs_beside(path)
     for broken in (outputs.read_bytes()[:-1], b'{"task": "LaMP_2\xff"}'):
         outputs.write_bytes(broken)
-        with pytest.raises(ValueError, match="train_outputs.json: malformed JSON"):
+        with pytest.raises(ValueError, match="train_outputs.json: (malformed JSON|not UTF-8)"):
             list(read_items(path, NEWS))
 
 
@@ -97,10 +98,12 @@ def test_files_that_are_absent_or_of_another_task(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the task is 'LaMP_3'; LaMP-2N's files say LaMP_2"):
         list(read_items(path, NEWS))
     outputs_beside(path).unlink()
-    with pytest.raises(FileNotFoundError, match="train_outputs.json: no such file; a questions file needs its gold"):
+    with pytest.raises(FileNotFoundError, match="train_outputs.json: no such file; .* beside .*`matryoshka data lamp"):
         list(read_items(path, NEWS))
-    with pytest.raises(FileNotFoundError, match="nowhere.json: no such file; `matryoshka data lamp` fetches"):
+    with pytest.raises(FileNotFoundError, match="nowhere.json: no such file; `matryoshka data lamp .* fetches"):
         list(read_array(tmp_path / "nowhere.json"))
+    with pytest.raises(FileNotFoundError, match="rows.jsonl: no such file; .*`matryoshka data lamp"):
+        list(read_items(tmp_path / "rows.jsonl", NEWS))
     with pytest.raises(ValueError, match="expected a name that ends in questions.json"):
         list(read_items(tmp_path / "data.json", NEWS))
 

@@ -17,12 +17,13 @@ from matryoshka.core.records import Example, Messages
 from matryoshka.inference.generators import GeneratorConfig
 from matryoshka.pilot.config import ControllerConfig, RolloutConfig, RunConfig, TaskConfig
 from matryoshka.pilot.context import load_problems, open_task
-from matryoshka.tasks.lamp.data import Item, write_items
+from matryoshka.tasks.lamp.data import Item
 from matryoshka.tasks.lamp.options import LampOptions
 from matryoshka.tasks.lamp.splits import with_other
 from matryoshka.tasks.lamp.synthetic_users import fixtures
 from matryoshka.tasks.lamp.task import LampTask
 from matryoshka.tasks.lamp.task_specs import KINDS
+from matryoshka.tests.tasks.lamp.lamp_files import write_items
 
 ROOT = Path(__file__).resolve().parents[3]
 DATA = Path(os.environ.get("MATRYOSHKA_DATA", ROOT.parent / "shared" / "data")) / "lamp"

@@ -2,12 +2,15 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from matryoshka.core.protocols import TaskSetting
 from matryoshka.core.records import Example, content_key
-from matryoshka.tasks.pal.gsm8k import Files, load, load_splits
+from matryoshka.tasks.pal.gsm8k import load, load_splits
+from matryoshka.tasks.pal.options import PalOptions
 
 DATA = Path(os.environ.get("MATRYOSHKA_DATA", Path(__file__).parents[4] / "shared" / "data")) / "gsm8k"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}; set MATRYOSHKA_DATA")
@@ -46,15 +49,16 @@ def test_a_held_out_file_counts_apart(tmp_path: Path) -> None:
     write(test, {"input": "same?", "target": 4}, {"input": "b?", "target": 5})
     write(hard, {"input": "same?", "target": 4.0}, {"input": "c?", "target": 6.5})
     sizes = {"warmup": 0, "train": 2, "validation": 1, "test": 2, "held_out": 2}
-    splits = load_splits(Files(train, test, hard), sizes, gold_warmup=False)
+    options, setting = PalOptions("", str(train), str(test), str(hard)), TaskSetting(sizes, gold_warmup=False)
+    splits = load_splits(options, setting)
     assert [example.fields["answer"] for example in splits["held_out"]] == [4.0, 6.5]
     ids = [example.id for rows in splits.values() for example in rows]
     assert len(set(ids)) == len(ids) == 7 and splits["held_out"][1].id == content_key("c?")
-    with pytest.raises(ValueError, match="held_out 2, but .* held_out_file is empty"):
-        load_splits(Files(train, test), sizes, gold_warmup=False)
+    with pytest.raises(ValueError, match="takes 2 problems, but .* held_out_file is empty; give .* or take no"):
+        load_splits(replace(options, held_out_file=""), setting)
     write(hard, {"input": "t2?", "target": 4.0}, {"input": "c?", "target": 6.5})
     with pytest.raises(ValueError, match="1 questions stand in both train_file and held_out_file; training would see"):
-        load_splits(Files(train, test, hard), sizes, gold_warmup=False)
+        load_splits(options, setting)
 
 
 def test_a_repeated_question_counts_with_an_id_of_its_own(tmp_path: Path) -> None:
@@ -86,8 +90,8 @@ def test_a_malformed_row_is_named_by_file_and_line(row: object, message: str, tm
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    """Oracle: the exception names the file."""
-    with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
+    """Oracle: the exception names the file and the command that fetches the published ones."""
+    with pytest.raises(FileNotFoundError, match="nowhere.jsonl: no such file; .*`matryoshka data gsm8k`"):
         load(tmp_path / "nowhere.jsonl")
 
 

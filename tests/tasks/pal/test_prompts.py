@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from matryoshka.core.records import Message, Messages
-from matryoshka.tasks.pal.prompt_style import PromptStyle
+from matryoshka.tasks.pal.task import open_prompts
 from matryoshka.tasks.sandbox import extract_code, run_solution
+from matryoshka.tests.tasks.pal import requests
 
-FULL = PromptStyle("full")
-HEADER, EXEMPLARS = FULL.file.values["header"], FULL.file.values["exemplars"]
+FULL = open_prompts("full")
+HEADER, EXEMPLARS = FULL.values["header"], FULL.values["exemplars"]
 QUESTION = "Tom has 3 cats. How many paws are there?"
 GUIDANCE = f"{HEADER}\nHow many paws does one cat have?\nHow many paws do they have together?"
 
@@ -24,7 +25,7 @@ def text_of(messages: Messages) -> str:
 @pytest.mark.parametrize("guidance", ["", GUIDANCE], ids=["plain", "guided"])
 def test_every_worked_program_gives_the_answer(guidance: str) -> None:
     """Oracle: the answers, worked out by hand: (24 + 18) / 6 = 7; 4 * 5 * 14 - 35 = 245; 480 - 120 - 90 = 270."""
-    programs = re.findall(r"```python\n(.*?)\n```", text_of(FULL.code(QUESTION, guidance)), re.DOTALL)
+    programs = re.findall(r"```python\n(.*?)\n```", text_of(requests.code(FULL, QUESTION, guidance)), re.DOTALL)
     values = [asyncio.run(run_solution(program, 5.0, 256 * 2**20)).value for program in programs]
     assert values == [(24 + 18) / 6, 4 * 5 * 14 - 35, 480 - 480 / 4 - 90]
     for program, shot in zip(programs, EXEMPLARS, strict=True):
@@ -39,11 +40,11 @@ def test_prompts_without_guidance_show_none() -> None:
     """Oracle: the texts. The baseline without a controller sees neither sub-questions nor the comments that repeat
     them.
     """
-    plain, guided = text_of(FULL.code(QUESTION, "")), text_of(FULL.code(QUESTION, GUIDANCE))
+    plain, guided = text_of(requests.code(FULL, QUESTION, "")), text_of(requests.code(FULL, QUESTION, GUIDANCE))
     for shot in EXEMPLARS:
         for sub_question, _ in shot["steps"]:
             assert sub_question.endswith("?") and sub_question not in plain and guided.count(sub_question) == 2
-            assert f"{HEADER}\n{shot['steps'][0][0]}\n" in text_of(FULL.guidance(QUESTION))
+            assert f"{HEADER}\n{shot['steps'][0][0]}\n" in text_of(FULL.render("guidance", question=QUESTION))
     assert HEADER not in plain and guided.endswith(f"Q: {QUESTION}\n{GUIDANCE}") and plain.endswith(f"Q: {QUESTION}")
 
 
@@ -54,33 +55,33 @@ def test_gold_guidance_has_the_form_that_the_prompt_asks_for(tmp_path: Path) -> 
     """
     shot = EXEMPLARS[0]
     steps = [question for question, _ in shot["steps"]]
-    assert f"A: {FULL.written(steps)}\n\n" in FULL.guidance(QUESTION)[1].content
-    compact = PromptStyle("compact")
-    said = compact.guidance(QUESTION)[2].content
-    assert compact.written(said.split("\n")) == said
+    assert f"A: {FULL.text('written', steps=steps)}\n\n" in FULL.render("guidance", question=QUESTION)[1].content
+    compact = open_prompts("compact")
+    said = compact.render("guidance", question=QUESTION)[2].content
+    assert compact.text("written", steps=said.split("\n")) == said
     (tmp_path / "mine.toml").write_text(OWN)
-    assert PromptStyle(str(tmp_path / "mine.toml")).written(["a?", "b?"]) == "a?\nb?"
+    assert open_prompts(str(tmp_path / "mine.toml")).text("written", steps=["a?", "b?"]) == "a?\nb?"
 
 
 def test_a_retry_has_the_previous_code_the_guidance_and_the_error() -> None:
     """Oracle: the messages of a retry: the first request, the earlier code, the error."""
     code, error = "def solution():\n    return 3 * paws", "NameError: name 'paws' is not defined"
-    retry = FULL.retry(QUESTION, GUIDANCE, code, error)
-    assert retry[:2] == FULL.code(QUESTION, GUIDANCE)
+    retry = requests.retry(FULL, QUESTION, GUIDANCE, code, error)
+    assert retry[:2] == requests.code(FULL, QUESTION, GUIDANCE)
     assert [message.role for message in retry] == ["system", "user", "assistant", "user"]
     assert extract_code(retry[2].content).strip() == code and error in retry[3].content
 
 
 def test_a_new_plan_has_the_previous_one_and_the_feedback() -> None:
     """Oracle: the messages of a new plan: the first request, the earlier plan, the feedback."""
-    replan = FULL.replan(QUESTION, GUIDANCE, "ZeroDivisionError: division by zero")
-    assert replan[:2] == FULL.guidance(QUESTION) and replan[2].content == GUIDANCE
+    replan = requests.replan(FULL, QUESTION, GUIDANCE, "ZeroDivisionError: division by zero")
+    assert replan[:2] == FULL.render("guidance", question=QUESTION) and replan[2].content == GUIDANCE
     assert "ZeroDivisionError: division by zero" in replan[3].content
 
 
 def test_prompts_of_different_questions_share_their_beginning() -> None:
     """Oracle: the texts. All of a prompt up to the question is the same, which makes the prefix tree pay."""
-    one, other = FULL.guidance("Why?"), FULL.guidance("How?")
+    one, other = FULL.render("guidance", question="Why?"), FULL.render("guidance", question="How?")
     assert one[0] == other[0]
     shared = os.path.commonprefix([one[1].content, other[1].content])
     assert len(shared) == len(one[1].content) - len("Why?\nA:")
@@ -107,20 +108,22 @@ def test_a_user_s_own_prompts_are_a_file(tmp_path: Path) -> None:
     """Oracle: by hand. Another text has another name, so its episodes are other ones; shipped styles keep names."""
     path = tmp_path / "mine.toml"
     path.write_text(OWN)
-    own = PromptStyle(str(path))
-    (message,) = own.guidance("1 + 1?")
-    assert message == Message("user", "Hello, split: 1 + 1?") and own.retry("q", "g", "c", "e")[-1].content == "e"
+    own = open_prompts(str(path))
+    (message,) = own.render("guidance", question="1 + 1?")
+    assert message == Message("user", "Hello, split: 1 + 1?")
+    assert requests.retry(own, "q", "g", "c", "e")[-1].content == "e"
     path.write_text(OWN.replace("Hello", "Hi"))
-    assert own.name.startswith("mine-") and own.name != PromptStyle(str(path)).name
-    assert [PromptStyle(name).name for name in ("compact", "full")] == ["compact", "full"]
+    assert own.name.startswith("mine-") and own.name != open_prompts(str(path)).name
+    assert [open_prompts(name).name for name in ("compact", "full")] == ["compact", "full"]
 
 
 @pytest.mark.parametrize("hostile", ["{{ 7 * 7 }}", "{% for x in y %}", "{{ ''.__class__ }}", "[[code]]\nrole = 'x'"])
 def test_a_question_is_never_read_as_a_template(hostile: str) -> None:
     """Oracle: the text itself, in every request."""
-    for style in (FULL, PromptStyle("compact")):
-        asked = (style.guidance(hostile), style.code(hostile, hostile), style.retry("q", "g", hostile, hostile))
-        assert all(hostile in text_of(messages) for messages in asked)
+    for style in (FULL, open_prompts("compact")):
+        first = style.render("guidance", question=hostile)
+        later = requests.code(style, hostile, hostile), requests.retry(style, "q", "g", hostile, hostile)
+        assert all(hostile in text_of(messages) for messages in (first, *later))
 
 
 @pytest.mark.parametrize(
@@ -139,6 +142,6 @@ def test_what_is_wrong_with_a_prompt_file_is_said(change: tuple[str, str], messa
     path = tmp_path / "mine.toml"
     path.write_text(OWN.replace(*change, 1))
     with pytest.raises(ValueError, match=message):
-        PromptStyle(str(path)).guidance("q")
+        open_prompts(str(path)).render("guidance", question="q")
     with pytest.raises(FileNotFoundError, match="'fall': no such file; expected compact, full, published or the path"):
-        PromptStyle("fall")
+        open_prompts("fall")

@@ -11,13 +11,14 @@ from matryoshka.core.protocols import TaskSetting
 from matryoshka.core.records import Messages, RolloutSettings, Sample, Sampling
 from matryoshka.eval.baselines import NoGuidance
 from matryoshka.tasks.pal import synthetic_problems as words
-from matryoshka.tasks.pal.prompt_style import PromptStyle
-from matryoshka.tasks.pal.task import PalOptions, PALTask
+from matryoshka.tasks.pal.options import PalOptions
+from matryoshka.tasks.pal.task import PALTask, open_prompts
 from matryoshka.tasks.sandbox import extract_code, run_solution
 from matryoshka.tasks.sandbox_config import SandboxConfig
+from matryoshka.tests.tasks.pal import requests
 
-COMPACT = PromptStyle("compact")
-SHOTS = [message.content for message in COMPACT.guidance("Q?")[1:-1]]
+COMPACT = open_prompts("compact")
+SHOTS = [message.content for message in COMPACT.render("guidance", question="Q?")[1:-1]]
 COMPACT_EXEMPLARS = list(zip(SHOTS[::2], SHOTS[1::2], strict=True))
 MEMORY = 512 * 2**20
 MANY = {split: words.problems(split, 300, 0) for split in words.SPLITS}
@@ -139,16 +140,16 @@ def test_gold_is_worth_one_and_garbage_nothing() -> None:
 
 def test_compact_prompts_are_short_chats() -> None:
     """Oracle: the messages by hand; every turn alternates, the question stands last."""
-    guidance = COMPACT.guidance("Q?")
+    guidance = COMPACT.render("guidance", question="Q?")
     assert [m.role for m in guidance] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert guidance[-1].content == "Q?" and guidance[1].content == COMPACT_EXEMPLARS[0][0]
-    code = COMPACT.code("Q?", "How much?")
+    code = requests.code(COMPACT, "Q?", "How much?")
     assert [m.content for m in code] == ["Write solution() from the steps.", "Q?\nHow much?"]
-    assert COMPACT.code("Q?", "")[-1].content == "Q?"
-    retry = COMPACT.retry("Q?", "g", "old", "NameError")
-    assert retry[:2] == COMPACT.code("Q?", "g") and [m.role for m in retry[2:]] == ["assistant", "user"]
+    assert requests.code(COMPACT, "Q?", "")[-1].content == "Q?"
+    retry = requests.retry(COMPACT, "Q?", "g", "old", "NameError")
+    assert retry[:2] == requests.code(COMPACT, "Q?", "g") and [m.role for m in retry[2:]] == ["assistant", "user"]
     assert retry[2].content == "old" and "NameError" in retry[3].content
-    replan = COMPACT.replan("Q?", "old steps", "NameError")
+    replan = requests.replan(COMPACT, "Q?", "old steps", "NameError")
     assert replan[:6] == guidance and replan[6].content == "old steps" and "NameError" in replan[7].content
 
 

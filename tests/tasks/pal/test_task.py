@@ -26,13 +26,14 @@ from matryoshka.core.records import (
     to_json,
 )
 from matryoshka.tasks.pal.gsm8k import load
-from matryoshka.tasks.pal.prompt_style import PromptStyle
-from matryoshka.tasks.pal.task import PalOptions, PALTask
+from matryoshka.tasks.pal.options import PalOptions
+from matryoshka.tasks.pal.task import PALTask, open_prompts
 from matryoshka.tasks.sandbox_config import SandboxConfig
+from matryoshka.tests.tasks.pal import requests
 
 DATA = Path(os.environ.get("MATRYOSHKA_DATA", Path(__file__).parents[4] / "shared" / "data")) / "gsm8k"
 EXAMPLE = Example("e1", {"question": "How much is 3 times 4?", "answer": 12})
-FULL = PromptStyle("full")
+FULL = open_prompts("full")
 RIGHT, WRONG, CRASH = "return 3 * 4", "return 3 + 4", "return 3 * four"
 CRASH_ERROR = (
     'Traceback (most recent call last):\n  File "<solution>", line 2, in solution\n    return 3 * four\n'
@@ -102,9 +103,9 @@ def test_one_right_attempt_is_recorded_completely() -> None:
     controller, generator = ScriptedController(" How much?\n"), ScriptedGenerator(RIGHT)
     settings = RolloutSettings(controller=Sampling(1.0, draw=3), generator=Sampling(max_tokens=99), inner_attempts=6)
     trajectory = roll(controller, generator, settings)
-    prompt = FULL.guidance("How much is 3 times 4?")
+    prompt = FULL.render("guidance", question="How much is 3 times 4?")
     assert controller.asked == [(prompt, 1, settings.controller)]
-    assert generator.asked == [(FULL.code("How much is 3 times 4?", "How much?"), settings.generator)]
+    assert generator.asked == [(requests.code(FULL, "How much is 3 times 4?", "How much?"), settings.generator)]
     (turn,) = trajectory.turns
     assert (turn.prompt, turn.prompt_ids) == (prompt, controller.prompt_ids(prompt))
     assert turn.action.text == " How much?\n" and turn.feedback == ""
@@ -138,7 +139,7 @@ def test_a_retry_shows_the_previous_code_the_guidance_and_the_real_error() -> No
     generator = ScriptedGenerator(CRASH, RIGHT)
     trajectory = roll(ScriptedController("What is four?"), generator, RolloutSettings(inner_attempts=2))
     code = f"def solution():\n    {CRASH}\n"
-    assert generator.asked[1][0] == FULL.retry(EXAMPLE.fields["question"], "What is four?", code, CRASH_ERROR)
+    assert generator.asked[1][0] == requests.retry(FULL, EXAMPLE.fields["question"], "What is four?", code, CRASH_ERROR)
     assert [call.outcome for call in trajectory.turns[0].calls] == [CRASH_ERROR, "value 12"]
     assert trajectory.reward == 1.0
 
@@ -149,8 +150,8 @@ def test_exhausted_attempts_make_the_controller_plan_again() -> None:
     trajectory = roll(controller, generator, RolloutSettings(inner_attempts=2, outer_turns=2))
     question = EXAMPLE.fields["question"]
     assert [prompt for prompt, _, _ in controller.asked] == [
-        FULL.guidance(question),
-        FULL.replan(question, "plan one", CRASH_ERROR),
+        FULL.render("guidance", question=question),
+        requests.replan(FULL, question, "plan one", CRASH_ERROR),
     ]
     assert ["plan one" in text for text in texts(generator.asked)] == [True, True, False, False]
     assert ["plan two" in text for text in texts(generator.asked)] == [False, False, True, True]
@@ -260,7 +261,7 @@ def test_no_guidance_asks_the_plain_question() -> None:
     """Oracle: the requests. A controller that says nothing is the baseline without a controller."""
     generator = ScriptedGenerator(RIGHT)
     roll(ScriptedController(" \n"), generator, RolloutSettings())
-    assert generator.asked[0][0] == FULL.code(EXAMPLE.fields["question"], "")
+    assert generator.asked[0][0] == requests.code(FULL, EXAMPLE.fields["question"], "")
 
 
 def test_score_counts_verdicts() -> None:

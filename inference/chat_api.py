@@ -244,8 +244,9 @@ def _billed(usage: Any) -> Billed:
     # A part that is larger than its whole is none, but was counted beside it.
     prompt += cached if cached > prompt else 0
     completion += thoughts if thoughts > completion else 0
-    usage_told = Usage(prompt, max(completion, total - prompt))
-    return Billed(usage_told, is_exact and usage_told != Usage())
+    # No answer costs nothing on one of its sides; some servers leave out what they had in a cache, or never count.
+    is_exact = is_exact and ((prompt > 0 and completion > 0) or total > max(prompt, completion))
+    return Billed(Usage(prompt, max(completion, total - prompt)), is_exact)
 
 
 def _reported_error(error: Any, billed: Billed) -> AttemptError:
@@ -343,6 +344,6 @@ def _words(error: Any, depth: int = 0) -> str:
         return "; ".join(filter(None, (_words(item, depth + 1) for item in error[:10])))
     if "loc" in error:  # FastAPI's
         return f"{error.get('msg')} ({error.get('type')}) at {error['loc']}"
-    said = [error.get(name) for name in ("message", "detail", "msg", "error", "errors")]
+    said = [error.get(name) for name in ("message", "detail", "msg", "error_msg", "error", "errors")]
     said += [error["metadata"].get("raw")] if isinstance(error.get("metadata"), dict) else []  # OpenRouter's
     return ": ".join(filter(None, (_words(item, depth + 1) for item in said)))

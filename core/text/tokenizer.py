@@ -20,7 +20,7 @@ from matryoshka.core.text.vocabulary import AddedToken, Vocabulary, load_vocabul
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REQUIRED = ("bos_token", "eos_token")
-EXTRA = "additional_special_tokens"
+EXTRA, EXTRA_5 = "additional_special_tokens", "extra_special_tokens"  # the second since transformers 5, also by name
 MAX_ID = 2**31 - 1
 
 
@@ -67,6 +67,9 @@ class Tokenizer:
         names = {name: _content(config_path, name, config[name]) for name in NAMED if config.get(name) is not None}
         special = [names[name] for name in REQUIRED if name in names]
         special += [_content(config_path, EXTRA, value) for value in _typed(config_path, config, EXTRA, list)]
+        more = config.get(EXTRA_5)
+        more = list(more.values()) if isinstance(more, dict) else _typed(config_path, config, EXTRA_5, list)
+        special += [_content(config_path, EXTRA_5, value) for value in more]
         decoder = _typed(config_path, config, "added_tokens_decoder", dict)
         added = [_added_token(config_path, id, entry) for id, entry in decoder.items()]
         if not added and not (folder / "tokenizer.json").is_file():
@@ -98,7 +101,7 @@ class Tokenizer:
         if source is None and "<|start_header_id|>" in ids:
             source = LLAMA3_TEMPLATE
         thinking = config.get("enable_thinking")
-        if thinking not in (None, True, False):
+        if thinking is not None and not isinstance(thinking, bool):
             raise ValueError(f"{config_path}: enable_thinking is {thinking!r}, expected true or false")
         chat = ChatFormat(source, vocabulary, names, stop_ids, date, thinking) if source is not None else None
         if chat is None and not stop_ids:
@@ -200,8 +203,9 @@ def _content(path: Path, name: str, value: Any) -> str:
 def _added_token(path: Path, id: str, entry: Any) -> AddedToken:
     if not isinstance(entry, Mapping) or not (id.isascii() and id.isdecimal()) or int(id[:20]) > MAX_ID:
         raise ValueError(f"{path}: added_tokens_decoder[{id[:20]!r}] is {shown(entry)}, expected an id and its token")
-    flags = (bool(entry.get(flag, False)) for flag in ("special", "lstrip", "rstrip"))
-    return AddedToken(_content(path, f"added_tokens_decoder[{id!r}]", entry), int(id), *flags)
+    fields = Fields(entry, f"{path}: added_tokens_decoder[{id!r}]")
+    flags = (fields.boolean(flag, False) for flag in ("special", "lstrip", "rstrip"))
+    return AddedToken(fields.text("content"), int(id), *flags)
 
 
 def _stop_ids(folder: Path) -> list[int]:
@@ -219,7 +223,7 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path, where = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if path.is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")  # some editors put a BOM first, which would begin every prompt
         except UnicodeDecodeError as err:
             raise ValueError(f"{path}: not UTF-8 (byte {err.start + 1}); save it in UTF-8") from err
     template = config.get("chat_template")

@@ -23,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from matryoshka.core.json_input import Fields, read_json, shown
 
 SPACE = "\u2581"  # what sentencepiece writes for a space
+PROBE = "a b\nc"
 LONG_TEXT = 10_000  # characters, some 30 ms
 ALL_BYTES = bytes(range(256))
 UNPRINTABLE = [b for b in range(256) if not (33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255)]
@@ -156,6 +157,8 @@ def _from_json(path: Path, added: Iterable[AddedToken], special: Iterable[str]) 
         prefix, special_prefix = _take_prefix(data)
     except (AttributeError, KeyError, TypeError) as err:
         raise ValueError(f"{path}: its normalizer or pre_tokenizer is malformed ({err!r:.80})") from err
+    if dropout := data["model"].get("dropout") if isinstance(data.get("model"), dict) else None:
+        raise ValueError(f"{path}: model.dropout is {shown(dropout)}, so a text has other ids every time; set it to 0")
     data |= {"added_tokens": [entries[id] for id in sorted(entries)], "truncation": None, "padding": None}
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(data))
@@ -186,11 +189,17 @@ def _from_json(path: Path, added: Iterable[AddedToken], special: Iterable[str]) 
     around = _ids_around_text(backend, path)
     byte_level = "ByteLevel" in kinds
     spell = _spell_byte_level if byte_level else _spell_sentencepiece
+    token_bytes = {id: content.encode() if content in tokens else spell(content) for content, id in vocab.items()}
+    known_bytes = bytes(b for b, char in BYTE_TO_CHAR.items() if char in vocab) if byte_level else ALL_BYTES
+    read = b"".join(token_bytes[id] for id in _plain(backend)(PROBE)) if byte_level else b""
+    if byte_level and read != PROBE.encode().translate(None, bytes(set(ALL_BYTES) - set(known_bytes))):
+        raise ValueError(f"{path}: its pre_tokenizer or normalizer loses text: {PROBE!r} comes back as {read!r}; get "
+                         "the file again")
     return Vocabulary(
         path, _plain(backend),
-        token_bytes={id: content.encode() if content in tokens else spell(content) for content, id in vocab.items()},
+        token_bytes=token_bytes,
         specials={content: token for content, token in tokens.items() if token.special},
-        known_bytes=bytes(b for b, char in BYTE_TO_CHAR.items() if char in vocab) if byte_level else ALL_BYTES,
+        known_bytes=known_bytes,
         space_ids=() if byte_level else _byte_ids(vocab, SPACE), prefix=prefix, special_prefix=special_prefix,
         start_ids=around[0], end_ids=around[1],
     )

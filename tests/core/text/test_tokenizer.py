@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
+from matryoshka.core.records import Message
 from matryoshka.core.text.tokenizer import TextStream, Tokenizer
 
 WriteFolder = Callable[..., Path]
@@ -306,6 +307,57 @@ def test_unreadable_files_are_named(files: dict[str, str], message: str, tmp_pat
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)):
         Tokenizer.load(tmp_path)
+
+
+def edited(folder: Path, name: str, **changes: Any) -> Path:
+    data = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(data | changes))
+    return folder
+
+
+BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no pre-tokenizer": ("tokenizer.json", {"pre_tokenizer": None}, r"loses text: 'a b\\nc' comes back as b'abc'"),
+    "random merges": (
+        "tokenizer.json", {"model": {"type": "BPE", "dropout": 0.5, "vocab": {}, "merges": []}}, "model.dropout is 0.5",
+    ),
+    "thinking as a number": ("tokenizer_config.json", {"enable_thinking": 0}, "enable_thinking is 0"),
+    "a flag as a text": (
+        "tokenizer_config.json", {"added_tokens_decoder": {"0": {"content": "<s>", "special": "false"}}},
+        r"added_tokens_decoder\['0'\]: special is 'false'",
+    ),
+    "a special token that is not there": (
+        "tokenizer_config.json", {"extra_special_tokens": {"image_token": "<image>"}}, "special token '<image>', which",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_files_that_would_change_texts_without_a_word_are_refused(
+    write_folder: WriteFolder, name: str, changes: dict[str, Any], message: str
+) -> None:
+    """Oracle: the message, which names the file and the key."""
+    with pytest.raises(ValueError, match=message) as caught:
+        Tokenizer.load(edited(write_folder(), name, **changes))
+    assert name in str(caught.value) or "tokenizer.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("named", [["<x>"], {"image_token": "<x>"}], ids=["a list", "by name"])
+def test_special_tokens_in_the_form_of_transformers_5(write_folder: WriteFolder, named: object) -> None:
+    """Oracle: by definition: a token that any file calls special is never read out of text."""
+    folder = write_folder(("<s>", "</s>", "<x>"))
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    edited(folder, "tokenizer.json", added_tokens=[*added[:2], added[2] | {"special": False}])
+    assert Tokenizer.load(folder).encode("<x>") == [2]
+    assert 2 not in Tokenizer.load(edited(folder, "tokenizer_config.json", extra_special_tokens=named)).encode("<x>")
+
+
+def test_a_byte_order_mark_before_a_template_is_no_part_of_it(write_folder: WriteFolder) -> None:
+    """Oracle: the same ids without the mark."""
+    template = "{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}"
+    folder, chat = write_folder(chat_template=template), (Message("user", "a"), Message("assistant", "b"))
+    expected = Tokenizer.load(folder).render(chat)
+    (folder / "chat_template.jinja").write_text(f"\ufeff{template}", encoding="utf-8")
+    assert Tokenizer.load(folder).render(chat) == expected
 
 
 def test_absent_files_are_named(tmp_path: Path) -> None:

@@ -175,13 +175,15 @@ class Task(Protocol):
         return Judgement(str(prediction), "right" if right else "wrong", float(right))
 
     def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]:
-        """Return the metrics of episodes: by default "accuracy" and "failed", the share that failed for good.
+        """Return the metrics of episodes. By default these are shares: "accuracy", "executable" (the last attempt gave
+        an answer) and "failed" (a call failed for good).
 
         A failed episode counts as one that is not right. Raises ValueError for no trajectories.
         """
         counts = Counter(trajectory.info.verdict for trajectory in trajectories)
         n = len(trajectories)
-        return {"accuracy": wilson(counts["right"], n), "failed": wilson(counts["failed"], n)}
+        shares = {"accuracy": counts["right"], "executable": counts["right"] + counts["wrong"]}
+        return {name: wilson(count, n) for name, count in (shares | {"failed": counts["failed"]}).items()}
 
     @classmethod
     def scripted_generator(cls, name: str) -> Generator:

@@ -161,6 +161,14 @@ def paired_scores(first: Sequence[float], second: Sequence[float]) -> PairedScor
     return PairedScores(len(differences), interval.value, interval.low, interval.high, p)
 
 
+def paired(first: Sequence[float], second: Sequence[float]) -> Paired | PairedScores:
+    """Return `paired_difference` where all outcomes are true or false, else `paired_scores`."""
+    solved = [won for won in (*first, *second) if isinstance(won, bool)]
+    if len(solved) == len(first) + len(second):
+        return paired_difference(solved[: len(first)], solved[len(first) :])
+    return paired_scores(first, second)
+
+
 def _correlation(a: int, b: int, c: int, d: int) -> float:
     """Return phi of the table [[a, b], [c, d]], a positive numerator shrunk by n/2 (at most to 0), as in method 10."""
     margins = (a + b) * (c + d) * (a + c) * (b + d)

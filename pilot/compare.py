@@ -8,7 +8,7 @@ from typing import Any
 
 from matryoshka.core.intervals import wilson
 from matryoshka.core.json_input import read_json
-from matryoshka.eval.statistics import Paired, PairedScores, Unpaired, paired_difference, paired_scores, unpaired
+from matryoshka.eval.statistics import Paired, PairedScores, Unpaired, paired, unpaired
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,8 @@ def _difference(first: Result, second: Result) -> dict[str, Any]:
         found = unpaired(list(first.won.values()), list(second.won.values()))
         what = f"two samples, {len(first.won)} and {len(second.won)} problems, none in common"
     else:
-        if graded:
-            found = paired_scores([first.scores[id] for id in shared], [second.scores[id] for id in shared])
-        else:
-            found = paired_difference([first.won[id] for id in shared], [second.won[id] for id in shared])
+        one, two = (run.scores if graded else run.won for run in (first, second))
+        found = paired([one[id] for id in shared], [two[id] for id in shared])
         whole = len(shared) == len(first.won) == len(second.won)
         what = "equal ones" if whole else f"in common of {len(first.won)} and {len(second.won)}"
         what = f"{len(shared)} {what}"

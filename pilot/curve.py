@@ -16,7 +16,7 @@ import numpy as np
 
 from matryoshka.core.intervals import bootstrap, wilson
 from matryoshka.core.records import Metric, to_json
-from matryoshka.eval.statistics import paired_difference, paired_scores
+from matryoshka.eval.statistics import paired
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.loop import run_pilot
 
@@ -67,7 +67,7 @@ def summary(runs: Mapping[int, Outcomes]) -> dict[str, Any]:
     }
     ladder = [name for name in names if name in ("untrained", "warmup") or name.startswith("round_")]
     steps = [*zip(ladder, ladder[1:], strict=False)] + [(ladder[0], ladder[-1])] * (len(ladder) > 2)
-    gains = [{"first": a, "second": b, **_gain(pooled[a], pooled[b])} for a, b in steps]
+    gains = [{"first": a, "second": b, **vars(paired(pooled[a], pooled[b]))} for a, b in steps]
     return {"conditions": conditions, "gains": gains}
 
 
@@ -90,17 +90,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _pooled(scores: Sequence[float]) -> Metric:
-    if _solved(scores):
+    if all(isinstance(score, bool) for score in scores):
         return wilson(int(sum(scores)), len(scores))
     values = np.array(scores)
     return bootstrap(len(values), lambda i: float(values[i].mean()))
-
-
-def _gain(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
-    if _solved(first) and _solved(second):
-        return vars(paired_difference([won == 1 for won in first], [won == 1 for won in second]))
-    return vars(paired_scores(first, second))
-
-
-def _solved(scores: Sequence[float]) -> bool:
-    return all(isinstance(score, bool) for score in scores)

@@ -11,7 +11,7 @@ from matryoshka.core.files import read_jsonl, write_json
 from matryoshka.core.protocols import Task
 from matryoshka.core.records import Example, Metric, Trajectory, to_json
 from matryoshka.eval.report import Condition, ReportInput, write_report
-from matryoshka.eval.statistics import Paired, PairedScores, paired_difference, paired_scores
+from matryoshka.eval.statistics import paired
 from matryoshka.eval.summary import graded_scores
 from matryoshka.lora.files import adapter_hash
 from matryoshka.pilot.config import EMBEDDED_ADAPTER, RunConfig
@@ -183,15 +183,11 @@ def summarise(run: Run, conditions: Sequence[Condition], last: str) -> dict[str,
     graded = all(scored.values())
     right = {name: [row[id].info.verdict == "right" for id in ids] for name, row in rows.items()}
     values = {name: [row[id] for id in ids] for name, row in scored.items()} if graded else right
-
-    def compared(first: str) -> Paired | PairedScores:
-        return paired_scores(values[first], values[last]) if graded else paired_difference(right[first], right[last])
-
     summary: dict[str, Any] = {"task": run.task.label, "examples": len(ids)}
     summary |= {name: round(sum(row) / len(row), 4) for name, row in values.items()}
     for first, key in (("untrained", "p_trained_vs_untrained"), ("warmup", "p_trained_vs_warmup")):
         if first in values:
-            difference = compared(first)
+            difference = paired(values[first], values[last])
             summary[key] = difference.p
             if first == "warmup":
                 gain = (difference.difference, difference.low, difference.high)

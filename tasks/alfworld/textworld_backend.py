@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.tasks.alfworld.engine import VERBS, Observation
-from matryoshka.tasks.alfworld.game import Game, load_game
 from matryoshka.tasks.alfworld.games import Logic, read_logic
 
 # What ALFWorld 0.4.0 changed in the grammar, current -> old; it also brought the action `help`.
@@ -31,8 +30,8 @@ def is_installed() -> bool:
 class TextWorldEngine:
     """One play of a game in TextWorld; see `Engine` for what the methods mean.
 
-    row: as for `load_game`. logic: the domain and grammar to play with, by default those that come with the package
-    alfworld. Raises ValueError where the extra is not installed.
+    row: as for `games.check_row`. logic: the domain and grammar to play with, by default those that come with the
+    package alfworld. Raises ValueError where the extra is not installed.
     """
 
     def __init__(self, row: Mapping[str, Any], verbs: str = "current", logic: Logic | None = None) -> None:
@@ -53,8 +52,6 @@ class TextWorldEngine:
             for current, old in OLD_WORDS:
                 grammar = grammar.replace(current, old)
             domain = _without(domain, "(:action help")
-        self.game: Game = load_game(row)
-        self.verbs = verbs
         # One wrapper for each environment: a wrapper that several share mixes their names up.
         self._environment = AlfredDemangler(PddlEnv(EnvInfos(won=True, admissible_commands=True, feedback=True)))
         with _own_arguments():

@@ -5,15 +5,13 @@ new guidance. Under protocol "label_free" neither loop sees the gold answer: the
 program that did not run. Under "oracle" a wrong answer causes one as well. The reward reads gold once, at the end.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from matryoshka.core.intervals import wilson
 from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
-from matryoshka.core.records import Example, Judgement, Messages, Metric, RolloutSettings, Trajectory, Verdict
+from matryoshka.core.records import Example, Judgement, Messages, RolloutSettings, Trajectory, Verdict
 from matryoshka.tasks.episode import Episode
 from matryoshka.tasks.pal import gsm8k, synthetic_problems
 from matryoshka.tasks.pal.answers import read_answer, same_answer
@@ -119,19 +117,6 @@ class PALTask(Task):
         value = read_answer(prediction)
         right = same_answer(value, example.fields["answer"])
         return Judgement(value, "error" if value is None else "right" if right else "wrong", float(right))
-
-    def score(self, trajectories: Sequence[Trajectory]) -> dict[str, Metric]:
-        """Return "accuracy", "executable" (the last program ran) and "failed" (a call failed for good), as shares.
-
-        A failed episode counts as not right in accuracy, and its share is shown. Raises ValueError for no trajectories.
-        """
-        counts = Counter(trajectory.info.verdict for trajectory in trajectories)
-        n = len(trajectories)
-        return {
-            "accuracy": wilson(counts["right"], n),
-            "executable": wilson(counts["right"] + counts["wrong"], n),
-            "failed": wilson(counts["failed"], n),
-        }
 
 
 def _complaint(outcome: Outcome, example: Example, protocol: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 from matryoshka.core.intervals import bootstrap
 from matryoshka.core.records import EpisodeInfo, Example, Sample, Trajectory, Turn
 from matryoshka.eval.report import Condition, ReportInput, write_report
-from matryoshka.eval.statistics import FLIPS, paired_scores
+from matryoshka.eval.statistics import FLIPS, paired, paired_difference, paired_scores
 
 
 def test_sign_flips_are_counted_where_they_are_few() -> None:
@@ -30,6 +30,13 @@ def test_sign_flips_are_counted_where_they_are_few() -> None:
     assert paired_scores([0.1, 0.7], [0.1, 0.7]).p == 1.0
     # 0.1 + 0.2 + 0.3 in another order is another float; all eight assignments of one size must count.
     assert paired_scores([0.0, 0.0, 0.0], [0.1, 0.2, 0.3]).p == 2 / 8
+
+
+def test_outcomes_of_either_kind_are_paired_by_their_own_test() -> None:
+    """Oracle: the two tests called by name; 1.0 and 0.0 are scores, true and false are not."""
+    won, lost = [True, False, True], [False, False, True]
+    assert paired(lost, won) == paired_difference(lost, won)
+    assert paired([0.0, 0.0, 1.0], [1.0, 0.0, 1.0]) == paired_scores([0.0, 0.0, 1.0], [1.0, 0.0, 1.0])
 
 
 def test_sign_flips_are_drawn_where_they_are_many() -> None:

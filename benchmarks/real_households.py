@@ -319,14 +319,18 @@ def about(options: Options, size: str, file: Path) -> dict[str, Any]:
     machine = environment()
     config = load_toml(RunConfig, options.config)
     what = "transfer to another generator" if options.transfer else "a real generator on real games"
+    trained = (
+        f"Warm-up on {config.task.warmup} games with plans that the generator made for itself and won with, and gold "
+        f"plans of types of which fewer than {config.warmup.gold_per_group} won; each round samples "
+        f"{config.rollout.samples} plans for each of {config.task.train} games of the train split."
+    )
+    if options.transfer:
+        trained = f"The controllers are those of real_households.md, trained with the {options.size}, and unchanged."
     return {
         "title": f"Households: {what}",
         "summary": (
             f"SmolLM2-135M-Instruct plans, {file.stem} (untouched, behind llama.cpp) writes the program, ALFWorld's "
-            f"own games judge. One attempt, label-free, greedy. Warm-up on {config.task.warmup} games with plans that "
-            f"the generator made for itself and won with, and gold plans of types of which fewer than "
-            f"{config.warmup.gold_per_group} won; each round samples "
-            f"{config.rollout.samples} plans for each of {config.task.train} games of the train split."
+            "own games judge. One attempt, label-free, greedy. " + trained
         ),
         "generator": {"file": file.name, "sha256": FILES[size].sha256, "repository": FILES[size].repository},
         "machine": machine,

@@ -23,7 +23,7 @@ from matryoshka.benchmarks.levels import smallest_difference
 from matryoshka.benchmarks.real_causes import causes
 from matryoshka.benchmarks.real_generator import FILES, generator_file
 from matryoshka.benchmarks.real_results import FIXED, TITLES, Outcomes, write_results
-from matryoshka.benchmarks.real_state import OUTCOMES, pack, unpack
+from matryoshka.benchmarks.real_state import OUTCOMES, SECOND_STAR, pack, unpack
 from matryoshka.core.config import load_toml
 from matryoshka.core.models.from_gguf import convert_gguf, smollm2_gguf
 from matryoshka.core.records import Trajectory
@@ -199,7 +199,7 @@ def run_second_star(options: Options, config: RunConfig, root: Path, outcomes: O
     first = folder / config.name / "star" / "adapter"
     again = replace(
         config,
-        name=f"{config.name}-star",
+        name=config.name + SECOND_STAR,
         rounds=1,
         controller=replace(config.controller, adapter=str(first)),
         warmup=replace(config.warmup, source="adapter"),

@@ -20,6 +20,7 @@ from matryoshka.lora.files import WEIGHTS, adapter_hash
 
 ANSWERS, OUTCOMES = "answers.jsonl.xz", "outcomes.json"
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SECOND_STAR = "-star"  # ends the name of the run that is a seed's second round of STaR
 KEPT = ("environment.json", "seconds.json", "preferences.jsonl", "trajectories.jsonl")
 
 
@@ -38,6 +39,8 @@ def pack(root: Path, folder: Path) -> None:
     for run in sorted(path.parent for path in root.glob("*/config.toml")):
         for adapter in sorted(run.glob("*/adapter")):
             stage = adapter.relative_to(run).parts[0]
+            if run.name.endswith(SECOND_STAR) and stage == "warmup":
+                continue  # a copy of the first round's policy
             target = folder / run.name / stage / "adapter"
             target.mkdir(parents=True, exist_ok=True)
             for file in adapter.iterdir():

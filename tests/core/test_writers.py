@@ -43,7 +43,6 @@ NO_TEXT = {
     "inference/vllm_guard.py: <main>": "the number of a process; it holds no key",
     "inference/vllm_server.py: VllmServer._launch": "the output of vLLM, which runs in a process of its own",
     "pilot/download.py: _download": "a file of a benchmark, as it came",
-    "pilot/download.py: _write": "a file of a benchmark, as it came",
     "pilot/export.py: copy_tokenizer": "a tokenizer",
     "pilot/export.py: export_policy": "a copy of an adapter",
     "pilot/folder.py: copy_folder": "a copy of files that were written by these functions",

@@ -42,7 +42,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Failure:
-    """What came of a program. feedback: the whole account, to be shown as it is."""
+    """The outcome of a program that failed. feedback: the whole account, to be shown as it is."""
 
     feedback: str
     error: str = ""

@@ -76,8 +76,9 @@ def is_writing(call: ast.Call) -> bool:
         return any(set(mode) & set("wax+") and set(mode) <= set("rwaxbt+") for mode in modes) or bool(
             flags & {"O_WRONLY", "O_RDWR", "O_CREAT"}
         )
+    # A function that writes may be handed on, and called elsewhere.
     values = (*call.args, *(keyword.value for keyword in call.keywords))
-    if WRITING.intersection(value.attr for value in values if isinstance(value, ast.Attribute)):  # it hands on a function that writes
+    if WRITING.intersection(value.attr for value in values if isinstance(value, ast.Attribute)):
         return True
     if name in OWNERS:
         return isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") == OWNERS[name]

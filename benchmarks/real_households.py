@@ -3,6 +3,7 @@
     bash scripts/real.sh                     seeds 0, 1 and 2 with the 0.5B generator; it may be stopped anywhere
     bash scripts/real.sh --quick             12 games under all conditions with the committed adapters, asked anew
     bash scripts/real.sh --transfer 1.5b     the trained controllers drive the 1.5B, which they never met
+    bash scripts/real.sh --size 1.5b         the 1.5B trains controllers; with --transfer 0.5b these drive the 0.5B
 
 The controller is SmolLM2-135M-Instruct, the games are ALFWorld's own (--data; the train split for training, valid_seen
 for tests), the generator is Qwen2.5-Coder behind llama.cpp. The state of earlier runs lies in
@@ -23,7 +24,7 @@ from matryoshka.benchmarks.levels import smallest_difference
 from matryoshka.benchmarks.real_causes import causes
 from matryoshka.benchmarks.real_generator import FILES, generator_file
 from matryoshka.benchmarks.real_results import FIXED, TITLES, Outcomes, write_results
-from matryoshka.benchmarks.real_state import OUTCOMES, SECOND_STAR, pack, unpack
+from matryoshka.benchmarks.real_state import SECOND_STAR, pack, unpack
 from matryoshka.core.config import load_toml
 from matryoshka.core.models.from_gguf import convert_gguf, smollm2_gguf
 from matryoshka.core.records import Trajectory
@@ -64,6 +65,16 @@ class Options:
     test_only: bool
     conditions: tuple[str, ...]
 
+    @property
+    def trainer(self) -> str:
+        """The ending of names that says which generator trained: "" for the 0.5B, "-1.5b"."""
+        return "" if self.size == "0.5b" else f"-{self.size}"
+
+    @property
+    def with_star(self) -> bool:
+        """Whether STaR is trained: a control that is not tested is not trained."""
+        return not {"star", "star_2"}.isdisjoint(self.conditions)
+
 
 def main() -> None:
     """Run or continue the experiment, print its table and, as the last line, one JSON object."""
@@ -78,12 +89,12 @@ def main() -> None:
     print(f"{known} answers of earlier runs are used again", file=sys.stderr)
     say_plan(options, size)
     outcomes = Outcomes.load(saved(options, root, size))
-    path = root / "results" if options.quick else RESULTS / ("real_transfer" if options.transfer else "real_households")
+    path = root / "results" if options.quick else RESULTS / results_name(options)
     try:
         for seed in options.seeds:
             config = configuration(options, seed, size, file)
             run_seed(options, config, root, outcomes, saved(options, root, size))
-            if "star_2" in options.conditions:
+            if options.with_star and "star_2" in options.conditions:
                 run_second_star(options, config, root, outcomes, saved(options, root, size))
         if "react" in options.conditions and not options.quick:
             run_react(configuration(options, options.seeds[0], size, file), root, outcomes, saved(options, root, size))
@@ -112,6 +123,8 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--test-only", action="store_true", help="train nothing; test the stages that are trained")
     parser.add_argument("--conditions", nargs="+", choices=list(TITLES), default=list(TITLES), help="of the test")
     args = parser.parse_args(arguments)
+    if args.transfer == args.size:
+        parser.error(f"--transfer {args.transfer}: it trained these controllers; --size names the one that did")
     seeds = tuple(args.seeds[:1] if args.quick else args.seeds)
     config = args.config.resolve()
     return Options(
@@ -136,7 +149,8 @@ def configuration(options: Options, seed: int, size: str, file: Path) -> RunConf
     games = QUICK_GAMES if options.quick else options.games or config.task.test
     return replace(
         config,
-        name=f"{config.name}-{seed}",
+        name=f"{config.name}{options.trainer}-{seed}",
+        star=config.star and options.with_star,
         generator=replace(config.generator, model=name),
         serve=replace(config.serve, model=str(file), name=name),
         task=replace(config.task, test=games),
@@ -145,7 +159,13 @@ def configuration(options: Options, seed: int, size: str, file: Path) -> RunConf
 
 def saved(options: Options, root: Path, size: str) -> Path:
     """Return the file that keeps the outcomes."""
-    return root / (f"transfer-{size}.json" if options.transfer else OUTCOMES)
+    return root / (f"transfer-{size}.json" if options.transfer else f"outcomes{options.trainer}.json")
+
+
+def results_name(options: Options) -> str:
+    """Return the name of the tables, without an ending: a name for the generator that trained and for the test's."""
+    name = f"real_transfer{options.trainer}" if options.transfer else f"real_households{options.trainer}"
+    return name.replace("-", "_").replace(".", "_")
 
 
 def run_react(config: RunConfig, root: Path, outcomes: Outcomes, path: Path) -> None:
@@ -294,13 +314,14 @@ def say_plan(options: Options, size: str) -> None:
     config = load_toml(RunConfig, options.config)
     task, seeds, per_call = config.task, len(options.seeds), SECONDS_PER_CALL[size]
     games = QUICK_GAMES if options.quick else options.games or task.test
-    policies = config.rounds + 1 + 2 * config.star
+    star = config.star and options.with_star
+    policies = config.rounds + 1 + 2 * star
     fixed = games * 6  # no plan, wrong, gold, untrained; the generator's own plan takes two calls
     calls = fixed + seeds * policies * games
     stages = 0
     if not options.test_only:
         warm = task.warmup * config.warmup.samples * 2
-        rounds = (config.rounds + config.star) * (task.train * config.rollout.samples * NEW_PLANS + task.validation)
+        rounds = (config.rounds + star) * (task.train * config.rollout.samples * NEW_PLANS + task.validation)
         calls, stages = calls + int(seeds * (warm + rounds)), seeds * (config.rounds + 3)
     hours = (calls * per_call + stages * TRAINING_S) / 3600
     points = 100 * smallest_difference(games, seeds, DISAGREEMENT, SHARED, SEED_DEVIATION if seeds > 1 else 0.0)

@@ -18,7 +18,7 @@ from matryoshka.core.records import Sample, from_json, to_json
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.lora.files import WEIGHTS, adapter_hash
 
-ANSWERS, OUTCOMES = "answers.jsonl.xz", "outcomes.json"
+ANSWERS, OUTCOMES = "answers.jsonl.xz", ("outcomes*.json", "transfer*.json")
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SECOND_STAR = "-star"  # ends the name of the run that is a seed's second round of STaR
 KEPT = ("environment.json", "seconds.json", "preferences.jsonl", "trajectories.jsonl")
@@ -33,8 +33,8 @@ def pack(root: Path, folder: Path) -> None:
     finally:
         cache.close()
     _write_lines(folder / ANSWERS, rows)
-    if (root / OUTCOMES).exists():
-        shutil.copyfile(root / OUTCOMES, folder / OUTCOMES)
+    for outcomes in _outcomes(root):
+        shutil.copyfile(outcomes, folder / outcomes.name)
     hashes: dict[str, str] = {}
     for run in sorted(path.parent for path in root.glob("*/config.toml")):
         for adapter in sorted(run.glob("*/adapter")):
@@ -72,8 +72,9 @@ def unpack(folder: Path, root: Path, with_answers: bool = True) -> int:
             temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
             shutil.copytree(adapter, temporary)
             os.rename(temporary, target)
-    if (folder / OUTCOMES).exists() and with_answers and not (root / OUTCOMES).exists():
-        shutil.copyfile(folder / OUTCOMES, root / OUTCOMES)
+    for outcomes in _outcomes(folder) if with_answers else ():
+        if not (root / outcomes.name).exists():
+            shutil.copyfile(outcomes, root / outcomes.name)
     added = 0
     if with_answers and (folder / ANSWERS).exists():
         cache = ResponseCache(root / "answers.sqlite")
@@ -87,6 +88,10 @@ def unpack(folder: Path, root: Path, with_answers: bool = True) -> int:
         finally:
             cache.close()
     return added
+
+
+def _outcomes(folder: Path) -> list[Path]:
+    return sorted(path for pattern in OUTCOMES for path in folder.glob(pattern))
 
 
 def _write_lines(path: Path, rows: list[tuple[str, str, object]]) -> None:

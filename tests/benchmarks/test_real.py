@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import zipfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from matryoshka.inference.cache import ResponseCache
 from matryoshka.lora.files import WEIGHTS, load_adapter, save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter
 from matryoshka.pilot.config import RunConfig
-from matryoshka.pilot.context import open_task
+from matryoshka.pilot.context import Run, open_run, open_task
+from matryoshka.pilot.stages import collect, warm_up
 from matryoshka.tasks.alfworld.task import ALFWorldTask
+from matryoshka.tests.pilot.conftest import with_context
 
 PIECES = [b"GGUF" + bytes(range(100)), b"the second piece"]
 DIGEST = hashlib.sha256(b"".join(PIECES)).hexdigest()
@@ -81,6 +84,9 @@ def test_what_is_packed_is_found_again(tiny_dir: Path, tmp_path: Path) -> None:
     add_adapter(model, "policy", LoraConfig(rank=2), seed=1)
     save_adapter(model, "policy", adapter, "base")
     (root / "real-households-0" / "config.toml").write_text("seed = 0\n")
+    tables = ("outcomes.json", "outcomes-1.5b.json", "transfer-1.5b.json")
+    for name in tables:
+        (root / name).write_text(name)
     cache = ResponseCache(root / "answers.sqlite")
     answers = {f"key {number}": Sample(f"é {number}", usage=Usage(number, 2)) for number in range(3)}
     for key, sample in answers.items():
@@ -95,9 +101,10 @@ def test_what_is_packed_is_found_again(tiny_dir: Path, tmp_path: Path) -> None:
     for key, value in load_file(target / WEIGHTS).items():
         torch.testing.assert_close(value.float(), load_file(adapter / WEIGHTS)[key], rtol=1e-3, atol=1e-6)
     load_adapter(model, "again", target)
+    assert all((again / name).read_text() == name for name in tables)
     assert json.loads((folder / "adapters.json").read_text()).keys() == {"real-households-0/warmup"}
     assert unpack(folder, tmp_path / "quick", with_answers=False) == 0
-    assert not (tmp_path / "quick" / "answers.sqlite").exists()
+    assert not list((tmp_path / "quick").glob("*.*"))
 
 
 def outcome(won: bool) -> GameOutcome:
@@ -172,6 +179,69 @@ def test_the_plan_is_said_before_the_start(capsys: pytest.CaptureFixture[str], t
     config = real_households.configuration(quick, 0, "0.5b", file)
     assert (config.task.test, config.serve.model, config.generator.model) == (12, str(file), "coder")
     assert load_toml(RunConfig, quick.config).task.test == 60
+
+
+def test_each_generator_that_trains_has_names_of_its_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Oracle: by hand: the runs, outcomes and tables of the two lie beside each other; a control that is not tested is
+    not trained; a generator is no other than itself.
+    """
+    named = {}
+    for words in ("", "--transfer 1.5b", "--size 1.5b", "--size 1.5b --transfer 0.5b --conditions warmup round_2"):
+        options = real_households.parse(words.split())
+        size = options.transfer or options.size
+        run = real_households.configuration(options, 0, size, tmp_path / "coder.gguf")
+        file = real_households.saved(options, tmp_path, size)
+        named[words] = (run.name, run.star, file.name, real_households.results_name(options))
+    assert list(named.values()) == [
+        ("real-households-0", True, "outcomes.json", "real_households"),
+        ("real-households-0", True, "transfer-1.5b.json", "real_transfer"),
+        ("real-households-1.5b-0", True, "outcomes-1.5b.json", "real_households_1_5b"),
+        ("real-households-1.5b-0", False, "transfer-0.5b.json", "real_transfer_1_5b"),
+    ]
+    with pytest.raises(SystemExit):
+        real_households.parse(["--transfer", "0.5b"])
+    assert "it trained these controllers; --size names the one that did" in capsys.readouterr().err
+
+
+def test_the_second_round_of_star(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by hand: it starts from the first round's policy and learns from that round's samples and as many of its
+    own; what is trained is tested again without training; with test_only, what is not trained is left out.
+    """
+    controller, root = with_context(tiny_dir, tmp_path / "tiny", 4096), tmp_path / "runs"
+    few = {"task.warmup": 2, "task.train": 3, "task.validation": 1, "task.test": 2, "task.options.size": "small"}
+    scripted = {"serve.scripted": "literal", "serve.engine": "local", "serve.model": "", "serve.copies": 1}
+    lengths = {"rollout.samples": 2, "rollout.guidance_tokens": 8, "warmup.source": "gold"}
+    config = load_toml(
+        RunConfig,
+        real_households.parse([]).config,
+        {"controller.path": str(controller), "task.options.data": "", **few, **scripted, **lengths},
+    )
+    options = real_households.parse(["--test-only"])
+    outcomes, path = Outcomes(), tmp_path / "outcomes.json"
+    learnt: list[list[Trajectory]] = []
+
+    def train_star(run: Run, trajectories: Sequence[Trajectory]) -> None:
+        learnt.append(list(trajectories))
+        run.policies.keep("warmup", "star")
+
+    monkeypatch.setattr(real_households, "train_star", train_star)
+    real_households.run_second_star(options, config, root, outcomes, path)
+    assert not path.exists() and not root.exists()
+    with open_run(config, root, cache=root / "answers.sqlite") as run:
+        warm_up(run)
+        first = collect(run, 1)
+        train_star(run, first)
+    real_households.run_second_star(options, config, root, outcomes, path)
+    assert len(learnt) == 1 and not outcomes.table
+    for _ in range(2):
+        real_households.run_second_star(replace(options, test_only=False), config, root, outcomes, path)
+    (_, both) = learnt
+    assert both[: len(first)] == first and len(first) == 6
+    policies = [{episode.info.controller for episode in episodes} for episodes in (both[:6], both[6:])]
+    assert len(both) == 12 and all(len(names) == 1 for names in policies)
+    files = [root / name / "adapter" / WEIGHTS for name in ("real-households/star", "real-households-star/warmup")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert len(outcomes.table["star_2"]["0"]) == 2 and Outcomes.load(path) == outcomes
 
 
 def test_causes_of_lost_games() -> None:

@@ -51,8 +51,8 @@ _ABOUT_PROMPT = re.compile(
 )
 # Subjects of a refusal that every request to the endpoint meets: its key, account, model or address.
 _ABOUT_ENDPOINT = re.compile(
-    r"api.?key|credential|authenticat|unauthori|access denied|permission|\baccount\b|organi[sz]ation|\bcredits?\b"
-    r"|\bbalance\b|billing|payment|\bquota\b|subscription|\bregion\b|\blocation\b|\bdeployment\b"
+    r"api.?key|credential|authenticat|unauthori|access denied|(have|no) access|permission|\baccount\b"
+    r"|organi[sz]ation|\bcredits?\b|\bbalance\b|billing|payment|\bquota\b|subscription|\bregion\b|\blocation\b|\bdeployment\b"
     r"|model\b([^.]|\.\w){0,80}\b(not (a|in|found|exist|available|supported|served|deployed|loaded|enabled|valid"
     r"|allowed)|doesn.t exist|no longer|unknown|invalid|unavailable|unsupported|deprecated)\b"
     r"|(unknown|invalid|no such|unsupported) model",
@@ -270,7 +270,7 @@ def refusal(reply: Reply, sent: Collection[str] = ()) -> AttemptError:
     # A page is a firewall's or a proxy's, which may dislike one prompt for the code in it, and knows no key or model.
     is_page = reply.body.lstrip()[:1] == b"<"
     blame = "unclear" if is_page and blame != "prompt" else blame
-    if _NO_MONEY in codes or status in _REFUSES_ALL or (status == 403 and blame != "prompt" and not is_page):
+    if _NO_MONEY in codes or status in _REFUSES_ALL or (status == 403 and blame in ("endpoint", "request")):
         return AttemptError(reason, "endpoint", status=status)
     if status in _PASSING or status >= 500:
         billed = UNKNOWN if status in _GATEWAY else NOTHING
@@ -289,7 +289,7 @@ def _blame(message: str, codes: Collection[str], param: str, sent: Collection[st
         return "prompt"
     if _ABOUT_PROMPT.search(" ".join([message, *codes])):
         return "prompt"
-    if _ABOUT_ENDPOINT.search(message):
+    if _ABOUT_ENDPOINT.search(". ".join([message, *codes]).replace("_", " ")):
         return "endpoint"
     # INVALID_ARGUMENT, invalid_parameter_error and the like are the code of all of a provider's refusals.
     words = " ".join([message, param, *(code for code in codes if not code.startswith("invalid"))])

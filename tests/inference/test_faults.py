@@ -116,9 +116,10 @@ FAULTS = [
     Fault("500, 503 and other 5xx", (503, failure("overloaded")), AGAIN, Usage(), BACKOFF),
     Fault("408, 499, 502, 504, 520, 524 (a gateway gave up)", (502, "<html>bad gateway</html>"), AGAIN, MOST, BACKOFF),
     Fault("409, 421, 424, 425, 498 (busy, or a worker failed)", (424, failure("conflict")), AGAIN, Usage(), BACKOFF),
-    Fault("401, 402, 403, 407 (the key, the account or a proxy's password)", (401, failure("bad key")), RUN),
+    Fault("401, 402, 407 (the key, the account or a proxy's password)", (401, failure("bad key")), RUN),
+    Fault("403 that names the key, the account or the model", (403, failure("your API key may not do this")), RUN),
     Fault(
-        "403 with a page, not JSON (a firewall that dislikes one prompt)",
+        "403 with a page (a firewall that dislikes one prompt), or with words that name nothing",
         (403, "<html>blocked</html>"),
         EPISODE,
         Usage(),

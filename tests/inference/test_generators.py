@@ -193,7 +193,7 @@ def test_backoff_doubles_with_seeded_jitter() -> None:
     "reply, remedy",
     [
         ((401, failure("bad key", "invalid_api_key")), "check the key in api_key_env"),
-        ((403, failure("not yours")), "may use"),
+        ((403, failure("not yours", "permission_denied")), "may use"),
         ((404, failure("no such model", "model_not_found")), "base_url is right"),
         ((400, failure("temperature is not supported")), "sampling parameters"),
         ((429, failure("pay first", "insufficient_quota")), "no quota left"),

@@ -316,7 +316,22 @@ REFUSALS: dict[str, tuple[int, Any, str]] = {
     "a server: no such model with 400": (400, failure("model 'x' not found"), "endpoint"),
     "Gemini: region": (400, failure("User location is not supported for the API use."), "endpoint"),
     "a wrong path": (405, "Method Not Allowed", "endpoint"),
-    "not allowed": (403, failure("You may not use this."), "endpoint"),
+    "not allowed, and nothing more": (403, failure("You may not use this."), "unclear"),
+    "AWS's gateway: forbidden": (403, {"message": "Forbidden"}, "unclear"),
+    "OpenAI: the project's models": (
+        403, failure("Project `proj_x` does not have access to model `gpt-9`", "model_not_found"), "endpoint",
+    ),
+    "OpenAI: a country": (
+        403, failure("Country, region, or territory not supported", "unsupported_country_region_territory"), "endpoint",
+    ),
+    "Gemini: the key's service": (
+        403,
+        [{"error": {"code": 403, "message": "The API has not been used", "status": "PERMISSION_DENIED"}}],
+        "endpoint",
+    ),
+    "Anthropic: permission": (
+        403, {"type": "error", "error": {"type": "permission_error", "message": "Not allowed."}}, "endpoint",
+    ),
     "Gemini: nothing but its code": (
         400,
         [{"error": {"code": 400, "message": "Request contains an invalid argument.", "status": "INVALID_ARGUMENT"}}],

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from matryoshka.core.protocols import Controller, Generator
 from matryoshka.core.records import Messages, Sample, Sampling
-from matryoshka.tasks.reasoning import without_reasoning
+from matryoshka.core.text.reasoning import without_reasoning
 
 
 class NoGuidance(Controller):

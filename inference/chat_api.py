@@ -13,6 +13,7 @@ from typing import Any, Literal
 from matryoshka.core.json_values import all_values, as_count, as_text, parse_reply
 from matryoshka.core.records import Messages, Sample, Sampling, Usage, content_key
 from matryoshka.core.redaction import redact
+from matryoshka.core.text.reasoning import without_reasoning
 from matryoshka.inference.http_client import Reply
 from matryoshka.inference.limits import retry_after_s
 
@@ -187,12 +188,12 @@ def parse_answer(body: bytes) -> Answer:
         raise AttemptError(f"{what}: it calls a tool, and none was offered", "prompt", billed)
     if ended not in _WHOLE | _CUT:
         raise AttemptError(f"{what}, which reports no whole answer", "passing", billed)
-    is_blank = not (content or "").strip()
+    is_blank = not without_reasoning(content or "").strip()
     if ended in _CUT and is_blank:
         what += " and has no content: all tokens went into thinking; raise max_tokens"
         raise AttemptError(what, "prompt", billed)
     # Asked again, these two would be billed again, and be the same.
-    if is_blank and any(message.get(name) for name in _THOUGHTS):
+    if is_blank and ((content or "").strip() or any(message.get(name) for name in _THOUGHTS)):
         what += " and is a thought alone: the model never ended it, or the server's reasoning parser took the answer"
         raise AttemptError(what, "prompt", billed)
     if content is None and isinstance(message.get("content"), list):

@@ -20,7 +20,7 @@ from matryoshka.core.records import (
     Turn,
     Verdict,
 )
-from matryoshka.tasks.reasoning import without_reasoning
+from matryoshka.core.text.reasoning import without_reasoning
 
 
 @dataclass

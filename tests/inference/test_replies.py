@@ -120,6 +120,8 @@ REPLIES: dict[str, tuple[Any, str | tuple[str, str]]] = {
     "Cohere's ERROR_TOXIC": (reply(content("4 be"), "ERROR_TOXIC"), ("prompt", "filter")),
     "a tool call that ended with stop": (reply(content(None, tool_calls=[{"id": "x"}])), ("prompt", "tool")),
     "vLLM: a thought that never ended": (reply(content(None, reasoning="So 4.")), ("prompt", "a thought alone")),
+    "no parser: a block that was cut": (reply(content("<think>\nSo 4"), "length"), ("prompt", "raise max_tokens")),
+    "no parser: a block and no more": (reply(content("<think>4</think>\n")), ("prompt", "a thought alone")),
     "vLLM: the parser took the answer": (reply(content("", reasoning_content="4")), ("prompt", "a thought alone")),
     "a thought beside an answer": (reply(content("4", reasoning_content="2 + 2", reasoning="2 + 2")), "4"),
 }

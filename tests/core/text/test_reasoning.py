@@ -1,4 +1,4 @@
-"""tasks/reasoning.py and the parsing of every task: a model's thoughts are no part of its answer."""
+"""core/text/reasoning.py and the parsing of every task: a model's thoughts are no part of its answer."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from matryoshka.core.protocols import TaskSetting
 from matryoshka.core.records import Example, Messages, RolloutSettings, Sample, Sampling
+from matryoshka.core.text.reasoning import without_reasoning
 from matryoshka.tasks.alfworld.react import action_in
 from matryoshka.tasks.episode import Guidance, Reply
 from matryoshka.tasks.lamp.rewards import judge
 from matryoshka.tasks.lamp.task_specs import KINDS
 from matryoshka.tasks.pal.options import PalOptions
 from matryoshka.tasks.pal.task import PALTask
-from matryoshka.tasks.reasoning import without_reasoning
 from matryoshka.tasks.sandbox_config import SandboxConfig
 
 # Each: how a model thinks aloud around its answer, {} standing for the thought and ANSWER for the answer.

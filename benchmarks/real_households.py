@@ -178,6 +178,7 @@ def run_react(config: RunConfig, root: Path, outcomes: Outcomes, path: Path) -> 
         config,
         name="real-households-react",
         rounds=0,
+        generator=replace(config.generator, concurrency=1),  # so a game meets its own prefix in the server's one slot
         task=replace(config.task, options=acting),
         rollout=replace(config.rollout, code_tokens=REACT_TOKENS),
     )

@@ -25,7 +25,7 @@ from matryoshka.core.records import (
     from_json,
     to_json,
 )
-from matryoshka.core.training.train import TrainConfig
+from matryoshka.core.training.train import FREE, TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.dpo.pairs import make_pairs
 from matryoshka.lora.files import adapter_hash
@@ -36,7 +36,10 @@ from matryoshka.pilot.finetune import DpoCommand, finetune
 from matryoshka.pilot.folder import GATEWAY
 
 CALLS, TRAJECTORIES = "calls.jsonl", "trajectories.jsonl"
-FREE_TO_CHANGE = ("host:", "port:", "api_key_env:", "allow_anonymous:", "controller.threads:", "controller.max_rows:")
+FREE_TO_CHANGE = (
+    *("host:", "port:", "api_key_env:", "allow_anonymous:", "controller.threads:", "controller.max_rows:"),
+    *(f"train.{name}:" for name in FREE),
+)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def collect_apart(config: CollectConfig, world: World, runs: Path = RUNS) -> dic
     with ExitStack() as stack:
         run = stack.enter_context(open_run(named, out.parent, cache_path(runs / settings.name), world, trains=False))
         check_splits(run, config.split)
-        (found,) = policy_conditions(run, [config.policy], stack).values()
+        (found,) = policy_conditions(run, [config.policy], stack, config.split).values()
         draws = sampled_settings(named, episodes_seed("collect", named, 1), named.rollout.samples)
         episodes = run_episodes(run, found[1], config.split, draws, f"collect {config.policy}")
         if config.split == CollectConfig.split and config.policy != "own":

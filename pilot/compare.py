@@ -90,10 +90,11 @@ def _read(folder: Path, name: str) -> list[Result]:
     path = folder if folder.is_file() else folder / "report.json"
     report = read_json(path, "the report of a run, an evaluation or `score --out`")
     problems, verdicts, protocol = (report.get(key) for key in ("problems", "verdicts", "protocol"))
-    if not isinstance(problems, dict) or not isinstance(verdicts, dict) or not isinstance(protocol, str):
+    scores = report.get("scores") or {}
+    tables = [problems, verdicts, scores, *(verdicts.values() if isinstance(verdicts, dict) else ())]
+    if not all(isinstance(table, dict) for table in tables) or not isinstance(protocol, str):
         what = "it does not say which problems it is about"
         raise ValueError(f"{path}: {what}; write it again: matryoshka report {folder}")
-    scores = report.get("scores") or {}
     return [
         Result(
             name, condition, protocol, problems,

@@ -294,6 +294,8 @@ class DpoConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "dpo: ", pairs_per_example=1)
+        for rate in self.learning_rates:
+            replace(self.train, learning_rate=rate)  # which refuses one that no training takes
 
 
 @dataclass(frozen=True)

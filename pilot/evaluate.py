@@ -60,14 +60,16 @@ def chosen(conditions: Schemes, only: Sequence[str], skip: Sequence[str]) -> Sch
     return {name: found for name, found in conditions.items() if name in (only or conditions) and name not in skip}
 
 
-def policy_conditions(run: Run, policies: Sequence[str], stack: ExitStack) -> Schemes:
-    """Return the conditions that `policies` name, in their order.
+def policy_conditions(
+    run: Run, policies: Sequence[str], stack: ExitStack, splits: Sequence[str] = HELD_OUT_SPLITS
+) -> Schemes:
+    """Return the conditions that `policies` name, in their order, over the problems of `splits`.
 
     A policy is a condition of `schemes` or its alias ("none", "gold", "wrong", "own"); an adapter folder; a
     stage of a run as RUN:STAGE or as its folder; or another model as controller, as `with_generator` takes it, which
     `stack` closes. Raises ValueError for anything else.
     """
-    known, found = schemes(replace(run, config=replace(run.config, wrong=True))), Schemes()
+    known, found = schemes(replace(run, config=replace(run.config, wrong=True)), splits), Schemes()
     greedy = rollout_settings(run.config, greedy=True)
     known.setdefault("own_guidance", _own_guidance(run.config))
     for policy in policies:
@@ -147,9 +149,9 @@ def evaluate_with(run: Run, generator: str) -> list[Condition]:
         return evaluate(run, schemes(run), f"transfer {generator}")
 
 
-def schemes(run: Run) -> Schemes:
+def schemes(run: Run, splits: Sequence[str] = HELD_OUT_SPLITS) -> Schemes:
     """Return the conditions of the report: name -> (title, scheme), from no guidance to the last round."""
-    found = fixed_schemes(run.config, run.task, run.problems)
+    found = fixed_schemes(run.config, run.task, run.problems, splits)
     found["untrained"] = ("untrained controller", policy_scheme(run, ""))
     if is_trained(run, "warmup"):
         found["warmup"] = ("after warm-up (SFT)", policy_scheme(run, "warmup"))
@@ -160,9 +162,14 @@ def schemes(run: Run) -> Schemes:
     return found
 
 
-def fixed_schemes(config: RunConfig, task: Task, problems: Problems) -> Schemes:
-    """Return the conditions that need no model of ours: no guidance, fixed guidance, the generator's own."""
-    examples = [example for split in HELD_OUT_SPLITS for example in problems[split]]
+def fixed_schemes(
+    config: RunConfig, task: Task, problems: Problems, splits: Sequence[str] = HELD_OUT_SPLITS
+) -> Schemes:
+    """Return the conditions that need no model of ours: no guidance, fixed guidance, the generator's own.
+
+    splits: of the problems whose fixed guidance is known.
+    """
+    examples = [example for split in splits for example in problems[split]]
     one_plan = replace(rollout_settings(config, greedy=True), outer_turns=1)  # fixed guidance has no second plan
     found = {"no_guidance": ("no guidance", Scheme("no-guidance", _fixed(NoGuidance()), one_plan))}
     gold = [guidance for example in examples if (guidance := task.gold_guidance(example)) is not None]
@@ -244,7 +251,7 @@ def evaluate_policies(config: EvaluateConfig, root: Path, world: World) -> list[
         named = replace(settings, name=folder.name)
         run = stack.enter_context(open_run(named, folder.parent, cache, world, trains=False))
         check_splits(run, config.split)
-        others = policy_conditions(run, [policy for policy in policies if policy not in models], stack)
+        others = policy_conditions(run, [policy for policy in policies if policy not in models], stack, config.split)
         conditions = evaluate(run, others, splits=config.split)
     # There is no adapter for a warm-up to take, and nothing is trained.
     warmup = replace(settings.warmup, source="none") if settings.warmup.source == "adapter" else settings.warmup

@@ -26,7 +26,7 @@ FREE_TO_CHANGE = (
     *("rounds:", "executor:", "ray_tasks:", "parallel.", "tensorboard:", "rollout.limit:"),
     # How the work fits the machine: an error that asks for another value of these must not end the run for good.
     *("controller.threads:", "controller.max_rows:", "serve.threads:", "serve.copies:", "serve.max_rows:"),
-    *(f"{table}.train.{name}:" for table in ("warmup", "dpo") for name in FREE),
+    *(f"{table}.train.{name}:" for table in ("warmup", "dpo") for name in (*FREE, "attention", "compile_blocks")),
     *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
 )
 DECISIVE = "controller.vllm.dtype:"  # the exception among those: the samples depend on it

@@ -103,6 +103,8 @@ class TrainConfig:
         for name in ("warmup_ratio", "min_lr_ratio", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"train: {name} {getattr(self, name)} is a share; it must lie between 0 and 1")
+        if max(self.beta1, self.beta2) == 1:
+            raise ValueError("train: beta1 and beta2 must be below 1; at 1 a moment would never take a gradient in")
         for name in ("learning_rate", "max_grad_norm", "lora_plus_ratio", "rank_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train: {name} {getattr(self, name)} must be above 0")

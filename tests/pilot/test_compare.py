@@ -72,6 +72,7 @@ def test_protocols_are_never_mixed(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: status 2 and one line that says what to do."""
     one, two = run(tmp_path / "one", {"a": "r"}, "a"), run(tmp_path / "two", {"b": "r"}, "a")
+    odd = run(tmp_path / "odd", {"a": "r"}, "a", scores=[1])
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "report.json").write_text(json.dumps({"verdicts": {}, "protocol": "oracle"}))
     for given, said in (
@@ -79,6 +80,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.Captu
         ([one], "1 runs given; expected at least two"),
         ([one, tmp_path], "no such file; expected the report of a run"),
         ([one, tmp_path / "old"], "does not say which problems it is about; write it again: matryoshka report"),
+        ([one, odd], "does not say which problems it is about"),
         ([one, two, "--condition", "a"], "two has no condition 'a'; choose from b"),
     ):
         assert cli.main(["compare", *map(str, given)]) == 2

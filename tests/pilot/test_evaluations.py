@@ -17,6 +17,7 @@ from matryoshka.pilot.config import EpisodeConfig, RunConfig, WarmupConfig, roll
 from matryoshka.pilot.context import open_run
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.evaluate import evaluate, policy_conditions, schemes
+from matryoshka.pilot.run_report import notes
 from matryoshka.pilot.stages import collect, train_round, warm_up, write_pairs
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import Generator
@@ -130,6 +131,23 @@ def test_policies_of_other_kinds_and_names_that_clash(
         assert message in capsys.readouterr().err
     assert cli.main(["collect", "--config", "kinds.toml", "--policy", "own", "--out", "runs/kinds"]) == 2
     assert generator.asked("kinds") == asked
+
+
+def test_fixed_guidance_is_known_for_every_split_and_a_report_says_how_it_was_drawn(
+    tmp_path: Path, controller_dir: Path, generator: Generator
+) -> None:
+    """Oracle: the guidance of each episode is its problem's own gold; the notes say what [evaluate] says."""
+    config = small("splits", controller_dir, generator.url("splits"))
+    config = replace(config, evaluate=EpisodeConfig(temperature=0.5))
+    with open_run(config, tmp_path) as run, ExitStack() as stack:
+        found = policy_conditions(run, ["gold"], stack, ("validation",))
+        (condition,) = evaluate(run, found, splits=("validation",))
+        golds = [run.task.gold_guidance(example) for example in run.problems["validation"]]
+        said = notes(run, {"chosen": "warmup"})
+    assert [episode.turns[0].action.text for episode in condition.trajectories] == golds
+    assert "Guidance is sampled at temperature 0.5 and top-p 1, and code is decoded greedily in evaluation." in said
+    what = "over 4 held-out problems and 2 of other families; the summary's numbers are over the first alone."
+    assert said[2] == f"The table of all examples is {what}"
 
 
 def test_what_the_generator_says_to_itself_is_counted(

@@ -138,6 +138,8 @@ def test_settings_that_fit_a_run_to_its_machine_may_change(
     [
         ({"rollout.top_p": 0}, "top_p 0.0 must lie in"),
         ({"collect.top_p": 1.5}, "top_p 1.5 must lie in"),
+        ({"dpo.learning_rates": [1e-4, 0.0]}, "learning_rate 0.0 must be above 0"),
+        ({"dpo.train.beta2": 1.0}, "beta1 and beta2 must be below 1"),
         ({"controller.tune": "full", "dpo.train.lora_plus_ratio": 16}, "trains no adapter, but lora_plus_ratio is 16"),
     ],
 )

@@ -169,11 +169,17 @@ def _warm_up(config: RunConfig, tokenizer: Tokenizer, task: Task, problems: Prob
 
 
 def _longest_pair(config: RunConfig, task: Task, problems: Problems) -> str:
-    """Check that a pair of the longest prompt and two whole guidances fits a micro-batch."""
+    """Check that a pair of the longest prompt and two whole guidances fits a micro-batch.
+
+    The prompt of a new plan has the guidance before it, and is as much longer as it is after the longest first prompt.
+    """
     if not config.rounds:
         return "pairs: none, since rounds is 0"
-    longest = max(task.setting.count_tokens(task.first_prompt(example)) for example in problems["train"])
-    guidance = rollout_settings(config, greedy=False).controller.max_tokens
+    count, settings = task.setting.count_tokens, rollout_settings(config, greedy=False)
+    guidance = settings.controller.max_tokens
+    example = max(problems["train"], key=lambda example: count(task.first_prompt(example)))
+    prompts = _play(task, example, settings).guided
+    longest = max(count(prompt) + guidance * bool(turn) for turn, prompt in enumerate(prompts))
     most = longest + 2 * guidance
     if most > config.dpo.train.micro_batch_tokens:
         raise ValueError(

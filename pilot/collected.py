@@ -26,7 +26,7 @@ from matryoshka.dpo.pairs import make_pairs, winners
 from matryoshka.pilot.config import RunConfig, run_part
 from matryoshka.pilot.context import open_run
 from matryoshka.pilot.episodes import run_episodes, sampled_settings
-from matryoshka.pilot.evaluate import check_apart, check_splits, policy_conditions
+from matryoshka.pilot.evaluate import ALIASES, check_apart, check_splits, policy_conditions
 from matryoshka.pilot.folder import CONFIG, GATEWAY, RUNS, cache_path
 from matryoshka.pilot.stages import (
     after_first_turn,
@@ -71,7 +71,7 @@ def collect_apart(config: CollectConfig, world: World, runs: Path = RUNS) -> dic
         (found,) = policy_conditions(run, [config.policy], stack, config.split).values()
         draws = sampled_settings(named, episodes_seed("collect", named, 1), named.rollout.samples)
         episodes = run_episodes(run, found[1], config.split, draws, f"collect {config.policy}")
-        if config.split == CollectConfig.split and config.policy != "own":
+        if config.split == CollectConfig.split and ALIASES.get(config.policy, config.policy) != "own_guidance":
             episodes += replanned(run, found[1], 1, episodes)
             episodes += bootstrapped(run, 1, episodes)
         right = sum(episode.reward > 0.5 for episode in episodes)

@@ -459,10 +459,13 @@ def test_pairs_of_a_gateway_follow_its_own_rule(controller_dir: Path, folder: Pa
     two couples have a gap above it, and one of them is kept; "binary" with its cap of four would keep both.
     """
     settings = config(controller_dir, rule="ranked", margin=0.5, pairs_per_problem=1, seed=3)
-    with serving(settings, folder) as url:
-        for episode, reward in (("a", 0.1), ("b", 0.3), ("c", 0.9)):
-            ask(f"{url}/chat/completions", chat(temperature=2), X_Episode_Id=episode)
-            ask(f"{url}/episodes/{episode}", {"reward": reward})
+    claim(settings, folder)
+    record = Record(folder)
+    for number, reward in enumerate((0.1, 0.3, 0.9)):
+        sample = Sample(f"plan {number}", token_ids=(number, 2), logprobs=(-1.0, -1.0))
+        record.add(Call(f"e{number}", 1, "", "", (Message("user", "Go on."),), (1, 3), (sample,)))
+        record.end(f"e{number}", Ending((reward,)), "tiny")
+    record.close()
     read = read_episodes(folder)
     assert (read.rule, read.seed) == (PairRule("ranked", 1, 0.5), 3)
     assert cli.main(["pairs", "--in", str(folder), "--out", str(tmp_path / "pairs.jsonl")]) == 0

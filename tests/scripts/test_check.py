@@ -162,6 +162,12 @@ def test_what_only_training_would_find_is_found_before(world: Path, monkeypatch:
     monkeypatch.chdir(world)
     small = load_toml(RunConfig, RECIPES / "demo.toml", {"dpo.train.micro_batch_tokens": 60})
     assert [fault for fault in check_run(small).faults if "a pair may take" in fault]
+    sizes = []
+    for turns in (1, 2):  # the prompt of a new plan holds the one before it
+        planned = load_toml(RunConfig, RECIPES / "demo.toml", {"rollout.outer_turns": turns})
+        line = next(line for line in check_run(planned).lines if line.startswith("pairs: at most "))
+        sizes.append(int(line.split()[3].replace(",", "")))
+    assert sizes[1] >= sizes[0] + small.rollout.guidance_tokens
     empty = load_toml(RunConfig, RECIPES / "demo.toml", {"task.warmup": 0})
     assert check_run(empty).faults == [
         "[warmup] source = 'gold', but [task] warmup is 0, so there is nothing to learn from"

@@ -23,7 +23,7 @@ GATEWAY = "gateway.toml"  # the configuration of a gateway, in the folder of its
 _PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "total_timeout_s")
 FREE_TO_CHANGE = (
     *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints", "controller.vllm."),
-    *("rounds:", "executor:", "ray_tasks:", "parallel.", "tensorboard:", "rollout.limit:"),
+    *("rounds:", "executor:", "ray_tasks:", "parallel.", "tensorboard:", "rollout.limit:", "overlong:"),
     # How the work fits the machine: an error that asks for another value of these must not end the run for good.
     *("controller.threads:", "controller.max_rows:", "serve.threads:", "serve.copies:", "serve.max_rows:"),
     *(f"{table}.train.{name}:" for table in ("warmup", "dpo") for name in (*FREE, "attention", "compile_blocks")),

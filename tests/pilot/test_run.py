@@ -10,6 +10,7 @@ import pytest
 
 from matryoshka.core.config import load_toml
 from matryoshka.core.files import read_jsonl
+from matryoshka.core.records import Message, Preference, Sample
 from matryoshka.lora.files import WEIGHTS
 from matryoshka.pilot.config import RunConfig, WarmupConfig
 from matryoshka.pilot.context import open_run
@@ -162,6 +163,27 @@ def test_training_items_that_do_not_fit_are_counted(tmp_path: Path, controller_d
     with open_run(replace(config, overlong="skip"), tmp_path / "skip") as run:
         warm_up(run)
         assert left_out(run) == {"warmup items": 1}
+
+
+def test_what_is_too_long_does_not_end_a_run_for_good(
+    tmp_path: Path, controller_dir: Path, generator: Generator
+) -> None:
+    """Oracle: one of two pairs is longer than the context of 1024, as the generator's guidance may be in the
+    controller's tokens; with overlong = "skip" the same run goes on, reads its episodes back and trains on the other.
+    """
+    config = replace(small("long", controller_dir, generator.url("long")), warmup=WarmupConfig("none"))
+    with open_run(config, tmp_path) as run:
+        better, worse = (Sample(text, token_ids=(id, run.tokenizer.eos_id)) for id, text in ((5, "a"), (6, "b")))
+        short = Preference((Message("user", "p"),), (3, 4), better, worse, 1.0, 0.0, "one")
+        pairs = [short, replace(short, chosen=Sample("c", token_ids=(5,) * 1100), example_id="two")]
+        episodes = collect(run, 1)
+        with pytest.raises(ValueError, match="1 of 2 items exceed the context of 1024 .* set overlong = 'skip'"):
+            train_round(run, 1, pairs, [])
+    asked = generator.asked("long")
+    with open_run(replace(config, overlong="skip"), tmp_path) as run:
+        assert collect(run, 1) == episodes and generator.asked("long") == asked
+        assert train_round(run, 1, pairs, []) == "round-1"
+        assert left_out(run) == {"round-1/train items": 1}
 
 
 def test_progress_off_a_terminal_is_a_line_now_and_then(

@@ -211,7 +211,7 @@ def with_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:
     return config if config.targets else replace(config, targets=tuple(getattr(model, "lora_targets", names)))
 
 
-def _linears(model: nn.Module) -> dict[str, nn.Module]:
+def _linears(model: nn.Module) -> dict[str, nn.Linear | LoraLinear]:
     # The head is applied through its weight alone (`Model.head_weight`): an adapter there would never be computed.
     return {
         path: module

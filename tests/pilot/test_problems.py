@@ -130,6 +130,9 @@ class Odd(Task):
     def first_prompt(self, example: Example) -> Any:
         return self.prompt
 
+    async def rollout(self, *_: object) -> Any:
+        raise NotImplementedError
+
 
 @pytest.mark.parametrize(
     ("found", "message"),

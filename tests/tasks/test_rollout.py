@@ -109,7 +109,7 @@ def test_a_rollout_without_a_trajectory_is_said(found: object, tmp_path: Path) -
     """Oracle: the message names the task and what it forgot: most often a `return`."""
 
     class Forgetful(PlayedTask):
-        async def rollout(self, *_: object) -> Trajectory:  # type: ignore[override]
+        async def rollout(self, *_: object) -> Trajectory:
             return cast(Trajectory, found)
 
     setup = Setup(Forgetful(right), CONTROLLER, GENERATOR)
@@ -136,7 +136,8 @@ def test_what_could_not_be_read_back_is_not_recorded(values: tuple[Any, ...], me
     episode = Episode("own", Example("7", {}), CONTROLLER, GENERATOR, RolloutSettings())
     with pytest.raises(ValueError, match=f"task own: {message}"):
         episode.trajectory(*values)
-    sound = episode.trajectory(True, "right", 4, measures={"steps": 3, "share": np.float32(0.5), "n": np.int64(2)})
+    measures: dict[str, Any] = {"steps": 3, "share": np.float32(0.5), "n": np.int64(2)}
+    sound = episode.trajectory(True, "right", 4, measures=measures)
     assert from_json(Trajectory, json.loads(json.dumps(to_json(sound)))) == sound
     assert type(sound.reward) is float and sound.info.measures == {"steps": 3, "share": 0.5, "n": 2}
 

@@ -235,7 +235,7 @@ def test_a_200_without_vectors_is_an_error_and_nothing_is_kept(
 ) -> None:
     """Oracle: three texts need three vectors of finite numbers of one length; the next, sound answer is taken."""
     monkeypatch.setattr(Embeddings, "odd", odd)
-    endpoint = {"embeddings_url": embeddings, "embeddings_model": "m", "embeddings_key_env": ""}
+    endpoint: dict[str, Any] = {"embeddings_url": embeddings, "embeddings_model": "m", "embeddings_key_env": ""}
     embed = retrieval.Embeddings(LampOptions(**endpoint, embeddings_cache=str(tmp_path / "e.sqlite")))
     with pytest.raises(ValueError, match="the embeddings of http://.* failed: "):
         embed(["a", "b", "ghost"])

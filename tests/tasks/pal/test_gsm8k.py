@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,7 +77,8 @@ def test_no_file_is_left_aside(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a", {"input": "How many?", "target": 1})
     setting = TaskSetting({"warmup": 0, "train": 1, "validation": 0, "test": 1, "held_out": 1}, gold_warmup=False)
     with pytest.raises(ValueError, match=r"takes 1 problems, but \[task.options\] \w+_file is empty"):
-        PALTask(replace(PalOptions(), **{name: str(path)}), setting).examples("test")
+        file: dict[str, Any] = {name: str(path)}
+        PALTask(PalOptions(**file), setting).examples("test")
 
 
 @pytest.mark.parametrize(

@@ -347,7 +347,8 @@ def about(options: Options, size: str, file: Path) -> dict[str, Any]:
         f"{config.rollout.samples} plans for each of {config.task.train} games of the train split."
     )
     if options.transfer:
-        trained = f"The controllers are those of real_households.md, trained with the {options.size}, and unchanged."
+        theirs = results_name(replace(options, transfer=""))
+        trained = f"The controllers are those of {theirs}.md, trained with the {options.size.upper()}, and unchanged."
     return {
         "title": f"Households: {what}",
         "summary": (

@@ -48,5 +48,5 @@ class ShortAnswers(Task):
             hint = await episode.propose(self.first_prompt(example))
             request = f"{example.fields['question']}\nHint: {hint.text}\nAnswer in one or two words."
             answer = (await episode.complete((Message("user", request),))).text.strip()
-        right = answer.casefold().rstrip(".") == str(example.fields["answer"]).casefold()
-        return episode.trajectory(float(right), "right" if right else "wrong", answer)
+        judged = self.judge(example, answer)  # by the field "answer"
+        return episode.trajectory(judged.reward, judged.verdict, answer)

@@ -220,6 +220,9 @@ class RolloutConfig:
 
     samples: int = 8
     """K: sampled episodes for each training example in a round. Evaluation runs one greedy episode."""
+    examples: int = 0
+    """Training examples that one round samples, 0 for all of them. Each round takes the next ones of the split and, at
+    its end, the first ones again."""
     bootstrap: int = 0
     """Episodes that the generator guides itself, for each training example that no sample solved (reward above .5,
     which is a ROUGE-L on LaMP-4: few headlines reach it)."""
@@ -248,7 +251,8 @@ class RolloutConfig:
     (judged from 20 episodes on)."""
 
     def __post_init__(self) -> None:
-        check_least(self, "rollout: ", samples=1, bootstrap=0, replans=0, limit=1, max_failed_share=0, **EPISODE_LEAST)
+        least = {"samples": 1, "examples": 0, "bootstrap": 0, "replans": 0, "limit": 1, "max_failed_share": 0}
+        check_least(self, "rollout: ", **least, **EPISODE_LEAST)
         check_top_p(self.top_p)
 
 

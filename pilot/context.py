@@ -20,7 +20,7 @@ from matryoshka.core.files import Journal, SharedJournal, UnwrittenJournal, writ
 from matryoshka.core.machine import usable_cores
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
-from matryoshka.core.records import Example, Messages, RolloutSettings, Sample, Sampling
+from matryoshka.core.records import Example, Message, Messages, RolloutSettings, Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.dpo.data import read_conversations
 from matryoshka.inference.generators import OpenAIGenerator
@@ -261,9 +261,26 @@ def open_task(config: RunConfig, count_tokens: Callable[[Messages], int]) -> Tas
 def load_problems(task: Task) -> Problems:
     """Return the problems of each split: warmup, train, validation, test, held_out.
 
-    Raises ValueError, FileNotFoundError for files that are missing, malformed or too short.
+    Raises ValueError, FileNotFoundError for files that are missing, malformed or too short, and for a task that gives
+    anything but examples with ids of their own, a question and an answer.
     """
-    return {split: task.examples(split) for split in SPLITS}
+    found = {split: task.examples(split) for split in SPLITS}
+    split_of: dict[str, str] = {}
+    for split, examples in found.items():
+        where = f"task {task.name}, {split}"
+        rows: object = examples
+        if not isinstance(rows, Sequence) or not all(isinstance(r, Example) and isinstance(r.id, str) for r in rows):
+            expected = "expected a list of Example(id, fields), the id a text"
+            raise ValueError(f"{where}: `examples` returned {rows!r:.80}; {expected}")
+        for example in examples:
+            if missing := {"question", "answer"} - example.fields.keys():
+                has = ", ".join(map(str, example.fields))
+                raise ValueError(f"{where}: example {example.id!r} has no field {min(missing)!r}; it has {has}")
+            if example.id in split_of:
+                also = f"the id {example.id!r} stands in {split_of[example.id]}, too"
+                raise ValueError(f"{where}: {also}; each problem needs an id of its own, and belongs to one split")
+            split_of[example.id] = split
+    return found
 
 
 def fitting_problems(
@@ -279,7 +296,11 @@ def fitting_problems(
     room = context_length - guidance_tokens
     kept: dict[str, Sequence[Example]] = {}
     for split, examples in problems.items():
-        sizes = [task.setting.count_tokens(task.first_prompt(example)) for example in examples]
+        prompts = [task.first_prompt(example) for example in examples]
+        if odd := [prompt for prompt in prompts if not _is_prompt(prompt)]:
+            what = f"task {task.name}: `first_prompt` returned {odd[0]!r:.80}"
+            raise ValueError(f"{what}; expected a tuple of Message(role, content), such as (Message(...),)")
+        sizes = [task.setting.count_tokens(prompt) for prompt in prompts]
         kept[split] = [example for example, size in zip(examples, sizes, strict=True) if size <= room]
         if len(kept[split]) < len(examples) and (config.overlong == "error" or not kept[split]):
             raise ValueError(
@@ -288,3 +309,7 @@ def fitting_problems(
                 f"context of {context_length}; lower guidance_tokens, use shorter problems or set overlong = 'skip'"
             )
     return kept, {split: n for split, examples in problems.items() if (n := len(examples) - len(kept[split]))}
+
+
+def _is_prompt(value: object) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(isinstance(message, Message) for message in value)

@@ -92,15 +92,16 @@ def _total(count: int, values: Sequence[float]) -> tuple[float, float | None]:
 def num_episodes(config: RunConfig, task: Task, problems: Problems) -> dict[str, int]:
     """Return how many episodes the stages of the whole run have, most of them with at least one black-box call."""
     sizes = {split: len(problems[split]) for split in ("train", "validation", *HELD_OUT_SPLITS)}
+    sampled = config.rounds * min(config.rollout.examples or sizes["train"], sizes["train"])
     rates = len(config.dpo.learning_rates) or 1
     # The untrained controller is a condition, and so is every policy that will be trained.
     policies = 1 + config.rounds + (config.warmup.source != "none") + (config.star and config.rounds > 0)
     conditions = len(fixed_schemes(config, task, problems)) + policies
     return {
         "warm-up": len(problems["warmup"]) * config.warmup.samples * (config.warmup.source == "generator"),
-        "collect": config.rounds * sizes["train"] * config.rollout.samples,
-        "re-plan, at most": config.rounds * sizes["train"] * config.rollout.replans,
-        "bootstrap, at most": config.rounds * sizes["train"] * config.rollout.bootstrap,
+        "collect": sampled * config.rollout.samples,
+        "re-plan, at most": sampled * config.rollout.replans,
+        "bootstrap, at most": sampled * config.rollout.bootstrap,
         # The policy of a round is its best candidate, whose episodes are read back.
         "choose": (config.rounds * rates + 1) * sizes["validation"],
         "evaluate": conditions * sum(sizes[split] for split in HELD_OUT_SPLITS),

@@ -110,9 +110,16 @@ def collect(run: Run, round: int) -> list[Trajectory]:
     """Return K sampled episodes for each training problem under the policy that `round` starts from."""
     scheme = policy_scheme(run, policy_before(run.config, round))
     settings = sampled_settings(run.config, episodes_seed("collect", run.config, round), run.config.rollout.samples)
-    done = run_episodes(run, scheme, ["train"], settings, f"collect {round}")
+    only = {example.id for example in examples_of(run.config, run.problems["train"], round)}
+    done = run_episodes(run, scheme, ["train"], settings, f"collect {round}", only=only)
     done += replanned(run, scheme, round, done)
     return done + bootstrapped(run, round, done)
+
+
+def examples_of(config: RunConfig, train: Sequence[Example], round: int) -> list[Example]:
+    """Return the training examples that `round` samples: the next [rollout] examples of `train`, which is a ring."""
+    count = min(config.rollout.examples or len(train), len(train))
+    return [train[((round - 1) * count + place) % len(train)] for place in range(count)]
 
 
 def episodes_seed(kind: Literal["collect", "replan", "bootstrap"], config: RunConfig, round: int) -> int:

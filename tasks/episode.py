@@ -4,12 +4,14 @@ A task's `rollout` uses it for every question that it asks. So seeds, costs, pro
 that failed are treated alike in all tasks, and `Trajectory` and `EpisodeInfo` are made in this one place.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from matryoshka.core.protocols import ContextError, Controller, Generator, GeneratorError
 from matryoshka.core.records import (
+    VERDICTS,
     Call,
     EpisodeInfo,
     Example,
@@ -120,8 +122,19 @@ class Episode:
     ) -> Trajectory:
         """Return the finished episode. If a call failed for good, it has reward 0 and the verdict "failed".
 
-        attempts: by default the number of calls. The other arguments are fields of `EpisodeInfo`.
+        attempts: by default the number of calls. The other arguments are fields of `EpisodeInfo`. Raises ValueError for
+        a value that the record could not be read back with.
         """
+        where = f"task {self._task}:"
+        if verdict not in VERDICTS:
+            raise ValueError(f"{where} the verdict is {verdict!r:.60}; expected one of {VERDICTS}")
+        if isinstance(prediction, bool) or not isinstance(prediction, str | int | float | None):
+            raise ValueError(f"{where} the prediction is {prediction!r:.60}; expected a text, a number or None")
+        if isinstance(prediction, float):
+            _number(prediction, f"{where} the prediction")
+        measures = {name: _number(value, f"{where} {name}") for name, value in (measures or {}).items()}
+        reward = float(_number(reward, f"{where} reward"))
+        score = None if score is None else float(_number(score, f"{where} score"))
         replies = [reply for turn in self.turns for reply in turn.replies]
         usages = [reply.sample.usage for reply in replies]
         if self.failure is not None:
@@ -142,7 +155,18 @@ class Episode:
             prediction=prediction,
             error=error,
             score=score,
-            measures=dict(measures or {}),
+            measures=measures,
         )
         turns = tuple(turn.turn() for turn in self.turns)
         return Trajectory(self._task, self._example.id, turns, reward, info)
+
+
+def _number(value: object, what: str) -> float:
+    """Return `value`, as an int or a float. Raises ValueError if it is no finite number."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, str) or not math.isfinite(number):
+        raise ValueError(f"{what} is {value!r:.60}; expected a finite number")
+    return value if type(value) is int else number

@@ -37,6 +37,11 @@ def task_class(name: str) -> type[Task]:
         (found,) = (value for value in vars(module).values() if _is_task(value) and value.__module__ == module.__name__)
     if not _is_task(found):
         raise ValueError(f"the task {name!r} does not extend matryoshka.core.protocols.Task")
+    for method in ("examples", "first_prompt", "rollout"):
+        if getattr(found, method) is getattr(Task, method):
+            raise ValueError(f"the task {name!r} has no method {method!r}; docs/own_task.md says what it returns")
+    if not inspect.iscoroutinefunction(inspect.unwrap(found.rollout)):
+        raise ValueError(f"the task {name!r}: `rollout` is no coroutine; begin it with `async def`")
     return typing.cast(type[Task], found)
 
 
@@ -48,9 +53,12 @@ def task_names() -> list[str]:
 def options_class(task: type[Task]) -> type[Any]:
     """Return the dataclass of a task's options: the annotation of its attribute `options`.
 
-    Raises ValueError if it is no dataclass.
+    Raises ValueError if it is no dataclass, or a name that the file does not define.
     """
-    kind = typing.get_type_hints(task)["options"]
+    try:
+        kind = typing.get_type_hints(task)["options"]
+    except (NameError, TypeError) as err:
+        raise ValueError(f"task {task.__name__}: its annotations cannot be read: {err}") from err
     if kind is object:
         return NoOptions
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
@@ -70,6 +78,8 @@ def own_class(name: str, where: str, protocol: type | None = None, takes: int = 
     process. Raises ValueError, FileNotFoundError.
     """
     place, _, attribute = name.rpartition(":")
+    if not place.endswith(".py") and not all(part.isidentifier() for part in place.split(".")):
+        raise ValueError(f"{where} {name!r}: {place!r} is no module; expected FILE.py:CLASS or PACKAGE.MODULE:CLASS")
     try:
         module = _file_module(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except ImportError as err:

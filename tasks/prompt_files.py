@@ -15,6 +15,7 @@ from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from matryoshka.core.records import Message, Messages, content_key
+from matryoshka.core.text.bounded_template import FAILURES
 
 _ENVIRONMENT = SandboxedEnvironment(
     autoescape=False, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -23,9 +24,8 @@ _Row = tuple[str, Template] | str  # role and content, or the name of the messag
 
 
 class PromptFile:
-    """The requests of one file. name: the file's; for a file that is not shipped it carries a hash of the text.
-
-    values: the keys of the file that are neither requests nor texts.
+    """The requests of one file, whose path is `path`. name: the file's; for one that is not shipped it carries a hash
+    of the text. values: the keys of the file that are neither requests nor texts.
     """
 
     def __init__(
@@ -36,32 +36,32 @@ class PromptFile:
         texts: keys that are single templates, with the template of a file that leaves the key out.
         Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
         """
-        path = Path(prompts) if prompts.endswith(".toml") else shipped / f"{prompts}.toml"
+        path = self.path = Path(prompts) if prompts.endswith(".toml") else shipped / f"{prompts}.toml"
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in shipped.glob("*.toml")))
             raise FileNotFoundError(f"prompts {prompts!r}: no such file; expected {known} or the path of a .toml file")
-        text = path.read_text(encoding="utf-8")
-        self.name = path.stem if path.parent == shipped else f"{path.stem}-{content_key(text)[:8]}"
         try:
+            text = path.read_text(encoding="utf-8-sig")  # some editors put a BOM first
             data = tomllib.loads(text)
             self._requests = {name: _rows(name, data.pop(name, None)) for name in requests}
             self._texts = {
                 name: _ENVIRONMENT.from_string(_text(name, data.pop(name, default)))
                 for name, default in (texts or {}).items()
             }
-        except (ValueError, TemplateError) as err:
+        except (ValueError, RecursionError, TemplateError) as err:
             raise ValueError(f"{path}: {err}") from err
+        self.name = path.stem if path.parent == shipped else f"{path.stem}-{content_key(text)[:8]}"
         self.values: Mapping[str, Any] = data
-        self._path = path
 
     def render(self, request: str, **values: Any) -> Messages:
-        """Return the messages of `request`. Raises ValueError if a template uses a value that is missing."""
+        """Return the messages of `request`. Raises ValueError if a template fails, on a missing value for one."""
         found: list[Message] = []
         for row in self._requests[request]:
             if isinstance(row, str):
-                if row not in values:
-                    raise ValueError(f"{self._path}: [[{request}]]: there are no messages {row!r} to insert here")
-                found += values[row]
+                inserted = values.get(row)
+                if not isinstance(inserted, tuple) or not all(isinstance(message, Message) for message in inserted):
+                    raise ValueError(f"{self.path}: [[{request}]]: there are no messages {row!r} to insert here")
+                found += inserted
             else:
                 found.append(Message(row[0], self._rendered(row[1], f"[[{request}]]", values)))
         return tuple(found)
@@ -73,12 +73,12 @@ class PromptFile:
     def _rendered(self, template: Template, where: str, values: Mapping[str, Any]) -> str:
         try:
             return template.render({**self.values, **values})
-        except TemplateError as err:
-            raise ValueError(f"{self._path}: {where}: {err}") from err
+        except (TemplateError, *FAILURES) as err:
+            raise ValueError(f"{self.path}: {where}: {err}") from err
 
 
 def _rows(request: str, rows: Any) -> list[_Row]:
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"[[{request}]] is missing; expected one table for each message, with role and content")
     found: list[_Row] = []
     for row in rows:

@@ -144,11 +144,18 @@ async def _keep_synced(journal: Journal, all_ended: asyncio.Event) -> None:
 
 
 async def _episode(setup: Setup, job: Job) -> Trajectory:
-    """Return the episode of `job`; a GeneratorError that the task let through makes it a failed one."""
+    """Return the episode of `job`; a GeneratorError that the task let through makes it a failed one.
+
+    Raises ValueError if the task returns no trajectory.
+    """
     task, controller, generator = setup.task, setup.controller, setup.generator
     episode = Episode(task.name, job.example, controller, generator, job.settings)
     with episode:
-        return await task.rollout(job.example, controller, generator, job.settings)
+        found: object = await task.rollout(job.example, controller, generator, job.settings)
+        if not isinstance(found, Trajectory):
+            expected = "expected `return episode.trajectory(...)`"
+            raise ValueError(f"task {task.name}: rollout returned {found!r:.60}; {expected}")
+        return found
     return episode.trajectory(0.0, "failed")
 
 

@@ -35,7 +35,14 @@ READY = b"ready\n"
 # The child keeps its error to so many characters. The parent cuts it again, because a program may forge the message.
 ERROR_CHARACTERS = 2000
 END_S = 3.0  # in which a program that has closed its line may end by itself, so that its exit status is known
-_FENCE = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
+# A fenced block: its fence, what stands behind it (the language), and its lines. It ends with the same fence at the
+# beginning or the end of a line, so that a docstring may quote one.
+_FENCE = re.compile(
+    r"(?:(?<!`)(`{3,}+)|^[ \t]*+(~{3,}+))([^\n`]*+)\n(.*?)(?:^[ \t]*(?:\1|\2)|(?:\1|\2)[ \t\r]*$|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+_PYTHON = re.compile(r"\W*(?:python|py)(?![a-z-])", re.IGNORECASE)
+_BARE = re.compile(r"\s*(?:def \w+\(|import \w+\s*$|from \w[\w.]* import )", re.MULTILINE)  # code before any fence
 
 _slots: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
 
@@ -114,15 +121,18 @@ def frame(data: bytes) -> bytes:
 
 
 def extract_code(reply: str) -> str:
-    """Return the program in a model's reply: its first ```python block, else its first block, else the whole reply.
+    """Return the program in a model's reply, moved to the margin.
 
-    A block that was never closed runs to the end of the reply. An indented block (in a list) is moved to the margin.
+    It is the first ```python block that defines a function, else the first ```python block; without any, a block of
+    another language, chosen likewise; without any block the whole reply. A block that was never closed runs to the end
+    of the reply. A reply that begins with code ends at its first fence, since the opening one stood in the prompt.
     """
-    blocks = _FENCE.findall(reply)
-    for language, block in blocks:
-        if language.strip().lower() in ("python", "python3", "py"):
-            return textwrap.dedent(block)
-    return textwrap.dedent(blocks[0][1]) if blocks else reply
+    if _BARE.match(reply):
+        return textwrap.dedent(re.split("^[ \t]*(?:```|~~~)", reply, maxsplit=1, flags=re.MULTILINE)[0])
+    blocks = [(_PYTHON.match(language), block) for _, _, language, block in _FENCE.findall(reply)]
+    blocks = [(python, block) for python, block in blocks if python] or blocks
+    texts = [block for _, block in blocks] or [reply]
+    return textwrap.dedent(next((text for text in texts if "def " in text), texts[0]))
 
 
 async def _read_all(process: Process, message: bytearray) -> None:

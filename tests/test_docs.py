@@ -135,6 +135,18 @@ def test_the_walks_of_the_architecture_page_exist_and_are_short() -> None:
             assert re.search(rf"^\s*(?:async )?(?:def|class) {name}\b", (ROOT / file).read_text(), re.MULTILINE), file
 
 
+def test_the_troubleshooting_page_quotes_messages_that_exist() -> None:
+    """Oracle: the source: every part of a message between "..." stands in it, long texts being joined."""
+    folders = ("core", "lora", "dpo", "inference", "tasks", "eval", "pilot", "scripts")
+    source = "\n".join(path.read_text(encoding="utf-8") for top in folders for path in (ROOT / top).rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    messages = [message for cell in cells for message in re.findall("`(.*?)`", cell)]
+    absent = [part for message in messages for part in message.split("...") if part.strip() not in source]
+    assert len(messages) > 30 and absent == []
+
+
 def test_the_map_in_the_readme_has_every_file() -> None:
     """Oracle: the files on disk, no more and no fewer. scripts/ and benchmarks/ have one line each."""
     chart = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The files")[2]

@@ -23,6 +23,10 @@ LARGEST_NUMBER = 100_000  # as an argument: a width, a count
 LARGEST_VALUE = 1_000_000  # items or characters that `*` may make
 LARGEST_TEXT = 10**8  # characters that replacing or joining may make
 WIDTH = re.compile(r"\d{6,}")
+# Errors that the code of a template may raise, besides Jinja's own.
+FAILURES = (
+    ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
 MULTIPLYING = ("replace", "join", "wordwrap", "indent")  # filters and methods whose output is a product of their inputs
 CHEAP = ("length", "count", "first", "last", "default", "d")  # filters that do not go over their input
 # Kinds of nodes -> their fields whose values are read whole.

@@ -27,7 +27,7 @@ from jinja2.parser import Parser
 
 from matryoshka.core.json_input import shown
 from matryoshka.core.records import Messages
-from matryoshka.core.text.bounded_template import BoundedEnvironment
+from matryoshka.core.text.bounded_template import FAILURES, BoundedEnvironment
 from matryoshka.core.text.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -39,10 +39,6 @@ LLAMA3_TEMPLATE = (
 )
 # The date that Llama 3's own templates fall back to. A template never sees the clock: prompts would change overnight.
 DEFAULT_DATE = datetime.date(2024, 7, 26)
-# Errors that the code of a template may raise, besides Jinja's own.
-FAILURES = (
-    ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError,
-)  # fmt: skip
 PRIVATE_USE = range(0xE000, 0xF900)
 
 

@@ -13,7 +13,7 @@ _CLOSE = (
 # The answer begins, whatever was opened before: gpt-oss and Cohere's models.
 _BEGIN = r"(?:<\|start\|>assistant)?<\|channel\|>final(?:[^<]|<\|constrain\|>)*<\|message\|>|<\|START_RESPONSE\|>"
 _MARK = re.compile(f"(?P<open>{_OPEN})|(?P<begin>{_BEGIN})|{_CLOSE}", re.IGNORECASE)
-_END = re.compile(r"\s*<\|(?:end|return|END_RESPONSE)\|>$")
+_END = re.compile(r"(?<!\s)\s*<\|(?:end|return|END_RESPONSE)\|>$")
 
 
 def without_reasoning(reply: str) -> str:

@@ -69,6 +69,8 @@ def check_row(row: Any, where: str = "") -> Row:
         kind = list if key == "walkthrough" else str
         if not isinstance(row.get(key), kind):
             raise ValueError(f"{where}{key!r} is {type(row.get(key)).__name__}; expected {kind.__name__}")
+    if odd := [command for command in row["walkthrough"] if not isinstance(command, str)]:
+        raise ValueError(f"{where}the walkthrough has {odd[0]!r:.60}; expected commands as texts")
     if row["task_type"] not in TASK_TYPES:
         expected = f"expected one of {', '.join(TASK_TYPES)}"
         raise ValueError(f"{where}task type {row['task_type']!r} is unknown; {expected}")
@@ -86,9 +88,8 @@ def _rows(folder: Path, split: str) -> Iterator[Row]:
             return _rows_of_folder(place)
     tried = ", ".join(str(path) for path in (*files, *folders))
     raise FileNotFoundError(
-        f"alfworld: no games of split {split!r} under {folder} (tried {tried}); `matryoshka data alfworld` "
-        "fetches them, as `alfworld-download` does; give the folder that it fills "
-        "(ALFWORLD_DATA)"
+        f"alfworld: no games of split {split!r} under {folder} (tried {tried}); `matryoshka data alfworld` fetches "
+        "them, as `alfworld-download` does; give the folder that it fills (ALFWORLD_DATA)"
     )
 
 
@@ -127,7 +128,7 @@ def _rows_of_folder(folder: Path) -> Iterator[Row]:
                 "pddl_problem": data["pddl_problem"],
             }
             yield check_row(row)
-        except (ValueError, KeyError, AttributeError) as err:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as err:
             raise ValueError(f"{path}: not a game of ALFWorld: {type(err).__name__} {err}") from err
     if not found:
         raise FileNotFoundError(f"{folder}: no */*/game.tw-pddl in it; fetch the games with `matryoshka data alfworld`")

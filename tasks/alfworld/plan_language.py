@@ -12,7 +12,7 @@ from typing import Any
 
 from matryoshka.tasks.alfworld.agent import kind_of
 
-NUMBERED = re.compile(r"\s*#?\s*(?:\[?step\s*\d+\]?|\d+\s*[.)])\s*:?\s*(.+)", re.IGNORECASE)
+NUMBERED = re.compile(r"\s*+#?\s*+(?:\[?step\s*\d+\]?|\d+\s*[.)])\s*:?\s*(.+)", re.IGNORECASE)
 _NOISE = re.compile(r"\b(?:a|an|the|some|any|another|first|second|hot|cool|clean)\b|[\[\]().'\"]")
 _VERBS = {
     **dict.fromkeys(("find", "look for", "search for", "take", "get", "pick up"), "find"),
@@ -37,8 +37,18 @@ class Step:
 
 
 def steps_of(rows: Iterable[Sequence[Any]]) -> tuple[Step, ...]:
-    """Return the steps of rows [verb, thing, [place, ...]], as files and examples hold them."""
-    return tuple(Step(verb, thing, tuple(places)) for verb, thing, places in rows)
+    """Return the steps of rows [verb, thing, [place, ...]], as files and examples hold them.
+
+    Raises ValueError for a row of another form.
+    """
+    found: list[Step] = []
+    for row in rows:
+        match row:
+            case [str(verb), str(thing), [str(), *_] as places] if all(isinstance(place, str) for place in places):
+                found.append(Step(verb, thing, tuple(places)))
+            case _:
+                raise ValueError(f"the step {row!r:.80}; expected [verb, thing, [place, ...]]")
+    return tuple(found)
 
 
 def parse_plan(text: str) -> list[Step]:

@@ -7,11 +7,12 @@ has all of them by type; each has `screen`, `receptacles`, `kinds`, `task` and `
 `in_sentences(plan)`; programs by `program(steps)`, `straight_program(steps)` and `fenced(code)`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matryoshka.core.config import nearest
 from matryoshka.core.records import Messages
 from matryoshka.tasks.alfworld.agent import kind_of, receptacles_of, task_of
 from matryoshka.tasks.alfworld.exemplars import EXEMPLARS, turns
@@ -74,9 +75,9 @@ class Style:
         """max_steps, verbs: of the household, which the models are told. Raises as `PromptFile`."""
         self.file = PromptFile(prompts, SHIPPED, REQUESTS, {"written": "{{ compact(steps) }}"})
         self.name = self.file.name
-        own = self.file.values.get("exemplars", {})
+        own = _own_exemplars(self.file)
         exemplars = {
-            task_type: _seen(shot.screen) | {"steps": shot.steps} | _own(own.get(task_type, {}))
+            task_type: _seen(shot.screen) | {"steps": shot.steps} | own.get(task_type, {})
             for task_type, shot in EXEMPLARS.items()
         }
         self._verbs = verbs
@@ -125,8 +126,21 @@ def _seen(screen: str) -> dict[str, Any]:
     return {"screen": screen, "receptacles": receptacles, "kinds": kinds, "task": task_of(screen)}
 
 
-def _own(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a file's own exemplar changes."""
-    seen = _seen(table["screen"]) if "screen" in table else {}
-    steps = {"steps": steps_of(table["steps"])} if "steps" in table else {}
-    return dict(table) | seen | steps
+def _own_exemplars(file: PromptFile) -> dict[str, dict[str, Any]]:
+    """Return what a file's own [exemplars.TYPE] change, by type. Raises ValueError for tables of another form."""
+    tables = file.values.get("exemplars", {})
+    if not isinstance(tables, dict):
+        raise ValueError(f"{file.path}: exemplars is {tables!r:.60}; expected a table [exemplars.TYPE] for each type")
+    found = {}
+    for task_type, table in tables.items():
+        where = f"{file.path}: [exemplars.{task_type:.60}]"
+        if task_type not in EXEMPLARS:
+            raise ValueError(f"{where}: no type of task has this name; {nearest(task_type, EXEMPLARS)}")
+        try:
+            seen = _seen(table["screen"]) if "screen" in table else {}
+            steps = {"steps": steps_of(table["steps"])} if "steps" in table else {}
+            found[task_type] = {**table, **seen, **steps}
+        except (AttributeError, TypeError, ValueError) as err:
+            expected = "expected a table, in which screen is a text and steps has rows [verb, thing, [place, ...]]"
+            raise ValueError(f"{where}: {expected}; {err}") from err
+    return found

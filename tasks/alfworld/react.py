@@ -11,14 +11,15 @@ from matryoshka.core.records import Message, Messages
 from matryoshka.tasks.alfworld.playthrough import Session
 from matryoshka.tasks.episode import Reply
 
-_ACTION = re.compile(r"^\s*(?:act(?:ion)?\s*:|>)\s*(.+)$", re.IGNORECASE | re.MULTILINE)
+# "Act: look", "> look", "Action 2: look", and the same in bold or in a list.
+_ACTION = re.compile(r"^[ \t*_#-]*(?:act(?:ion)?[ \t]*\d*[ \t*_]*:|>)[\s*_>]*(.+)$", re.IGNORECASE | re.MULTILINE)
 REMINDER = "End your reply with a line that begins with 'Act: ' and a command."
 
 
 def action_in(reply: str) -> str:
     """Return the first command of a reply, "" if there is none. Answers that the model imagines are ignored."""
     match = _ACTION.search(reply)
-    return match[1].strip().strip("`'\"").rstrip(".").strip() if match else ""
+    return match[1].strip(" \t\r`'\"*_.") if match else ""
 
 
 async def play(prompt: Messages, session: Session, complete: Callable[[Messages, int], Awaitable[Reply]]) -> None:

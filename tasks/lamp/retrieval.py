@@ -119,14 +119,15 @@ class Embeddings:
         try:
             filled = [text or " " for text in texts]  # OpenAI refuses a text without any character
             answer = self._client.embeddings.create(model=lamp.embeddings_model, input=filled, encoding_format="float")
-        except openai.OpenAIError as err:  # from None: servers repeat keys, and a traceback would show this one
+            rows = sorted(answer.data, key=lambda row: row.index)
+            vectors = np.array([row.embedding for row in rows], dtype=np.float64)
+            if vectors.shape[:1] != (len(texts),) or vectors.ndim != 2 or not np.isfinite(vectors).all():
+                raise ValueError(f"vectors of the shape {vectors.shape} for {len(texts)} texts, or not finite")
+        except (openai.OpenAIError, AttributeError, TypeError, ValueError) as err:
+            # From None: servers repeat keys, and a traceback would show this one. A 200 may hold anything.
             what = redact(str(err))
             raise ValueError(f"[task.options] the embeddings of {lamp.embeddings_url} failed: {what}") from None
-        if len(answer.data) != len(texts):
-            what = f"{len(answer.data)} vectors for {len(texts)} texts"
-            raise ValueError(f"[task.options] the embeddings of {lamp.embeddings_url}: {what}")
-        rows = sorted(answer.data, key=lambda row: row.index)
-        return [np.asarray(row.embedding, dtype=np.float64) for row in rows]
+        return list(vectors)
 
     def _stored(self, text: str) -> NDArray[np.float64] | None:
         row = self._database.execute("SELECT vector FROM embeddings WHERE key = ?", (self._key_of(text),)).fetchone()

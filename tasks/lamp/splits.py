@@ -19,16 +19,18 @@ RAG = (1, 4)  # entries that the retrieval baselines show the generator
 def load_splits(options: LampOptions, sizes: Mapping[str, int], seed: int) -> dict[str, Sequence[Example]]:
     """Return the problems: warmup, train, validation, test; held_out is empty.
 
-    Without train_file they are made from the seed. With it they are read from LaMP's files: test_file's for `test`, the
-    others cut from train_file; without test_file all are cut from train_file, so that no user is in two.
-    Raises ValueError, FileNotFoundError for files that are missing, malformed or too short.
+    Without files they are made from the seed. Of LaMP's files, `test` is read from test_file and the others from
+    train_file; without test_file all are cut from train_file, so that no user is in two.
+    Raises ValueError, FileNotFoundError for files that are missing, malformed or too short, and for held-out problems.
     """
+    if sizes.get("held_out"):
+        raise ValueError(f"[task] held_out {sizes['held_out']}: LaMP has no held-out problems; expected 0")
     kind, retriever = kind_of(options.task), _retriever(options)
 
     def example(item: Item) -> Example:
         return make_example(kind, item, retriever, options.entries, options.entry_characters)
 
-    if not options.train_file:
+    if not options.train_file and not options.test_file:
         return _made(kind, sizes, seed, example)
     found = _read(kind, options, sizes, example)
     return {**found, "test": with_other(found["test"]), "held_out": []}
@@ -102,7 +104,15 @@ def _read(
     if not options.test_file:
         return _cut(Path(options.train_file), kind, counts, example)
     found = _cut(Path(options.test_file), kind, {"test": counts.pop("test")}, example)
-    found |= _cut(Path(options.train_file), kind, counts, example)
+    if options.train_file:
+        found |= _cut(Path(options.train_file), kind, counts, example)
+    elif any(counts.values()):
+        raise ValueError(
+            f"[task] takes {sum(counts.values())} problems for warm-up, training and validation, but [task.options] "
+            "train_file is empty; give the path of LaMP's training questions, or leave test_file empty, too"
+        )
+    else:
+        found |= {split: [] for split in counts}
     test = {example.id for example in found["test"]}
     if shared := test & {example.id for split in FROM_TRAINING for example in found[split]}:
         raise ValueError(

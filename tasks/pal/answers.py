@@ -15,7 +15,11 @@ RELATIVE = 1e-13
 # Above 5e12 neighbouring integers must still differ.
 LARGEST = 0.5
 
-_IN_TEXT = re.compile(r"(?<![\w.])-?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?([eE][+-]?\d+)?(?!\w|\.\d)")
+_IN_TEXT = re.compile(
+    r"(?<![\w.])(-?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?)(?:/0*([1-9]\d{0,8}))?(?!\w|\.\d)"
+)
+# What stands for a minus or for the comma between thousands: Unicode's minus, blanks that do not break, LaTeX.
+_PLAIN = {"\u2212": "-", "\xa0": ",", "\u202f": ",", "\u2009": ",", "{,}": ",", "\\,": ",", "\\$": "$"}
 _NUMBER = re.compile(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?")
 
 
@@ -38,17 +42,21 @@ def read_answer(prediction: float | int | str | None) -> float | int | None:
     """Return the number that an answer from elsewhere gives, None where there is none.
 
     A number is itself. Of a text it is the number behind the last `####`, or else the last number that stands in it:
-    commas between thousands, a currency sign before it and a full stop or per cent sign behind it do not count.
+    marks between thousands, a currency sign before it and a full stop or per cent sign behind it do not count. 3/4 is
+    one number.
     """
     if prediction is None or isinstance(prediction, int | float):
         return None if isinstance(prediction, bool) else prediction
     _, mark, tail = prediction.rpartition("####")
-    found = [match[0] for match in _IN_TEXT.finditer(tail if mark else prediction)]
+    text = tail if mark else prediction
+    for form, plain in _PLAIN.items():
+        text = text.replace(form, plain)
+    found = _IN_TEXT.findall(text)
     if not found:
         return None
-    digits = (found[0] if mark else found[-1]).replace(",", "").replace("$", "")
-    value = float(digits)
-    return value if re.search(r"[.eE]", digits) else int(digits)
+    digits, below = found[0] if mark else found[-1]
+    value = _number(digits.replace("$", ""))
+    return value / int(below) if below and value is not None else value
 
 
 def parse_gold(solution: str) -> float | int:
@@ -60,5 +68,15 @@ def parse_gold(solution: str) -> float | int:
     text = tail.strip()
     if not mark or not _NUMBER.fullmatch(text):
         raise ValueError(f"expected the answer to end with '#### NUMBER', got {solution[-40:]!r}")
-    digits = text.replace(",", "")
-    return float(digits) if "." in digits else int(digits)
+    if (value := _number(text)) is None:
+        raise ValueError(f"the answer has {len(text)} digits, which is beyond the range of floats")
+    return value
+
+
+def _number(digits: str) -> float | int | None:
+    """Return the number that `digits` write, None if it is beyond the range of floats."""
+    digits = digits.replace(",", "")
+    value = float(digits)
+    if not math.isfinite(value):
+        return None
+    return value if re.search(r"[.eE]", digits) else int(digits)

@@ -45,7 +45,7 @@ class PALTask(Task):
         self.prompts = open_prompts(options.prompts)
         self.sandbox = options.sandbox.sandbox()
         self.name = f"pal-{self.prompts.name}"
-        self.label = "gsm8k" if options.train_file or options.test_file else "words"
+        self.label = "gsm8k" if options.train_file or options.test_file or options.held_out_file else "words"
         super().__init__(options, setting)
 
     def examples(self, split: str) -> Sequence[Example]:

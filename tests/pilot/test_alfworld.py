@@ -17,7 +17,8 @@ from matryoshka.eval.baselines import ScriptedGuidance
 from matryoshka.pilot import curve
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.context import Problems, load_problems, open_run, open_task
-from matryoshka.pilot.stages import warm_up
+from matryoshka.pilot.estimate import num_episodes
+from matryoshka.pilot.stages import collect, examples_of, warm_up
 from matryoshka.scripts import cli
 from matryoshka.tasks.alfworld.games import TASK_TYPES
 from matryoshka.tasks.alfworld.households import households
@@ -92,7 +93,7 @@ def test_what_is_wrong_with_the_games_is_said(tmp_path: Path) -> None:
         load_splits(config(**folder))
     with pytest.raises(FileNotFoundError, match="valid_seen"):
         load_splits(config(**folder, **{"task.warmup": 1, "task.train": 1, "task.validation": 1}))
-    with pytest.raises(ValueError, match="6 games stand in two splits"):
+    with pytest.raises(ValueError, match="test: the id .* stands in warmup, too; each problem"):
         load_splits(config(**{"task.options.test_split": "train"}))
     with pytest.raises(ValueError, match="'literal'"):
         ALFWorldTask.scripted_generator("witty")
@@ -107,6 +108,24 @@ def test_a_game_without_a_walkthrough_has_no_gold() -> None:
     example = example_of(row)
     task = make_task(config(), [example])
     assert task.gold_guidance(example) is None and example.fields["answer"] == "unknown"
+
+
+def test_each_round_takes_the_next_examples(tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: by hand: of six examples four a round, so the second round has the last two and the first two; the
+    estimate counts what was sampled; 0 means all of them.
+    """
+    controller = with_context(tiny_dir, tmp_path / "tiny", 4096)
+    few = {"rounds": 2, "warmup.source": "none", "rollout.samples": 2, "rollout.guidance_tokens": 4}
+    mine = config(**few, **{"controller.path": str(controller), "serve.scripted": "literal", "rollout.examples": 4})
+    with open_run(mine, tmp_path / "runs") as run:
+        train = run.problems["train"]
+        first = collect(run, 1)
+        run.policies.keep("", "round-1")
+        second = collect(run, 2)
+        assert num_episodes(mine, run.task, run.problems)["collect"] == len(first) + len(second) == 16
+    assert {episode.example_id for episode in first} == {example.id for example in train[:4]}
+    assert {episode.example_id for episode in second} == {example.id for example in (*train[4:], *train[:2])}
+    assert examples_of(config(), train, 2) == list(train) and not examples_of(mine, [], 1)
 
 
 @pytest.mark.parametrize("verbs", ["current", "old"])

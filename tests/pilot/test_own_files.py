@@ -191,6 +191,13 @@ def test_the_options_of_the_chosen_task_are_flags(tmp_path: Path, monkeypatch: p
         ({"task.name": "guess.py:Gues"}, "'guess.py:Gues': guess.py has no 'Gues'; its classes: .*Guess"),
         ({"task.name": "no.such.module:Guess"}, "'no.such.module:Guess': no.such.module cannot be imported"),
         ({"task.name": "guess.py:GuessOptions"}, "does not extend matryoshka.core.protocols.Task"),
+        ({"task.name": "guess.py:"}, "'guess.py:': guess.py has no ''; its classes: .*Guess"),
+        ({"task.name": ":Guess"}, "':Guess': '' is no module; expected FILE.py:CLASS or PACKAGE.MODULE:CLASS"),
+        ({"task.name": ".guess:Guess"}, "'.guess:Guess': '.guess' is no module; expected FILE.py:CLASS"),
+        ({"task.name": "my guess:Guess"}, "'my guess:Guess': 'my guess' is no module"),
+        ({"task.name": "bare.py:Bare"}, "'bare.py:Bare' has no method 'examples'; docs/own_task.md says what"),
+        ({"task.name": "plain.py:Guess"}, "'plain.py:Guess': `rollout` is no coroutine; begin it with `async def`"),
+        ({"task.name": "lost.py:Guess"}, "task Guess: its annotations cannot be read: name 'LostOptions'"),
         ({"controller.scheme": "guess.py:Loud"}, "scheme 'guess.py:Loud': guess.py has no 'Loud'"),
         ({"controller.scheme": "guess.py:Guess"}, "scheme 'guess.py:Guess': it has no 'propose'; expected propose, "),
         ({"controller.scheme": "parrot.py:Parrot"}, "scheme 'parrot.py:Parrot': it has no 'propose'"),
@@ -211,7 +218,11 @@ def test_what_is_wrong_is_said_before_anything_runs(
     """Oracle: each message by hand."""
     monkeypatch.chdir(tmp_path)
     two = LOUDER.replace("self, policy)", "self, policy, volume)")
-    for name, source in (("guess", GUESS), ("parrot", PARROT), ("two", two)):
+    bare = "from matryoshka.core.protocols import Task\nclass Bare(Task): pass\n"
+    plain = GUESS.replace("async def rollout", "def rollout").replace("await ", "")
+    lost = GUESS.replace("options: GuessOptions", "options: 'LostOptions'")
+    files = {"guess": GUESS, "parrot": PARROT, "two": two, "bare": bare, "plain": plain, "lost": lost}
+    for name, source in files.items():
         (tmp_path / f"{name}.py").write_text(source)
     (tmp_path / "run.toml").write_text(CONFIG.format(path="m", task="guess.py:Guess", options=""))
     with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from matryoshka.core.config import load_toml, to_toml
-from matryoshka.core.records import Messages
+from matryoshka.core.protocols import Task, TaskSetting
+from matryoshka.core.records import Example, Message, Messages
 from matryoshka.inference.generators import GeneratorConfig
 from matryoshka.pilot.config import ControllerConfig, RunConfig, TaskConfig, WarmupConfig
 from matryoshka.pilot.context import Problems, fitting_problems, load_problems, open_task
@@ -111,6 +112,51 @@ def test_what_fits_is_decided_for_all_conditions_at_once(tmp_path: Path) -> None
     assert left_out == {"test": 1} and [e.fields["question"] for e in kept["test"]] == ["short?"]
     with pytest.raises(ValueError, match=r"\[task\] warmup: 1 of 1 prompts"):
         fitting_problems(skipping, task, splits, 17)
+
+
+SOUND = [Example("1", {"question": "q", "answer": "a"})]
+
+
+class Odd(Task):
+    """A task of a user whose examples and prompt are `found` and `prompt`."""
+
+    def __init__(self, found: Any, prompt: Any = ()) -> None:
+        super().__init__(None, TaskSetting({}))
+        self.found, self.prompt = found, prompt
+
+    def examples(self, split: str) -> Any:
+        return self.found if split == "train" else []
+
+    def first_prompt(self, example: Example) -> Any:
+        return self.prompt
+
+    async def rollout(self, *_: object) -> Any:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, r"train: `examples` returned None; expected a list of Example"),
+        ((example for example in SOUND), r"train: `examples` returned <generator .*; expected a list of Example"),
+        ([{"question": "q"}], r"train: `examples` returned \[\{.*; expected a list of Example"),
+        ([Example(1, {})], r"train: `examples` returned .*the id a text"),  # type: ignore[arg-type]
+        ([Example("1", {"question": "q", "gold": "a"})], "example '1' has no field 'answer'; it has question, gold"),
+        (SOUND * 2, "the id '1' stands in train, too; each problem needs an id of its own"),
+    ],
+)
+def test_examples_of_another_form_are_said(found: Any, message: str) -> None:
+    """Oracle: each message by hand; it names task and split."""
+    with pytest.raises(ValueError, match=f"task Odd, {message}" if message.startswith("train") else message):
+        load_problems(Odd(found))
+
+
+@pytest.mark.parametrize("prompt", [None, "Hint?", (), [Message("user", "q")], Message("user", "q"), ("user", "q")])
+def test_a_first_prompt_of_another_form_is_said(prompt: Any) -> None:
+    """Oracle: the message says what a prompt is; a forgotten comma and a list are the commonest mistakes."""
+    task = Odd(SOUND, prompt)
+    with pytest.raises(ValueError, match=r"task Odd: `first_prompt` returned .*; expected a tuple of Message\(role"):
+        fitting_problems(CONFIG, task, load_problems(task), 1000)
 
 
 def test_sizes_that_make_no_sense_are_refused() -> None:

@@ -31,7 +31,9 @@ def rows(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     [
         ("#### 1,234", 1234), ("so 3 + 4 = 7.", 7), ("$12.50", 12.5), ("-3", -3), ("it costs 5% more", 5), (7.0, 7.0),
         ("a1 b2c", None), ("", None), (None, None), (True, None), ("1e3", 1000.0), ("### 5 then #### 6 x 9", 6),
-        ("version 1.2.3", None),
+        ("version 1.2.3", None), ("it is \u22125", -5), ("#### \u22127", -7), ("costs $.50", 0.5), ("so .25.", 0.25),
+        ("1\u202f000 in all", 1000), ("$12{,}000$", 12000), ("\\$1\\,200", 1200), ("3/4 of it", 0.75),
+        ("on 5/6/2020", 2020), ("9" * 5000, None), ("1e999", None), ("3/0", 0),
     ],
 )  # fmt: skip
 def test_numbers_in_answers(said: Any, value: float | None) -> None:

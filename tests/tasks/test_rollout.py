@@ -5,8 +5,9 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from matryoshka.core.files import Journal
@@ -23,6 +24,7 @@ from matryoshka.core.records import (
     from_json,
     to_json,
 )
+from matryoshka.tasks.episode import Episode
 from matryoshka.tasks.rollout import Job, Setup, job_key, run_rollouts
 
 Play = Callable[[Example], Awaitable[str]]
@@ -100,6 +102,44 @@ def test_the_driver_s_own_record_of_a_failed_episode_lacks_nothing(tmp_path: Pat
     expected = EpisodeInfo("failed", "oracle", "controller-1", "generator-1", seed=5, draw=3, error="429")
     assert (run.task, run.example_id, run.turns, run.reward, run.info) == ("played", "7", (), 0.0, expected)
     assert from_json(Trajectory, to_json(run)) == run
+
+
+@pytest.mark.parametrize("found", [None, "right", ("right", 1.0)])
+def test_a_rollout_without_a_trajectory_is_said(found: object, tmp_path: Path) -> None:
+    """Oracle: the message names the task and what it forgot: most often a `return`."""
+
+    class Forgetful(PlayedTask):
+        async def rollout(self, *_: object) -> Trajectory:
+            return cast(Trajectory, found)
+
+    setup = Setup(Forgetful(right), CONTROLLER, GENERATOR)
+    with pytest.raises(ValueError, match=r"task played: rollout returned .*; expected `return episode.trajectory"):
+        asyncio.run(run_rollouts(setup, JOBS[:1], Journal(tmp_path / "j"), 1))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((float("nan"), "wrong"), "reward is nan; expected a finite number"),
+        ((None, "wrong"), "reward is None; expected a finite number"),
+        (("1", "right"), "reward is '1'; expected a finite number"),
+        ((1.0, "correct"), "the verdict is 'correct'; expected one of .*right.*wrong"),
+        ((1.0, "right", True), "the prediction is True; expected a text, a number or None"),
+        ((1.0, "right", float("nan")), "the prediction is nan; expected a finite number"),
+        ((1.0, "right", ["x"]), r"the prediction is \['x'\]; expected a text"),
+        ((1.0, "right", "x", None, float("inf")), "score is inf; expected a finite number"),
+        ((1.0, "right", "x", None, 1.0, {"steps": None}), "steps is None; expected a finite number"),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_recorded(values: tuple[Any, ...], message: str) -> None:
+    """Oracle: each message by hand; a reward that is a bool is recorded as a float, which is what reading expects."""
+    episode = Episode("own", Example("7", {}), CONTROLLER, GENERATOR, RolloutSettings())
+    with pytest.raises(ValueError, match=f"task own: {message}"):
+        episode.trajectory(*values)
+    measures: dict[str, Any] = {"steps": 3, "share": np.float32(0.5), "n": np.int64(2)}
+    sound = episode.trajectory(True, "right", 4, measures=measures)
+    assert from_json(Trajectory, json.loads(json.dumps(to_json(sound)))) == sound
+    assert type(sound.reward) is float and sound.info.measures == {"steps": 3, "share": 0.5, "n": 2}
 
 
 def keys(journal: Path) -> list[str]:

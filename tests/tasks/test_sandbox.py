@@ -436,8 +436,27 @@ def test_a_command_is_a_sandbox_too() -> None:
         ("```py\r\nx = 1```", "x = 1"),
         ("1. Like this:\n   ```python\n   def f():\n       return 1\n   ```", "def f():\n    return 1\n"),
         ("", ""),
+        ("~~~python\nx = 1\n~~~\nDone.", "x = 1\n"),
+        ("```\n3\n```\n```python3.11\nx = 1\n```", "x = 1\n"),
+        ("```\n3\n```\n```python title='a.py'\nx = 1\n```", "x = 1\n"),
+        ("```\n3\n```\n```{.python}\nx = 1\n```", "x = 1\n"),
+        ("```pycon\n>>> 3\n```\n```python\nx = 1\n```", "x = 1\n"),
+        ("```python\nimport math\n```\n```python\ndef f(): pass\n```", "def f(): pass\n"),
+        ('```python\ndef f():\n    """A ```x``` here."""\n```', 'def f():\n    """A ```x``` here."""\n'),
+        ("````python\ns = \'\'\'\n```\n\'\'\'\n````", "s = \'\'\'\n```\n\'\'\'\n"),
+        ("def f():\n    return 1\n```\nIt returns 1.", "def f():\n    return 1\n"),
+        ("import math\ndef f(): pass\n```", "import math\ndef f(): pass\n"),
+        (" def f():\n     return 1", "def f():\n    return 1"),
     ],
 )
 def test_extract_code(reply: str, code: str) -> None:
-    """Oracle: first python block, else first block, else everything; written out by hand."""
+    """Oracle: the documented rule, written out by hand for each form in which models put a program."""
     assert extract_code(reply) == code
+
+
+@pytest.mark.parametrize("part", ["`", "~", " ", "```", "``` ", "```x", "\n```", "def f(", "```\n", "\n ~~~ "])
+def test_extracting_code_takes_time_in_proportion_to_the_reply(part: str) -> None:
+    """Oracle: the clock: seconds of the CPU for a reply of 200,000 characters, whose square would take minutes."""
+    started = time.thread_time()
+    extract_code(part * (200_000 // len(part)))
+    assert time.thread_time() - started < 3

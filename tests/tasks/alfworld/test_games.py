@@ -3,12 +3,15 @@
 import json
 import lzma
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from matryoshka.tasks.alfworld.games import TASK_TYPES, Row, read_logic, read_split
+from matryoshka.tasks.alfworld.households import households
+from matryoshka.tasks.alfworld.splits import example_of
 from matryoshka.tests.tasks.alfworld.kitchen import row
 
 DATA = Path(os.environ.get("MATRYOSHKA_DATA", Path(__file__).parents[4] / "shared" / "data")) / "alfworld"
@@ -79,6 +82,7 @@ def test_a_game_without_a_walkthrough_has_an_empty_one(tmp_path: Path) -> None:
         ("[]", "the row is list; expected an object with game, "),
         (json.dumps({"game": "g"}), "'task_type' is NoneType; expected str"),
         (json.dumps(row(walkthrough="look")), "'walkthrough' is str; expected list"),
+        (json.dumps(row(walkthrough=["look", 3])), "the walkthrough has 3; expected commands as texts"),
         (json.dumps(row(task_type="sing")), "task type 'sing' is unknown; expected one of pick_and_place_simple, "),
         ('{"game": "\udcff"}', r"not UTF-8 \(byte 11\)"),
     ],
@@ -89,6 +93,25 @@ def test_a_bad_row_is_named_by_file_and_line(line: str, message: str, tmp_path: 
     (tmp_path / "train.jsonl").write_bytes(data.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=rf"train\.jsonl:2: {message}"):
         read_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "put", "message"),
+    [
+        (r"\(inReceptacle (\S+) \S+\)", r"(inReceptacle \1)", "its problem cannot be played: IndexError"),
+        (r"\(:init", "(:init (inReceptacle ghost_bar_1 ghost_bar_2)", "its problem cannot be played: KeyError"),
+        (r"\(:init", "(:init (openable)", "its problem cannot be played: IndexError"),
+        (r"\(:init", "(:init (objectType x)", "not enough values to unpack"),
+        (r"\(:goal (.*)\)\s*\)\s*$", rf"(:goal {'(and ' * 3000}\1{')' * 3000}))", "cannot be played: RecursionError"),
+    ],
+)
+def test_a_problem_that_cannot_be_played_is_named(pattern: str, put: str, message: str) -> None:
+    """Oracle: one fault at a time in the problem of a household that is sound without it."""
+    (sound,) = households("train", 1, 0)
+    problem, count = re.subn(pattern, put, sound["pddl_problem"], count=1, flags=re.DOTALL)
+    assert count == 1 and example_of(sound).id == sound["game"]
+    with pytest.raises(ValueError, match=f"game {re.escape(sound['game'])}: .*{message}"):
+        example_of({**sound, "pddl_problem": problem})
 
 
 def test_a_bad_file_is_named(tmp_path: Path) -> None:
@@ -105,6 +128,9 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
     write_official(tmp_path / "official", games(), grammar="{}")
     with pytest.raises(ValueError, match=r"game\.tw-pddl: not a game of ALFWorld: .*no 'Your task is to"):
         read_split(tmp_path / "official", "train")
+    write_official(tmp_path / "number", games(), grammar=3)
+    with pytest.raises(ValueError, match=r"game\.tw-pddl: not a game of ALFWorld: TypeError"):
+        read_split(tmp_path / "number", "train")
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:

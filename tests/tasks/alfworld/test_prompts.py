@@ -291,6 +291,47 @@ def test_a_user_s_own_file_changes_exemplars_and_requests(tmp_path: Path) -> Non
     assert style.write(steps).startswith("# General Plan: ") and len(parse_plan(style.write(steps))) == 2
 
 
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("[[exemplars]]\nscreen = 'x'", r"exemplars is \[.*expected a table \[exemplars.TYPE\] for each type"),
+        ("[exemplars.look_at_obj_in_lihgt]\nscreen = 'x'", "no type of task has this name; did you mean 'look"),
+        ("[exemplars]\nlook_at_obj_in_light = 'x'", r"\[exemplars.look_at_obj_in_light\]: expected a table"),
+        ("[exemplars.look_at_obj_in_light]\nscreen = 3", r"in_light\]: expected a table, in which screen is a text"),
+        ("[exemplars.look_at_obj_in_light]\nsteps = 3", r"in_light\]: expected a table, in which .* steps has rows"),
+        ("[exemplars.look_at_obj_in_light]\nsteps = [['find']]", r"the step \['find'\]; expected \[verb, thing, \["),
+        ("[exemplars.look_at_obj_in_light]\nsteps = [['find', 'mug', 'desk']]", r"the step .* expected \[verb, thing"),
+        ("[exemplars.look_at_obj_in_light]\nsteps = [['find', 'mug', []]]", r"the step .* expected \[verb, thing, \["),
+    ],
+)
+def test_what_is_wrong_with_own_exemplars_is_said(table: str, message: str, tmp_path: Path) -> None:
+    """Oracle: each message by hand; it names the file."""
+    shipped = (Path(prompt_style.__file__).with_name("prompts") / "full.toml").read_text()
+    (tmp_path / "mine.toml").write_text(f"{shipped}\n{table}\n")
+    with pytest.raises(ValueError, match=rf"mine\.toml: .*{message}"):
+        Style(str(tmp_path / "mine.toml"))
+
+
+@pytest.mark.parametrize(
+    ("reply", "command"),
+    [
+        ("Think: here.\nAct: go to desk 1", "go to desk 1"),
+        ("> look\nYou see nothing.\n> help", "look"),
+        ("**Act:** go to desk 1", "go to desk 1"),
+        ("**Action**: go to desk 1.", "go to desk 1"),
+        ("Thought 2: hm\nAction 2: open drawer 1\r\nObservation 2: ...", "open drawer 1"),
+        ("- Act: `take pen 1 from desk 1`.", "take pen 1 from desk 1"),
+        ("Act 3: > inventory", "inventory"),
+        ("Act:\nlook", "look"),
+        ("I shall act: now", ""),
+        ("Action", ""),
+    ],
+)
+def test_the_first_command_of_a_reply_is_taken(reply: str, command: str) -> None:
+    """Oracle: by hand, over the forms in which models mark an action."""
+    assert react.action_in(reply) == command
+
+
 def test_an_unknown_style_is_named(tmp_path: Path) -> None:
     """Oracle: the names of the shipped files; a file that inserts what there is not."""
     with pytest.raises(FileNotFoundError, match="'fall': no such file; expected brief, compact, full, published"):

@@ -41,9 +41,16 @@ def test_questions_are_joined_by_id_not_by_place(tmp_path: Path) -> None:
         Item("1", NEWS.ask("An article"), [entry], "travel"),
         Item("2", NEWS.ask("An article"), [], "crime"),  # an empty profile is a user without a history
     ]
-    review = {"id": 7, "input": KINDS["3"].ask("Fine."), "profile": [{"text": "a", "score": 4, "date": "2020-01-01"}]}
+    rating = {"text": "a", "score": 4, "date": "2020-01-01"}
+    review: dict[str, Any] = {"id": 7, "input": KINDS["3"].ask("Fine."), "profile": [rating]}
     (item,) = read_items(files(tmp_path, [review], [{"id": 7, "output": "5"}], "LaMP_3"), KINDS["3"])
-    assert item == Item("7", KINDS["3"].ask("Fine."), [{"text": "a", "score": "4", "date": "2020-01-01"}], "5")
+    expected = Item("7", KINDS["3"].ask("Fine."), [{"text": "a", "score": "4", "date": "2020-01-01"}], "5")
+    assert item == expected
+    # Numbers that are floats, and a byte order mark, mean the same.
+    review["profile"] = [{**rating, "score": 4.0}]
+    path = files(tmp_path, [review], [{"id": 7, "output": 5.0}], "LaMP_3")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert list(read_items(path, KINDS["3"])) == [expected]
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ from typing import Any, ClassVar
 import pytest
 
 from matryoshka.core.config import load_toml, to_toml
+from matryoshka.core.protocols import TaskSetting
 from matryoshka.core.records import Example, Messages
 from matryoshka.inference.generators import GeneratorConfig
-from matryoshka.pilot.config import ControllerConfig, RolloutConfig, RunConfig, TaskConfig
+from matryoshka.pilot.config import SPLITS, ControllerConfig, RolloutConfig, RunConfig, TaskConfig
 from matryoshka.pilot.context import load_problems, open_task
+from matryoshka.tasks.lamp import retrieval
 from matryoshka.tasks.lamp.data import Item
 from matryoshka.tasks.lamp.options import LampOptions
 from matryoshka.tasks.lamp.splits import with_other
@@ -67,7 +69,9 @@ def test_made_up_users_come_in_the_sizes_asked_for_with_gold(name: str) -> None:
 
 
 def test_two_files_are_cut_in_order(tmp_path: Path) -> None:
-    """Oracle: by hand; ids that stand in both files are refused, real users have no gold guidance."""
+    """Oracle: by hand; ids that stand in both files are refused, real users have no gold guidance. A test file without
+    a training file is enough where nothing is trained, and is never left aside.
+    """
     train = written(tmp_path, [user(f"a{i}", f"t{i}") for i in range(8)])
     test = written(tmp_path, [user(f"b{i}", f"u{i}") for i in range(3)], "dev")
     splits = load_splits(config(train_file=train, test_file=test))
@@ -77,6 +81,13 @@ def test_two_files_are_cut_in_order(tmp_path: Path) -> None:
     assert open_task(CONFIG, letters).gold_guidance(splits["train"][0]) is None
     with pytest.raises(ValueError, match="id 'a0' stands in both train_file and test_file \\(2 such ids\\)"):
         load_splits(config(train_file=train, test_file=train))
+    with pytest.raises(ValueError, match="takes 6 problems for warm-up, .* but .* train_file is empty; give the path"):
+        load_splits(config(test_file=test))
+    setting = TaskSetting({**dict.fromkeys(SPLITS, 0), "test": 3})  # as `matryoshka score` asks for them
+    alone = LampTask(LampOptions("2M", test_file=test), setting).examples("test")
+    assert [example.id for example in alone] == ["b0", "b1", "b2"]
+    with pytest.raises(ValueError, match=r"held_out 2: LaMP has no held-out problems; expected 0"):
+        load_problems(open_task(replace(CONFIG, task=replace(TASK, held_out=2)), letters))
 
 
 def test_one_file_is_cut_by_users(tmp_path: Path) -> None:
@@ -146,6 +157,7 @@ def test_a_loop_that_lamp_does_not_have_is_refused() -> None:
 
 class Embeddings(BaseHTTPRequestHandler):
     asked: ClassVar[list[str]] = []
+    odd: ClassVar[Any] = None  # what is sent in place of the vectors
 
     def log_message(self, *args: object) -> None:
         pass
@@ -158,7 +170,7 @@ class Embeddings(BaseHTTPRequestHandler):
         key = self.headers["Authorization"].removeprefix("Bearer ")
         rows = [{"object": "embedding", "index": i, "embedding": [t.count("ghost"), 1]} for i, t in enumerate(texts)]
         usage = {"prompt_tokens": 1, "total_tokens": 1}
-        found = {"object": "list", "data": rows[::-1], "model": "m", "usage": usage}
+        found = {"object": "list", "data": rows[::-1], "model": "m", "usage": usage} if self.odd is None else self.odd
         refused = {"error": {"message": f"the key {key} is wrong"}}
         body = json.dumps(refused if key.startswith("sk-") else found).encode()
         self.send_response(401 if key.startswith("sk-") else 200)
@@ -205,6 +217,30 @@ def test_dense_retrieval_asks_an_endpoint(embeddings: str, tmp_path: Path, monke
     assert "sk-planted" not in "".join(traceback.format_exception(refused.value))
     with pytest.raises(ValueError, match="retrieval 'dense' needs embeddings_url and embeddings_model"):
         load_splits(config(retrieval="dense", train_file=keyed["train_file"]))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {}, {"data": None}, {"error": {"message": "busy"}}, "no JSON", [],
+        {"data": [{"index": 0, "embedding": [1.0]}]}, {"data": [{"index": 0, "embedding": "AAAA"}] * 3},
+        {"data": [{"index": i, "embedding": [1.0] * (i + 1)} for i in range(3)]},
+        {"data": [{"index": i, "embedding": [1.0, None]} for i in range(3)]}, {"data": [{"embedding": [1.0]}] * 3},
+        {"data": [{"index": i, "embedding": 1.0} for i in range(3)]}, {"data": [7, 8, 9]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_200_without_vectors_is_an_error_and_nothing_is_kept(
+    odd: Any, embeddings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: three texts need three vectors of finite numbers of one length; the next, sound answer is taken."""
+    monkeypatch.setattr(Embeddings, "odd", odd)
+    endpoint: dict[str, Any] = {"embeddings_url": embeddings, "embeddings_model": "m", "embeddings_key_env": ""}
+    embed = retrieval.Embeddings(LampOptions(**endpoint, embeddings_cache=str(tmp_path / "e.sqlite")))
+    with pytest.raises(ValueError, match="the embeddings of http://.* failed: "):
+        embed(["a", "b", "ghost"])
+    monkeypatch.setattr(Embeddings, "odd", None)
+    assert embed(["a", "b", "ghost"]) == [[0.0, 1.0], [0.0, 1.0], [1.0, 1.0]]
 
 
 @pytest.mark.parametrize("name", KINDS)

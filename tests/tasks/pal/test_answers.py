@@ -88,3 +88,10 @@ def test_what_is_no_plain_number_is_an_error(solution: str) -> None:
     """Oracle: the message names the expected end of a solution."""
     with pytest.raises(ValueError, match="expected the answer to end with '#### NUMBER'"):
         parse_gold(solution)
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "9" * 400 + ".5", "9" * 5000])
+def test_a_gold_answer_beyond_floats_is_an_error(number: str) -> None:
+    """Oracle: the range of floats ends at 1.8e308."""
+    with pytest.raises(ValueError, match=r"the answer has \d+ digits, which is beyond the range of floats"):
+        parse_gold(f"#### {number}")

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from matryoshka.core.protocols import TaskSetting
 from matryoshka.core.records import Example, content_key
 from matryoshka.tasks.pal.gsm8k import load, load_splits
 from matryoshka.tasks.pal.options import PalOptions
+from matryoshka.tasks.pal.task import PALTask
 
 DATA = Path(os.environ.get("MATRYOSHKA_DATA", Path(__file__).parents[4] / "shared" / "data")) / "gsm8k"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}; set MATRYOSHKA_DATA")
@@ -67,6 +69,16 @@ def test_a_repeated_question_counts_with_an_id_of_its_own(tmp_path: Path) -> Non
     path = write(tmp_path / "twice", row, row)
     ids = [example.id for example in load(path)]
     assert len(set(ids)) == 2 and ids == [example.id for example in load(path)]
+
+
+@pytest.mark.parametrize("name", ["train_file", "test_file", "held_out_file"])
+def test_no_file_is_left_aside(name: str, tmp_path: Path) -> None:
+    """Oracle: each file alone is not enough for the sizes: an error, and never problems made from the seed instead."""
+    path = write(tmp_path / "a", {"input": "How many?", "target": 1})
+    setting = TaskSetting({"warmup": 0, "train": 1, "validation": 0, "test": 1, "held_out": 1}, gold_warmup=False)
+    with pytest.raises(ValueError, match=r"takes 1 problems, but \[task.options\] \w+_file is empty"):
+        file: dict[str, Any] = {name: str(path)}
+        PALTask(PalOptions(**file), setting).examples("test")
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,8 @@ def test_a_user_s_own_prompts_are_a_file(tmp_path: Path) -> None:
     path.write_text(OWN.replace("Hello", "Hi"))
     assert own.name.startswith("mine-") and own.name != open_prompts(str(path)).name
     assert [open_prompts(name).name for name in ("compact", "full")] == ["compact", "full"]
+    path.write_text(OWN, encoding="utf-8-sig")  # with a byte order mark it is the same file
+    assert open_prompts(str(path)).name == own.name
 
 
 @pytest.mark.parametrize("hostile", ["{{ 7 * 7 }}", "{% for x in y %}", "{{ ''.__class__ }}", "[[code]]\nrole = 'x'"])
@@ -135,12 +137,31 @@ def test_a_question_is_never_read_as_a_template(hostile: str) -> None:
         (("{{ greeting }}", "{{ greetings }}"), r"mine\.toml: \[\[guidance\]\]: 'greetings' is undefined"),
         (("{{ greeting }}", "{{ ''.__class__.__mro__ }}"), r"mine\.toml: \[\[guidance\]\]: access to attribute"),
         (("greeting =", "greeting"), r"mine\.toml: "),
+        (("Hello", "H\udcff"), r"mine\.toml: 'utf-8' codec can't decode"),
+        (('greeting = "Hello"', f"greeting = {'[' * 3000}"), r"mine\.toml: .*(recursion|nest)"),
+        (('greeting = "Hello"', f"greeting = {'9' * 5000}"), r"mine\.toml: Exceeds the limit"),
+        (("{{ greeting }}", "{{ greetings | shout }}"), r"mine\.toml: No filter named 'shout'"),
+        (("{{ greeting }}", "{% include 'other.txt' %}"), r"mine\.toml: \[\[guidance\]\]: no loader"),
+        (("{{ greeting }}", "{{ greeting + 1 }}"), r"mine\.toml: \[\[guidance\]\]: can only concatenate"),
+        (("{{ greeting }}", "{{ 1 / 0 }}"), r"mine\.toml: \[\[guidance\]\]: division by zero"),
+        (("{{ greeting }}", "{{ '{} {}'.format(1) }}"), r"mine\.toml: \[\[guidance\]\]: .*out of range"),
+        (("{{ greeting }}", "{% for i in range(10**9) %}{% endfor %}"), r"mine\.toml: \[\[guidance\]\]: Range too big"),
+        (("{{ greeting }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"), r"\[\[guidance\]\]: .*recursion"),
+        (
+            ('role = "user"\ncontent = "{{ greeting }}, split: {{ question }}"', 'insert = "question"'),
+            r"mine\.toml: \[\[guidance\]\]: there are no messages 'question' to insert here",
+        ),
+        (
+            ('[[guidance]]\nrole = "user"\ncontent = "{{ greeting }}, split: {{ question }}"', "guidance = []"),
+            r"mine\.toml: \[\[guidance\]\] is missing; expected one table for each message",
+        ),
+        (("greeting", "written = 3\ngreeting"), r"mine\.toml: written is 3; expected a text"),
     ],
 )
 def test_what_is_wrong_with_a_prompt_file_is_said(change: tuple[str, str], message: str, tmp_path: Path) -> None:
     """Oracle: each message by hand."""
     path = tmp_path / "mine.toml"
-    path.write_text(OWN.replace(*change, 1))
+    path.write_text(OWN.replace(*change, 1), errors="surrogateescape")
     with pytest.raises(ValueError, match=message):
         open_prompts(str(path)).render("guidance", question="q")
     with pytest.raises(FileNotFoundError, match="'fall': no such file; expected compact, full, published or the path"):

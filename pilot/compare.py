@@ -91,8 +91,10 @@ def _read(folder: Path, name: str) -> list[Result]:
     report = read_json(path, "the report of a run, an evaluation or `score --out`")
     problems, verdicts, protocol = (report.get(key) for key in ("problems", "verdicts", "protocol"))
     scores = report.get("scores") or {}
-    tables = [problems, verdicts, scores, *(verdicts.values() if isinstance(verdicts, dict) else ())]
-    if not all(isinstance(table, dict) for table in tables) or not isinstance(protocol, str):
+    if (
+        not (isinstance(problems, dict) and isinstance(verdicts, dict) and isinstance(protocol, str))
+        or not all(isinstance(row, dict) for row in (scores, *verdicts.values()))
+    ):
         what = "it does not say which problems it is about"
         raise ValueError(f"{path}: {what}; write it again: matryoshka report {folder}")
     return [

@@ -70,13 +70,13 @@ def failed_first_plans(done: Sequence[Trajectory]) -> dict[Messages, Sample]:
 class Replay:
     """A controller that gives recorded guidance to the prompts of `table` and asks `policy` for all others.
 
-    Its name changes with the table, so that its episodes are others than the policy's own.
+    Its name is not the policy's, so that its episodes are others. It ends with `name`, and else changes with the table.
     """
 
-    def __init__(self, policy: Controller, table: Mapping[Messages, Sample]) -> None:
+    def __init__(self, policy: Controller, table: Mapping[Messages, Sample], name: str = "") -> None:
         self._policy, self._table = policy, table
         said = [(prompt, sample.text) for prompt, sample in table.items()]
-        self.name = f"{policy.name}+after-{content_key(*said)[:12]}"
+        self.name = f"{policy.name}+after-{name or content_key(*said)[:12]}"
 
     async def propose(self, prompt: Messages, n: int, sampling: Sampling) -> list[Sample]:
         """Return the recorded guidance n times, or n samples of the policy."""

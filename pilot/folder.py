@@ -42,7 +42,8 @@ def claim(config: RunConfig, folder: Path, stack: ExitStack) -> tuple[bool, list
     if changes := [line for line in changed if not line.startswith(free) or line.startswith(DECISIVE)]:
         raise ValueError(
             f"{folder}: was started with another configuration: {'; '.join(changes)}. "
-            "Take the old values to continue, or another name to start afresh"
+            "Take the old values to continue, or another name to start afresh, where a copy of this folder's "
+            "cache.sqlite keeps the answers that were paid for"
         )
     return saved, changed
 

@@ -139,7 +139,9 @@ def replanned(run: Run, scheme: Scheme, round: int, done: Sequence[Trajectory]) 
         return []
 
     def make(run: Run, sampler: TokenSampler) -> Controller:
-        return Replay(scheme.make(run, sampler), table)
+        # A failed episode that a restart completes may change the table. Recorded new plans came after a failed plan of
+        # the same policy all the same, and are not paid for again.
+        return Replay(scheme.make(run, sampler), table, "failures")
 
     settings = sampled_settings(run.config, episodes_seed("replan", run.config, round), samples)
     failed = {trajectory.example_id for trajectory in done if len(trajectory.turns) > 1}

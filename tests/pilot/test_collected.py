@@ -18,7 +18,7 @@ from matryoshka.pilot.collected import CollectConfig, PairsCommand, collect_apar
 from matryoshka.pilot.config import RunConfig, WarmupConfig
 from matryoshka.pilot.context import open_run
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
-from matryoshka.pilot.stages import collect, train_round, warm_up, write_pairs
+from matryoshka.pilot.stages import collect, replanned, train_round, warm_up, write_pairs
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import Generator
 from matryoshka.tests.pilot.test_lamp_pilot import configured
@@ -170,6 +170,11 @@ def test_new_plans_in_one_state_are_paired_as_in_the_run(
     with open_run(config, Path("runs")) as run:
         episodes = collect(run, 1)
         pairs, _ = write_pairs(run, episodes)
+        # As after a restart that completed a failed draw: another failed plan comes first, and nothing is asked again.
+        asked = generator.asked("again")
+        later = [row for row in episodes if "+after-" not in row.info.controller and row.info.draw > 0]
+        again = replanned(run, policy_scheme(run, ""), 1, later)
+        assert again and all(row in episodes for row in again) and generator.asked("again") == asked
     replayed = [row for row in episodes if "+after-" in row.info.controller]
     assert replayed and {len(row.turns) for row in replayed} == {1}
     found = read_episodes(Path("runs/again")).rows.values()

@@ -32,6 +32,8 @@ def run(code: str, timeout_s: float = 5.0, memory_bytes: int = MEMORY) -> Outcom
         ("1e-320", 1e-320),
         ("__import__('fractions').Fraction(1, 4)", 0.25),
         ("__import__('decimal').Decimal('0.1')", 0.1),
+        ("__import__('enum').IntEnum('E', 'a b').b", 2),
+        ("type('F', (float,), {'__repr__': lambda self: 'half'})(0.5)", 0.5),
     ],
 )
 def test_numbers_come_back_exactly(returned: str, value: float | int) -> None:

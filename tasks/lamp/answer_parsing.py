@@ -39,7 +39,7 @@ def _label(labels: tuple[str, ...], reply: str) -> str | None:
 
 
 def _score(reply: str) -> float | None:
-    text = re.sub(r"(?<=\d)\s*(?:/|(?:out\s+)?of)\s*\d+(?:\.\d+)?", "", reply.strip())
+    text = re.sub(r"(?<=\d)(?:\s*[Ss]tars?)?\s*(?:/|(?:out\s+)?of)\s*\d+(?:\.\d+)?", "", reply.strip())
     try:
         number = float(text)
     except ValueError:

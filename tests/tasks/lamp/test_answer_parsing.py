@@ -35,6 +35,8 @@ from matryoshka.tasks.lamp.task_specs import KINDS
         ("3", "Score: 3.", 3.0),
         ("3", "4/5", 4.0),
         ("3", "4 out of 5", 4.0),
+        ("3", "4 stars out of 5", 4.0),
+        ("3", "**Score:** 4 stars / 5", 4.0),
         ("3", "2 or 3", None),
         ("3", "five", None),
         ("3", "nan", None),

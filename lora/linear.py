@@ -180,18 +180,7 @@ def add_adapter(
     layer's own.
     Raises ValueError when a target matches no linear layer, or when `name` exists already or holds a dot.
     """
-    # The head is applied through its weight alone (`Model.head_weight`): an adapter there would never be computed.
-    linears = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | LoraLinear) and not path.endswith("lm_head")
-    }
-    names = sorted({path.rpartition(".")[2] for path in linears})
-    if not config.targets:
-        config = replace(config, targets=tuple(getattr(model, "lora_targets", names)))
-    for target in config.targets:
-        if target not in names:
-            raise ValueError(f"lora: target {target!r} matches no linear layer; choose from {names}")
+    linears, config = _linears(model), with_targets(model, config)
     if "." in name or any(name in module.configs for module in _lora_layers(model)):
         raise ValueError(f"lora: adapter {name!r} exists already or has a dot in its name; choose another name")
     now_active = _active(model)
@@ -211,6 +200,24 @@ def add_adapter(
         a_RI = (torch.rand(config.rank, inputs, generator=draws, dtype=torch.float64) * 2 - 1) * bound
         b_OR = torch.zeros(outputs, config.rank, device=place, dtype=dtype)
         module.attach(name, config, a_RI.to(place, dtype), b_OR)
+
+
+def with_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """Return `config` with the layers of `model` that it means. Raises ValueError for a target that matches none."""
+    names = sorted({path.rpartition(".")[2] for path in _linears(model)})
+    for target in config.targets:
+        if target not in names:
+            raise ValueError(f"lora: target {target!r} matches no linear layer; choose from {names}")
+    return config if config.targets else replace(config, targets=tuple(getattr(model, "lora_targets", names)))
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear | LoraLinear]:
+    # The head is applied through its weight alone (`Model.head_weight`): an adapter there would never be computed.
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | LoraLinear) and not path.endswith("lm_head")
+    }
 
 
 def replace_layers(model: nn.Module, kind: type[M], make: Callable[[M], nn.Module]) -> None:

@@ -25,9 +25,10 @@ from matryoshka.inference.generators import OpenAIGenerator
 from matryoshka.inference.llama_cpp import check_gguf
 from matryoshka.inference.prices import Price
 from matryoshka.lora.files import read_config
+from matryoshka.lora.linear import with_targets
 from matryoshka.pilot.config import RunConfig, rollout_settings
 from matryoshka.pilot.context import Problems, fitting_problems, load_problems, open_task
-from matryoshka.pilot.estimate import num_episodes
+from matryoshka.pilot.estimate import num_episodes, num_guided
 from matryoshka.pilot.generator import scripted_generator
 from matryoshka.pilot.stages import sft_item
 
@@ -89,6 +90,8 @@ def _model(config: RunConfig) -> str:
     adapter = f", adapter {controller.adapter}" if controller.adapter else ""
     if controller.adapter:
         read_config(Path(controller.adapter))
+    elif controller.tune == "adapter":
+        with_targets(model, config.lora)
     if controller.engine == "vllm" and not controller.vllm.base_url:
         program = shlex.split(controller.vllm.command)[0]
         if shutil.which(program) is None:
@@ -166,11 +169,17 @@ def _warm_up(config: RunConfig, tokenizer: Tokenizer, task: Task, problems: Prob
 
 
 def _longest_pair(config: RunConfig, task: Task, problems: Problems) -> str:
-    """Check that a pair of the longest prompt and two whole guidances fits a micro-batch."""
+    """Check that a pair of the longest prompt and two whole guidances fits a micro-batch.
+
+    The prompt of a new plan has the guidance before it, and is as much longer as it is after the longest first prompt.
+    """
     if not config.rounds:
         return "pairs: none, since rounds is 0"
-    longest = max(task.setting.count_tokens(task.first_prompt(example)) for example in problems["train"])
-    guidance = rollout_settings(config, greedy=False).controller.max_tokens
+    count, settings = task.setting.count_tokens, rollout_settings(config, greedy=False)
+    guidance = settings.controller.max_tokens
+    example = max(problems["train"], key=lambda example: count(task.first_prompt(example)))
+    prompts = _play(task, example, settings).guided
+    longest = max(count(prompt) + guidance * bool(turn) for turn, prompt in enumerate(prompts))
     most = longest + 2 * guidance
     if most > config.dpo.train.micro_batch_tokens:
         raise ValueError(
@@ -181,14 +190,15 @@ def _longest_pair(config: RunConfig, task: Task, problems: Problems) -> str:
 
 
 class _Player(Controller):
-    """A controller and generator that says one sentence, which is no program and no plan, and keeps what it is asked.
-    """
+    """A controller and generator that says one sentence, which is no program and no plan, and keeps what it is asked:
+    prompts, and the token limits of a generator's answers."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.asked: list[tuple[Messages, int]] = []
 
     async def propose(self, prompt: Messages, n: int, sampling: Sampling) -> list[Sample]:
+        self.asked.append((prompt, 0))
         return [Sample(NOT_KNOWN.format(self.name))] * n
 
     async def complete(self, prompt: Messages, sampling: Sampling) -> Sample:
@@ -198,7 +208,7 @@ class _Player(Controller):
 
 def _cost(config: RunConfig, checked: Checked, task: Task, problems: Problems, price: Price | None) -> str:
     """Show a prompt of each kind, and count what the run's requests take if every call is as long as it may be."""
-    episodes = num_episodes(config, task, problems)
+    episodes, guided = num_episodes(config, task, problems), num_guided(config, task, problems)
     examples, played = problems["train"][:COUNTED], dict[RolloutSettings, list[_Played]]()
     once, most, calls = Usage(), Usage(), 0.0
     for greedy in (False, True):
@@ -206,12 +216,17 @@ def _cost(config: RunConfig, checked: Checked, task: Task, problems: Problems, p
         if settings not in played:
             played[settings] = [_play(task, example, settings) for example in examples]
         guidance = rollout_settings(config, greedy).controller.max_tokens
-        number = sum(n for stage, n in episodes.items() if (stage in COLLECTING) is not greedy)
+        number, own = (
+            sum(n for stage, n in counted.items() if (stage in COLLECTING) is not greedy) / len(examples)
+            for counted in (episodes, guided)
+        )
         for episode in played[settings]:
-            share = number / len(examples)
-            once = _plus(once, share, _usage(task, episode.asked[:1], guidance))
-            most = _plus(most, share, _usage(task, episode.asked, guidance))
-            calls += share * len(episode.asked)
+            once = _plus(once, number, _usage(task, episode.asked[:1], guidance))
+            most = _plus(most, number, _usage(task, episode.asked, guidance))
+            calls += number * len(episode.asked) + own * len(episode.guided)
+            plans = [(prompt, guidance) for prompt in episode.guided]
+            once = _plus(once, own, _usage(task, plans[:1], 0))
+            most = _plus(most, own, _usage(task, plans, 0))
     for first, *_ in reversed(played.values()):  # of a kind that both have, the collection's is shown
         checked.prompts |= _kinds(first.trajectory)
     usd = {name: None if price is None else price.usd(usage) for name, usage in (("once", once), ("most", most))}
@@ -225,7 +240,7 @@ def _cost(config: RunConfig, checked: Checked, task: Task, problems: Problems, p
         return f"{usage.prompt_tokens + usage.completion_tokens:,} tokens{shown}"
 
     return (
-        f"cost, in the controller's tokens: {sum(episodes.values()):,} episodes; with one call each "
+        f"cost, in the controller's tokens: {sum(episodes.values()):,} episodes; with one answer each "
         f"{cost(once, usd['once'])}, and at most {calls:,.0f} calls and {cost(most, usd['most'])}; answers are counted "
         "as long as they may be"
     )
@@ -233,15 +248,18 @@ def _cost(config: RunConfig, checked: Checked, task: Task, problems: Problems, p
 
 @dataclass(frozen=True)
 class _Played:
-    """An episode in which every attempt failed, and the generator's requests with their token limits."""
+    """An episode in which every attempt failed, the generator's requests with their token limits, and the prompts of
+    the controller, which the generator gets where it guides itself."""
 
     trajectory: Trajectory
     asked: Sequence[tuple[Messages, int]]
+    guided: Sequence[Messages]
 
 
 def _play(task: Task, example: Example, settings: RolloutSettings) -> _Played:
     controller, generator = _Player("controller"), _Player("generator")
-    return _Played(asyncio.run(task.rollout(example, controller, generator, settings)), generator.asked)
+    trajectory = asyncio.run(task.rollout(example, controller, generator, settings))
+    return _Played(trajectory, generator.asked, [prompt for prompt, _ in controller.asked])
 
 
 def _usage(task: Task, asked: Sequence[tuple[Messages, int]], guidance: int) -> Usage:

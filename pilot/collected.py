@@ -5,6 +5,7 @@ configuration only the sampled episodes count, and of those only whole groups: a
 because calls failed, would bias the pairs.
 """
 
+import tomllib
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from matryoshka.dpo.pairs import make_pairs, winners
 from matryoshka.pilot.config import RunConfig, run_part
 from matryoshka.pilot.context import open_run
 from matryoshka.pilot.episodes import run_episodes, sampled_settings
-from matryoshka.pilot.evaluate import check_splits, policy_conditions
+from matryoshka.pilot.evaluate import ALIASES, check_apart, check_splits, policy_conditions
 from matryoshka.pilot.folder import CONFIG, GATEWAY, RUNS, cache_path
 from matryoshka.pilot.stages import (
     after_first_turn,
@@ -62,14 +63,15 @@ def collect_apart(config: CollectConfig, world: World, runs: Path = RUNS) -> dic
     was begun under other settings.
     """
     settings, out = run_part(config), Path(config.out)
+    check_apart(out, runs / settings.name)
     named = replace(settings, name=out.name)
     with ExitStack() as stack:
         run = stack.enter_context(open_run(named, out.parent, cache_path(runs / settings.name), world, trains=False))
         check_splits(run, config.split)
-        (found,) = policy_conditions(run, [config.policy], stack).values()
+        (found,) = policy_conditions(run, [config.policy], stack, config.split).values()
         draws = sampled_settings(named, episodes_seed("collect", named, 1), named.rollout.samples)
         episodes = run_episodes(run, found[1], config.split, draws, f"collect {config.policy}")
-        if config.split == CollectConfig.split and config.policy != "own":
+        if config.split == CollectConfig.split and ALIASES.get(config.policy, config.policy) != "own_guidance":
             episodes += replanned(run, found[1], 1, episodes)
             episodes += bootstrapped(run, 1, episodes)
         right = sum(episode.reward > 0.5 for episode in episodes)
@@ -89,8 +91,8 @@ class PairsCommand:
     prompt, chosen and rejected as messages; "original" has two whole conversations, rejected and chosen. These two are
     text: a rejected text that was cut at max_tokens loses its mark. "sft" has prompt and completion of every winner."""
     kind: Literal["task", "binary", "ranked"] = "task"
-    """Rule of the pairs: "task" takes the rule of the folder's task ("binary" for a file); "binary" pairs rewards above
-    and below 0.5, "ranked" any two whose gap exceeds --margin."""
+    """Rule of the pairs: "task" takes the rule of the folder's task, or of its gateway ("binary" for a file); "binary"
+    pairs rewards above and below 0.5, "ranked" any two whose gap exceeds --margin."""
     margin: float = 0.0
     """Smallest gap of rewards, for "ranked"."""
     cap: int = 0
@@ -124,8 +126,11 @@ def read_episodes(path: Path) -> Episodes:
     if not files:
         raise FileNotFoundError(f"{path}: no trajectories.jsonl; expected the folder of a run or of `collect --out`")
     rows = {key: row for file in files for key, row in read_rows(file).items()}
-    if (path / GATEWAY).is_file():
-        return Episodes({f"{key}/{i}": one for key, row in rows.items() for i, one in enumerate(single_turns(row))})
+    if (path / GATEWAY).is_file():  # the rule is that of `train-from`
+        told = tomllib.loads((path / GATEWAY).read_text(encoding="utf-8"))
+        rule = PairRule(told["rule"], told["pairs_per_problem"], told["margin"])
+        turns = {f"{key}/{i}": one for key, row in rows.items() for i, one in enumerate(single_turns(row))}
+        return Episodes(turns, rule=rule, seed=told["seed"])
     if not (path / CONFIG).is_file():
         return Episodes(rows)
     config = load_toml(RunConfig, path / CONFIG)

@@ -74,14 +74,15 @@ def table(found: Mapping[str, Any]) -> str:
         lines += [f"Protocol {protocol}:", "", "| condition | right | 95% | n |", "|---|---|---|---|"]
         lines += [f"| {r['name']} | {r['right']:.3f} | [{r['low']:.3f}, {r['high']:.3f}] | {r['n']} |" for r in rows]
         lines.append("")
-    lines += ["| second - first | points | 95% | p | problems |", "|---|---|---|---|---|"]
+    lines += ["| second - first | of | points | 95% | p | problems |", "|---|---|---|---|---|---|"]
     for row in found["differences"]:
         what = f"| {row['second']} - {row['first']} |"
         if row["refused"]:
-            lines.append(f"{what} {row['refused']} | | | |")
+            lines.append(f"{what} {row['refused']} | | | | |")
             continue
         points = [f"{100 * row[key]:+.1f}" for key in ("difference", "low", "high")]
-        lines.append(f"{what} {points[0]} | [{points[1]}, {points[2]}] | {row['p']:.2g} | {row['problems']} |")
+        measured = f"{row['measure']} | {points[0]} | [{points[1]}, {points[2]}] | {row['p']:.2g}"
+        lines.append(f"{what} {measured} | {row['problems']} |")
     return "\n".join(lines)
 
 
@@ -89,10 +90,13 @@ def _read(folder: Path, name: str) -> list[Result]:
     path = folder if folder.is_file() else folder / "report.json"
     report = read_json(path, "the report of a run, an evaluation or `score --out`")
     problems, verdicts, protocol = (report.get(key) for key in ("problems", "verdicts", "protocol"))
-    if not isinstance(problems, dict) or not isinstance(verdicts, dict) or not isinstance(protocol, str):
+    scores = report.get("scores") or {}
+    if (
+        not (isinstance(problems, dict) and isinstance(verdicts, dict) and isinstance(protocol, str))
+        or not all(isinstance(row, dict) for row in (scores, *verdicts.values()))
+    ):
         what = "it does not say which problems it is about"
         raise ValueError(f"{path}: {what}; write it again: matryoshka report {folder}")
-    scores = report.get("scores") or {}
     return [
         Result(
             name, condition, protocol, problems,
@@ -134,7 +138,7 @@ def _difference(first: Result, second: Result) -> dict[str, Any]:
     if first.protocol != second.protocol:
         return {**row, "refused": f"not compared: {first.protocol} and {second.protocol} are two protocols"}
     shared = [id for id, key in first.problems.items() if second.problems.get(id) == key]
-    graded = bool(first.scores and second.scores)
+    graded = bool(shared and first.scores and second.scores)
     found: Paired | PairedScores | Unpaired
     if not shared:
         found = unpaired(list(first.won.values()), list(second.won.values()))

@@ -205,8 +205,13 @@ class WarmupConfig:
             raise ValueError("warmup: source = 'file', but data names no file; give a JSONL file of conversations")
 
 
-EPISODE_LEAST = {"temperature": 0, "top_p": 0, "guidance_tokens": 1, "code_tokens": 1, "inner_attempts": 1,
-                 "outer_turns": 1}  # fmt: skip
+EPISODE_LEAST = {"temperature": 0, "guidance_tokens": 1, "code_tokens": 1, "inner_attempts": 1, "outer_turns": 1}
+
+
+def check_top_p(top_p: float | None) -> None:
+    """Raise ValueError for a share that no sampler takes."""
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} must lie in (0, 1]; 1 truncates nothing")
 
 
 @dataclass(frozen=True)
@@ -248,6 +253,7 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         least = {"samples": 1, "examples": 0, "bootstrap": 0, "replans": 0, "limit": 1, "max_failed_share": 0}
         check_least(self, "rollout: ", **least, **EPISODE_LEAST)
+        check_top_p(self.top_p)
 
 
 @dataclass(frozen=True)
@@ -271,6 +277,7 @@ class EpisodeConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "", **EPISODE_LEAST)
+        check_top_p(self.top_p)
 
 
 @dataclass(frozen=True)
@@ -291,6 +298,8 @@ class DpoConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "dpo: ", pairs_per_example=1)
+        for rate in self.learning_rates:
+            replace(self.train, learning_rate=rate)  # which refuses one that no training takes
 
 
 @dataclass(frozen=True)
@@ -353,6 +362,9 @@ class RunConfig:
             raise ValueError("[warmup] source = 'adapter', but [controller] adapter names no folder; name the adapter")
         if self.rollout.replans and rollout_settings(self, greedy=False).outer_turns < 2:
             raise ValueError(f"[rollout] replans {self.rollout.replans} needs outer_turns of at least 2 in collection")
+        ratios = {self.warmup.train.lora_plus_ratio, self.dpo.train.lora_plus_ratio}
+        if self.controller.tune == "full" and ratios != {1.0}:
+            raise ValueError(f"tune = 'full' trains no adapter, but lora_plus_ratio is {max(ratios):g}; leave it at 1")
         is_cut = self.parallel.layout in ("shard", "hybrid")
         if is_cut and self.controller.tune == "full":
             raise ValueError(

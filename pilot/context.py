@@ -193,8 +193,10 @@ def assemble(
 
         task = open_task(config, count_tokens)
         problems = load_problems(task)
-    generator: Generator = RecordedGenerator(config)
-    if not is_read:
+    generator: Generator
+    if is_read:
+        generator = RecordedGenerator(config)
+    else:
         generator = stack.enter_context(open_generator(config, folder, ranks, runner, cache))
     threads = config.controller.threads or max(1, usable_cores() // world.local_size)
     torch.set_num_threads(threads)

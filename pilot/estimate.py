@@ -2,19 +2,22 @@
 
 The generator is really called, with the untrained controller's guidance, and its answers are kept in the run's cache.
 The number of the whole run's episodes follows from the configuration; each is assumed to cost what these cost on
-average. Equal requests are counted each time although a run sends them once, so the estimate is rather too high.
+average. Equal requests are counted each time although a run sends them once, so the estimate is rather too high. Where
+the generator guides itself, its guidance is taken to cost the tokens that the controller's has.
 """
 
+import functools
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from matryoshka.core.protocols import Task
 from matryoshka.core.records import Trajectory, Usage
+from matryoshka.inference.accounts import add
 from matryoshka.pilot.config import RunConfig, rollout_settings
 from matryoshka.pilot.context import Problems, Run, open_run
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
@@ -40,24 +43,44 @@ def extrapolate(run: Run, done: Sequence[Trajectory]) -> dict[str, Any]:
     """Return the episodes of each stage of the whole run, and calls, tokens and dollars at what `done` cost each."""
     episodes = num_episodes(run.config, run.task, run.problems)
     total = sum(episodes.values())
-    infos = [trajectory.info for trajectory in done if trajectory.info.verdict != "failed"]
+    guided = sum(num_guided(run.config, run.task, run.problems).values())
+    done = [trajectory for trajectory in done if trajectory.info.verdict != "failed"]
+    infos = [trajectory.info for trajectory in done]
+    plans = [_sum(turn.action.usage for turn in trajectory.turns) for trajectory in done]
     usages = [Usage(info.prompt_tokens, info.completion_tokens) for info in infos]
     if not usages:
         raise ValueError("estimate: all episodes failed, since the generator did not answer; check [generator]")
     if run.account is not None and not any(usage != Usage() for usage in usages):
         raise ValueError("estimate: the generator's answers do not report tokens (`usage`), so their cost is unknown")
-    tokens, tokens_error = _total(total, [usage.prompt_tokens + usage.completion_tokens for usage in usages])
+
+    def whole(cost: Callable[[Usage], float]) -> tuple[float, float | None]:
+        value, error = _total(total, [cost(usage) for usage in usages])
+        return value + guided * statistics.fmean(map(cost, plans)), error
+
+    tokens, tokens_error = whole(lambda usage: usage.prompt_tokens + usage.completion_tokens)
     price = None if run.account is None else run.account.price
-    usd, usd_error = (None, None) if price is None else _total(total, [price.usd(usage) for usage in usages])
+    usd, usd_error = (None, None) if price is None else whole(price.usd)
     return {
         "episodes": episodes,
-        "calls": total * statistics.fmean(info.calls for info in infos),
+        "calls": total * statistics.fmean(info.calls for info in infos)
+        + guided * statistics.fmean(len(trajectory.turns) for trajectory in done),
         "tokens": tokens,
         "tokens_error": tokens_error,
         "usd": usd,
         "usd_error": usd_error,
         "sampled": len(usages),
     }
+
+
+def num_guided(config: RunConfig, task: Task, problems: Problems) -> dict[str, int]:
+    """Return in how many of these episodes the generator guides itself: each of its guidances is one call more."""
+    episodes, fixed = num_episodes(config, task, problems), fixed_schemes(config, task, problems)
+    evaluated = sum(len(problems[split]) for split in HELD_OUT_SPLITS) * ("own_guidance" in fixed)
+    return {name: episodes[name] for name in ("warm-up", "bootstrap, at most")} | {"evaluate": evaluated}
+
+
+def _sum(usages: Iterable[Usage]) -> Usage:
+    return functools.reduce(add, usages, Usage())
 
 
 def _total(count: int, values: Sequence[float]) -> tuple[float, float | None]:
@@ -79,6 +102,7 @@ def num_episodes(config: RunConfig, task: Task, problems: Problems) -> dict[str,
         "collect": sampled * config.rollout.samples,
         "re-plan, at most": sampled * config.rollout.replans,
         "bootstrap, at most": sampled * config.rollout.bootstrap,
-        "choose": (config.rounds * rates + config.rounds + 1) * sizes["validation"],
+        # The policy of a round is its best candidate, whose episodes are read back.
+        "choose": (config.rounds * rates + 1) * sizes["validation"],
         "evaluate": conditions * sum(sizes[split] for split in HELD_OUT_SPLITS),
     }

@@ -42,7 +42,8 @@ def evaluate(
     for name, (title, scheme) in conditions.items():
         stage = f"{label} {name}"
         episodes = run_episodes(run, scheme, splits, label=stage)
-        calls = sum(t.info.calls for t in episodes)
+        own = GeneratorGuidance(run.generator).name  # a guidance that the generator gives itself is a call, too
+        calls = sum(t.info.calls + len(t.turns) * (t.info.controller == own) for t in episodes)
         seconds = run.seconds.as_dict().get(stage, 0.0)
         found.append(Condition(name, title, episodes, seconds, calls, num_tokens(episodes)))
     return found
@@ -59,14 +60,16 @@ def chosen(conditions: Schemes, only: Sequence[str], skip: Sequence[str]) -> Sch
     return {name: found for name, found in conditions.items() if name in (only or conditions) and name not in skip}
 
 
-def policy_conditions(run: Run, policies: Sequence[str], stack: ExitStack) -> Schemes:
-    """Return the conditions that `policies` name, in their order.
+def policy_conditions(
+    run: Run, policies: Sequence[str], stack: ExitStack, splits: Sequence[str] = HELD_OUT_SPLITS
+) -> Schemes:
+    """Return the conditions that `policies` name, in their order, over the problems of `splits`.
 
     A policy is a condition of `schemes` or its alias ("none", "gold", "wrong", "own"); an adapter folder; a
     stage of a run as RUN:STAGE or as its folder; or another model as controller, as `with_generator` takes it, which
     `stack` closes. Raises ValueError for anything else.
     """
-    known, found = schemes(replace(run, config=replace(run.config, wrong=True))), Schemes()
+    known, found = schemes(replace(run, config=replace(run.config, wrong=True)), splits), Schemes()
     greedy = rollout_settings(run.config, greedy=True)
     known.setdefault("own_guidance", _own_guidance(run.config))
     for policy in policies:
@@ -86,6 +89,9 @@ def policy_conditions(run: Run, policies: Sequence[str], stack: ExitStack) -> Sc
             found[slug(policy)] = (policy, policy_scheme(run, str(folder)))
         else:
             if ":" in policy and (stages := trained_stages(folder.parent)):
+                if folder.name in stages:
+                    what = f"is an adapter, and [controller] tune = {run.config.controller.tune!r} computes none"
+                    raise ValueError(f"policy {policy!r} {what}; merge it, or take a configuration of adapters")
                 raise ValueError(f"policy {policy!r}: that run has no such stage; choose from {', '.join(stages)}")
             raise ValueError(
                 f"policy {policy!r} is neither a condition ({', '.join(known)}) nor an adapter folder, a "
@@ -109,7 +115,22 @@ def policy_folder(policy: str) -> Path:
 
 def slug(policy: str) -> str:
     """Return a policy's name in tables: its path with an underscore for each other character."""
-    return re.sub(r"\W+", "_", policy).strip("_")
+    return re.sub(r"\W+", "_", ALIASES.get(policy, policy)).strip("_")
+
+
+def check_names(policies: Sequence[str]) -> None:
+    """Raise ValueError for two policies with one name in tables, where one row would take the place of the other."""
+    named: dict[str, str] = {}
+    for policy in policies:
+        if (other := named.setdefault(slug(policy), policy)) != policy:
+            what = f"policies {other!r} and {policy!r} would both be named {slug(policy)!r}"
+            raise ValueError(f"{what}; evaluate one of them by itself, or give it by another path (a link will do)")
+
+
+def check_apart(folder: Path, run: Path) -> None:
+    """Raise ValueError where `folder`, which is to take episodes of any policies, is that of the run itself."""
+    if folder.resolve() == run.resolve():
+        raise ValueError(f"out {folder} is the run's own folder, whose record and report are not touched; name another")
 
 
 def num_tokens(episodes: Sequence[Trajectory]) -> int:
@@ -128,9 +149,9 @@ def evaluate_with(run: Run, generator: str) -> list[Condition]:
         return evaluate(run, schemes(run), f"transfer {generator}")
 
 
-def schemes(run: Run) -> Schemes:
+def schemes(run: Run, splits: Sequence[str] = HELD_OUT_SPLITS) -> Schemes:
     """Return the conditions of the report: name -> (title, scheme), from no guidance to the last round."""
-    found = fixed_schemes(run.config, run.task, run.problems)
+    found = fixed_schemes(run.config, run.task, run.problems, splits)
     found["untrained"] = ("untrained controller", policy_scheme(run, ""))
     if is_trained(run, "warmup"):
         found["warmup"] = ("after warm-up (SFT)", policy_scheme(run, "warmup"))
@@ -141,9 +162,14 @@ def schemes(run: Run) -> Schemes:
     return found
 
 
-def fixed_schemes(config: RunConfig, task: Task, problems: Problems) -> Schemes:
-    """Return the conditions that need no model of ours: no guidance, fixed guidance, the generator's own."""
-    examples = [example for split in HELD_OUT_SPLITS for example in problems[split]]
+def fixed_schemes(
+    config: RunConfig, task: Task, problems: Problems, splits: Sequence[str] = HELD_OUT_SPLITS
+) -> Schemes:
+    """Return the conditions that need no model of ours: no guidance, fixed guidance, the generator's own.
+
+    splits: of the problems whose fixed guidance is known.
+    """
+    examples = [example for split in splits for example in problems[split]]
     one_plan = replace(rollout_settings(config, greedy=True), outer_turns=1)  # fixed guidance has no second plan
     found = {"no_guidance": ("no guidance", Scheme("no-guidance", _fixed(NoGuidance()), one_plan))}
     gold = [guidance for example in examples if (guidance := task.gold_guidance(example)) is not None]
@@ -217,21 +243,25 @@ def evaluate_policies(config: EvaluateConfig, root: Path, world: World) -> list[
     settings = run_part(config)
     folder = root / f"{settings.name}-evaluation-{content_key(to_json(settings))[:8]}"
     folder = Path(config.out) if config.out else folder
+    check_apart(folder, root / settings.name)
+    check_names(policies := tuple(dict.fromkeys(config.policy)))
     cache = cache_path(root / settings.name)
-    models = [policy for policy in config.policy if (policy_folder(policy) / "config.json").is_file()]
+    models = {policy: place for policy in policies if (place := _model_of(policy, settings)) is not None}
     with ExitStack() as stack:
         named = replace(settings, name=folder.name)
         run = stack.enter_context(open_run(named, folder.parent, cache, world, trains=False))
         check_splits(run, config.split)
-        others = policy_conditions(run, [policy for policy in config.policy if policy not in models], stack)
+        others = policy_conditions(run, [policy for policy in policies if policy not in models], stack, config.split)
         conditions = evaluate(run, others, splits=config.split)
-    for policy in models:  # each is opened alone, so that two of them need not fit the memory
-        model = replace(settings.controller, path=str(policy_folder(policy)), adapter="")
-        nested = replace(settings, name=slug(policy), controller=model)
+    # There is no adapter for a warm-up to take, and nothing is trained.
+    warmup = replace(settings.warmup, source="none") if settings.warmup.source == "adapter" else settings.warmup
+    for policy, place in models.items():  # each is opened alone, so that two of them need not fit the memory
+        model = replace(settings.controller, path=str(place), adapter="")
+        nested = replace(settings, name=slug(policy), controller=model, warmup=warmup)
         with open_run(nested, folder, cache, world, trains=False) as of_model:
             (found,) = evaluate(of_model, {"untrained": schemes(of_model)["untrained"]}, splits=config.split)
             conditions.append(replace(found, name=slug(policy), label=policy))
-    order = [slug(ALIASES.get(policy, policy)) for policy in config.policy]
+    order = [slug(policy) for policy in policies]
     conditions.sort(key=lambda condition: order.index(slug(condition.name)))
     report = plain_report(run, f"Evaluation {run.config.name}", conditions, config.split)
     rows = [
@@ -244,6 +274,14 @@ def evaluate_policies(config: EvaluateConfig, root: Path, world: World) -> list[
         first, *rest = report.metrics
         write_report(replace(report, comparisons=[(first, other) for other in rest]), run.folder)
     return rows
+
+
+def _model_of(policy: str, settings: RunConfig) -> Path | None:
+    """Return the model folder that `policy` names: itself or, for a run of adapters, the stage of a run that trained
+    all weights."""
+    folder = policy_folder(policy)
+    places = (folder, folder / "model") if settings.controller.tune == "adapter" else (folder,)
+    return next((place for place in places if (place / "config.json").is_file()), None)
 
 
 def plain_report(run: Run, title: str, conditions: Sequence[Condition], splits: Sequence[str]) -> ReportInput:

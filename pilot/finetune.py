@@ -230,11 +230,11 @@ def load_rows(settings: SftCommand, tokenizer: Tokenizer, context: int, pairs: b
         kept = sorted(draws.sample(range(len(items)), settings.max_samples))
         counts["not_taken"] = len(items) - len(kept)
         items = [items[place] for place in kept]
+    if held_out:
+        counts["held_out"] = len(held_out)
     if not items:
         left_out = ", ".join(f"{number} {reason}" for reason, number in counts.items() if number) or "none"
         raise ValueError(f"{settings.data}: no row is left to train on; rows left out: {left_out}")
-    if held_out:
-        counts["held_out"] = len(held_out)
     return Rows(items, held_out, dict(counts))
 
 

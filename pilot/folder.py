@@ -10,6 +10,7 @@ from pathlib import Path
 
 from matryoshka.core.config import diff, load_toml
 from matryoshka.core.files import folder_lock, recover_folder, write_folder, write_json
+from matryoshka.core.training.train import FREE
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.pilot.config import RunConfig
 from matryoshka.tasks.find import task_class
@@ -22,7 +23,10 @@ GATEWAY = "gateway.toml"  # the configuration of a gateway, in the folder of its
 _PATIENCE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_retries", "timeout_s", "total_timeout_s")
 FREE_TO_CHANGE = (
     *("budget_usd:", "budget_tokens:", "rollout.max_failed_share:", "generator.endpoints", "controller.vllm."),
-    *("rounds:", "executor:", "ray_tasks:", "parallel."),
+    *("rounds:", "executor:", "ray_tasks:", "parallel.", "tensorboard:", "rollout.limit:", "overlong:"),
+    # How the work fits the machine: an error that asks for another value of these must not end the run for good.
+    *("controller.threads:", "controller.max_rows:", "serve.threads:", "serve.copies:", "serve.max_rows:"),
+    *(f"{table}.train.{name}:" for table in ("warmup", "dpo") for name in (*FREE, "attention", "compile_blocks")),
     *(f"generator.{name}:" for name in (*_PATIENCE, "backoff_s", "api_key_env", "prices")),
 )
 DECISIVE = "controller.vllm.dtype:"  # the exception among those: the samples depend on it

@@ -25,7 +25,7 @@ from matryoshka.core.records import (
     from_json,
     to_json,
 )
-from matryoshka.core.training.train import TrainConfig
+from matryoshka.core.training.train import FREE, TrainConfig
 from matryoshka.dpo.objectives import Preference
 from matryoshka.dpo.pairs import make_pairs
 from matryoshka.lora.files import adapter_hash
@@ -36,7 +36,10 @@ from matryoshka.pilot.finetune import DpoCommand, finetune
 from matryoshka.pilot.folder import GATEWAY
 
 CALLS, TRAJECTORIES = "calls.jsonl", "trajectories.jsonl"
-FREE_TO_CHANGE = ("host:", "port:", "api_key_env:", "allow_anonymous:", "controller.threads:", "controller.max_rows:")
+FREE_TO_CHANGE = (
+    *("host:", "port:", "api_key_env:", "allow_anonymous:", "controller.threads:", "controller.max_rows:"),
+    *(f"train.{name}:" for name in (*FREE, "attention", "compile_blocks")),
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class GatewayConfig:
     def __post_init__(self) -> None:
         check_name(self.name)
         check_least(self, "gateway: ", port=0, pairs_per_problem=1, margin=0, temperature=0)
+        if self.temperature is not None and self.temperature > 2:
+            raise ValueError(f"gateway: temperature {self.temperature} is above 2, and every call would be refused")
         controller = self.controller
         if controller.engine != "local" or controller.tune != "adapter" or controller.scheme:
             raise ValueError("gateway: it samples with engine 'local', trains an adapter, and has no scheme of its own")

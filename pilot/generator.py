@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from matryoshka.core.config import load_toml
+from matryoshka.core.models.weights import sampled_digest
 from matryoshka.core.protocols import Generator
 from matryoshka.core.records import Messages, Sample, Sampling
 from matryoshka.inference.cache import ResponseCache
@@ -47,7 +48,8 @@ def _served_identity(serve: ServeConfig) -> str:
     model = Path(serve.model)
     if serve.engine == "llama.cpp":
         return f"{model.name}+{file_digest(model)[:16]}"
-    return f"{model.name}+{adapter_hash(serve.adapter_folder) if serve.adapter_folder else 'base'}"
+    served = f"{model.name}+{sampled_digest(model)[:16]}"
+    return f"{served}+{adapter_hash(serve.adapter_folder)}" if serve.adapter_folder else served
 
 
 def scripted_generator(config: RunConfig) -> Generator:

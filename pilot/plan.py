@@ -72,7 +72,7 @@ class PlanConfig:
     micro_batches: int = 1
     """Micro-batches of a GPU in one step."""
     sequence_tokens: int = 2048
-    """Tokens of one sequence."""
+    """Tokens of one sequence, and at most micro_batch_tokens."""
     activations: str = "auto"
     """The activation policy: auto, none, selective, full or offload."""
     hardware: str = "h100"

@@ -24,7 +24,7 @@ from matryoshka.dpo.objectives import Preference
 from matryoshka.inference.local_controller import LocalController, TokenSampler
 from matryoshka.inference.vllm import Vllm
 from matryoshka.lora import files as adapters
-from matryoshka.lora.linear import active, adapter_names, add_adapter, remove_adapter
+from matryoshka.lora.linear import active, adapter_names, add_adapter, remove_adapter, with_targets
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.training import (
     DTYPES,
@@ -58,6 +58,8 @@ class Adapters:
         if config.warmup.source == "adapter":  # it is the warm-up's policy, so that "" is the base model
             self._first = None
         self.model = _load(config, world, trains, samples)
+        if trains and self._first is None:  # before episodes are paid for that no adapter can be trained on
+            with_targets(self.model, config.lora)
         # Not the device of the model's weights, which may lie in the host's memory while it computes on a GPU.
         self._device = torch.device("cpu") if self.model.head_weight.is_meta else world.device
 

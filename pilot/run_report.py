@@ -14,7 +14,7 @@ from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.eval.statistics import paired
 from matryoshka.eval.summary import graded_scores
 from matryoshka.lora.files import adapter_hash
-from matryoshka.pilot.config import EMBEDDED_ADAPTER, RunConfig
+from matryoshka.pilot.config import EMBEDDED_ADAPTER, RunConfig, rollout_settings
 from matryoshka.pilot.context import Run, open_run
 from matryoshka.pilot.episodes import NotRecordedError, policy_scheme, run_episodes
 from matryoshka.pilot.evaluate import (
@@ -200,11 +200,16 @@ def summarise(run: Run, conditions: Sequence[Condition], last: str) -> dict[str,
 
 def notes(run: Run, validation: dict[str, Any]) -> list[str]:
     """Return the notes that a reader needs to judge the numbers."""
+    drawn = rollout_settings(run.config, greedy=True).controller
+    sampled = f"Guidance is sampled at temperature {drawn.temperature:g} and top-p {drawn.top_p:g}, and code is decoded"
     lines = [
         f"Chosen on {len(run.problems['validation'])} validation problems: {validation['chosen']}. The held-out "
         "problems were used for this report alone.",
-        "Guidance and code are decoded greedily in evaluation.",
+        f"{sampled if drawn.temperature else 'Guidance and code are decoded'} greedily in evaluation.",
     ]
+    if run.problems["held_out"]:
+        counted = f"{len(run.problems['test'])} held-out problems and {len(run.problems['held_out'])} of other families"
+        lines.append(f"The table of all examples is over {counted}; the summary's numbers are over the first alone.")
     if missing := left_out(run):
         counted = ", ".join(f"{n} {what}" for what, n in missing.items())
         lines.append(f"Left out of every condition alike, since they do not fit the controller's context: {counted}.")

@@ -55,13 +55,15 @@ def cache(
         raise ValueError(f"cache: older-than-days {older_than_days} must not be negative; 0 deletes all")
     answers = ResponseCache(file)
     try:
+        if generator and generator not in (names := answers.generators()):
+            raise ValueError(f"cache: {file} has no answers of {generator!r}; it has those of {', '.join(names)}")
         if older_than_days is not None:
             count = answers.prune(time.time() - older_than_days * DAY_S, generator or None)
             print(json.dumps({"pruned": count, "bytes": file.stat().st_size}))
         elif out is not None:
             print(json.dumps({"exported": _export(answers, generator, out), "file": str(out)}))
         else:
-            rows = list(_stats(answers, prices))
+            rows = [row for row in _stats(answers, prices) if generator in ("", row["generator"])]
             if as_json:
                 print(json.dumps({"file": str(file), "bytes": file.stat().st_size, "generators": rows}))
             else:

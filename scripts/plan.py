@@ -30,7 +30,7 @@ def plan(config: PlanConfig) -> None:
         eight_bit=config.optimizer == "adamw8bit",
         micro_batch_tokens=config.micro_batch_tokens,
         micro_batches=config.micro_batches,
-        sequence_tokens=config.sequence_tokens,
+        sequence_tokens=min(config.sequence_tokens, config.micro_batch_tokens),  # none is cut in two
         reference=not config.sft,
         activations=config.activations,
     )

@@ -12,7 +12,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from matryoshka.core.files import Journal
 from matryoshka.core.protocols import Controller, Generator, GeneratorError, RunStopped, Task
@@ -41,8 +41,10 @@ def job_key(
 ) -> str:
     """Return the journal key of an episode: equal for equal task version, example, settings and models.
 
-    A controller's name carries the hash of its adapter, so another adapter is another key.
+    A controller's name carries the hash of its adapter, so another adapter is another key. `overlong` is left out: what
+    was recorded under "error" did fit, and is the same under "skip".
     """
+    settings = replace(settings, overlong="error")
     return content_key(task.name, task.version, example, settings, controller.name, generator.name)
 
 

@@ -103,6 +103,8 @@ class TrainConfig:
         for name in ("warmup_ratio", "min_lr_ratio", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"train: {name} {getattr(self, name)} is a share; it must lie between 0 and 1")
+        if max(self.beta1, self.beta2) == 1:
+            raise ValueError("train: beta1 and beta2 must be below 1; at 1 a moment would never take a gradient in")
         for name in ("learning_rate", "max_grad_norm", "lora_plus_ratio", "rank_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train: {name} {getattr(self, name)} must be above 0")
@@ -293,11 +295,17 @@ def free_share(device: torch.device, world: World) -> int:
     return free_bytes(device) // (1 if device.type == "cuda" else world.local_size)
 
 
+# Settings that decide how training fits the machine and what it keeps, not what comes out: a training that goes on, and
+# a run that is continued, may have others.
+FREE: dict[str, Any] = {
+    "save_every": 0, "keep_checkpoints": 1, "max_checkpoint_gb": 0.0, "save_asynchronously": True,
+    "rank_timeout_s": TIMEOUT_S, "micro_batch_tokens": 1, "activations": "auto",
+}  # fmt: skip
+
+
 def _fingerprint(config: TrainConfig, objective: Objective, items: Sequence[Item], context: TrainContext) -> str:
-    """Return a hash of everything that decides the result; checkpoints and micro-batches are not among it."""
-    free: dict[str, Any] = {"save_every": 0, "keep_checkpoints": 1, "max_checkpoint_gb": 0.0}
-    free |= {"save_asynchronously": True, "rank_timeout_s": TIMEOUT_S, "micro_batch_tokens": 1, "activations": "auto"}
-    decisive = dataclasses.replace(config, **free)
+    """Return a hash of everything that decides the result; what FREE names is not among it."""
+    decisive = dataclasses.replace(config, **FREE)
     name = repr(objective) if dataclasses.is_dataclass(objective) else type(objective).__qualname__
     digest = hashlib.sha256(f"{decisive} {name} {context.start}".encode())
     deciding = context.evaluation if context.evaluation and context.evaluation.patience else None

@@ -9,7 +9,7 @@ import pytest
 
 from matryoshka.core.files import write_json
 from matryoshka.eval.statistics import paired_difference, paired_scores, unpaired
-from matryoshka.pilot.compare import compared, read_results
+from matryoshka.pilot.compare import compared, read_results, table
 from matryoshka.scripts import cli
 
 
@@ -53,6 +53,11 @@ def test_graded_scores_are_compared_as_scores(tmp_path: Path) -> None:
     folders = [run(tmp_path / str(i), {"x": "ww"}, "ab", scores=row) for i, row in enumerate(scores)]
     (row,) = compared(read_results(folders), ())["differences"]
     assert vars(paired_scores([0.5, 0.25], [0.75, 0.5])).items() <= row.items() and row["measure"] == "score"
+    assert "| 1:x - 0:x | score | +25.0 |" in table(compared(read_results(folders), ()))
+    # Of two samples of different problems the shares are compared, whatever else the reports hold.
+    other = run(tmp_path / "other", {"x": "rw"}, "AB", scores=scores[0])
+    (row,) = compared(read_results([folders[0], other]), ())["differences"]
+    assert (row["measure"], row["difference"]) == ("right", 0.5)
 
 
 def test_protocols_are_never_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,12 +66,13 @@ def test_protocols_are_never_mixed(tmp_path: Path, capsys: pytest.CaptureFixture
     assert cli.main(["compare", *map(str, folders)]) == 0
     printed = capsys.readouterr().out
     assert printed.index("Protocol label_free:") < printed.index("label_free:x |") < printed.index("Protocol oracle:")
-    assert "| oracle:x - label_free:x | not compared: label_free and oracle are two protocols | | | |" in printed
+    assert "| oracle:x - label_free:x | not compared: label_free and oracle are two protocols | | | | |" in printed
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: status 2 and one line that says what to do."""
     one, two = run(tmp_path / "one", {"a": "r"}, "a"), run(tmp_path / "two", {"b": "r"}, "a")
+    odd = run(tmp_path / "odd", {"a": "r"}, "a", scores=[1])
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "report.json").write_text(json.dumps({"verdicts": {}, "protocol": "oracle"}))
     for given, said in (
@@ -74,6 +80,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.Captu
         ([one], "1 runs given; expected at least two"),
         ([one, tmp_path], "no such file; expected the report of a run"),
         ([one, tmp_path / "old"], "does not say which problems it is about; write it again: matryoshka report"),
+        ([one, odd], "does not say which problems it is about"),
         ([one, two, "--condition", "a"], "two has no condition 'a'; choose from b"),
     ):
         assert cli.main(["compare", *map(str, given)]) == 2

@@ -16,7 +16,8 @@ from matryoshka.lora.linear import LoraConfig
 from matryoshka.pilot.config import EpisodeConfig, RunConfig, WarmupConfig, rollout_settings
 from matryoshka.pilot.context import open_run
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
-from matryoshka.pilot.evaluate import policy_conditions, schemes
+from matryoshka.pilot.evaluate import evaluate, policy_conditions, schemes
+from matryoshka.pilot.run_report import notes
 from matryoshka.pilot.stages import collect, train_round, warm_up, write_pairs
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import Generator
@@ -95,6 +96,68 @@ def test_any_policy_under_any_setting(
         assert cli.main(["evaluate", "--config", "one.toml", *more, "--policy", *wrong]) == 2
         assert message in capsys.readouterr().err
     assert [generator.asked(tenant) for tenant in ("evaluations", "remote")] == asked
+
+
+def test_policies_of_other_kinds_and_names_that_clash(
+    tmp_path: Path, controller_dir: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Oracles: equal weights give equal scores, whether a model's folder or a stage that trained all weights holds
+    them, and with a warm-up that takes an adapter; what would lose a row or a report is refused before it is asked.
+    """
+    monkeypatch.chdir(tmp_path)
+    first = small("first", controller_dir, generator.url("kinds"))
+    with open_run(first, Path("runs")) as run:
+        warm_up(run)
+    for model in (Path("base"), Path("runs/full/round-1/model")):
+        shutil.copytree(controller_dir, model)
+    for name in ("a-b", "a_b"):
+        shutil.copytree("runs/first/warmup/adapter", name)
+    config = small("kinds", controller_dir, generator.url("kinds"))
+    config = replace(config, controller=replace(config.controller, adapter="a-b"), warmup=WarmupConfig("adapter"))
+    Runs(tmp_path, generator).write(config)
+    test = ("--split", "test")
+    rows = evaluated(tmp_path, config, "--policy", "untrained", "base", "runs/full:round-1", "base", *test)
+    assert [row["policy"] for row in rows] == ["untrained", "base", "runs_full_round_1"]
+    assert rows[0]["metrics"] == rows[1]["metrics"] == rows[2]["metrics"]
+    asked = generator.asked("kinds")
+    full = ("--controller.tune", "full", "--controller.adapter", "", "--warmup.source", "none")
+    for flags, message in (
+        (("--policy", "a-b", "a_b"), "policies 'a-b' and 'a_b' would both be named 'a_b'"),
+        (("--policy", "none", "--out", "runs/kinds"), "out runs/kinds is the run's own folder"),
+        ((*full, "--policy", "runs/first:warmup"), "is an adapter, and [controller] tune = 'full' computes none"),
+    ):
+        assert cli.main(["evaluate", "--config", "kinds.toml", *flags]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["collect", "--config", "kinds.toml", "--policy", "own", "--out", "runs/kinds"]) == 2
+    assert generator.asked("kinds") == asked
+
+
+def test_fixed_guidance_is_known_for_every_split_and_a_report_says_how_it_was_drawn(
+    tmp_path: Path, controller_dir: Path, generator: Generator
+) -> None:
+    """Oracle: the guidance of each episode is its problem's own gold; the notes say what [evaluate] says."""
+    config = small("splits", controller_dir, generator.url("splits"))
+    config = replace(config, evaluate=EpisodeConfig(temperature=0.5))
+    with open_run(config, tmp_path) as run, ExitStack() as stack:
+        found = policy_conditions(run, ["gold"], stack, ("validation",))
+        (condition,) = evaluate(run, found, splits=("validation",))
+        golds = [run.task.gold_guidance(example) for example in run.problems["validation"]]
+        said = notes(run, {"chosen": "warmup"})
+    assert [episode.turns[0].action.text for episode in condition.trajectories] == golds
+    assert "Guidance is sampled at temperature 0.5 and top-p 1, and code is decoded greedily in evaluation." in said
+    what = "over 4 held-out problems and 2 of other families; the summary's numbers are over the first alone."
+    assert said[2] == f"The table of all examples is {what}"
+
+
+def test_what_the_generator_says_to_itself_is_counted(
+    tmp_path: Path, controller_dir: Path, generator: Generator
+) -> None:
+    """Oracle: the scripted server's log: a guidance and an answer for each of the test problems."""
+    config = small("self", controller_dir, generator.url("self"))
+    with open_run(config, tmp_path) as run, ExitStack() as stack:
+        (found,) = evaluate(run, policy_conditions(run, ["own"], stack), splits=["test"])
+    assert found.calls == len(generator.asked("self")) == 2 * config.task.test
 
 
 def test_one_condition_costs_one_condition(

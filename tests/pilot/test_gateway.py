@@ -26,7 +26,7 @@ import pytest
 from matryoshka.core.config import to_toml
 from matryoshka.core.files import read_jsonl, write_jsonl
 from matryoshka.core.models.load import load_model
-from matryoshka.core.records import Message, Sample, Sampling, from_json
+from matryoshka.core.records import Message, PairRule, Sample, Sampling, from_json
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.core.training.train import TrainConfig
 from matryoshka.dpo.objectives import Preference
@@ -43,6 +43,7 @@ from matryoshka.pilot.gateway_record import (
     Ending,
     GatewayConfig,
     Record,
+    claim,
     newest_stage,
     train_from,
     trajectories_of,
@@ -451,6 +452,35 @@ def test_a_training_goes_on_with_its_pairs(
     other = open_gateway(replace(settings, seed=1), folder)
     with pytest.raises(ValueError, match="was started with another configuration: seed: 0 -> 1"), other:
         pass
+
+
+def test_pairs_of_a_gateway_follow_its_own_rule(controller_dir: Path, folder: Path, tmp_path: Path) -> None:
+    """Oracle: the pairs that `make_pairs` gives under the gateway's rule: of rewards .1, .3 and .9 with a margin of .5
+    two couples have a gap above it, and one of them is kept; "binary" with its cap of four would keep both.
+    """
+    settings = config(controller_dir, rule="ranked", margin=0.5, pairs_per_problem=1, seed=3)
+    claim(settings, folder)
+    record = Record(folder)
+    for number, reward in enumerate((0.1, 0.3, 0.9)):
+        sample = Sample(f"plan {number}", token_ids=(number, 2), logprobs=(-1.0, -1.0))
+        record.add(Call(f"e{number}", 1, "", "", (Message("user", "Go on."),), (1, 3), (sample,)))
+        record.end(f"e{number}", Ending((reward,)), "tiny")
+    record.close()
+    read = read_episodes(folder)
+    assert (read.rule, read.seed) == (PairRule("ranked", 1, 0.5), 3)
+    assert cli.main(["pairs", "--in", str(folder), "--out", str(tmp_path / "pairs.jsonl")]) == 0
+    (row,) = read_jsonl(tmp_path / "pairs.jsonl")
+    assert row["chosen_reward"] == 0.9 and row["rejected_reward"] < 0.4
+
+
+def test_a_gateway_may_take_the_remedy_of_an_error(controller_dir: Path, folder: Path) -> None:
+    """Oracle: a larger micro_batch_tokens, which the packing of a long episode asks for, is taken; beta is not."""
+    settings = config(controller_dir)
+    claim(settings, folder)
+    larger = replace(settings, train=replace(settings.train, micro_batch_tokens=30000))
+    claim(larger, folder)
+    with pytest.raises(ValueError, match=r"another configuration: objective\.beta"):
+        claim(replace(larger, objective=replace(settings.objective, beta=0.7)), folder)
 
 
 @pytest.mark.slow

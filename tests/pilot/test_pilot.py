@@ -22,6 +22,7 @@ from matryoshka.core import models
 from matryoshka.core.config import load_toml, to_toml
 from matryoshka.core.files import folder_lock, read_jsonl, write_jsonl
 from matryoshka.core.models import load
+from matryoshka.core.models.weights import sampled_digest
 from matryoshka.core.protocols import GeneratorError
 from matryoshka.core.records import Messages, Sample, Sampling
 from matryoshka.core.training.train import TrainConfig
@@ -393,7 +394,8 @@ def test_a_server_of_ours_answers(tmp_path: Path, tiny_dir: Path, controller_dir
         assert isinstance(run.generator, OpenAIGenerator)
         url = run.generator.config.base_url
         rows = run_episodes(run, policy_scheme(run, ""), ["test"])
-    assert {row.info.generator for row in rows} == {"tiny-generator@tiny+base"}
+    served = f"tiny-generator@{controller_dir.name}+{sampled_digest(controller_dir)[:16]}"
+    assert {row.info.generator for row in rows} == {served}
     assert all(row.info.calls == 1 and row.info.completion_tokens > 0 for row in rows)
     assert generator.asked("x") == []
     with pytest.raises(ValueError, match="no answer from"), open_run(

@@ -142,3 +142,11 @@ def test_metrics_go_to_wandb_through_its_own_library(tmp_path: Path, monkeypatch
     wandb.teardown()  # its service writes the file, and ends here as it does at a program's exit
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     assert b"loss" in file.read_bytes()
+
+
+def test_rows_that_are_all_held_out_are_named(tiny_dir: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Oracle: two rows of one prompt stay together, so a share of them is both."""
+    data = write(tmp_path / "one.jsonl", [{"prompt": "p", "completion": str(i)} for i in range(2)])
+    command = SftCommand(data, tiny_dir, tmp_path / "out", eval_share=0.1)
+    with pytest.raises(ValueError, match="no row is left to train on; rows left out: 2 held_out"):
+        load_rows(command, tokenizer, 512, pairs=False)

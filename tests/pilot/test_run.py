@@ -1,17 +1,22 @@
 """pilot/stages.py and progress.py: the decisions of a stage, on a run whose episodes take a second."""
 
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from matryoshka.core.config import load_toml
 from matryoshka.core.files import read_jsonl
+from matryoshka.core.records import Message, Preference, Sample
 from matryoshka.lora.files import WEIGHTS
-from matryoshka.pilot.config import WarmupConfig
+from matryoshka.pilot.config import RunConfig, WarmupConfig
 from matryoshka.pilot.context import open_run
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.progress import Progress, StatusLine
+from matryoshka.pilot.recipes import RECIPES
 from matryoshka.pilot.stages import collect, is_trained, left_out, train_round, train_star, warm_up, write_pairs
 from matryoshka.tests.pilot.conftest import Generator
 from matryoshka.tests.pilot.test_pilot import small
@@ -93,6 +98,58 @@ def test_a_users_warm_up_rows_are_checked_before_the_run_is_bound(
         assert is_trained(run, "warmup")
 
 
+def test_what_no_adapter_can_be_trained_on_is_refused_before_anything_is_paid(
+    tmp_path: Path, controller_dir: Path, generator: Generator
+) -> None:
+    """Oracle: nothing is asked and nothing bound, though the first training would come after the first collection."""
+    config = small("typo", controller_dir, generator.url("typo"))
+    config = replace(config, warmup=WarmupConfig("none"), lora=replace(config.lora, targets=("q_porj",)))
+    with pytest.raises(ValueError, match="lora: target 'q_porj' matches no linear layer"), open_run(config, tmp_path):
+        pass
+    assert generator.asked("typo") == [] and not (tmp_path / "typo" / "config.toml").exists()
+
+
+def test_settings_that_fit_a_run_to_its_machine_may_change(
+    tmp_path: Path, controller_dir: Path, generator: Generator
+) -> None:
+    """Oracle: the remedies of errors that a run may meet after it has paid for episodes (a larger micro_batch_tokens,
+    other activations, fewer rows) are taken up; whatever decides the result is still refused, by name.
+    """
+    config = small("moved", controller_dir, generator.url("moved"))
+    with open_run(config, tmp_path):
+        pass
+    dpo = replace(config.dpo.train, micro_batch_tokens=9000, activations="full", save_every=1, keep_checkpoints=2)
+    fitted = replace(
+        config,
+        controller=replace(config.controller, max_rows=3),
+        rollout=replace(config.rollout, limit=2),
+        warmup=replace(config.warmup, train=replace(config.warmup.train, micro_batch_tokens=9000)),
+        dpo=replace(config.dpo, train=dpo),
+    )
+    with open_run(fitted, tmp_path) as run:
+        assert load_toml(RunConfig, run.folder / "config.toml") == fitted
+    decisive = replace(fitted, dpo=replace(config.dpo, train=replace(dpo, batch_size=3)))
+    with pytest.raises(ValueError, match=r"another configuration: dpo\.train\.batch_size: \d+ -> 3\. Take"):
+        with open_run(decisive, tmp_path):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ({"rollout.top_p": 0}, "top_p 0.0 must lie in"),
+        ({"collect.top_p": 1.5}, "top_p 1.5 must lie in"),
+        ({"dpo.learning_rates": [1e-4, 0.0]}, "learning_rate 0.0 must be above 0"),
+        ({"dpo.train.beta2": 1.0}, "beta1 and beta2 must be below 1"),
+        ({"controller.tune": "full", "dpo.train.lora_plus_ratio": 16}, "trains no adapter, but lora_plus_ratio is 16"),
+    ],
+)
+def test_settings_that_only_a_later_stage_would_refuse(overrides: dict[str, Any], problem: str) -> None:
+    """Oracle: the sampler's own range, and the optimizer's own condition."""
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        load_toml(RunConfig, RECIPES / "demo.toml", overrides)
+
+
 def test_training_items_that_do_not_fit_are_counted(tmp_path: Path, controller_dir: Path, generator: Generator) -> None:
     """Oracle: one of two conversations is longer than the context of 1024."""
     config = small("items", controller_dir, generator.url("items"))
@@ -106,6 +163,27 @@ def test_training_items_that_do_not_fit_are_counted(tmp_path: Path, controller_d
     with open_run(replace(config, overlong="skip"), tmp_path / "skip") as run:
         warm_up(run)
         assert left_out(run) == {"warmup items": 1}
+
+
+def test_what_is_too_long_does_not_end_a_run_for_good(
+    tmp_path: Path, controller_dir: Path, generator: Generator
+) -> None:
+    """Oracle: one of two pairs is longer than the context of 1024, as the generator's guidance may be in the
+    controller's tokens; with overlong = "skip" the same run goes on, reads its episodes back and trains on the other.
+    """
+    config = replace(small("long", controller_dir, generator.url("long")), warmup=WarmupConfig("none"))
+    with open_run(config, tmp_path) as run:
+        better, worse = (Sample(text, token_ids=(id, run.tokenizer.eos_id)) for id, text in ((5, "a"), (6, "b")))
+        short = Preference((Message("user", "p"),), (3, 4), better, worse, 1.0, 0.0, "one")
+        pairs = [short, replace(short, chosen=Sample("c", token_ids=(5,) * 1100), example_id="two")]
+        episodes = collect(run, 1)
+        with pytest.raises(ValueError, match="1 of 2 items exceed the context of 1024 .* set overlong = 'skip'"):
+            train_round(run, 1, pairs, [])
+    asked = generator.asked("long")
+    with open_run(replace(config, overlong="skip"), tmp_path) as run:
+        assert collect(run, 1) == episodes and generator.asked("long") == asked
+        assert train_round(run, 1, pairs, []) == "round-1"
+        assert left_out(run) == {"round-1/train items": 1}
 
 
 def test_progress_off_a_terminal_is_a_line_now_and_then(

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from typing import Any
 
 import openai
 import pytest
+from safetensors.torch import load_file, save_file
 
 from matryoshka.core.config import load_toml
 from matryoshka.core.models.from_gguf import smollm2_gguf
 from matryoshka.core.models.load import load_model
+from matryoshka.core.models.weights import sampled_digest
 from matryoshka.core.records import Message, Sample, Sampling
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.inference.generators import OpenAIGenerator
@@ -25,7 +28,7 @@ from matryoshka.inference.local_controller import LocalController, LocalEngine
 from matryoshka.inference.sampler import Sampler
 from matryoshka.lora.files import load_adapter
 from matryoshka.pilot.config import RunConfig, ServeConfig
-from matryoshka.pilot.generator import open_generator
+from matryoshka.pilot.generator import RecordedGenerator, open_generator
 from matryoshka.pilot.ranks import Ranks
 from matryoshka.pilot.serving import running_server
 from matryoshka.scripts import cli
@@ -259,6 +262,23 @@ def test_settings_of_another_engine_are_refused(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out == ""
 
 
+def test_a_served_model_is_known_by_its_weights(tiny_dir: Path, tmp_path: Path) -> None:
+    """Oracle: a copy has the same name in the cache of answers; other weights in a folder of that name have another."""
+    for place in ("one", "copy", "other"):
+        shutil.copytree(tiny_dir, tmp_path / place / "model")
+    path = tmp_path / "other" / "model" / "model.safetensors"
+    save_file({key: tensor + 1 for key, tensor in load_file(path).items()}, path)
+    config = load_toml(RunConfig, ROOT / "configs" / "demo.toml")
+
+    def name(place: str, adapter: str) -> str:
+        serving = ServeConfig(model=str(tmp_path / place / "model"), adapter=adapter)
+        return RecordedGenerator(replace(config, serve=serving)).name
+
+    for adapter in ("", "embedded"):
+        assert name("one", adapter) == name("copy", adapter) != name("other", adapter)
+    assert name("one", "") != name("one", "embedded")
+
+
 @pytest.mark.slow
 def test_copies_of_a_server_share_the_requests(tiny_dir: Path, tmp_path: Path) -> None:
     """Oracle: the generator has two endpoints with names of the same model while it is open, all requests are answered,
@@ -275,7 +295,7 @@ def test_copies_of_a_server_share_the_requests(tiny_dir: Path, tmp_path: Path) -
     with asyncio.Runner() as runner:
         with open_generator(config, tmp_path, Ranks(), runner, tmp_path / "cache.sqlite") as generator:
             assert isinstance(generator, OpenAIGenerator) and len(generator.endpoints) == 2
-            assert generator.name == f"tiny@{tiny_dir.name}+base"
+            assert generator.name == f"tiny@{tiny_dir.name}+{sampled_digest(tiny_dir)[:16]}"
             assert len(runner.run(answers(generator))) == 8
             urls = [endpoint.base_url for endpoint in generator.endpoints]
     log = (tmp_path / "generator.log").read_text()

@@ -35,7 +35,7 @@ def test_a_run_is_estimated_stopped_budgeted_and_finished(
     prices.write_text("scripted = { input = 0.01, output = 20 }\n")
     config = replace(config, generator=replace(config.generator, api_key_env="PLANTED_KEY", prices=str(prices)))
 
-    # What it will cost: 4 x 4 sampled episodes; 2 validation problems for 1 rate, 1 round and the start; 6 held-out
+    # What it will cost: 4 x 4 sampled episodes; 2 validation problems for the rate of 1 round and the start; 6 held-out
     # problems under no, wrong and gold guidance, untrained, warm-up, round 1 and STaR. Each call has 12 tokens.
     ended = subprocess.run(
         command("estimate", "--config", str(runs.write(config))),
@@ -44,7 +44,7 @@ def test_a_run_is_estimated_stopped_budgeted_and_finished(
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = json.loads(ended.stdout.splitlines()[-1])
     none = {"warm-up": 0, "re-plan, at most": 0, "bootstrap, at most": 0}
-    assert found["episodes"] == {**none, "collect": 16, "choose": 6, "evaluate": 42}
+    assert found["episodes"] == {**none, "collect": 16, "choose": 4, "evaluate": 42}
     assert found["sampled"] == 4 and found["tokens"] == pytest.approx(found["calls"] * PER_ANSWER)
     assert found["usd"] == pytest.approx(found["calls"] * USD)
     estimated = len(set(generator.asked("thrift")))

@@ -27,7 +27,9 @@ def test_stats(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (mini["answers"], mini["prompt_tokens"], mini["completion_tokens"]) == (3, 3_000_000, 1_500_000)
     assert mini["usd_at_most"] == pytest.approx(1.35) and mine["usd_at_most"] is None
     assert main(["cache", "stats", str(folder / "cache.sqlite")]) == 0
-    shown = capsys.readouterr().out
+    assert main(["cache", "stats", str(folder), "--json", "--generator", "mine@http://b/v1"]) == 0
+    shown, alone = capsys.readouterr().out.rsplit("\n{", 1)
+    assert "gpt-4o-mini" not in alone and '"answers": 1' in alone
     assert "1.3500" in shown and "no price" in shown
 
 
@@ -73,6 +75,7 @@ def test_export_and_prune(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["prune", ".", "--older-than-days", "-1"], "older-than-days -1.0 must not be negative"),
         (["stats", ".", "--out", "x"], "--out belongs to export, not to stats"),
         (["stats", "absent"], "absent: no such file; give a run's folder"),
+        (["prune", ".", "--older-than-days", "0", "--generator", "mine"], "has no answers of 'mine'; it has those of"),
     ],
 )
 def test_what_is_missing_is_named(

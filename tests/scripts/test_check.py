@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,13 +162,33 @@ def test_what_only_training_would_find_is_found_before(world: Path, monkeypatch:
     monkeypatch.chdir(world)
     small = load_toml(RunConfig, RECIPES / "demo.toml", {"dpo.train.micro_batch_tokens": 60})
     assert [fault for fault in check_run(small).faults if "a pair may take" in fault]
+    sizes = []
+    for turns in (1, 2):  # the prompt of a new plan holds the one before it
+        planned = load_toml(RunConfig, RECIPES / "demo.toml", {"rollout.outer_turns": turns})
+        line = next(line for line in check_run(planned).lines if line.startswith("pairs: at most "))
+        sizes.append(int(line.split()[3].replace(",", "")))
+    assert sizes[1] >= sizes[0] + small.rollout.guidance_tokens
     empty = load_toml(RunConfig, RECIPES / "demo.toml", {"task.warmup": 0})
     assert check_run(empty).faults == [
         "[warmup] source = 'gold', but [task] warmup is 0, so there is nothing to learn from"
     ]
+    (typo,) = check_run(load_toml(RunConfig, RECIPES / "demo.toml", {"lora.targets": ("q_porj",)})).faults
+    assert "lora: target 'q_porj' matches no linear layer" in typo
     other = world / "models" / "other"
     shutil.copytree(world / "models" / "smollm2-135m-instruct", other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
     (fault,) = check_run(load_toml(RunConfig, RECIPES / "demo.toml", {"controller.path": str(other)})).faults
     assert "mlp.down_proj.weight has shape (32, 64), the model expects (32, 48)" in fault
+
+
+def test_calls_at_most_are_all_calls(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by hand: an episode that the generator guides itself has a call for each guidance besides its answers."""
+    monkeypatch.chdir(world)
+    loop = {"rollout.outer_turns": 2, "rollout.inner_attempts": 3}
+    config = load_toml(RunConfig, RECIPES / "demo.toml", loop)
+    without, guided = (check_run(replace(config, rollout=replace(config.rollout, bootstrap=n))).numbers for n in (0, 1))
+    episodes = guided["episodes"]["bootstrap, at most"]
+    assert episodes == config.rounds * config.task.train
+    assert guided["calls_at_most"] - without["calls_at_most"] == episodes * (2 * 3 + 2)
+    assert guided["tokens_at_most"] > without["tokens_at_most"]

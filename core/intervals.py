@@ -1,7 +1,7 @@
 """Interval estimates: of shares in closed form, of any other statistic by the bootstrap. Paired tests are in eval."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,3 +43,9 @@ def bootstrap(n: int, statistic: Callable[[Any], float], resamples: int = 1000, 
     low, high = (float(bound) for bound in np.quantile(values, [0.025, 0.975]))
     value = float(statistic(np.arange(n)))
     return Metric(value, min(low, value), max(high, value), n)
+
+
+def bootstrap_mean(values: Sequence[float]) -> Metric:
+    """Return the mean of `values` with its bootstrap interval. Raises ValueError for none."""
+    numbers = np.array(values, dtype=float)
+    return bootstrap(len(numbers), lambda i: float(numbers[i].mean()))

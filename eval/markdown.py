@@ -4,7 +4,7 @@ It also formats the numbers of every report: shares in percent with one decimal,
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matryoshka.core.records import Metric
@@ -37,7 +37,7 @@ def render(data: ReportInput, tables: Sequence[Table]) -> str:
     ]
     parts += ["## Not solved", "\n".join(lines)]
     if data.training:
-        parts += ["## Training", *_training(data.training)]
+        parts += ["## Training", _training(data.training)]
     for title, values in (
         ("Counts", data.counts),
         ("Configuration", data.config),
@@ -142,13 +142,13 @@ def _table(table: Table) -> list[str]:
     return parts
 
 
-def _training(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[str]:
+def _training(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     rows = []
     for stage, metrics in training.items():
         losses = [row["loss"] for row in metrics if "loss" in row]
         ends = [f"{losses[0]:.4g}", f"{losses[-1]:.4g}"] if losses else ["-", "-"]
         rows.append([stage, f"{len(metrics)}", *ends])
-    yield _grid(["stage", "rows", "first loss", "last loss"], rows)
+    return _grid(["stage", "rows", "first loss", "last loss"], rows)
 
 
 def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

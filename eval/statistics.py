@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from matryoshka.core.intervals import bootstrap, wilson
+from matryoshka.core.intervals import bootstrap_mean, wilson
 from matryoshka.core.records import Metric
 
 EXACT_FLIPS = 14  # differences up to which every assignment of signs is counted
@@ -149,7 +149,7 @@ def paired_scores(first: Sequence[float], second: Sequence[float]) -> PairedScor
             "of both being the same example"
         )
     differences = np.array(second, float) - np.array(first, float)
-    interval = bootstrap(len(differences), lambda i: float(differences[i].mean()))
+    interval = bootstrap_mean(differences.tolist())
     moved = differences[differences != 0]
     observed = abs(moved.sum()) * (1 - 1e-12)  # sums of equal terms in another order may round apart
     if len(moved) <= EXACT_FLIPS:

@@ -9,9 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from matryoshka.core.intervals import bootstrap, wilson
+from matryoshka.core.intervals import bootstrap_mean, wilson
 from matryoshka.core.records import VERDICTS, Example, Metric, Trajectory
 from matryoshka.eval.statistics import Paired, PairedScores, paired_difference, paired_scores
 
@@ -153,7 +151,7 @@ def _table(
                 condition.calls if cost else None,
                 condition.tokens if cost else None,
                 condition.seconds if cost else None,
-                _mean(scores[condition.name]) if scores else None,
+                bootstrap_mean(scores[condition.name]) if scores else None,
             )
         )
     right = {c.name: [verdicts[c.name][example_id] == "right" for example_id in ids] for c in data.conditions}
@@ -187,11 +185,6 @@ def graded_scores(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     if not scores or any(t.info.verdict != "failed" for t in missing):
         return {}
     return scores | {t.example_id: 0.0 for t in missing}
-
-
-def _mean(scores: Sequence[float]) -> Metric:
-    values = np.array(scores)
-    return bootstrap(len(values), lambda i: float(values[i].mean()))
 
 
 def _check(data: ReportInput) -> tuple[dict[str, dict[str, str]], str]:

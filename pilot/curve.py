@@ -12,9 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from matryoshka.core.intervals import bootstrap, wilson
+from matryoshka.core.intervals import bootstrap_mean, wilson
 from matryoshka.core.records import Metric, to_json
 from matryoshka.eval.statistics import paired
 from matryoshka.pilot.config import RunConfig
@@ -92,5 +90,4 @@ def table(result: Mapping[str, Any]) -> str:
 def _pooled(scores: Sequence[float]) -> Metric:
     if all(isinstance(score, bool) for score in scores):
         return wilson(int(sum(scores)), len(scores))
-    values = np.array(scores)
-    return bootstrap(len(values), lambda i: float(values[i].mean()))
+    return bootstrap_mean(scores)

@@ -91,11 +91,15 @@ class Episode:
         """Return the controller's guidance, which begins a turn. Raises ContextError for a prompt that does not fit."""
         turn = len(self.turns)
         try:
-            (sample,) = await self._controller.propose(prompt, 1, self._settings.controller.again(turn, 0))
+            said = await self._controller.propose(prompt, 1, self._settings.controller.again(turn, 0))
         except ContextError:
             self.overlong = turn > 0 and self._settings.overlong == "skip"
             raise
-        self.turns.append(Guidance(prompt, self._controller.prompt_ids(prompt), sample))
+        found: object = said  # a user's own scheme may give anything
+        if not isinstance(found, list | tuple) or len(found) != 1 or not isinstance(found[0], Sample):
+            expected = "expected a list of as many Samples as were asked for, one"
+            raise ValueError(f"controller {self._controller.name}: propose returned {found!r:.60}; {expected}")
+        self.turns.append(Guidance(prompt, self._controller.prompt_ids(prompt), found[0]))
         return self.turns[-1]
 
     async def complete(self, prompt: Messages, *numbers: int, max_tokens: int = 0) -> Reply:
@@ -106,7 +110,11 @@ class Episode:
         """
         sampling = self._settings.generator.again(len(self.turns) - 1, *numbers)
         sampling = replace(sampling, max_tokens=max_tokens or sampling.max_tokens)
-        reply = Reply(prompt, await self._generator.complete(prompt, sampling))
+        answer: object = await self._generator.complete(prompt, sampling)
+        if not isinstance(answer, Sample):
+            what = f"generator {self._generator.name}: complete returned {answer!r:.60}"
+            raise ValueError(f"{what}; expected a Sample(text)")
+        reply = Reply(prompt, answer)
         self.turns[-1].replies.append(reply)
         return reply
 

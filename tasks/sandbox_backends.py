@@ -75,7 +75,9 @@ class Ended:
         """The end in words, for an error."""
         if self.code is None:
             return "closed its line"
-        return f"exited (code {self.code})" if self.code >= 0 else f"was killed ({_signal_name(-self.code)})"
+        if self.code >= 0:
+            return f"exited (code {self.code})"
+        return f"was killed ({signal.strsignal(-self.code) or f'signal {-self.code}'})"
 
 
 def printable(text: str) -> str:
@@ -369,33 +371,25 @@ def _bubblewrap(script: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _working_folder() -> Iterator[str]:
+    """Make a program's working folder, and remove it whatever the program made of it."""
     folder = tempfile.mkdtemp(prefix="solution-")
     try:
         yield folder
     finally:
-        _remove(folder)
-
-
-def _remove(folder: str) -> None:
-    """Remove a program's working folder, whatever the program made of it."""
-    try:
-        os.rmdir(folder)  # nearly always empty
-    except FileNotFoundError:
-        pass
-    except OSError:
-        # Not shutil.rmtree: it recurses, and a generated program may nest folders deeper than Python's stack.
-        if subprocess.run(["rm", "-rf", "--", folder], check=False).returncode:
-            _log.warning("sandbox: could not remove %s, which a generated program filled", folder)
+        try:
+            os.rmdir(folder)  # nearly always empty
+        except FileNotFoundError:
+            pass
+        except OSError:
+            # Not shutil.rmtree: it recurses, and a generated program may nest folders deeper than Python's stack.
+            if subprocess.run(["rm", "-rf", "--", folder], check=False).returncode:
+                _log.warning("sandbox: could not remove %s, which a generated program filled", folder)
 
 
 def _socket_pair(opened: contextlib.ExitStack, kind: socket.SocketKind) -> tuple[socket.socket, socket.socket]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
     ours.setblocking(False)
     return opened.enter_context(ours), opened.enter_context(theirs)
-
-
-def _signal_name(number: int) -> str:
-    return signal.strsignal(number) or f"signal {number}"
 
 
 _sandboxes: "weakref.WeakSet[LocalSandbox]" = weakref.WeakSet()

@@ -6,6 +6,9 @@ from matryoshka.core.config import check_least
 from matryoshka.tasks.sandbox_backends import MIN_MEMORY_BYTES, Isolation, Sandbox, local_sandbox
 from matryoshka.tasks.sandbox_command import CommandSandbox
 
+LONGEST_S = 1_000_000
+MOST_MB = 2**24  # the kernel's limits are 64-bit integers of bytes
+
 
 @dataclass(frozen=True)
 class SandboxConfig:
@@ -23,8 +26,10 @@ class SandboxConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "", memory_mb=MIN_MEMORY_BYTES // 2**20)
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s {self.timeout_s} must be above 0")
+        if not 0 < self.timeout_s <= LONGEST_S:
+            raise ValueError(f"timeout_s {self.timeout_s} must be above 0 and at most {LONGEST_S:,}")
+        if self.memory_mb > MOST_MB:
+            raise ValueError(f"memory_mb {self.memory_mb} must be at most {MOST_MB:,}")
 
     @property
     def memory_bytes(self) -> int:

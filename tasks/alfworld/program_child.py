@@ -105,7 +105,7 @@ def main(reading: int, writing: int, memory_bytes: int) -> None:
     error = None
     try:
         memory.update(recalled(recall))
-        run(source, agent, memory, first, household, sandbox.NAME)
+        run(source, agent, memory, first, household)
     except BaseException as err:  # sys.exit() and KeyboardInterrupt are the code's errors as well
         error = sandbox.described(err, source, memory_bytes)
     sandbox.flush()
@@ -116,13 +116,11 @@ def main(reading: int, writing: int, memory_bytes: int) -> None:
         household.send(b"E", error)
 
 
-def run(
-    source: bytes, agent: object, memory: dict[object, object], first: int, household: Household, name: str
-) -> None:
+def run(source: bytes, agent: object, memory: dict[object, object], first: int, household: Household) -> None:
     """Run the steps that `source` defines, from number `first` on. Raises whatever they raise."""
     module = type(sys)("solution")
     sys.modules["solution"] = module
-    exec(compile(source, name, "exec"), module.__dict__)
+    exec(_loaded["sandbox_child"].compiled(source), module.__dict__)
     numbers = [int(key[5:]) for key in vars(module) if key.startswith("step_") and key[5:].isdecimal()]
     for number in range(first, max([first, *numbers]) + 1):
         step = getattr(module, f"step_{number}", None)

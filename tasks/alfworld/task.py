@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
-
-from matryoshka.core.intervals import bootstrap, wilson
+from matryoshka.core.intervals import bootstrap_mean, wilson
 from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
 from matryoshka.core.records import Example, Judgement, Messages, Metric, RolloutSettings, Trajectory, Verdict
 from matryoshka.tasks.alfworld import react
@@ -261,7 +259,7 @@ class ALFWorldTask(Task):
                 "steps": [info.measures["steps"] for info in ended],
                 "calls": [info.calls for info in ended],
             }
-            scores |= {key: bootstrap(len(row), partial(_mean, np.array(row))) for key, row in costs.items()}
+            scores |= {key: bootstrap_mean(row) for key, row in costs.items()}
         return scores
 
     @cached_property
@@ -274,10 +272,6 @@ class ALFWorldTask(Task):
         if name != "literal":
             raise ValueError(f"[serve] scripted {name!r}: ALFWorld has one scripted generator, 'literal'")
         return LiteralGenerator()
-
-
-def _mean(values: np.ndarray[Any, Any], indices: Any) -> float:
-    return float(values[indices].mean())
 
 
 def gold_steps(example: Example) -> Sequence[Step]:

@@ -12,6 +12,8 @@ import re
 from matryoshka.tasks.lamp.task_specs import Kind
 
 Prediction = str | int | float | None
+QUOTES = "\"'\u201c\u201d\u2018\u2019"
+HYPHENS = {0x2010: "-", 0x2011: "-"}  # Unicode's own, which models write in "sci-fi"
 
 
 def parse(kind: Kind, reply: str) -> Prediction:
@@ -20,7 +22,7 @@ def parse(kind: Kind, reply: str) -> Prediction:
         return _score(reply)
     if kind.labels:
         return _label(kind.labels, reply)
-    return reply.strip().strip("\"'").strip() or None
+    return reply.strip().strip(QUOTES).strip() or None
 
 
 def _label(labels: tuple[str, ...], reply: str) -> str | None:
@@ -37,7 +39,7 @@ def _label(labels: tuple[str, ...], reply: str) -> str | None:
 
 
 def _score(reply: str) -> float | None:
-    text = re.sub(r"(?<=\d)\s*(?:/|(?:out\s+)?of)\s*\d+(?:\.\d+)?", "", reply.strip())
+    text = re.sub(r"(?<=\d)(?:\s*[Ss]tars?)?\s*(?:/|(?:out\s+)?of)\s*\d+(?:\.\d+)?", "", reply.strip())
     try:
         number = float(text)
     except ValueError:
@@ -48,4 +50,4 @@ def _score(reply: str) -> float | None:
 
 def _normal(text: str) -> str:
     """Return `text` in lower case, its words and ampersands alone, one blank between."""
-    return " ".join(re.findall(r"[\w&]+(?:[-'][\w&]+)*", text.casefold().replace("_", " ")))
+    return " ".join(re.findall(r"[\w&]+(?:[-'][\w&]+)*", text.casefold().translate(HYPHENS).replace("_", " ")))

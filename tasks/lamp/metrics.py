@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from matryoshka.core.intervals import bootstrap, wilson
+from matryoshka.core.intervals import bootstrap, bootstrap_mean, wilson
 from matryoshka.core.records import Metric
 from matryoshka.tasks.lamp.answer_parsing import Prediction
 from matryoshka.tasks.lamp.task_specs import Kind
@@ -64,7 +64,7 @@ def error(prediction: Prediction, gold: str) -> float:
 
 def _scores(predictions: Sequence[Prediction], golds: Sequence[str]) -> dict[str, Metric]:
     errors = np.array([error(*pair) for pair in zip(predictions, golds, strict=True)])
-    mae = bootstrap(len(errors), lambda i: float(errors[i].mean()))
+    mae = bootstrap_mean(errors.tolist())
     return {
         "closeness": Metric(1 - mae.value / 4, 1 - mae.high / 4, 1 - mae.low / 4, mae.n),
         "mae": mae,
@@ -77,12 +77,7 @@ def _texts(predictions: Sequence[str], golds: Sequence[str]) -> dict[str, Metric
     pairs = list(zip(predictions, golds, strict=True))
     scored = [rouge(*pair) for pair in pairs]
     counts = np.array([_bleu_counts(*pair) for pair in pairs])
-
-    def mean(name: str) -> Metric:
-        values = np.array([row[name] for row in scored])
-        return bootstrap(len(pairs), lambda i: float(values[i].mean()))
-
-    found = {name: mean(name) for name in ("rouge_l", "rouge_1", "rouge_2")}
+    found = {name: bootstrap_mean([row[name] for row in scored]) for name in ("rouge_l", "rouge_1", "rouge_2")}
     return found | {"bleu": bootstrap(len(pairs), lambda i: _bleu(counts[i].sum(axis=0).tolist(), False))}
 
 
@@ -117,8 +112,7 @@ def meteor(predictions: Sequence[str], golds: Sequence[str], wordnet: Any = None
         raise ValueError("METEOR needs WordNet: python -m nltk.downloader wordnet") from err
     words = NLTKWordTokenizer().tokenize
     pairs = [(words(gold), words(said)) for said, gold in zip(predictions, golds, strict=True)]
-    values = np.array([single_meteor_score(*pair, wordnet=wordnet) for pair in pairs])
-    return bootstrap(len(values), lambda i: float(values[i].mean()))
+    return bootstrap_mean([single_meteor_score(*pair, wordnet=wordnet) for pair in pairs])
 
 
 def _bleu_counts(prediction: str, gold: str) -> list[int]:

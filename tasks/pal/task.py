@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
-from matryoshka.core.records import Example, Judgement, Messages, RolloutSettings, Trajectory, Verdict
+from matryoshka.core.records import Example, Judgement, Messages, RolloutSettings, Trajectory
 from matryoshka.tasks.episode import Episode
 from matryoshka.tasks.pal import gsm8k, synthetic_problems
 from matryoshka.tasks.pal.answers import read_answer, same_answer
@@ -106,9 +106,8 @@ class PALTask(Task):
                     break
                 prompt = self.prompts.render("replan", conversation=first, **said, feedback=guidance.feedback)
         prediction, error = (outcome.value, outcome.error) if outcome else (None, None)
-        right = same_answer(prediction, example.fields["answer"])
-        verdict: Verdict = "error" if prediction is None else "right" if right else "wrong"
-        return episode.trajectory(float(right), verdict, prediction, error)
+        judged = self.judge(example, prediction)
+        return episode.trajectory(judged.reward, judged.verdict, prediction, error)
 
     def judge(self, example: Example, prediction: Any) -> Judgement:
         """Return whether the number that `prediction` gives is the answer (see `answers.read_answer`)."""

@@ -15,6 +15,7 @@ from matryoshka.core.protocols import Controller, Generator, GeneratorError, Run
 from matryoshka.core.records import (
     EpisodeInfo,
     Example,
+    Message,
     Messages,
     RolloutSettings,
     Sample,
@@ -140,6 +141,37 @@ def test_what_could_not_be_read_back_is_not_recorded(values: tuple[Any, ...], me
     sound = episode.trajectory(True, "right", 4, measures=measures)
     assert from_json(Trajectory, json.loads(json.dumps(to_json(sound)))) == sound
     assert type(sound.reward) is float and sound.info.measures == {"steps": 3, "share": 0.5, "n": 2}
+
+
+class Speaker(Nobody):
+    """A controller and generator of a user, which says `said`."""
+
+    def __init__(self, said: Any) -> None:
+        super().__init__("mine")
+        self.said = said
+
+    async def propose(self, prompt: Messages, n: int, sampling: Sampling) -> Any:
+        return self.said
+
+    async def complete(self, prompt: Messages, sampling: Sampling) -> Any:
+        return self.said
+
+
+@pytest.mark.parametrize("said", [None, [], "plan", ["plan"], [Sample("a"), Sample("b")], Sample("a")])
+def test_a_scheme_that_gives_no_sample_is_named(said: Any) -> None:
+    """Oracle: the message names the controller and what `propose` is to return."""
+    episode = Episode("own", Example("7", {}), Speaker(said), GENERATOR, RolloutSettings())
+    with pytest.raises(ValueError, match="controller mine: propose returned .*; expected a list of as many Samples"):
+        asyncio.run(episode.propose((Message("user", "q"),)))
+
+
+@pytest.mark.parametrize("said", [None, "answer", [Sample("a")]])
+def test_a_generator_that_gives_no_sample_is_named(said: Any) -> None:
+    """Oracle: the message names the generator and what `complete` is to return."""
+    episode = Episode("own", Example("7", {}), Speaker([Sample("plan")]), Speaker(said), RolloutSettings())
+    asyncio.run(episode.propose((Message("user", "q"),)))
+    with pytest.raises(ValueError, match=r"generator mine: complete returned .*; expected a Sample\(text\)"):
+        asyncio.run(episode.complete((Message("user", "q"),)))
 
 
 def keys(journal: Path) -> list[str]:

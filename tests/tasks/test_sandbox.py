@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from matryoshka.tasks.sandbox import ERROR_CHARACTERS, Outcome, extract_code, run_solution
 from matryoshka.tasks.sandbox_backends import SCRIPT, SERVER, STDOUT_BYTES, LocalSandbox, in_words
 from matryoshka.tasks.sandbox_command import CommandSandbox
+from matryoshka.tasks.sandbox_config import SandboxConfig
 
 MEMORY = 256 * 2**20
 INTERPRETER = getattr(sys, "_base_executable", None) or sys.executable
@@ -32,6 +34,8 @@ def run(code: str, timeout_s: float = 5.0, memory_bytes: int = MEMORY) -> Outcom
         ("1e-320", 1e-320),
         ("__import__('fractions').Fraction(1, 4)", 0.25),
         ("__import__('decimal').Decimal('0.1')", 0.1),
+        ("__import__('enum').IntEnum('E', 'a b').b", 2),
+        ("type('F', (float,), {'__repr__': lambda self: 'half'})(0.5)", 0.5),
     ],
 )
 def test_numbers_come_back_exactly(returned: str, value: float | int) -> None:
@@ -261,6 +265,27 @@ def test_malformed_text_is_the_programs_error() -> None:
     """Oracle: an error of the program. A lone surrogate and a NUL byte can come out of a JSON reply."""
     assert "SyntaxError" in str(run("x = '\ud800'").error)
     assert "null bytes" in str(run("x = '\0'").error)
+
+
+@pytest.mark.parametrize("first", ["# -*- coding: latin-1 -*-", "# coding: utf-16", "# coding: none", "\ufeff"])
+def test_an_encoding_that_a_program_declares_does_not_count(first: str) -> None:
+    """Oracle: the length of a text of one letter: a reply is Unicode, and read as Latin-1 it would have two."""
+    assert run(f"{first}\ndef solution():\n    return len('\u00e9')").value == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ({"timeout_s": 0.0}, "timeout_s 0.0 must be above 0"),
+        ({"timeout_s": 1e30}, "timeout_s 1e[+]30 must be above 0 and at most 1,000,000"),
+        ({"memory_mb": 63}, "memory_mb 63 must be at least 64"),
+        ({"memory_mb": 10**13}, "memory_mb 10000000000000 must be at most 16,777,216"),
+    ],
+)
+def test_limits_that_the_kernel_cannot_set_are_refused(limit: dict[str, Any], message: str) -> None:
+    """Oracle: each message by hand."""
+    with pytest.raises(ValueError, match=message):
+        SandboxConfig(**limit)
 
 
 def test_slots_bound_how_many_programs_run_at_once() -> None:

@@ -28,11 +28,15 @@ from matryoshka.tasks.lamp.task_specs import KINDS
         ("2M", "comedy, or dark comedy", None),
         ("2M", "Thought-provoking", "thought-provoking"),
         ("2M", "", None),
+        ("2M", "Thought\u2011provoking.", "thought-provoking"),
+        ("2M", "It is sci\u2010fi", "sci-fi"),
         ("3", "4", 4.0),
         ("3", " 4.0\n", 4.0),
         ("3", "Score: 3.", 3.0),
         ("3", "4/5", 4.0),
         ("3", "4 out of 5", 4.0),
+        ("3", "4 stars out of 5", 4.0),
+        ("3", "**Score:** 4 stars / 5", 4.0),
         ("3", "2 or 3", None),
         ("3", "five", None),
         ("3", "nan", None),
@@ -40,6 +44,7 @@ from matryoshka.tasks.lamp.task_specs import KINDS
         ("4", ' "A Headline" ', "A Headline"),
         ("4", "It's \"odd\"", 'It\'s "odd'),
         ("4", " \n", None),
+        ("4", "\u201cA Headline\u201d\n", "A Headline"),
     ],
 )
 def test_a_reply_is_read(name: str, reply: str, expected: Prediction) -> None:

@@ -150,7 +150,6 @@ def configuration(options: Options, seed: int, size: str, file: Path) -> RunConf
     return replace(
         config,
         name=f"{config.name}{options.trainer}-{seed}",
-        star=config.star and options.with_star,
         generator=replace(config.generator, model=name),
         serve=replace(config.serve, model=str(file), name=name),
         task=replace(config.task, test=games),
@@ -178,9 +177,10 @@ def run_react(config: RunConfig, root: Path, outcomes: Outcomes, path: Path) -> 
         config,
         name="real-households-react",
         rounds=0,
-        generator=replace(config.generator, concurrency=1),  # so a game meets its own prefix in the server's one slot
+        generator=replace(config.generator, concurrency=1),
         task=replace(config.task, options=acting),
-        rollout=replace(config.rollout, code_tokens=REACT_TOKENS),
+        # One game for each server, so that it meets its own prefix in the server's one slot.
+        rollout=replace(config.rollout, code_tokens=REACT_TOKENS, limit=config.serve.copies),
     )
     with open_run(config, root, cache=root / "answers.sqlite") as run:
         _, scheme = schemes(run)["no_guidance"]
@@ -200,7 +200,7 @@ def run_seed(options: Options, config: RunConfig, root: Path, outcomes: Outcomes
         unpack_adapters(root, folder)
     with open_run(config, folder, cache=root / "answers.sqlite") as run:
         if not options.test_only:
-            outcomes.training[seed] = train(run, outcomes.training.get(seed))
+            outcomes.training[seed] = train(run, outcomes.training.get(seed), options.with_star)
         for name, (_, scheme) in ordered(schemes(run)):
             is_known = name in FIXED and len(outcomes.table.get(name, {}).get("", {})) >= config.task.test
             if name in options.conditions and not is_known:
@@ -242,13 +242,13 @@ def run_second_star(options: Options, config: RunConfig, root: Path, outcomes: O
     outcomes.save(path)
 
 
-def train(run: Run, known: dict[str, Any] | None) -> dict[str, Any]:
-    """Run warm-up, rounds and STaR as far as they are not done, and return what they took and used.
+def train(run: Run, known: dict[str, Any] | None, with_star: bool) -> dict[str, Any]:
+    """Run warm-up, rounds and, if asked for, STaR as far as they are not done; return what they took and used.
 
     known: what an earlier run returned; where every stage is trained, it is returned and nothing is sampled.
     """
     stages = [policy_before(run.config, round) for round in range(1, run.config.rounds + 2)]
-    if known and all(is_trained(run, stage) for stage in [*stages, *(["star"] if run.config.star else [])]):
+    if known and all(is_trained(run, stage) for stage in [*stages, *(["star"] if with_star else [])]):
         return known
     warm_up(run)
     collected: list[Trajectory] = []
@@ -259,7 +259,7 @@ def train(run: Run, known: dict[str, Any] | None) -> dict[str, Any]:
         pairs, counts = write_pairs(run, collected)
         train_round(run, round, pairs, collected)
         rows[f"round_{round}"] = {**counts.as_dict(), **sample_figures(sampled)}
-        if round == 1 and run.config.star:
+        if round == 1 and with_star:
             train_star(run, collected)
     return {
         **rows,
@@ -315,7 +315,7 @@ def say_plan(options: Options, size: str) -> None:
     config = load_toml(RunConfig, options.config)
     task, seeds, per_call = config.task, len(options.seeds), SECONDS_PER_CALL[size]
     games = QUICK_GAMES if options.quick else options.games or task.test
-    star = config.star and options.with_star
+    star = options.with_star
     policies = config.rounds + 1 + 2 * star
     fixed = games * 6  # no plan, wrong, gold, untrained; the generator's own plan takes two calls
     calls = fixed + seeds * policies * games

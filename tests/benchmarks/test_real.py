@@ -191,7 +191,7 @@ def test_each_generator_that_trains_has_names_of_its_own(capsys: pytest.CaptureF
         size = options.transfer or options.size
         run = real_households.configuration(options, 0, size, tmp_path / "coder.gguf")
         file = real_households.saved(options, tmp_path, size)
-        named[words] = (run.name, run.star, file.name, real_households.results_name(options))
+        named[words] = (run.name, options.with_star, file.name, real_households.results_name(options))
     assert list(named.values()) == [
         ("real-households-0", True, "outcomes.json", "real_households"),
         ("real-households-0", True, "transfer-1.5b.json", "real_transfer"),

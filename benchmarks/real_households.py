@@ -42,6 +42,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 COMMITTED = RESULTS / "real_households"
 QUICK_GAMES = 12
 REACT_TOKENS = 60  # a thought and a command
+REACT_CALLS = 50  # most commands of a game
 # Measured on two virtual cores of an AMD EPYC with AVX-512, beside other programs (real_households.md).
 SECONDS_PER_CALL = {"0.5b": 2.6, "1.5b": 9.0}
 NEW_PLANS = 0.6  # share of the plans of a collection that were not asked before
@@ -319,6 +320,8 @@ def say_plan(options: Options, size: str) -> None:
     policies = config.rounds + 1 + 2 * star
     fixed = games * 6  # no plan, wrong, gold, untrained; the generator's own plan takes two calls
     calls = fixed + seeds * policies * games
+    if "react" in options.conditions and not options.quick:
+        calls += games * REACT_CALLS
     stages = 0
     if not options.test_only:
         warm = task.warmup * config.warmup.samples * 2

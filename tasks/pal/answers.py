@@ -18,7 +18,7 @@ LARGEST = 0.5
 _IN_TEXT = re.compile(
     r"(?<![\w.])(-?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?)(?:/0*([1-9]\d{0,8}))?(?!\w|\.\d)"
 )
-# What stands for a minus or for the comma between thousands: Unicode's minus, blanks that do not break, LaTeX.
+# Other signs for a minus and for the comma between thousands: Unicode's minus, blanks that do not break, LaTeX's.
 _PLAIN = {"\u2212": "-", "\xa0": ",", "\u202f": ",", "\u2009": ",", "{,}": ",", "\\,": ",", "\\$": "$"}
 _NUMBER = re.compile(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?")
 

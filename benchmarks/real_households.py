@@ -95,7 +95,7 @@ def main() -> None:
         for seed in options.seeds:
             config = configuration(options, seed, size, file)
             run_seed(options, config, root, outcomes, saved(options, root, size))
-            if options.with_star and "star_2" in options.conditions:
+            if "star_2" in options.conditions:
                 run_second_star(options, config, root, outcomes, saved(options, root, size))
         if "react" in options.conditions and not options.quick:
             run_react(configuration(options, options.seeds[0], size, file), root, outcomes, saved(options, root, size))
@@ -201,7 +201,7 @@ def run_seed(options: Options, config: RunConfig, root: Path, outcomes: Outcomes
         unpack_adapters(root, folder)
     with open_run(config, folder, cache=root / "answers.sqlite") as run:
         if not options.test_only:
-            outcomes.training[seed] = train(run, outcomes.training.get(seed), options.with_star)
+            outcomes.training[seed] = train(run, outcomes.training.get(seed), config.star and options.with_star)
         for name, (_, scheme) in ordered(schemes(run)):
             is_known = name in FIXED and len(outcomes.table.get(name, {}).get("", {})) >= config.task.test
             if name in options.conditions and not is_known:
@@ -316,7 +316,7 @@ def say_plan(options: Options, size: str) -> None:
     config = load_toml(RunConfig, options.config)
     task, seeds, per_call = config.task, len(options.seeds), SECONDS_PER_CALL[size]
     games = QUICK_GAMES if options.quick else options.games or task.test
-    star = options.with_star
+    star = config.star and options.with_star
     policies = config.rounds + 1 + 2 * star
     fixed = games * 6  # no plan, wrong, gold, untrained; the generator's own plan takes two calls
     calls = fixed + seeds * policies * games

@@ -35,7 +35,7 @@ def test_a_run_is_estimated_stopped_budgeted_and_finished(
     prices.write_text("scripted = { input = 0.01, output = 20 }\n")
     config = replace(config, generator=replace(config.generator, api_key_env="PLANTED_KEY", prices=str(prices)))
 
-    # What it will cost: 4 x 4 sampled episodes; 2 validation problems for the rate of 1 round and the start; 6 held-out
+    # The cost is that of 4 x 4 sampled episodes; 2 validation problems for one rate and for the start; 6 held-out
     # problems under no, wrong and gold guidance, untrained, warm-up, round 1 and STaR. Each call has 12 tokens.
     ended = subprocess.run(
         command("estimate", "--config", str(runs.write(config))),

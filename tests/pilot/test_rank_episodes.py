@@ -26,6 +26,7 @@ from matryoshka.pilot.ranks import Ranks, deal
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import Generator, environment
 from matryoshka.tests.pilot.test_pilot import Runs, num_lines, small
+from matryoshka.tests.processes import children
 
 PATIENCE_S = 1500.0  # a launch takes seconds, on a busy machine minutes
 USD = (7 * 0.01 + 5 * 20) / 1e6  # of an answer of the scripted server
@@ -82,11 +83,6 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of all journals, sorted by key."""
     found = [row for path in folder.glob("trajectories*.jsonl") if num_lines(path) for row in read_jsonl(path)]
     return sorted(found, key=lambda row: str(row["key"]))
-
-
-def children(pid: int) -> list[int]:
-    """Return the processes that `pid` started, oldest first."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_examples_are_dealt_whole_and_in_turn() -> None:

@@ -24,6 +24,7 @@ import pytest
 from matryoshka.core.config import to_toml
 from matryoshka.tests.pilot.conftest import command, environment
 from matryoshka.tests.pilot.test_pilot import small
+from matryoshka.tests.processes import command_line, descendants
 
 pytest_plugins = ["matryoshka.tests.pilot.conftest"]
 
@@ -109,32 +110,24 @@ def spelled_in(data: bytes) -> list[str]:
     return found + (["any case"] if KEY.lower().encode() in data.lower() else [])
 
 
-def below(pid: int) -> list[int]:
-    """Return the processes below one."""
-    found: list[int] = []
-    waiting = [pid]
-    while waiting:
-        for path in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
-            try:
-                numbers = [int(number) for number in path.read_text().split()]
-            except OSError:
-                continue
-            found += numbers
-            waiting += numbers
-    return found
-
-
 def watched(process: "subprocess.Popen[bytes]", timeout_s: float) -> list[str]:
-    """Return where the key was seen in the processes of a run, while it runs."""
+    """Return where the key was seen in the processes of a run, while it runs.
+
+    Between fork and exec a child is a copy of the run, with the run's environment: only a copy that stays counts.
+    """
     seen = []
+    copies: dict[int, float] = {}
     deadline = time.monotonic() + timeout_s
     while process.poll() is None:
         assert time.monotonic() < deadline, "the run takes too long"
-        for pid in below(process.pid):
+        for pid in descendants(process.pid):
+            since = copies.setdefault(pid, time.monotonic())
+            if command_line(pid) == command_line(process.pid) and time.monotonic() - since < 5:
+                continue
             for name in ("cmdline", "environ"):
                 try:
                     if spelled_in(Path(f"/proc/{pid}/{name}").read_bytes()):
-                        seen.append(f"{name} of {Path(f'/proc/{pid}/cmdline').read_bytes()!r}")
+                        seen.append(f"{name} of {command_line(pid)!r}")
                 except OSError:  # it ended, or hides itself
                     pass
         time.sleep(0.02)

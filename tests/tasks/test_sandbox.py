@@ -15,6 +15,7 @@ from matryoshka.tasks.sandbox import ERROR_CHARACTERS, Outcome, extract_code, ru
 from matryoshka.tasks.sandbox_backends import SCRIPT, SERVER, STDOUT_BYTES, LocalSandbox, in_words
 from matryoshka.tasks.sandbox_command import CommandSandbox
 from matryoshka.tasks.sandbox_config import SandboxConfig
+from matryoshka.tests.processes import children, command_line, descendants
 
 MEMORY = 256 * 2**20
 INTERPRETER = getattr(sys, "_base_executable", None) or sys.executable
@@ -307,27 +308,20 @@ def test_a_cancelled_run_leaves_no_process() -> None:
     async def cancel() -> None:
         code = "import time\ndef solution():\n    time.sleep(60)"
         task = asyncio.ensure_future(run_solution(code, 60.0, MEMORY))
-        while not descendants():
+        while servers() <= before:
             await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    def descendants() -> list[str]:
-        """Return the processes below ours that run a program: the server's children."""
-        below = {str(os.getpid())}
-        found = []
-        for _ in range(4):  # ourselves, bubblewrap, the server, its children
-            lists = [path for parent in below for path in Path(f"/proc/{parent}/task").glob("*/children")]
-            below = {number for path in lists for number in path.read_text().split()}
-            servers = {n for n in below if b"sandbox_server.py" in Path(f"/proc/{n}/cmdline").read_bytes()}
-            found = [n for n in servers if Path(f"/proc/{n}/task/{n}/children").read_text() == ""]
-        return found
+    def servers() -> set[int]:
+        """Return the processes below ours that name the server: a program's process is a fork of it."""
+        return {pid for pid in descendants(os.getpid()) if b"sandbox_server.py" in command_line(pid)}
 
     run("def solution(): return 1")  # the server runs now
-    before = descendants()
+    before = servers()
     asyncio.run(cancel())
-    assert descendants() == before
+    assert before and servers() == before
 
 
 def test_an_interpreter_that_does_not_start_is_no_fault_of_the_program(tmp_path: Path) -> None:
@@ -384,32 +378,18 @@ def test_no_process_outlives_a_killed_caller(isolation: str) -> None:
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert caller.stdout is not None and caller.stdout.readline() == b"started\n"
     deadline = time.monotonic() + 60
-    while len(below := descendants_of(caller.pid)) < 2 or not below[-1][1]:
+    interpreter = os.fsencode(os.path.realpath(INTERPRETER))
+    below: list[int] = []
+    while not any(command_line(pid).startswith(interpreter) and children(pid) for pid in below):  # a program runs
+        below = descendants(caller.pid)
         assert time.monotonic() < deadline
         time.sleep(0.05)
     caller.kill()
     caller.wait()
     caller.stdout.close()
-    while any(Path(f"/proc/{pid}/cwd").exists() for pid, _ in below):
+    while any(Path(f"/proc/{pid}/cwd").exists() for pid in below):
         assert time.monotonic() < deadline, below
         time.sleep(0.05)
-
-
-def descendants_of(pid: int) -> list[tuple[int, bool]]:
-    """Return the processes below one, each with whether its parent is a server: such a one runs a program."""
-    found: list[tuple[int, bool]] = []
-    waiting = [pid]
-    while waiting:
-        parent = waiting.pop(0)
-        try:
-            command = Path(f"/proc/{parent}/cmdline").read_bytes()
-            numbers = [int(n) for n in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-        except OSError:
-            continue
-        is_server = command.startswith(os.fsencode(os.path.realpath(INTERPRETER))) and parent != pid
-        found += [(number, is_server) for number in numbers]
-        waiting += numbers
-    return found
 
 
 def test_the_boundary_asked_for_is_the_boundary_or_an_error(

@@ -2,8 +2,8 @@
 
 A request is an array of tables, `[[guidance]]` for one, whose `role` is a chat role and whose `content` is a jinja2
 template. A table `insert = "NAME"` stands for messages that the task makes, such as the turns of a worked conversation.
-Templates see the values of the request and every other key of the file, such as worked examples. The text of a value is
-never read as a template.
+Templates see the values of the request and every other key of the file, such as worked examples. A key that no template
+uses is refused, since it is misspelt. The text of a value is never read as a template.
 """
 
 import tomllib
@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import SandboxedEnvironment
 
+from matryoshka.core.config import nearest
 from matryoshka.core.records import Message, Messages, content_key
 from matryoshka.core.text.bounded_template import FAILURES
 
@@ -29,11 +31,17 @@ class PromptFile:
     """
 
     def __init__(
-        self, prompts: str, shipped: Path, requests: Sequence[str], texts: Mapping[str, str] | None = None
+        self,
+        prompts: str,
+        shipped: Path,
+        requests: Sequence[str],
+        texts: Mapping[str, str] | None = None,
+        known: Sequence[str] = (),
     ) -> None:
         """prompts: the path of a .toml file, or the name of one in the folder `shipped`. requests: all that it needs.
 
-        texts: keys that are single templates, with the template of a file that leaves the key out.
+        texts: keys that are single templates, with the template of a file that leaves the key out. known: further keys
+        that the task itself reads.
         Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
         """
         path = self.path = Path(prompts) if prompts.endswith(".toml") else shipped / f"{prompts}.toml"
@@ -43,11 +51,14 @@ class PromptFile:
         try:
             text = path.read_text(encoding="utf-8-sig")  # some editors put a BOM first
             data = tomllib.loads(text)
-            self._requests = {name: _rows(name, data.pop(name, None)) for name in requests}
+            used = {*known}
+            self._requests = {name: _rows(name, data.pop(name, None), used) for name in requests}
             self._texts = {
-                name: _ENVIRONMENT.from_string(_text(name, data.pop(name, default)))
-                for name, default in (texts or {}).items()
+                name: _template(name, data.pop(name, default), used) for name, default in (texts or {}).items()
             }
+            if unused := sorted(set(data) - used):
+                keys = [*requests, *(texts or {}), *sorted(used)]
+                raise ValueError(f"no template uses the key {unused[0]!r}; {nearest(unused[0], keys)}")
         except (ValueError, RecursionError, TemplateError) as err:
             raise ValueError(f"{path}: {err}") from err
         self.name = path.stem if path.parent == shipped else f"{path.stem}-{content_key(text)[:8]}"
@@ -77,7 +88,7 @@ class PromptFile:
             raise ValueError(f"{self.path}: {where}: {err}") from err
 
 
-def _rows(request: str, rows: Any) -> list[_Row]:
+def _rows(request: str, rows: Any, used: set[str]) -> list[_Row]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"[[{request}]] is missing; expected one table for each message, with role and content")
     found: list[_Row] = []
@@ -88,8 +99,15 @@ def _rows(request: str, rows: Any) -> list[_Row]:
         if set(row) != {"role", "content"} or row["role"] not in ("system", "user", "assistant"):
             expected = "expected the keys role (system, user or assistant) and content"
             raise ValueError(f"[[{request}]]: got {row!r:.80}; {expected}")
-        found.append((row["role"], _ENVIRONMENT.from_string(_text(f"[[{request}]] content", row["content"]))))
+        found.append((row["role"], _template(f"[[{request}]] content", row["content"], used)))
     return found
+
+
+def _template(name: str, value: Any, used: set[str]) -> Template:
+    """Return the template of a text, and add the names that it uses to `used`."""
+    text = _text(name, value)
+    used |= find_undeclared_variables(_ENVIRONMENT.parse(text))
+    return _ENVIRONMENT.from_string(text)
 
 
 def _text(name: str, value: Any) -> str:

@@ -73,7 +73,7 @@ class Style:
 
     def __init__(self, prompts: str, max_steps: int = 50, verbs: str = "current") -> None:
         """max_steps, verbs: of the household, which the models are told. Raises as `PromptFile`."""
-        self.file = PromptFile(prompts, SHIPPED, REQUESTS, {"written": "{{ compact(steps) }}"})
+        self.file = PromptFile(prompts, SHIPPED, REQUESTS, {"written": "{{ compact(steps) }}"}, known=["exemplars"])
         self.name = self.file.name
         own = _own_exemplars(self.file)
         exemplars = {

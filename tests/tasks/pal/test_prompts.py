@@ -100,7 +100,7 @@ role = "user"
 content = "{{ error }}"
 [[replan]]
 role = "user"
-content = "{{ feedback }}"
+content = "{{greeting}}, {{ feedback }}"
 """
 
 
@@ -134,7 +134,9 @@ def test_a_question_is_never_read_as_a_template(hostile: str) -> None:
         (("[[retry]]", "[[retries]]"), r"mine\.toml: \[\[retry\]\] is missing; expected one table for each message"),
         (('role = "user"', 'role = "robot"'), r"mine\.toml: \[\[guidance\]\]: got .*robot.*; expected the keys role"),
         (("{{ greeting }}", "{{ greeting"), r"mine\.toml: "),
-        (("{{ greeting }}", "{{ greetings }}"), r"mine\.toml: \[\[guidance\]\]: 'greetings' is undefined"),
+        (("{{ greeting }}", "{{ greeting }} {{ you }}"), r"mine\.toml: \[\[guidance\]\]: 'you' is undefined"),
+        (("greeting =", "greetings ="), r"mine\.toml: no template uses the key 'greetings'; did you mean 'greeting'\?"),
+        (("greeting =", "writen = ''\ngreeting ="), r"mine\.toml: .* key 'writen'; did you mean 'written'\?"),
         (("{{ greeting }}", "{{ ''.__class__.__mro__ }}"), r"mine\.toml: \[\[guidance\]\]: access to attribute"),
         (("greeting =", "greeting"), r"mine\.toml: "),
         (("Hello", "H\udcff"), r"mine\.toml: 'utf-8' codec can't decode"),

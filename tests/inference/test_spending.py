@@ -25,6 +25,7 @@ from matryoshka.inference.generators import OpenAIGenerator
 from matryoshka.inference.prices import Price
 from matryoshka.inference.spending import Budget, GeneratorAccount, total
 from matryoshka.tests.inference.endpoint import GREEDY, PROMPT, Endpoint, run
+from matryoshka.tests.processes import alive
 
 MOST = most_tokens(PROMPT, GREEDY)
 BOUND = MOST.prompt_tokens + MOST.completion_tokens
@@ -214,7 +215,7 @@ def test_a_killed_process_that_nobody_waits_for_is_dead(tmp_path: Path) -> None:
         cache = ResponseCache(tmp_path / "c")
         assert not cache.claim("k", "g")
         os.kill(process.pid, signal.SIGKILL)
-        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        while alive(process.pid):
             time.sleep(0.01)
         assert cache.claim("k", "g")
 

@@ -33,6 +33,7 @@ from matryoshka.inference.vllm_server import VllmConfig, VllmServer, max_lora_ra
 from matryoshka.lora.files import CONFIG, WEIGHTS, adapter_hash, save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter
 from matryoshka.tests.core.models.controller_contract import Architecture, architectures
+from matryoshka.tests.processes import alive
 
 FAKE = Path(__file__).parent / "fake_vllm.py"
 COMMAND = f"{sys.executable} {FAKE}"
@@ -42,7 +43,7 @@ SAMPLING = Sampling(temperature=1.0, max_tokens=5, seed=3)
 
 def wait_for_end(pid: int) -> None:
     deadline = time.monotonic() + 20
-    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+    while alive(pid):
         assert time.monotonic() < deadline, f"process {pid} is still there"
         time.sleep(0.02)
 

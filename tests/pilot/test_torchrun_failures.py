@@ -19,6 +19,7 @@ from matryoshka.lora.files import WEIGHTS
 from matryoshka.tests.pilot import elastic
 from matryoshka.tests.pilot.conftest import environment
 from matryoshka.tests.pilot.test_finetune import CHATS, arguments, write
+from matryoshka.tests.processes import alive
 
 pytestmark = pytest.mark.slow
 STEPS = 120
@@ -81,13 +82,6 @@ class Job:
     def step(self) -> int:
         newest = latest_checkpoint(self.out)
         return int(newest.name.removeprefix("step-")) if newest else 0
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 @contextmanager

@@ -142,10 +142,12 @@ class Plant:
         """Return what can be changed of the victim from outside."""
         if self.victim.poll() is not None:
             return ["ended"]
-        fields = Path(f"/proc/{self.victim.pid}/stat").read_text().rpartition(")")[2].split()
-        state = "T" if fields[0] in "Tt" else "S"
-        limit = resource.prlimit(self.victim.pid, resource.RLIMIT_NOFILE)
-        return [state, fields[16], limit, os.sched_getaffinity(self.victim.pid)]
+        try:
+            fields = Path(f"/proc/{self.victim.pid}/stat").read_text().rpartition(")")[2].split()
+            limit = resource.prlimit(self.victim.pid, resource.RLIMIT_NOFILE)
+            return ["T" if fields[0] in "Tt" else "S", fields[16], limit, os.sched_getaffinity(self.victim.pid)]
+        except OSError:  # it ended in between
+            return ["ended"]
 
     def heard(self) -> bool:
         """Return whether a server was spoken to; forget it."""

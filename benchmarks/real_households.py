@@ -24,7 +24,7 @@ from matryoshka.benchmarks.levels import smallest_difference
 from matryoshka.benchmarks.real_causes import causes
 from matryoshka.benchmarks.real_generator import FILES, generator_file
 from matryoshka.benchmarks.real_results import FIXED, TITLES, Outcomes, write_results
-from matryoshka.benchmarks.real_state import SECOND_STAR, pack, unpack
+from matryoshka.benchmarks.real_state import COPIED, NEW_GAMES, SECOND_STAR, pack, unpack
 from matryoshka.core.config import load_toml
 from matryoshka.core.models.from_gguf import convert_gguf, smollm2_gguf
 from matryoshka.core.records import Trajectory
@@ -33,6 +33,7 @@ from matryoshka.pilot.context import Run, Scheme, open_run
 from matryoshka.pilot.environment import environment
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.evaluate import schemes
+from matryoshka.pilot.folder import copy_folder
 from matryoshka.pilot.stages import collect, is_trained, policy_before, train_round, train_star, warm_up, write_pairs
 from matryoshka.tasks.alfworld.options import AlfworldOptions
 from matryoshka.tasks.alfworld.task import ALFWorldTask
@@ -97,6 +98,8 @@ def main() -> None:
             run_seed(options, config, root, outcomes, saved(options, root, size))
             if "star_2" in options.conditions:
                 run_second_star(options, config, root, outcomes, saved(options, root, size))
+            if "new_games" in options.conditions:
+                run_new_games(options, config, root, outcomes, saved(options, root, size))
         if "react" in options.conditions and not options.quick:
             run_react(configuration(options, options.seeds[0], size, file), root, outcomes, saved(options, root, size))
     finally:  # a run that is stopped writes what there is
@@ -243,6 +246,39 @@ def run_second_star(options: Options, config: RunConfig, root: Path, outcomes: O
     outcomes.save(path)
 
 
+def run_new_games(options: Options, config: RunConfig, root: Path, outcomes: Outcomes, path: Path) -> None:
+    """Train another second round, as far as it is not trained, and evaluate it on the test games.
+
+    It starts from round 1 as round 2 does, samples as many games that the first round did not have, and learns from
+    the pairs of both rounds. So it has as many calls of the generator as two rounds on the same games.
+    """
+    folder = root / "transfer" if options.transfer else root
+    again = replace(
+        config,
+        name=config.name + NEW_GAMES,
+        task=replace(config.task, train=2 * config.task.train),
+        rollout=replace(config.rollout, examples=config.task.train),
+    )
+    is_known = (folder / again.name / "round-2" / "adapter").exists()
+    if not (folder / config.name / "round-1" / "adapter").exists() or (options.test_only and not is_known):
+        return
+    earlier: list[Trajectory] = []
+    if not is_known:
+        for stage in COPIED[NEW_GAMES]:
+            copy_folder(folder / config.name / stage / "adapter", folder / again.name / stage / "adapter")
+        with open_run(config, folder, cache=root / "answers.sqlite") as run:
+            earlier = collect(run, 1)
+    with open_run(again, folder, cache=root / "answers.sqlite") as run:
+        if not is_known:
+            collected = earlier + collect(run, 2)
+            pairs, _ = write_pairs(run, collected)
+            train_round(run, 2, pairs, collected)
+        episodes, seconds = tested(run, "new_games", policy_scheme(run, "round-2"))
+        assert isinstance(run.task, ALFWorldTask)
+        outcomes.add("new_games", str(config.seed), episodes, seconds, causes(run.task, episodes))
+    outcomes.save(path)
+
+
 def train(run: Run, known: dict[str, Any] | None, with_star: bool) -> dict[str, Any]:
     """Run warm-up, rounds and, if asked for, STaR as far as they are not done; return what they took and used.
 
@@ -317,7 +353,8 @@ def say_plan(options: Options, size: str) -> None:
     task, seeds, per_call = config.task, len(options.seeds), SECONDS_PER_CALL[size]
     games = QUICK_GAMES if options.quick else options.games or task.test
     star = config.star and options.with_star
-    policies = config.rounds + 1 + 2 * star
+    new = "new_games" in options.conditions
+    policies = config.rounds + 1 + 2 * star + new
     fixed = games * 6  # no plan, wrong, gold, untrained; the generator's own plan takes two calls
     calls = fixed + seeds * policies * games
     if "react" in options.conditions and not options.quick:
@@ -325,8 +362,8 @@ def say_plan(options: Options, size: str) -> None:
     stages = 0
     if not options.test_only:
         warm = task.warmup * config.warmup.samples * 2
-        rounds = (config.rounds + star) * (task.train * config.rollout.samples * NEW_PLANS + task.validation)
-        calls, stages = calls + int(seeds * (warm + rounds)), seeds * (config.rounds + 3)
+        rounds = (config.rounds + star + new) * (task.train * config.rollout.samples * NEW_PLANS + task.validation)
+        calls, stages = calls + int(seeds * (warm + rounds)), seeds * (config.rounds + 1 + 2 * star + new)
     hours = (calls * per_call + stages * TRAINING_S) / 3600
     points = 100 * smallest_difference(games, seeds, DISAGREEMENT, SHARED, SEED_DEVIATION if seeds > 1 else 0.0)
     print(

@@ -24,6 +24,7 @@ TITLES = {
     "round_1": "after round 1",
     "round_2": "after round 2",
     "round_3": "after round 3",
+    "new_games": "after round 2 on new games",
     "gold_guidance": "gold plan",
 }
 PRICE = (0.15, 0.60)
@@ -31,8 +32,10 @@ PRICE = (0.15, 0.60)
 generator here runs on the machine itself and costs nothing."""
 FIXED = ("no_guidance", "react", "wrong_guidance", "own_guidance", "untrained", "gold_guidance")
 """Conditions that do not depend on the seed of the training: they are evaluated once."""
-CONTROLS = ("star", "star_2")
+CONTROLS = ("star", "star_2", "new_games")
 """Conditions that a seed may lack: they are in the tables once every seed has them."""
+CONTROL_PAIRS = (("star", "round_1"), ("star_2", "round_2"), ("warmup", "new_games"), ("round_2", "new_games"))
+"""What they are compared with: rounds that took as many calls of the generator, and the warm-up."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +135,8 @@ class Outcomes:
 
 
 def comparisons(conditions: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the pairs that the table compares: the last round with all others, and each step with the one before.
-
-    A round is compared with the STaR control of as many rounds, which had as many calls of the generator.
+    """Return the pairs that the table compares: the last round with all others, each step with the one before, and
+    `CONTROL_PAIRS`.
     """
     rounds = sorted(name for name in conditions if name.startswith("round_"))
     if not rounds:
@@ -143,7 +145,7 @@ def comparisons(conditions: Sequence[str]) -> list[tuple[str, str]]:
     ladder = [name for name in ("untrained", "warmup", *rounds) if name in conditions]
     against = [name for name in ("warmup", "own_guidance", "no_guidance", "untrained") if name in conditions]
     pairs = [(name, last) for name in against] + list(zip(ladder, ladder[1:], strict=False))
-    pairs += [(star, name) for star, name in zip(CONTROLS, ("round_1", "round_2"), strict=True) if star in conditions]
+    pairs += [pair for pair in CONTROL_PAIRS if set(pair) <= set(conditions)]
     return list(dict.fromkeys(pairs))
 
 

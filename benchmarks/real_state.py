@@ -21,6 +21,8 @@ from matryoshka.lora.files import WEIGHTS, adapter_hash
 ANSWERS, OUTCOMES = "answers.jsonl.xz", ("outcomes*.json", "transfer*.json")
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SECOND_STAR = "-star"  # ends the name of the run that is a seed's second round of STaR
+NEW_GAMES = "-new"  # ends the name of the run that is a seed's second round on new games
+COPIED = {SECOND_STAR: ("warmup",), NEW_GAMES: ("warmup", "round-1")}  # stages that such a run has from the seed's own
 KEPT = ("environment.json", "seconds.json", "preferences.jsonl", "trajectories.jsonl")
 
 
@@ -39,8 +41,8 @@ def pack(root: Path, folder: Path) -> None:
     for run in sorted(path.parent for path in root.glob("*/config.toml")):
         for adapter in sorted(run.glob("*/adapter")):
             stage = adapter.relative_to(run).parts[0]
-            if run.name.endswith(SECOND_STAR) and stage == "warmup":
-                continue  # a copy of the first round's policy
+            if any(run.name.endswith(name) and stage in stages for name, stages in COPIED.items()):
+                continue
             target = folder / run.name / stage / "adapter"
             target.mkdir(parents=True, exist_ok=True)
             for file in adapter.iterdir():

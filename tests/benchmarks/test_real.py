@@ -21,12 +21,13 @@ from matryoshka.benchmarks.real_state import pack, unpack
 from matryoshka.core.config import load_toml
 from matryoshka.core.models.load import load_model
 from matryoshka.core.records import EpisodeInfo, Sample, Trajectory, Turn, Usage
+from matryoshka.dpo.objectives import Preference
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.lora.files import WEIGHTS, load_adapter, save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.context import Run, open_run, open_task
-from matryoshka.pilot.stages import collect, warm_up
+from matryoshka.pilot.stages import collect, policy_before, warm_up
 from matryoshka.tasks.alfworld.task import ALFWorldTask
 from matryoshka.tests.pilot.conftest import with_context
 
@@ -140,6 +141,8 @@ def test_the_table_is_over_complete_seeds(tmp_path: Path) -> None:
     outcomes.table["star"]["1"] = outcomes.table["warmup"]["1"]
     stars = set(comparisons(outcomes.conditions)) - {tuple(name.split(" - ")[::-1]) for name in found}
     assert stars == {("star", "round_1"), ("star_2", "round_2")}  # each beside the round that had as many calls
+    more = set(comparisons([*outcomes.conditions, "new_games"])) - set(comparisons(outcomes.conditions))
+    assert more == {("warmup", "new_games"), ("round_2", "new_games")}
     del outcomes.table["star_2"], outcomes.table["star"]["1"]
     by_hand = levelled_difference([[0, 1, 0, 0]] * 2, [[1, 1, 1, 0], [0, 1, 1, 1]])
     assert found["round_2 - warmup"][0] == found["round_2 - own_guidance"][0] == by_hand
@@ -162,13 +165,13 @@ def test_nothing_measured_is_an_empty_table(tmp_path: Path) -> None:
 
 
 def test_the_plan_is_said_before_the_start(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Oracle: by hand for --quick: 12 games, six calls of fixed conditions and five policies each, at 2.6 s: 0.1 hours;
+    """Oracle: by hand for --quick: 12 games, six calls of fixed conditions and six policies each, at 2.6 s: 0.1 hours;
     a longer list of seeds takes longer and finds smaller differences.
     """
     quick = real_households.parse(["--quick"])
     real_households.say_plan(quick, "0.5b")
     said_quick = capsys.readouterr().err
-    assert "at most 132 calls of the generator at 2.6 s and 0 stages of training: about 0.1 hours" in said_quick
+    assert "at most 144 calls of the generator at 2.6 s and 0 stages of training: about 0.1 hours" in said_quick
     said = []
     for seeds in (["0"], ["0", "1", "2"]):
         real_households.say_plan(real_households.parse(["--seeds", *seeds]), "0.5b")
@@ -203,19 +206,22 @@ def test_each_generator_that_trains_has_names_of_its_own(capsys: pytest.CaptureF
     assert "it trained these controllers; --size names the one that did" in capsys.readouterr().err
 
 
+def small(tiny_dir: Path, tmp_path: Path) -> RunConfig:
+    """Return the experiment's configuration with a tiny controller, a scripted generator and few households."""
+    controller = with_context(tiny_dir, tmp_path / "tiny", 4096)
+    few = {"task.warmup": 2, "task.train": 3, "task.validation": 1, "task.test": 2, "task.options.size": "small"}
+    scripted = {"serve.scripted": "literal", "serve.engine": "local", "serve.model": "", "serve.copies": 1}
+    lengths = {"rollout.samples": 2, "rollout.guidance_tokens": 8, "warmup.source": "gold"}
+    path = real_households.parse([]).config
+    changes = {"controller.path": str(controller), "task.options.data": "", **few, **scripted, **lengths}
+    return load_toml(RunConfig, path, changes)
+
+
 def test_the_second_round_of_star(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: by hand: it starts from the first round's policy and learns from that round's samples and as many of its
     own; what is trained is tested again without training; with test_only, what is not trained is left out.
     """
-    controller, root = with_context(tiny_dir, tmp_path / "tiny", 4096), tmp_path / "runs"
-    few = {"task.warmup": 2, "task.train": 3, "task.validation": 1, "task.test": 2, "task.options.size": "small"}
-    scripted = {"serve.scripted": "literal", "serve.engine": "local", "serve.model": "", "serve.copies": 1}
-    lengths = {"rollout.samples": 2, "rollout.guidance_tokens": 8, "warmup.source": "gold"}
-    config = load_toml(
-        RunConfig,
-        real_households.parse([]).config,
-        {"controller.path": str(controller), "task.options.data": "", **few, **scripted, **lengths},
-    )
+    config, root = small(tiny_dir, tmp_path), tmp_path / "runs"
     options = real_households.parse(["--test-only"])
     outcomes, path = Outcomes(), tmp_path / "outcomes.json"
     learnt: list[list[Trajectory]] = []
@@ -242,6 +248,44 @@ def test_the_second_round_of_star(tiny_dir: Path, tmp_path: Path, monkeypatch: p
     files = [root / name / "adapter" / WEIGHTS for name in ("real-households/star", "real-households-star/warmup")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert len(outcomes.table["star_2"]["0"]) == 2 and Outcomes.load(path) == outcomes
+
+
+def test_a_second_round_on_new_games(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by hand: it starts from round 1 and learns from that round's samples and from as many of other games;
+    what is trained is tested again without training, and its copies of earlier stages are not packed.
+    """
+    config, root = small(tiny_dir, tmp_path), tmp_path / "runs"
+    options = real_households.parse(["--test-only"])
+    outcomes, path = Outcomes(), tmp_path / "outcomes.json"
+    learnt: list[list[Trajectory]] = []
+
+    def train_round(run: Run, round: int, pairs: Sequence[Preference], trajectories: Sequence[Trajectory]) -> str:
+        learnt.append(list(trajectories))
+        run.policies.keep(policy_before(run.config, round), f"round-{round}")
+        return f"round-{round}"
+
+    monkeypatch.setattr(real_households, "train_round", train_round)
+    real_households.run_new_games(options, config, root, outcomes, path)
+    assert not path.exists() and not root.exists()
+    with open_run(config, root, cache=root / "answers.sqlite") as run:
+        warm_up(run)
+        first = collect(run, 1)
+        train_round(run, 1, [], first)
+    real_households.run_new_games(options, config, root, outcomes, path)
+    assert len(learnt) == 1 and not outcomes.table
+    for _ in range(2):
+        real_households.run_new_games(replace(options, test_only=False), config, root, outcomes, path)
+    (_, both) = learnt
+    games = [{episode.example_id for episode in episodes} for episodes in (both[:6], both[6:])]
+    assert both[:6] == first and len(both) == 12 and [len(ids) for ids in games] == [3, 3] and not games[0] & games[1]
+    files = [root / name / "adapter" / WEIGHTS for name in ("real-households/round-1", "real-households-new/round-2")]
+    assert files[0].read_bytes() == files[1].read_bytes()  # what `train_round` above trains
+    assert len(outcomes.table["new_games"]["0"]) == 2 and Outcomes.load(path) == outcomes
+    packed = tmp_path / "packed"
+    pack(root, packed)
+    stages = {file.parent.relative_to(packed).as_posix() for file in packed.rglob("adapter")}
+    own = "real-households"
+    assert stages == {f"{own}/warmup", f"{own}/round-1", f"{own}-new/round-2"}
 
 
 def test_causes_of_lost_games() -> None:

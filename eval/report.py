@@ -63,7 +63,6 @@ def write_report(data: ReportInput, folder: Path) -> None:
 
 def _json(data: ReportInput, tables: tuple[Table, ...]) -> Any:
     verdicts = {c.name: {t.example_id: t.info.verdict for t in c.trajectories} for c in data.conditions}
-    graded = {c.name: graded_scores(c.trajectories) for c in data.conditions}
     return _finite(
         {
             "title": data.title,
@@ -71,7 +70,7 @@ def _json(data: ReportInput, tables: tuple[Table, ...]) -> Any:
             "protocol": tables[0].protocol,
             "tables": to_json(tables),
             "verdicts": verdicts,
-            "scores": graded if all(graded.values()) else {},
+            "scores": graded_scores(data.conditions),
             "problems": {e.id: content_key(e.fields["question"], e.fields["answer"]) for e in data.examples},
             "training": {stage: list(rows) for stage, rows in data.training.items()},
             "counts": data.counts,

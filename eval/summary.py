@@ -137,7 +137,8 @@ def _table(
     cost: bool,
 ) -> Table:
     rows = []
-    scores = _scores(data, ids)
+    graded = graded_scores(data.conditions)
+    scores = {name: [row[example_id] for example_id in ids] for name, row in graded.items()}
     for condition in data.conditions:
         seen = [verdicts[condition.name][example_id] for example_id in ids]
         counts: dict[str, int] = {verdict: seen.count(verdict) for verdict in VERDICTS}
@@ -167,24 +168,16 @@ def _table(
     return Table(name, PROTOCOLS[protocol], len(ids), tuple(rows), differences)
 
 
-def _scores(data: ReportInput, ids: Sequence[str]) -> dict[str, list[float]]:
-    """Return condition name -> the graded score of each of `ids`; {} unless all conditions have them."""
-    found = {c.name: graded_scores(c.trajectories) for c in data.conditions}
-    if not all(found.values()):
-        return {}
-    return {name: [row[example_id] for example_id in ids] for name, row in found.items()}
+def graded_scores(conditions: Sequence[Condition]) -> dict[str, dict[str, float]]:
+    """Return condition name -> example id -> graded score; {} for a task whose episodes are only right or wrong.
 
-
-def graded_scores(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Return example id -> graded score of each episode; {} for a task whose episodes are only right or wrong.
-
-    A failed episode without a score has 0, as it has reward 0.
+    A failed episode without a score has 0, as it has reward 0, also where a whole condition failed.
     """
-    scores = {t.example_id: t.info.score for t in trajectories if t.info.score is not None}
-    missing = [t for t in trajectories if t.info.score is None]
-    if not scores or any(t.info.verdict != "failed" for t in missing):
+    episodes = [trajectory for condition in conditions for trajectory in condition.trajectories]
+    missing = [t for t in episodes if t.info.score is None]
+    if len(missing) == len(episodes) or any(t.info.verdict != "failed" for t in missing):
         return {}
-    return scores | {t.example_id: 0.0 for t in missing}
+    return {c.name: {t.example_id: t.info.score or 0.0 for t in c.trajectories} for c in conditions}
 
 
 def _check(data: ReportInput) -> tuple[dict[str, dict[str, str]], str]:

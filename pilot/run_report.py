@@ -46,8 +46,7 @@ def write_run_report(run: Run, conditions: Sequence[Condition], counts: dict[str
     write_report(_report_input(run, conditions, counts, validation), run.folder)
     verdicts = {c.name: {t.example_id: t.info.verdict for t in c.trajectories} for c in conditions}
     write_json(run.folder / "verdicts.json", verdicts)
-    graded = {c.name: graded_scores(c.trajectories) for c in conditions}
-    if all(graded.values()):
+    if graded := graded_scores(conditions):
         write_json(run.folder / "scores.json", graded)
     write_json(run.folder / "summary.json", summary)
     return summary
@@ -179,10 +178,9 @@ def summarise(run: Run, conditions: Sequence[Condition], last: str) -> dict[str,
     """
     ids = [example.id for example in run.problems["test"]]
     rows = {condition.name: {t.example_id: t for t in condition.trajectories} for condition in conditions}
-    scored = {condition.name: graded_scores(condition.trajectories) for condition in conditions}
-    graded = all(scored.values())
+    scored = graded_scores(conditions)
     right = {name: [row[id].info.verdict == "right" for id in ids] for name, row in rows.items()}
-    values = {name: [row[id] for id in ids] for name, row in scored.items()} if graded else right
+    values = {name: [row[id] for id in ids] for name, row in scored.items()} if scored else right
     summary: dict[str, Any] = {"task": run.task.label, "examples": len(ids)}
     summary |= {name: round(sum(row) / len(row), 4) for name, row in values.items()}
     for first, key in (("untrained", "p_trained_vs_untrained"), ("warmup", "p_trained_vs_warmup")):

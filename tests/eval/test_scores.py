@@ -100,3 +100,5 @@ def test_a_report_shows_scores_where_every_episode_has_one(tmp_path: Path) -> No
     assert "score" not in markdown and "<th>score" not in page
     markdown, page = report(tmp_path, {"a": [0.5, 0.5, 0.5], "b": [0.75, -1, 0.75]})  # -1: failed, without a score
     assert "| b (`b`) | 0.500 [" in markdown and "<th>score</th>" in page
+    markdown, page = report(tmp_path, {"a": [0.5, 0.5, 0.5], "b": [-1, -1, -1]})  # a condition that failed whole
+    assert "| b (`b`) | 0.000 [" in markdown and "| -0.500 [" in markdown

@@ -8,6 +8,7 @@ from typing import Any
 
 from matryoshka.core.config import load_toml
 from matryoshka.core.files import read_jsonl, write_json
+from matryoshka.core.json_input import read_json
 from matryoshka.core.protocols import Task
 from matryoshka.core.records import Example, Metric, Trajectory, to_json
 from matryoshka.eval.report import Condition, ReportInput, write_report
@@ -139,14 +140,15 @@ def controller_steps(names: Sequence[str]) -> list[str]:
 
 
 def write_transfer(run: Run, generators: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the summary of every policy of `run` with each of other generators, and write them to transfer.json."""
-    found = {}
+    """Return the summary of every policy of `run` with each of other generators, and add them to transfer.json."""
+    found, path = {}, run.folder / "transfer.json"
+    known = read_json(path, "the summaries of earlier generators") if path.exists() else {}
     for name in generators:
         conditions = evaluate_with(run, name)
         found[name] = summarise(run, conditions, controller_steps([condition.name for condition in conditions])[-1])
         found[name] |= {"metrics": _values({c.name: run.task.score(c.trajectories) for c in conditions})}
         if run.world.is_first:
-            write_json(run.folder / "transfer.json", found)
+            write_json(path, {**known, **found})
     return found
 
 

@@ -94,7 +94,9 @@ def test_last_line_report_and_transfer(command: Command, tmp_path: Path, control
     rows = command("evaluate", "--config", config, "--generators", "hasty,talkative")
     assert [row["generator"] for row in rows] == ["hasty", "talkative"]
     assert all(row["gold_guidance"] == 1.0 and set(CONDITIONS) < row.keys() for row in rows)
-    written = json.loads((folder / "transfer.json").read_text())
+    (again,) = command("evaluate", "--config", config, "--generators", "talkative")
+    assert again["trained"] == rows[1]["trained"]
+    written = json.loads((folder / "transfer.json").read_text())  # the earlier generator's row stays
     assert {name: row["trained"] for name, row in written.items()} == {r["generator"]: r["trained"] for r in rows}
     after = json.loads((folder / "seconds.json").read_text())
     assert {name: after[name] for name in before} == before

@@ -35,7 +35,7 @@ FIXED = ("no_guidance", "react", "wrong_guidance", "own_guidance", "untrained", 
 CONTROLS = ("star", "star_2", "new_games")
 """Conditions that a seed may lack: they are in the tables once every seed has them."""
 CONTROL_PAIRS = (("star", "round_1"), ("star_2", "round_2"), ("warmup", "new_games"), ("round_2", "new_games"))
-"""What they are compared with: rounds that took as many calls of the generator, and the warm-up."""
+"""Each control stands beside the round that took as many calls of the generator; new games beside the warm-up, too."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from matryoshka.pilot.ranks import Ranks, deal
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.conftest import Generator, environment
 from matryoshka.tests.pilot.test_pilot import Runs, num_lines, small
-from matryoshka.tests.processes import children
+from matryoshka.tests.processes import alive, children
 
 PATIENCE_S = 1500.0  # a launch takes seconds, on a busy machine minutes
 USD = (7 * 0.01 + 5 * 20) / 1e6  # of an answer of the scripted server
@@ -219,7 +219,7 @@ def test_a_pilot_on_two_ranks_outlives_one_of_them(runs: RankRuns, controller_di
     ranks = children(process.pid)
     os.kill(ranks[-1], signal.SIGKILL)
     process.communicate(timeout=PATIENCE_S)
-    assert process.returncode != 0 and not any(Path(f"/proc/{child}").exists() for child in ranks)
+    assert process.returncode != 0 and not any(map(alive, ranks))
     assert 3 <= len(rows(folder)) < 16 and not (folder / "preferences.jsonl").exists()
     found = runs.finish_on(2, "pilot", two)[-1]
 

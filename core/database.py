@@ -1,12 +1,14 @@
 """SQLite files of ours: laid out once, however many processes come at once, and never those of another program."""
 
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 BUSY_S = 30.0  # how long a statement waits for another process's lock
+RETRY_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,23 @@ def _prepare(database: sqlite3.Connection, path: Path, schema: Schema) -> None:
         database.execute(statement)
     database.execute(f"PRAGMA application_id = {schema.application_id}")
     database.execute(f"PRAGMA user_version = {schema.version}")
+
+
+def use_wal(database: sqlite3.Connection) -> bool:
+    """Switch the file to write-ahead logging; return False where its file system cannot hold such a file.
+
+    SQLite's own waiting does not cover this switch: it fails at once while another process holds the write lock, as
+    happens when several open a new file together. So it is tried again for as long as a statement would wait.
+    """
+    until = time.monotonic() + BUSY_S
+    while True:
+        try:
+            (mode,) = database.execute("PRAGMA journal_mode = WAL").fetchone()
+            return bool(mode == "wal")
+        except sqlite3.OperationalError as err:
+            if err.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(RETRY_S)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from matryoshka.core.database import Schema, database_errors, open_database, transaction
+from matryoshka.core.database import Schema, database_errors, open_database, transaction, use_wal
 from matryoshka.core.records import Messages, Sample, Sampling, Usage, content_key, from_json, to_json
 from matryoshka.core.redaction import to_redacted_json
 from matryoshka.inference.accounts import FROM_ANSWERS, PRICES, TABLES, Accounts, Spending, add
@@ -64,8 +64,8 @@ class ResponseCache:
         self._accounts = Accounts(self._db)
         with self._errors():
             self._db.execute("PRAGMA synchronous = NORMAL")
-            (mode,) = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":
+            is_wal = use_wal(self._db)
+        if not is_wal:
             self._db.close()
             raise ValueError(f"{path}: this file system holds no WAL database; put the cache on a local disk")
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from matryoshka.core.database import open_database, use_wal
 from matryoshka.core.records import Message, Sample, Sampling, Usage
 from matryoshka.inference.accounts import Spending
-from matryoshka.inference.cache import CacheTotals, ResponseCache, answer_key
+from matryoshka.inference.cache import SCHEMA, CacheTotals, ResponseCache, answer_key
 
 PROMPT = (Message("system", "be brief"), Message("user", "2 + 2 = \u2753"))
 SAMPLE = Sample('4 "\u00e9"\n', "length", usage=Usage(11, 3))
@@ -106,6 +107,17 @@ def test_a_writer_waits_for_another(tmp_path: Path) -> None:
     cache.put("k", SAMPLE)
     timer.join()
     assert cache.get("k") == SAMPLE
+
+
+def test_the_switch_to_wal_waits_for_a_writer(tmp_path: Path) -> None:
+    """Oracle: two processes open a new file; one switches while the other holds the write lock for 0.2 s."""
+    mine = open_database(tmp_path / "c", SCHEMA)
+    other = sqlite3.connect(tmp_path / "c", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    timer = threading.Timer(0.2, lambda: other.execute("COMMIT"))
+    timer.start()
+    assert use_wal(mine) and use_wal(other)
+    timer.join()
 
 
 def foreign_sqlite(path: Path) -> None:

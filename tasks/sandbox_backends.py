@@ -40,6 +40,7 @@ MIN_MEMORY_BYTES = 64 * 2**20
 LINE_BYTES = 2**16  # that a program may send before the parent has read them
 START_S = 60.0  # until an interpreter has started: a busy machine is no fault of a program
 KILL_S = 60.0  # until the kernel has ended a killed process
+LAST_WORDS_S = 5.0  # until a server whose socket is closed has ended
 # Some installations find libpython by it. Nothing else of the environment reaches the interpreter.
 PASSED_ON = ("LD_LIBRARY_PATH",)
 
@@ -154,7 +155,7 @@ class LocalSandbox:
             its_run.close()
             its_line.close()
             reader, writer = await asyncio.open_connection(sock=line, limit=LINE_BYTES)
-            process = _LocalProcess(reader, writer, run, printed)
+            process = _LocalProcess(reader, writer, run, printed, server)
             try:
                 yield process
             finally:
@@ -171,7 +172,7 @@ class LocalSandbox:
     def forget(self) -> None:
         """Close our copies of the servers' sockets: for a forked copy of this process."""
         for server in self._servers.values():
-            server.control.close()
+            server.leave()
         self._servers.clear()
         self._lock = threading.Lock()
 
@@ -216,12 +217,13 @@ class _Server:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         interpreter = [_interpreter(), "-P", "-s", "-S", "-X", "utf8", str(SERVER), str(theirs.fileno())]
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-        with theirs, tempfile.TemporaryFile() as printed:
+        self._printed = tempfile.TemporaryFile()
+        with theirs:
             self._process = subprocess.Popen(
                 [*wrapper, *interpreter, "bounded" if is_bounded else "unbounded", str(script)],
                 stdin=subprocess.DEVNULL,
-                stdout=printed,
-                stderr=printed,
+                stdout=self._printed,
+                stderr=self._printed,
                 pass_fds=(theirs.fileno(),),
                 env={**environment, "PYTHONHASHSEED": "0"},  # the same program then gives the same result
                 cwd="/",
@@ -234,10 +236,9 @@ class _Server:
             except TimeoutError:
                 found = b""
             if not found:
+                words = self.last_words
                 self.close()
-                told = os.pread(printed.fileno(), 2**14, 0).decode("utf-8", "replace").strip()[-500:]
-                code = self._process.returncode
-                raise RuntimeError(f"sandbox: {interpreter[0]} ended with code {code} before it ran any code: {told}")
+                raise RuntimeError(f"sandbox: {interpreter[0]} ended before it ran any code: {words}")
         self.control.setblocking(False)
         self.boundary: dict[str, object] = json.loads(found)
 
@@ -270,26 +271,46 @@ class _Server:
             except BlockingIOError:  # it has many requests to serve yet
                 await asyncio.sleep(0.001)
             except OSError as err:
-                raise RuntimeError(f"sandbox: its server has ended (code {self._process.poll()}): {err}") from err
+                raise RuntimeError(f"sandbox: its server has ended ({err}): {self.last_words}") from err
         raise RuntimeError(f"sandbox: its server has taken no request for {START_S:g} s")
 
+    @property
+    def last_words(self) -> str:
+        """How the server ended and what it printed, for an error; it is waited for, since its sockets close first."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(LAST_WORDS_S)
+        printed = os.pread(self._printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace").strip()
+        return f"code {self._process.returncode}, {printed[-500:] or 'without a word'}"
+
+    def leave(self) -> None:
+        """Close our files and let the server be."""
+        self.control.close()
+        self._printed.close()
+
     def close(self) -> None:
+        """End the server."""
         self.control.close()
         try:
             self._process.wait(KILL_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._printed.close()
 
 
 class _LocalProcess:
     """A child of a server. run: our end of the socket that stands for it; printed: the file of its output."""
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, run: socket.socket, printed: IO[bytes]
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        run: socket.socket,
+        printed: IO[bytes],
+        server: _Server,
     ) -> None:
         self.reader, self.writer = reader, writer
-        self._run, self._printed = run, printed
+        self._run, self._printed, self._server = run, printed, server
         self._ended: Ended | None = None
 
     async def end(self, grace_s: float = 0.0) -> Ended:
@@ -308,8 +329,10 @@ class _LocalProcess:
         what, _, code = report.decode().partition(" ")
         printed = printable(os.pread(self._printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace"))
         self._ended = Ended(None if is_killed or what != "ended" else int(code), printed)
+        if what == "error":
+            raise RuntimeError(f"sandbox: the process was not made: {code}")
         if what != "ended":
-            raise RuntimeError(f"sandbox: the process was not made, or its server ended: {report.decode()}")
+            raise RuntimeError(f"sandbox: the server of the process has ended: {self._server.last_words}")
         return self._ended
 
     async def _report(self, timeout_s: float) -> bytes | None:

@@ -251,8 +251,6 @@ def main() -> None:
 
     found = {"landlock": boundary.landlock, "seccomp": boundary.filter is not None, "problems": boundary.problems}
     control.send(json.dumps(found).encode())
-    os.dup2(null, 1)  # the parent's file, which takes the errors of the start
-    os.dup2(null, 2)
     gc.collect()
     gc.disable()
     gc.freeze()

@@ -340,10 +340,28 @@ def test_a_server_that_died_is_started_again() -> None:
 
     async def killed() -> None:
         code = "import os, time\nos.kill(os.getppid(), 9)\ntime.sleep(9)"
-        with pytest.raises(RuntimeError, match="its server"):
+        with pytest.raises(RuntimeError, match="server of the process has ended: code -9, without a word"):
             await run_solution(code, 9.0, MEMORY, sandbox=sandbox)
 
     asyncio.run(killed())
+    assert asyncio.run(run_solution("def solution(): return 7", 5.0, MEMORY, sandbox=sandbox)).value == 7
+    sandbox.close()
+
+
+def test_a_server_that_fails_tells_why() -> None:
+    """Oracle: the traceback of a server that was sent a request without descriptors, quoted by the run in progress."""
+    sandbox = LocalSandbox()
+    sandbox.start(SCRIPT)
+
+    async def failed() -> None:
+        code = "import time\ndef solution():\n    time.sleep(9)"
+        running = asyncio.ensure_future(run_solution(code, 9.0, MEMORY, sandbox=sandbox))
+        await asyncio.sleep(0.2)
+        await sandbox._servers[SCRIPT].send(b"nothing", [])
+        with pytest.raises(RuntimeError, match=r"(?s)code 1, Traceback.*ValueError: not enough values to unpack"):
+            await running
+
+    asyncio.run(failed())
     assert asyncio.run(run_solution("def solution(): return 7", 5.0, MEMORY, sandbox=sandbox)).value == 7
     sandbox.close()
 

@@ -58,11 +58,12 @@ def in_our_form(row: dict[str, Any], names: FieldNames = OURS) -> dict[str, Any]
 def _sharegpt(row: dict[str, Any]) -> dict[str, Any]:
     if "conversations" not in row:
         return row
-    rest = {key: value for key, value in row.items() if key not in ("conversations", "chosen", "rejected")}
+    rest = {key: value for key, value in row.items() if key != "conversations"}
     chat = _turns(row["conversations"], "conversations")
-    if "chosen" not in row:
+    if not {"chosen", "rejected"} <= row.keys():
         return _joined(rest, {"messages": chat})
-    return _joined(rest, {"prompt": chat, **{name: _turns([row.get(name)], name) for name in ("chosen", "rejected")}})
+    sides = {name: _turns([rest.pop(name)], name) for name in ("chosen", "rejected")}
+    return _joined(rest, {"prompt": chat, **sides})
 
 
 def _joined(rest: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:

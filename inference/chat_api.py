@@ -20,18 +20,26 @@ from matryoshka.inference.limits import retry_after_s
 Blame = Literal["passing", "endpoint", "prompt", "request", "unclear"]
 
 # How servers say that an answer is whole, and that it was cut at max_tokens. Any other word reports a failure.
-_WHOLE = {"stop", "eos", "eos_token", "stop_sequence", "stop_token", "end_turn", "complete", "completed", "finished"}
+_WHOLE = {
+    "stop", "eos", "eos_token", "stop_sequence", "stop_token", "end_turn", "complete", "completed", "finished",
+    "normal", "endoftext", "end_of_text",
+}  # fmt: skip
 _CUT = {
-    "length", "max_tokens", "max_output_tokens", "max_length", "model_length", "token_limit",
-    "model_context_window_exceeded",
+    "length", "max_tokens", "max_output_tokens", "max_length", "model_length", "token_limit", "max_new_tokens",
+    "maximum_tokens", "model_context_window_exceeded", "repetition",  # the last: vLLM cut a model that repeats itself
 }  # fmt: skip
 _FILTERED = re.compile(r"filter|safety|sensitive|recitation|prohibited|blocklist|spii|refusal|guardrail|toxic")
 _TOOL = re.compile("tool|function_call")
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # fields beside the content
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")  # beside the content
 # Azure reports with an otherwise good answer that its filter did not run.
 _NOT_ABOUT_THE_ANSWER = ("content_filter_results", "content_filter_result", "prompt_filter_results")
 
-_NO_MONEY = "insufficient_quota"  # OpenAI's 429 for an account without money
+# An account without money, which some providers report with status 429 or 200.
+_NO_MONEY = re.compile(
+    r"insufficient.(user.)?(quota|balance|funds|credit)|exceeded_current_quota_error|used all available credits|欠费"
+    r"|(余额|额度)不足",
+    re.I,
+)
 _GATEWAY = (408, 499, 502, 504, 520, 524)  # a gateway gave up; the model may have answered, and been billed
 _PASSING = (*_GATEWAY, 409, 421, 424, 425, 429, 498)  # 424: a worker failed; 498: Groq has no room
 _REFUSES_ALL = (401, 402, 404, 405, 407, 410)
@@ -44,24 +52,27 @@ _PROMPT_CODES = {
 _ABOUT_PROMPT = re.compile(
     r"context.?(length|size|window|limit)|string too long|too many (input )?tokens|input.token|`?inputs`? tokens"
     r"|(prompt|inputs?|messages?|sequence|content|text|request)\b[^.]{0,60}\b(too (long|large|many)|length"
-    r"|exceed(s|ed)?|longer|must have less|blocked)|token (count|limit)|reduce the length|\brisk"
+    r"|exceed(s|ed)?|longer|must (have|be) less|blocked|blank|empty)|token (count|limit)|reduce the length|\brisk"
+    r"|tokens of \d+ exceeded|max (completion )?tokens[^.]{0,40} got -\d|text parameter|surrogate"
     r"|(?<!case.)sensitive|moderation|flagged|inappropriate|unsafe|harmful|safety|(usage|content).polic|violat"
     r"|content.?(filter|management)|filtered|prohibited|guardrail|jailbreak|recitation"
-    r"|(输入|长度|内容)[^。]{0,20}(过长|超过|超出|超限)|上下文|敏感|不安全|违规|违反|不合规|风险|风控",
+    r"|(输入|长度|内容|prompt|token)[^。]{0,20}(过长|超长|超过|超出|超限)|上下文|敏感|不安全|违规|违反|不合规|风险|风控",
     re.I,
 )
 # Subjects of a refusal that every request to the endpoint meets: its key, account, model or address.
 _ABOUT_ENDPOINT = re.compile(
     r"api.?key|credential|authenticat|unauthori|access denied|(have|no) access|permission|\baccount\b"
-    r"|organi[sz]ation|\bcredits?\b|\bbalance\b|billing|payment|\bquota\b|subscription|\bregion\b|\blocation\b|\bdeployment\b"
+    r"|organi[sz]ation|\bcredits?\b|\bbalance\b|billing|payment|\bquota\b|free tier|subscription|\bregion\b"
+    r"|\blocation\b|\bdeployment\b|模型不存在"
     r"|model\b([^.]|\.\w){0,80}\b(not (a|in|found|exist|available|supported|served|deployed|loaded|enabled|valid"
-    r"|allowed)|doesn.t exist|no longer|unknown|invalid|unavailable|unsupported|deprecated)\b"
-    r"|(unknown|invalid|no such|unsupported) model",
+    r"|allowed)|(doesn|isn).t (exist|supported|available)|no longer|unknown|invalid|unavailable|unsupported"
+    r"|deprecated)\b"
+    r"|(unknown|(in)?valid|no such|unsupported) model|no models? (is )?loaded",
     re.I,
 )
 _ABOUT_PARAMETER = re.compile(
     r"\bparam|keyword argument|not supported|unsupported|unrecogni[sz]ed|not permitted|extra_forbidden"
-    r"|unexpected (key|field)|response_format|\btools?\b|\bstream\b|logprobs|penalty",
+    r"|unexpected (key|field)|response_format|\bstream\b|logprobs|penalty",
     re.I,
 )
 _NAMES_PROMPT = re.compile(r"\b(prompt|input|message|content|text|conversation|query|question)s?\b|输入|内容", re.I)
@@ -169,13 +180,17 @@ def parse_answer(body: bytes) -> Answer:
     billed = _billed(data.get("usage") if isinstance(data, dict) else None)
     for name, value in all_values(data, _NOT_ABOUT_THE_ANSWER):
         # Some gateways send an error object whose fields are all empty with every answer.
-        if name == "error" and (any(value.values()) if isinstance(value, dict) else value):
+        is_error = name == "error" and (any(value.values()) if isinstance(value, dict) else value)
+        is_error = is_error or (name == "errors" and isinstance(value, list) and value)
+        if is_error or (name == "base_resp" and isinstance(value, dict) and value.get("status_code")):  # MiniMax's
             raise _reported_error(value, billed)
     try:
         choice = data["choices"][0]
         message, finish_reason = choice["message"], choice.get("finish_reason", "stop")
         content, refused = _content(message)
     except (KeyError, IndexError, TypeError, AttributeError):
+        if _told(data)[0]:  # the whole reply is an error object
+            raise _reported_error(data, billed) from None
         shown = body[:200].decode("utf-8", "replace")
         raise AttemptError(f"the answer holds no choice with a message ({shown!r})", "passing", billed) from None
     ended = str(finish_reason).lower()
@@ -217,7 +232,7 @@ def _content(message: dict[str, Any]) -> tuple[str | None, str]:
         for part in content:
             if part.get("type") == "refusal":
                 refused.append(str(as_text(part.get("refusal"))))
-            elif part.get("type") == "text":
+            elif part.get("type", "text") in ("text", "output_text") and "text" in part:
                 texts.append(part["text"])
         content = "".join(texts) if texts else None
     elif content is not None and not isinstance(content, str):
@@ -234,16 +249,18 @@ def _billed(usage: Any) -> Billed:
         found if isinstance(found := usage.get(f"{side}_tokens_details"), dict) else {}
         for side in ("prompt", "completion")
     )
-    told = [usage.get(name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")]
+    told = [usage.get("prompt_tokens", usage.get("input_tokens"))]  # the second is Anthropic's own name
+    told += [usage.get("completion_tokens", usage.get("output_tokens")), usage.get("total_tokens")]
     told += [written.get("reasoning_tokens"), usage.get("reasoning_tokens")]
     told += [read.get("cached_tokens"), usage.get("cache_read_input_tokens")]
     told += [read.get("cache_creation_tokens"), usage.get("cache_creation_input_tokens")]
+    told += [usage.get("citation_tokens")]  # Perplexity's: pages that it read, billed beside the prompt
     counts = [as_count(value) for value in told]
     is_exact = all(count is not None or value is None for count, value in zip(counts, told, strict=True))
     prompt, completion, total, *parts = (count or 0 for count in counts)
-    thoughts, cached = max(parts[:2]), max(parts[2:4]) + max(parts[4:])
+    thoughts, cached = max(parts[:2]), max(parts[2:4]) + max(parts[4:6])
     # A part that is larger than its whole is none, but was counted beside it.
-    prompt += cached if cached > prompt else 0
+    prompt += (cached if cached > prompt else 0) + parts[6]
     completion += thoughts if thoughts > completion else 0
     # No answer costs nothing on one of its sides; some servers leave out what they had in a cache, or never count.
     is_exact = is_exact and ((prompt > 0 and completion > 0) or total > max(prompt, completion))
@@ -255,7 +272,7 @@ def _reported_error(error: Any, billed: Billed) -> AttemptError:
     message, codes, param = _told(error)
     message = message or f"{error!r:.200}"
     blame: Blame = "passing"
-    if _NO_MONEY in codes:
+    if _NO_MONEY.search(". ".join([message, *codes])):
         blame = "endpoint"
     elif _blame(message, codes, param, ()) == "prompt":
         blame = "prompt"
@@ -271,8 +288,12 @@ def refusal(reply: Reply, sent: Collection[str] = ()) -> AttemptError:
     # A page is a firewall's or a proxy's, which may dislike one prompt for the code in it, and knows no key or model.
     is_page = reply.body.lstrip()[:1] == b"<"
     blame = "unclear" if is_page and blame != "prompt" else blame
-    if _NO_MONEY in codes or status in _REFUSES_ALL or (status == 403 and blame in ("endpoint", "request")):
+    has_no_money = _NO_MONEY.search(". ".join([message, *codes]))
+    if has_no_money or status in _REFUSES_ALL or (status == 403 and blame in ("endpoint", "request")):
         return AttemptError(reason, "endpoint", status=status)
+    # A gateway's guardrail, and a prompt of more tokens than the account may send in a minute.
+    if blame == "prompt" and (status == 424 or (status == 429 and "request too large" in message.lower())):
+        return AttemptError(reason, "prompt", status=status)
     if status in _PASSING or status >= 500:
         billed = UNKNOWN if status in _GATEWAY else NOTHING
         return AttemptError(reason, "passing", billed, retry_after_s(reply.headers), status)
@@ -288,16 +309,18 @@ def _blame(message: str, codes: Collection[str], param: str, sent: Collection[st
     """Return the subject of a refusal, by its words; other words than ours make it "unclear"."""
     if _PROMPT_CODES & set(codes) or param.startswith(("messages", "prompt", "input")):
         return "prompt"
-    if _ABOUT_PROMPT.search(" ".join([message, *codes])):
+    said = ". ".join([message, *codes]).replace("_", " ")
+    if _ABOUT_PROMPT.search(said):
         return "prompt"
-    if _ABOUT_ENDPOINT.search(". ".join([message, *codes]).replace("_", " ")):
+    if _ABOUT_ENDPOINT.search(said):
         return "endpoint"
-    # INVALID_ARGUMENT, invalid_parameter_error and the like are the code of all of a provider's refusals.
+    # INVALID_ARGUMENT, "invalid params" and the like begin all of a provider's refusals.
     words = " ".join([message, param, *(code for code in codes if not code.startswith("invalid"))])
+    words = re.sub("invalid param(eter)?s?\\b", "", words, flags=re.I)
     names = [name for name in sent if name not in ("model", "messages")]
     if _ABOUT_PARAMETER.search(words) or any(re.search(rf"\b{re.escape(name)}\b", words) for name in names):
         return "request"
-    return "prompt" if _NAMES_PROMPT.search(message) else "unclear"
+    return "prompt" if _NAMES_PROMPT.search(said) else "unclear"
 
 
 def remedy(status: int, key_name: str) -> str:
@@ -345,6 +368,6 @@ def _words(error: Any, depth: int = 0) -> str:
         return "; ".join(filter(None, (_words(item, depth + 1) for item in error[:10])))
     if "loc" in error:  # FastAPI's
         return f"{error.get('msg')} ({error.get('type')}) at {error['loc']}"
-    said = [error.get(name) for name in ("message", "detail", "msg", "error_msg", "error", "errors")]
+    said = [error.get(name) for name in ("message", "detail", "msg", "error_msg", "status_msg", "error", "errors")]
     said += [error["metadata"].get("raw")] if isinstance(error.get("metadata"), dict) else []  # OpenRouter's
     return ": ".join(filter(None, (_words(item, depth + 1) for item in said)))

@@ -124,6 +124,55 @@ REPLIES: dict[str, tuple[Any, str | tuple[str, str]]] = {
     "no parser: a block and no more": (reply(content("<think>4</think>\n")), ("prompt", "a thought alone")),
     "vLLM: the parser took the answer": (reply(content("", reasoning_content="4")), ("prompt", "a thought alone")),
     "a thought beside an answer": (reply(content("4", reasoning_content="2 + 2", reasoning="2 + 2")), "4"),
+    "OpenRouter: an encrypted thought alone": (
+        reply(content("", reasoning_details=[{"type": "reasoning.encrypted", "data": "x"}])),
+        ("prompt", "a thought alone"),
+    ),
+    "Qianfan's normal": (reply(finish_reason="normal"), "4"),
+    "AI21's endoftext": (reply(finish_reason="endoftext"), "4"),
+    "Aleph Alpha's maximum_tokens": (reply(content("4 be"), "maximum_tokens"), "4 be"),
+    "vLLM's repetition": (reply(content("4 4 4"), "repetition"), "4 4 4"),
+    "an empty finish_reason": (reply(finish_reason=""), ("passing", "reports no whole answer")),
+    "DashScope's null, as a text": (reply(finish_reason="null"), ("passing", "'null'")),
+    "watsonx's time_limit": (reply(content("4 be"), "time_limit"), ("passing", "time_limit")),
+    "Z.AI's network_error": (reply(content("4 be"), "network_error"), ("passing", "network_error")),
+    "Z.AI's sensitive": (reply(content(""), "sensitive"), ("prompt", "filter")),
+    "a part as the Responses API has it": (reply(content([{"type": "output_text", "text": "4"}])), "4"),
+    "Bedrock's part without a type": (reply(content([{"reasoningContent": {}}, {"text": "4"}])), "4"),
+    "Mistral's references": (reply(content([{"type": "text", "text": "4"}, {"type": "reference", "ids": [1]}])), "4"),
+    "MiniMax: a good answer": (reply(base_resp={"status_code": 0, "status_msg": ""}), "4"),
+    "MiniMax: the input is sensitive": (
+        {"choices": None, "base_resp": {"status_code": 1026, "status_msg": "input new_sensitive"}},
+        ("prompt", "new_sensitive"),
+    ),
+    "MiniMax: the output is sensitive, beside an empty answer": (
+        reply(content(""), base_resp={"status_code": 1027, "status_msg": "output new_sensitive"}),
+        ("prompt", "new_sensitive"),
+    ),
+    "MiniMax: no money": (
+        {"choices": None, "base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}},
+        ("endpoint", "insufficient balance"),
+    ),
+    "Baidu: too long, with status 200": (
+        {"error_code": 336103, "error_msg": "the max length of current question is 2000"}, ("prompt", "2000"),
+    ),
+    "Baidu: too many requests, with status 200": (
+        {"error_code": 18, "error_msg": "Open api qps request limit reached"}, ("passing", "qps"),
+    ),
+    "Spark: audited, with status 200": ({"code": 10013, "message": "输入内容审核不通过"}, ("prompt", "审核")),
+    "FastChat: too long, with status 200": (
+        {"object": "error", "message": "This model's maximum context length is 10 tokens", "code": 40303},
+        ("prompt", "maximum context"),
+    ),
+    "Cloudflare: errors beside no result": (
+        {"result": None, "success": False, "errors": [{"message": "exceeded this model context window limit (8192)"}]},
+        ("prompt", "context window"),
+    ),
+    "errors beside an answer": (reply(errors=[{"message": "upstream timed out"}]), ("passing", "timed out")),
+    "an empty list of errors": (reply(errors=[]), "4"),
+    "LM Studio: a wrong path, with status 200": (
+        {"error": "Unexpected endpoint or method. (POST /chat/completions)"}, ("passing", "Unexpected endpoint"),
+    ),
 }
 
 
@@ -458,6 +507,60 @@ REFUSALS: dict[str, tuple[int, Any, str]] = {
     "Groq: no capacity": (498, failure("Flex tier capacity exceeded"), "passing"),
     "Google: cancelled on the way": (499, failure("The operation was cancelled."), "passing"),
     "Baidu: error_msg": (400, {"error_code": 336003, "error_msg": "the max input characters is 4800"}, "prompt"),
+    "Azure: the configured limit": (
+        400, failure("Input tokens exceed the configured limit of 272000 tokens."), "prompt",
+    ),
+    "Perplexity: too long": (400, failure("The total length of all messages is too long."), "prompt"),
+    "Bedrock: a blank text": (400, {"message": "The text field in the ContentBlock at messages.0 is blank."}, "prompt"),
+    "Vertex: an empty text": (
+        400, failure("Unable to submit request because it must have a text parameter. Add a text parameter"), "prompt",
+    ),
+    "Cohere: an empty text": (
+        400, {"message": "message must be at least 1 token long or tool results must be specified."}, "prompt",
+    ),
+    "Mistral: the order of roles": (
+        400,
+        failure("Expected last role User or Tool for serving but got assistant", "invalid_request_message_order"),
+        "prompt",
+    ),
+    "GigaChat: the order of roles": (422, failure("Invalid params: system message must be the first"), "prompt"),
+    "vLLM: what is left of the context": (400, failure("max_tokens must be at least 1, got -186."), "prompt"),
+    "vLLM: max_tokens of zero": (400, failure("max_tokens must be at least 1, got 0."), "request"),
+    "SiliconFlow: too long": (
+        400,
+        {"code": 20015, "message": "length of prompt_tokens (33000) must be less than max_seq_len (32768)."},
+        "prompt",
+    ),
+    "Snowflake: too long": (400, {"message": "max tokens of 8192 exceeded"}, "prompt"),
+    "Zhipu: too long": (400, failure("Prompt超长", "1261"), "prompt"),
+    "Spark: too long": (400, failure("token数量超过上限", "10907"), "prompt"),
+    "half a surrogate pair": (400, failure("'utf-8' codec can't encode '\\ud83d': surrogates not allowed"), "prompt"),
+    "OpenAI: more than a minute's tokens": (
+        429, failure("Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested 45000."), "prompt",
+    ),
+    "OpenAI: too many requests": (
+        429, failure("Rate limit reached for gpt-4o on tokens per min (TPM): Limit 30000, Used 29000."), "passing",
+    ),
+    "Gemini: too many requests": (429, failure("You exceeded your current quota, check your plan"), "passing"),
+    "Zhipu: too many requests": (429, failure("该模型当前访问量过大，请您稍后再试", "1305"), "passing"),
+    "Zhipu: no money": (429, failure("您的账户已欠费，请充值后重试。", "1113"), "endpoint"),
+    "Moonshot: no money": (
+        429, {"error": {"type": "exceeded_current_quota_error", "message": "Your account is suspended"}}, "endpoint",
+    ),
+    "xAI: no money": (429, {"code": "exhausted", "error": "Your team has used all available credits"}, "endpoint"),
+    "DashScope: the free tier": (403, failure("The free tier of the model has been exhausted."), "endpoint"),
+    "Zhipu: no such model": (400, failure("模型不存在，请检查模型代码。", "1211"), "endpoint"),
+    "OpenRouter: no such model": (400, failure("gpt-9 is not a valid model ID"), "endpoint"),
+    "LM Studio: no model": (400, {"error": "No models loaded. Please load a model in the developer page"}, "endpoint"),
+    "Bedrock: not on demand": (
+        400, {"message": "Invocation of model ID x with on-demand throughput isn\u2019t supported."}, "endpoint",
+    ),
+    "Cloudflare's gateway: a guardrail": (
+        424, {"success": False, "error": [{"code": 2016, "message": "Prompt blocked due to security"}]}, "prompt",
+    ),
+    "Portkey: a guardrail": (446, failure("The guardrail checks defined in the config failed."), "prompt"),
+    "xAI: safety": (403, {"error": "Content violates usage guidelines. Failed check: SAFETY_CHECK"}, "prompt"),
+    "vLLM: no system role": (400, failure("System role not supported"), "request"),
     "nothing at all": (400, "", "unclear"),
     "Bad Request": (400, "Bad Request", "unclear"),
     "a proxy's page": (400, "<html><meta content='text/html'><h1>400</h1>nginx</html>", "unclear"),
@@ -566,6 +669,13 @@ NUMBERS: dict[str, tuple[str, Usage, bool]] = {
     "spoken answers in the completion": (
         '{"prompt_tokens": 7, "completion_tokens": 9, "completion_tokens_details": {"audio_tokens": 5}}',
         Usage(7, 9),
+        True,
+    ),
+    "Anthropic's names": ('{"input_tokens": 7, "output_tokens": 200}', Usage(7, 200), True),
+    "Perplexity: pages that it read": (
+        '{"prompt_tokens": 33, "completion_tokens": 7163, "total_tokens": 7196, "citation_tokens": 20016, '
+        '"reasoning_tokens": 73904}',
+        Usage(20049, 81067),
         True,
     ),
     "a total alone": ('{"total_tokens": 9}', Usage(0, 9), True),

@@ -129,7 +129,7 @@ def _read(path: Path, convert: Callable[[dict[str, Any]], Row]) -> list[Row]:
 
 def _preference_row(row: dict[str, Any], tokenizer: Tokenizer) -> Item | None:
     """Return the item of a row, None if its sides are equal."""
-    if isinstance(row.get("chosen"), dict):  # a pilot's own record
+    if isinstance(row.get("chosen"), dict) and "from" not in row["chosen"]:  # a pilot's own record
         return preference_items([from_json(Preference, row)])[0]
     if missing := sorted({"chosen", "rejected"} - row.keys()):
         expected = "expected prompt, chosen and rejected"
@@ -222,6 +222,9 @@ def _tokens(tokenizer: Tokenizer, prompt: str | Messages, answer: str | Messages
     if not isinstance(answer, str):
         if len(answer) != 1 or answer[0].role != "assistant":
             raise ValueError(f"an answer must be one assistant message; got {str([m.role for m in answer]):.200}")
+        if isinstance(prompt, str):
+            raise ValueError("the prompt is plain text and an answer is a chat, so that it is open whether the chat "
+                             "template is meant; write both as texts, or both as lists of {role, content}")
         answer = answer[0].content
     if not isinstance(prompt, str):
         if prompt and prompt[-1].role == "assistant":

@@ -6,6 +6,7 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors` with keys
 """
 
 import hashlib
+import logging
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from matryoshka.core.files import write_folder, write_json
 from matryoshka.core.json_input import Fields, read_json, shown
-from matryoshka.core.models.weights import write_tensors
+from matryoshka.core.models.load import model_folder
+from matryoshka.core.models.weights import sampled_digest, write_tensors
 from matryoshka.lora.linear import (
     LoraConfig,
     LoraLinear,
@@ -26,6 +28,7 @@ from matryoshka.lora.linear import (
     target_names,
 )
 
+logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What other keys of PEFT's LoraConfig say where they change nothing here: they are off, or matter to training alone.
@@ -128,16 +131,20 @@ def read_config(folder: Path) -> LoraConfig:
         rank=fields.integer("r", low=1),
         alpha=alpha,
         dropout=dropout,
-        targets=tuple(sorted(targets)),
+        # Last names: `load_adapter` requires the tensors of every layer of such a name, so no layer is added or lost.
+        targets=tuple(sorted({target.rpartition(".")[2] for target in targets})),
         rslora=fields.boolean("use_rslora", False),
         dora=fields.boolean("use_dora", False),
     )
 
 
-def load_adapter(model: nn.Module, name: str, folder: Path, device: torch.device | None = None) -> None:
+def load_adapter(
+    model: nn.Module, name: str, folder: Path, device: torch.device | None = None, base: Path | None = None
+) -> None:
     """Give `model` the adapter in `folder` as `name`, strictly: every key used, every layer filled.
 
-    device: default that of the layers.
+    device: default that of the layers. base: the folder that `model` was read from; a warning is logged where the
+    adapter was trained over another model.
 
     Raises FileNotFoundError, ValueError naming the key whose presence, shape or numbers are wrong.
     """
@@ -159,6 +166,30 @@ def load_adapter(model: nn.Module, name: str, folder: Path, device: torch.device
     with torch.no_grad():
         for key, tensor in tensors.items():
             expected[key].copy_(tensor)  # detached views share memory with the parameters
+    if base is not None and (trained_over := _other_base(folder, base)):
+        logger.warning("%s: the adapter was trained over %s; beside %s it computes something else unless the two are "
+                       "the same model", folder, trained_over, base)
+
+
+def _other_base(folder: Path, base: Path) -> str:
+    """Return the model that the adapter in `folder` names as its base where `base` seems to be another one, else "".
+
+    Weights are compared where the named model is on this machine. Elsewhere names are: the last part of a hub id or a
+    path may be that of `base` or of a folder around it.
+    """
+    named = read_json(folder / CONFIG, "an adapter's configuration").get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return ""
+    try:
+        trained_over = model_folder(named)
+        if trained_over.is_dir():
+            is_same = trained_over.samefile(base) or sampled_digest(trained_over) == sampled_digest(base)
+            return "" if is_same else named
+    except (OSError, ValueError):  # it is not here, or not whole
+        pass
+    # The hub's cache has folders models--OWNER--NAME.
+    names = {part.casefold().rpartition("--")[2] for part in base.resolve().parts}
+    return "" if Path(named).name.casefold() in names else named
 
 
 def read_tensors(path: Path, config: LoraConfig) -> dict[str, Tensor]:

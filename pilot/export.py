@@ -19,7 +19,7 @@ def merge_adapter(model: Path, adapter: Path, out: Path) -> None:
     """
     _refuse_existing(out)
     loaded = load_model(model, dtype=None)
-    load_adapter(loaded, "merged", adapter)
+    load_adapter(loaded, "merged", adapter, base=model)
     merge(loaded, "merged")
     with write_folder(out, replace=False) as temporary:
         save_weights(loaded, temporary)

@@ -170,7 +170,7 @@ def _finetune(settings: SftCommand, world: World, stack: ExitStack) -> dict[str,
         last = train_weights(training, dtype)
     else:
         if settings.adapter:
-            load_adapter(model, POLICY, settings.adapter, world.device)
+            load_adapter(model, POLICY, settings.adapter, world.device, model_path)
         else:
             add_adapter(model, POLICY, lora, settings.train.seed, world.device)
         last = train_policy(training, fresh=settings.adapter is None)

@@ -122,7 +122,7 @@ class Adapters:
         for name in {POLICY, REFERENCE} & adapter_names(self.model):
             remove_adapter(self.model, name)
         if self._has_adapter(stage):
-            adapters.load_adapter(self.model, POLICY, self.folder(stage), self._device)
+            adapters.load_adapter(self.model, POLICY, self.folder(stage), self._device, self._base)
         else:
             seed = stable_seed("lora", self._config.seed)
             add_adapter(self.model, POLICY, self._config.lora, seed, self._device)

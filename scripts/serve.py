@@ -109,7 +109,7 @@ def _serve_local(config: ServeCommand) -> None:
             raise ValueError(f"serve: adapter {pair!r}; expected NAME=FOLDER with a name that is not taken")
         place = Path(folder).resolve()
         if place not in loaded:
-            load_adapter(network, f"adapter{len(loaded)}", Path(folder))
+            load_adapter(network, f"adapter{len(loaded)}", Path(folder), base=config.model)
             loaded[place] = f"adapter{len(loaded)}"
         names[label] = loaded[place]
 

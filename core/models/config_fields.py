@@ -44,7 +44,7 @@ class Fields:
         return positive(name, self.get(name, default))
 
     def window(self, default: Any = None) -> int | None:
-        """Return the sliding window: a whole number above 0, or None for none. Raises ValueError for anything else."""
+        """Return the sliding window, a whole number above 0; one that is left out is the default, null is none."""
         value = self.data.get("sliding_window", default)
         return None if value is None else self.integer("sliding_window", default)
 

@@ -105,9 +105,10 @@ class Defaults:
 def read_common(fields: Fields, defaults: Defaults) -> Config:
     """Return the fields that all families have; every layer sees its whole path and rotates alike.
 
-    Raises ValueError for a field that is missing or malformed, and for dropout, which is not computed.
+    Raises ValueError for a field that is missing or malformed, and for dropout and attention in both directions, which
+    are not computed.
     """
-    fields.fixed(attention_dropout=0.0)
+    fields.fixed(attention_dropout=0.0, is_causal=True)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     head_dim = fields.integer("head_dim", defaults.head_dim or max(1, hidden // heads))
     layers = fields.integer("num_hidden_layers")

@@ -179,6 +179,10 @@ def _config(facts: Mapping[str, Any], layout: GgufLayout) -> dict[str, Any]:
     kind = value("rope.scaling.type") or "none"
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(f"rope.scaling.type is {kind!r}; expected none, linear or yarn. Get a Hugging Face folder")
+    head_dim = value("attention.key_length") or hidden // heads
+    for name, expected in (("rope.dimension_count", head_dim), ("attention.causal", True)):
+        if value(name) not in (None, expected):
+            raise ValueError(f"{name} is {value(name)!r}; expected {expected!r}. Get a Hugging Face folder")
     scaling = {"rope_type": kind, "factor": value("rope.scaling.factor")}
     if original := value("rope.scaling.original_context_length"):
         scaling["original_max_position_embeddings"] = original
@@ -189,7 +193,7 @@ def _config(facts: Mapping[str, Any], layout: GgufLayout) -> dict[str, Any]:
         "num_hidden_layers": value("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": value("attention.head_count_kv") or heads,
-        "head_dim": value("attention.key_length") or value("rope.dimension_count") or hidden // heads,
+        "head_dim": head_dim,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "rope_theta": value("rope.freq_base") or 10000.0,

@@ -41,7 +41,7 @@ def gemma_config(
 ) -> Config:
     """Return the configuration with the settings of Gemma 2 and 3. final, scores: soft-caps of logits and scores."""
     fields.fixed(hidden_activation="gelu_pytorch_tanh")
-    window = fields.integer("sliding_window", 4096)
+    window = fields.window(4096)
     scale = fields.number("query_pre_attn_scalar", 256) ** -0.5
     config = config.with_attention([window if slides else None for slides in sliding], scale, scores)
     return replace(

@@ -20,7 +20,7 @@ GGUF = GgufLayout(
 def read_config(data: dict[str, Any]) -> Config:
     """Return the configuration of a `config.json`. Raises ValueError for a field that is missing or not computed."""
     fields = Fields(data, "Llama")
-    fields.fixed(hidden_act="silu", pretraining_tp=1)
+    fields.fixed(hidden_act="silu")
     config = read_common(fields, Defaults(max_position_embeddings=2048))
     return replace(config, attention_bias=fields.flag("attention_bias"), mlp_bias=fields.flag("mlp_bias"))
 

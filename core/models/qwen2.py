@@ -35,7 +35,7 @@ def read_config(data: dict[str, Any]) -> Config:
 
 def qwen_windows(fields: Fields, config: Config) -> Config:
     """Return the configuration with Qwen's windows: off unless use_sliding_window, then from max_window_layers on."""
-    window = fields.integer("sliding_window", 4096) if fields.flag("use_sliding_window") else None
+    window = fields.window(4096) if fields.flag("use_sliding_window") else None
     first = fields.integer("max_window_layers", 28, least=0)
     sliding = sliding_layers(fields, config.num_hidden_layers, lambda index: window is not None and index >= first)
     return config.with_attention([window if slides else None for slides in sliding])

@@ -126,6 +126,7 @@ def read_rotary(
     rope: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     rope.setdefault("rope_theta", fields.get("rope_theta", theta))
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = "longrope" if kind == "su" else kind  # its name in the first uploads of Phi 3
     if kind not in KINDS:
         raise ValueError(f"config.json: rope_type {kind!r} is not supported; choose from {sorted(KINDS)}")
     needed, known = KINDS[kind]
@@ -168,7 +169,7 @@ def _with_settings(base: Rotary, rope: Mapping[str, Any], names: tuple[str, ...]
                     f"config.json: {name} has {len(values[name])} numbers, expected {base.size // 2}, one for each pair"
                 )
         elif name == "truncate":
-            values[name] = bool(rope.get(name, True))
+            values[name] = Fields(dict(rope), "").flag(name, True)
         elif name in rope and name not in ("mscale", "mscale_all_dim"):
             values[name] = positive(name, rope[name])
     factor = float(values.get("factor", max_positions / original))

@@ -143,7 +143,10 @@ def _from_json(path: Path, added: Iterable[AddedToken], special: Iterable[str]) 
     for index, found in enumerate(_list(path, data, "added_tokens")):
         fields = Fields(found if isinstance(found, dict) else {}, f"{path}: added_tokens[{index}]")
         flags = {name: fields.boolean(name, False) for name in ("special", "lstrip", "rstrip", "normalized")}
-        entries[fields.integer("id", low=0)] = {**fields.data, "content": fields.text("content"), **flags}
+        id = fields.integer("id", low=0)
+        if id in entries:
+            raise fields.error("id", f"an id of its own; {shown(entries[id]['content'])} has this one")
+        entries[id] = {**fields.data, "content": fields.text("content"), **flags}
     for token in added:
         entry = entries.setdefault(token.id, vars(token) | {"normalized": False, "single_word": False})
         if entry["content"] != token.content:

@@ -195,6 +195,19 @@ CONVERSATIONS_REFUSED = {
     "a refusal": (chat(refusal="no"), "key 'refusal'"),
     "a prefix to continue": (chat(prefix=True), "key 'prefix' is True"),
     "training switched off": (chat(train=False), "key 'train' is False"),
+    "LLaMA-Factory's switch": (chat(loss=False), "key 'loss' is False"),
+    "axolotl's switch": (chat(train_on_turn=False), "key 'train_on_turn' is False"),
+    "the call that a tool answers": (
+        {"messages": [*AS_USER, {"role": "tool", "content": "4", "tool_call_id": "x"}, *said("Yo")]}, "'tool_call_id'",
+    ),
+    "Gemma's role": ({"messages": [*AS_USER, {"role": "model", "content": "Yo"}]}, "role is 'model'"),
+    "a chat in a text": ({"messages": json.dumps(AS_USER)}, "field 'messages' is .*; expected a list"),
+    "a system text in parts": ({**chat(), "system": [{"type": "text", "text": "Be"}]}, "'system' is .* expected a t"),
+    "a worse answer beside a chat": ({**chat(), "rejected_response": "No"}, "key 'rejected_response'"),
+    "a worse answer beside ShareGPT's chat": (
+        {"conversations": [{"from": "human", "value": "Hi"}], "rejected": {"from": "gpt", "value": "b"}},
+        "key 'rejected' is .* would be dropped",
+    ),
     "half a weight": (chat(weight=0.5), r"messages\[1\]: weight is 0.5 \(float\); expected 0 or 1"),
     "a weight in text": (chat(weight="0"), "weight is '0'"),
     "a weight that is true": (chat(weight=True), "weight is True"),
@@ -246,6 +259,20 @@ PREFERENCES_REFUSED = {
     ),
     "a prompt that begins the answer": ({**GOOD, "prompt": [*AS_USER, *said("Y")]}, "ends with an assistant message"),
     "a chat beside the sides": ({**GOOD, "messages": AS_USER}, "key 'messages'"),
+    "a text before answers that are chats": (
+        {"prompt": "Hi", "chosen": said("a"), "rejected": said("b")}, "prompt is plain text and an answer is a chat",
+    ),
+    "log-probs of a reference": ({**GOOD, "reference_chosen_logps": -3.0}, "key 'reference_chosen_logps'"),
+    "a weight of the row": ({**GOOD, "weight": 0.2}, "key 'weight'"),
+    "an answer that is rated": ({"prompt": "p", "completion": "c", "label": True}, "field 'chosen' is missing"),
+    "a prompt that differs from both chats'": (
+        {"prompt": "Ho", "chosen": AS_USER + said("a"), "rejected": AS_USER + said("b")}, "one assistant message",
+    ),
+    "chats that differ in an early answer": (
+        {"chosen": AS_USER + said("a") + AS_USER + said("c"), "rejected": AS_USER + said("b") + AS_USER + said("c")},
+        "one assistant message",
+    ),
+    "a system prompt by another name": ({**GOOD, "system_prompt": "Be"}, "key 'system_prompt'"),
     "half a pilot's record": ({"prompt": [], "chosen": {"text": "a"}, "rejected": {}}, "field .* is missing"),
 }
 

@@ -265,6 +265,22 @@ REFUSED = {
     "velora": ({"velora_config": {"scale": 1.0}}, "velora_config = "),
     "monteclora": ({"monteclora_config": {"num_samples": 1}}, "monteclora_config = "),
     "tied weights kept": ({"ensure_weight_tying": True}, "ensure_weight_tying = True"),
+    "layers by full names, one left out": (
+        {"target_modules": ["layers.0.self_attn.q_proj", "layers.0.mlp.up_proj"]}, "the model wants",
+    ),
+    "ranks by EVA": (
+        {"init_lora_weights": "eva", "rank_pattern": {"layers.0.self_attn.q_proj": 5}}, "rank_pattern = ",
+    ),
+    "weights that were merged, in PEFT 0.2": ({"merge_weights": True}, "merge_weights = True"),
+    "parts of a fused layer, in PEFT 0.2": ({"enable_lora": [True, False, True]}, "enable_lora = "),
+    "Unsloth's pattern": (
+        {"target_modules": r"(?:.*?(?:language|text).*?(?:q_proj|k_proj))"}, "target_modules is .*expected a list",
+    ),
+    "MLX's configuration": ({"peft_type": ..., "fine_tune_type": "lora"}, "peft_type is missing"),
+    "adalora": ({"peft_type": "ADALORA", "init_r": 12}, "peft_type is 'ADALORA'"),
+    "a type in small letters": ({"peft_type": "lora"}, "peft_type is 'lora'"),
+    "bias null": ({"bias": None}, "bias is None"),
+    "rslora null": ({"use_rslora": None}, "use_rslora is None"),
     "an unknown switch": ({"use_tomorrows_lora": True}, "use_tomorrows_lora = True is not supported"),
     "an unknown number": ({"gate": 0.5}, "gate = 0.5 is not supported"),
     "another kind of adapter": ({"peft_type": "IA3"}, "peft_type is 'IA3' .*expected 'LORA'"),
@@ -311,6 +327,10 @@ def test_a_key_that_changes_the_computation_is_refused_by_name(
         {"init_lora_weights": "gaussian"},
         {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
         {"loftq_config": {"loftq_bits": 4}, "layers_pattern": "layers", "qalora_group_size": 32},
+        {"target_modules": ["self_attn.q_proj", "v_proj", "mlp.down_proj"]},
+        {"target_modules": [f"model.layers.{i}.{name}" for i in (0, 1) for name in (
+            "self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]},
+        {"enable_lora": None, "merge_weights": False, "auto_mapping": {"unsloth_fixed": True}, "task_type": None},
         {"tomorrow": None, "later": False, "rank_pattern": {}, "revision": "main", "modules_to_save": []},
     ],
 )
@@ -338,6 +358,34 @@ def test_every_key_of_the_installed_peft_is_computed_or_refused(tmp_path: Path) 
         with pytest.raises(ValueError, match=f"{key} = True is not supported"):
             read_config(tmp_path)
         edit_config(tmp_path, **{key: None})
+
+
+BASES: dict[str, tuple[str, bool]] = {
+    "the same folder": ("{model}", False),
+    "a copy under another name": ("{copy}", False),
+    "other weights": ("{other}", True),
+    "a hub id with the folder's name": ("Owner/Model", False),
+    "a folder of that name on another machine": ("/elsewhere/model", False),
+    "a model of another name": ("Owner/Model-Instruct", True),
+    "no name": ("", False),
+}
+
+
+@pytest.mark.parametrize(("named", "is_told"), BASES.values(), ids=BASES.keys())
+def test_a_base_that_the_adapter_was_not_trained_over_is_told(
+    tiny_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, named: str, is_told: bool
+) -> None:
+    """Oracle: by definition: weights decide where both models are here, else names do. The adapter is loaded."""
+    places = {name: tmp_path / name for name in ("model", "copy", "other")}
+    for place in places.values():
+        shutil.copytree(tiny_dir, place)
+    tensors = load_file(places["other"] / "model.safetensors")
+    save_file({key: tensor + 1 for key, tensor in tensors.items()}, places["other"] / "model.safetensors")
+    save_adapter(adapted(tiny_dir), "policy", tmp_path / "adapter", named.format(**places))
+    model = load_model(places["model"])
+    load_adapter(model, "policy", tmp_path / "adapter", base=places["model"])
+    assert ("the adapter was trained over" in caplog.text) is is_told
+    assert layers_with(model, "policy")
 
 
 def fill(value: float) -> Callable[[dict[str, Tensor]], object]:

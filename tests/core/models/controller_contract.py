@@ -32,7 +32,7 @@ SETTINGS = Path(__file__).parent / "controllers"
 SHAPELESS = {
     "initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "architectures", "dtype",
     "id2label", "label2id", "problem_type", "output_hidden_states", "return_dict", "output_attentions",
-    "chunk_size_feed_forward", "is_encoder_decoder", "transformers_version", "name_or_path",
+    "chunk_size_feed_forward", "is_encoder_decoder", "transformers_version", "name_or_path", "pretraining_tp",
 }  # fmt: skip
 
 

@@ -51,7 +51,9 @@ def write_tiny(path: Path, tensors: dict[str, torch.Tensor], **changed: Any) -> 
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KEY_HEADS)
     writer.add_rope_freq_base(100000.0)
-    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_key_length(HEAD_DIM)
+    writer.add_rope_dimension_count(changed.get("rotated", HEAD_DIM))
+    writer.add_causal_attention(changed.get("causal", True))
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(VOCABULARY))
     writer.add_tokenizer_model("gpt2")
@@ -194,6 +196,8 @@ def test_errors_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyP
             convert_gguf(path, out)
     for changed, message in (
         ({"architecture": "mamba"}, r"general\.architecture is 'mamba', expected one of \['gemma3', 'llama', 'qwen2'"),
+        ({"rotated": HEAD_DIM // 2}, rf"rope\.dimension_count is {HEAD_DIM // 2}; expected {HEAD_DIM}\. Get a Hugging"),
+        ({"causal": False}, r"attention\.causal is False; expected True\. Get a Hugging Face folder"),
         ({"pre": "tekken"}, r"tokenizer\.ggml\.pre is 'tekken', expected one of \['llama-bpe', 'qwen2', 'smollm'\]"),
     ):
         with pytest.raises(ValueError, match=message):

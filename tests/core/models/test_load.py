@@ -177,11 +177,38 @@ def test_a_hostile_configuration_is_refused_at_once(
     assert str(tmp_path / "model") in str(caught.value) and len(str(caught.value)) < 1000
 
 
+EQUAL = {
+    "ranks of the pretraining, which change nothing": ("llama", {"pretraining_tp": 2}, {}),
+    "LongRoPE by its first name": (
+        "phi3",
+        {"rope_scaling": {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+    ),
+    "windows without a size": (
+        "qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": None}, {},
+    ),
+    "a window that is null": (
+        "gemma2", {"sliding_window": None}, {"layer_types": ["full_attention"] * 3},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "fields", "others"), EQUAL.values(), ids=EQUAL.keys())
+def test_fields_that_mean_the_same(model_type: str, fields: dict[str, Any], others: dict[str, Any]) -> None:
+    """Oracle: the configuration of other fields, as transformers reads the first ones (a null window is none)."""
+    data = json.loads((Path(__file__).parent / "controllers" / f"{model_type}.json").read_text())["base"]
+    read = model_architecture({"model_type": model_type}, Path()).read_config
+    assert read({**data, **fields}) == read({**data, **others})
+
+
 FAMILY_FIELDS = {
     "a window that is true": ("phi3", "sliding_window", True, "sliding_window is True"),
     "a window of half a token": ("mistral", "sliding_window", 2.5, "sliding_window is 2.5"),
     "a soft-cap of 1e300": ("gemma2", "final_logit_softcapping", 1e300, "final_logit_softcapping is 1e"),
     "windows from a layer in text": ("qwen2", "max_window_layers", "1", "max_window_layers is '1'"),
+    "a switch of YaRN in text": (
+        "llama", "rope_scaling", YARN | {"truncate": "false"}, "truncate is 'false', expected true or false"
+    ),
     "a rotation wider than the head": ("phi3", "partial_rotary_factor", 2.0, "numbers are to be rotated"),
 }
 

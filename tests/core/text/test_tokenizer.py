@@ -320,6 +320,11 @@ BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "random merges": (
         "tokenizer.json", {"model": {"type": "BPE", "dropout": 0.5, "vocab": {}, "merges": []}}, "model.dropout is 0.5",
     ),
+    "two tokens with one id": (
+        "tokenizer.json",
+        {"added_tokens": [{"id": 0, "content": "<s>", "special": True}, {"id": 0, "content": "<x>", "special": True}]},
+        r"added_tokens\[1\]: id is 0 \(int\); expected an id of its own; '<s>' has this one",
+    ),
     "thinking as a number": ("tokenizer_config.json", {"enable_thinking": 0}, "enable_thinking is 0"),
     "a flag as a text": (
         "tokenizer_config.json", {"added_tokens_decoder": {"0": {"content": "<s>", "special": "false"}}},

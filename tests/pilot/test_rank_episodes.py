@@ -43,7 +43,7 @@ class RankRuns(Runs):
         for process in self.started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)  # the launcher ends its ranks
-                process.communicate(timeout=60)
+                process.communicate(timeout=PATIENCE_S)
 
     def torchrun(self, ranks: int, command: str, config: RunConfig, *place: str) -> "subprocess.Popen[str]":
         launcher = [sys.executable, "-m", "torch.distributed.run", *(place or ["--standalone"])]

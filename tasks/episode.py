@@ -185,8 +185,8 @@ def check_prompt(value: object, what: str) -> None:
     """Raise ValueError, which begins with `what`, unless `value` is a prompt."""
     parts = value if isinstance(value, tuple) else ()
     if not parts or not all(isinstance(m, Message) and {type(m.role), type(m.content)} == {str} for m in parts):
-        expected = "expected a tuple of Message(role, content), both texts, such as (Message(...),)"
-        raise ValueError(f"{what} {value!r:.80}; {expected}")
+        form = "Message(role, content), both texts, such as (Message(...),)"
+        raise ValueError(f"{what} {value!r:.80}; expected a tuple of {form}")
 
 
 def _number(value: object, what: str) -> float:

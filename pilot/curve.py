@@ -17,6 +17,7 @@ from matryoshka.core.records import Metric, to_json
 from matryoshka.eval.statistics import paired
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.loop import run_pilot
+from matryoshka.pilot.run_report import controller_steps
 
 Outcomes = Mapping[str, Mapping[str, float]]  # condition -> problem -> score; True for a solved problem counts as 1
 
@@ -63,7 +64,7 @@ def summary(runs: Mapping[int, Outcomes]) -> dict[str, Any]:
         }
         for name in names
     }
-    ladder = [name for name in names if name in ("untrained", "warmup") or name.startswith("round_")]
+    ladder = controller_steps(names)
     steps = [*zip(ladder, ladder[1:], strict=False)] + [(ladder[0], ladder[-1])] * (len(ladder) > 2)
     gains = [{"first": a, "second": b, **vars(paired(pooled[a], pooled[b]))} for a, b in steps]
     return {"conditions": conditions, "gains": gains}

@@ -6,7 +6,6 @@ The oracle is nearly always the same run in one process, and the scripted server
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 
 from matryoshka.core.files import Journal, SharedJournal, read_jsonl
 from matryoshka.inference.generator_config import EndpointConfig, GeneratorConfig
+from matryoshka.inference.vllm_server import free_port
 from matryoshka.lora.files import WEIGHTS
 from matryoshka.pilot.config import RunConfig, WarmupConfig
 from matryoshka.pilot.ranks import Ranks, deal
@@ -58,10 +58,7 @@ class RankRuns(Runs):
 
     def on_two_machines(self, ranks: int, command: str, config: RunConfig) -> list[tuple[int, str, str]]:
         """Start two launchers, as two machines would, and return the status, output and errors of each."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        place = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port), "--node-rank")
+        place = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--node-rank")
         processes = [self.torchrun(ranks, command, config, *place, str(node)) for node in range(2)]
         ends = [process.communicate(timeout=PATIENCE_S) for process in processes]
         return [(process.returncode, *end) for process, end in zip(processes, ends, strict=True)]

@@ -184,7 +184,8 @@ def _awaitable(asked: object, what: str) -> Awaitable[object]:
 def check_prompt(value: object, what: str) -> None:
     """Raise ValueError, which begins with `what`, unless `value` is a prompt."""
     parts = value if isinstance(value, tuple) else ()
-    if not parts or not all(isinstance(m, Message) and {type(m.role), type(m.content)} == {str} for m in parts):
+    texts = [text for m in parts if isinstance(m, Message) for text in (m.role, m.content) if isinstance(text, str)]
+    if not parts or len(texts) < 2 * len(parts):
         form = "Message(role, content), both texts, such as (Message(...),)"
         raise ValueError(f"{what} {value!r:.80}; expected a tuple of {form}")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNTIME = ("torch", "safetensors", "tokenizers", "numpy", "aiohttp", "tyro", "rich", "jinja2")
+RUNTIME = ("torch", "safetensors", "tokenizers", "numpy", "aiohttp", "openai", "pydantic", "tyro", "rich", "jinja2")
 GIB = 1024**3
 TYPED = "MATRYOSHKA_TYPED"  # set by a shell script that runs a command for its user: the user's command line
 

@@ -150,6 +150,23 @@ def test_the_examples_run_end_to_end(pilot: Pilot, tmp_path: Path) -> None:
     assert len((EXAMPLES / "own_task.py").read_text().splitlines()) < 60
 
 
+def test_the_example_s_configuration_is_whole(
+    controller_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: `matryoshka check`, with as many rows as the file says and with one less; nothing but the model and the
+    place of the task is given by flag.
+    """
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"What is thing {i}?", "answer": f"t{i}", "hint": f"It is t{i}"} for i in range(280)]
+    flags = ["--controller.path", str(controller_dir), "--task.name", f"{EXAMPLES / 'own_task.py'}:ShortAnswers"]
+    for found in (rows, rows[1:]):
+        (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        assert main(["check", "--config", str(EXAMPLES / "own_task.toml"), *flags]) == (0 if found == rows else 2)
+    assert "take 280 problems (warmup 40, train 100, validation 40, test 100), but there are 279" in (
+        capsys.readouterr().err
+    )
+
+
 def test_new_files_alone_add_a_task_and_a_scheme(pilot: Pilot, tmp_path: Path) -> None:
     """Oracle: two files in a temporary folder, which nothing of the package knows; an option of the task's own by flag.
     """

@@ -97,6 +97,7 @@ def parse(
         key, problem = _key(first["loc"][1:]), _problem(cls, first)
         if isinstance(inner := first.get("ctx", {}).get("error"), ConfigError):
             key, problem = _join(key, inner.key), inner.problem
+        problem = problem.removeprefix(f"{key}: ")  # a component names its table, too
         ours = any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in overridden or {})
         where = "override" if ours else source
         if len(problem) > LONGEST_PROBLEM:  # it repeats a value, which may be a whole file

@@ -5,12 +5,9 @@ it. A user's own is "FILE.py:CLASS" or "PACKAGE.MODULE:CLASS".
 """
 
 import dataclasses
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import pkgutil
-import sys
 import typing
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +15,9 @@ from typing import Any
 
 from matryoshka import tasks
 from matryoshka.core.config import nearest
+from matryoshka.core.own_module import load_own_module
 from matryoshka.core.protocols import Task, TaskSetting
+from matryoshka.core.records import content_key
 
 
 def task_class(name: str) -> type[Task]:
@@ -107,10 +106,10 @@ def own_class(name: str, where: str, protocol: type | None = None, takes: int = 
     try:
         module = _file_module(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except ImportError as err:
-        hint = "" if place.endswith(".py") else "; a package must be installed, or its folder be in PYTHONPATH"
-        raise ValueError(f"{where} {name!r}: {place} cannot be imported: {err}{hint}") from err
-    except SyntaxError as err:
-        raise ValueError(f"{where} {name!r}: {err.filename}, line {err.lineno}: {err.msg}") from err
+        hint = "a package must be installed, or its folder be in PYTHONPATH"
+        raise ValueError(f"{where} {name!r}: {place} cannot be imported: {err}; {hint}") from err
+    except ValueError as err:
+        raise ValueError(f"{where} {name!r}: {err}") from err
     if not hasattr(module, attribute):
         classes = [k for k, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
         raise ValueError(f"{where} {name!r}: {place} has no class {attribute!r}; {nearest(attribute, classes)}")
@@ -131,19 +130,7 @@ def _file_module(path: Path) -> ModuleType:
         where = "" if path.is_absolute() else f" in {Path.cwd()}, where the command runs"
         raise FileNotFoundError(f"{path}: no such file{where}; expected a Python file with your class")
     source = path.resolve()
-    name = f"matryoshka_own_{source.stem}_{hashlib.sha256(str(source).encode()).hexdigest()[:8]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, source)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        if str(source.parent) not in sys.path:  # so that it finds modules beside it, as a script does
-            sys.path.append(str(source.parent))
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+    return load_own_module(source, f"matryoshka_own_{source.stem}_{content_key(str(source))[:8]}")
 
 
 def _is_task(value: object) -> bool:

@@ -52,6 +52,7 @@ def warm_up(run: Run) -> str:
     if not stage or is_trained(run, stage):
         return stage
     if config.source == "adapter":
+        run.ranks.barrier()  # every rank has asked by now whether it is trained
         if run.world.is_first:
             copy_folder(Path(run.config.controller.adapter), run.policies.folder(stage))
         run.ranks.barrier()

@@ -6,13 +6,13 @@ training varies more between seeds than the shares of one policy vary between sa
 its answers has mean scores in place of shares, and sign-flip tests in place of exact McNemar tests.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from matryoshka.core.intervals import bootstrap_mean, wilson
+from matryoshka.core.json_input import read_json
 from matryoshka.core.records import Metric, to_json
 from matryoshka.eval.statistics import paired
 from matryoshka.pilot.config import RunConfig
@@ -41,12 +41,12 @@ def run_seeds(
 
 
 def outcomes(folder: Path) -> Outcomes:
-    """Return condition -> held-out problem -> its score, or whether it was solved, from the files in `folder`."""
-    if (folder / "scores.json").exists():
-        scores: dict[str, dict[str, float]] = json.loads((folder / "scores.json").read_text())
-        return scores
-    verdicts = json.loads((folder / "verdicts.json").read_text())
-    return {name: {id: verdict == "right" for id, verdict in row.items()} for name, row in verdicts.items()}
+    """Return condition -> held-out problem -> its score, or whether it was solved, from the report in `folder`."""
+    report = read_json(folder / "report.json", "the report of a run")
+    verdicts: Outcomes = {
+        name: {id: verdict == "right" for id, verdict in row.items()} for name, row in report["verdicts"].items()
+    }
+    return report["scores"] or verdicts
 
 
 def summary(runs: Mapping[int, Outcomes]) -> dict[str, Any]:

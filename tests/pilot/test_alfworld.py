@@ -191,7 +191,7 @@ def test_evaluate_gold_wins_everything_and_the_rest_nothing(
     assert last["gold_guidance"] == 1.0
     report = (tmp_path / "runs" / "e" / "report.md").read_text()
     assert f"{protocol.replace('_', '-')} protocol" in report and all(kind in report for kind in TASK_TYPES)
-    verdicts = json.loads((tmp_path / "runs" / "e" / "verdicts.json").read_text())
+    verdicts = json.loads((tmp_path / "runs" / "e" / "report.json").read_text())["verdicts"]
     assert set(verdicts["gold_guidance"].values()) == {"right"} and len(verdicts["untrained"]) == 6
     told = [json.loads(line)["trajectory"] for line in (tmp_path / "runs/e/trajectories.jsonl").open()]
     gold = next(t for t in told if t["info"]["controller"].startswith("gold_guidance"))

@@ -545,7 +545,7 @@ def test_a_report_is_written_again_from_the_record_alone(
         (folder / "config.toml").read_text().replace(str(controller_dir), str(tmp_path / "tiny"))
     )
     written = json.loads((folder / "report.json").read_text())
-    for name in ("report.json", "report.md", "report.html", "summary.json", "verdicts.json"):
+    for name in ("report.json", "report.md", "report.html", "summary.json"):
         (folder / name).unlink()
     asked, episodes = undisturbed.generator.asked("whole"), (folder / "trajectories.jsonl").read_bytes()
     seconds = (folder / "seconds.json").read_bytes()

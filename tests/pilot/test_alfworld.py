@@ -207,9 +207,8 @@ def test_a_curve_over_seeds(
     (tmp_path / "curve.toml").write_text(text)
     changes = {**FEW, "controller.path": controller, "task.options.size": "small", "rollout.guidance_tokens": 12}
     changes |= {"name": "c", "warmup.samples": 2, "warmup.train.batch_size": 4}
-    words = [f"{key}={value}" for key, value in changes.items()]
-    command = ["curve", "--config", "curve.toml", "--seeds", "3", "4", "--set", *words]
-    assert cli.main(command) == 0
+    words = [word for key, value in changes.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    assert cli.main(["curve", "--config", "curve.toml", "--seeds", "3", "4", *words]) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert result["seeds"] == [3, 4]

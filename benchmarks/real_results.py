@@ -270,7 +270,8 @@ def _types(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _causes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"| condition | {' | '.join(CAUSES)} |", "|---" * (len(CAUSES) + 1) + "|"]
-    lines += [f"| {row['title']} | {' | '.join(str(row['causes'][cause]) for cause in CAUSES)} |" for row in rows]
+    known = [row for row in rows if any(row["causes"].values())]
+    lines += [f"| {row['title']} | {' | '.join(str(row['causes'][cause]) for cause in CAUSES)} |" for row in known]
     return [*lines, "", "; ".join(f"{cause}: {meaning}" for cause, meaning in CAUSES.items()) + "."]
 
 

@@ -62,23 +62,6 @@ def load_toml(cls: type[C], path: Path | str, overrides: Mapping[str, Any] | Non
     return parse(cls, data, str(path), overrides or {})
 
 
-def apply_overrides(config: C, overrides: Sequence[str]) -> C:
-    """Return `config` with every "key.path=value" of `overrides` applied, the last one winning.
-
-    A value reads as TOML; what is not TOML is a string, and `none` clears an Optional field. Raises ValueError as
-    `load_toml` does.
-    """
-    values: dict[str, Any] = {}
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not key.strip():
-            raise ValueError(f"override {item!r}: expected key.path=value, for example dpo.learning_rate=1e-4")
-        values[key.strip()] = _from_text(text.strip())
-    data = _plain(config)
-    _lay_over(data, values)
-    return parse(type(config), data, "configuration", values)
-
-
 def parse(
     cls: type[C], data: Mapping[str, Any], source: str, overridden: Mapping[str, Any] | None = None, prefix: str = ""
 ) -> C:
@@ -97,6 +80,7 @@ def parse(
         key, problem = _key(first["loc"][1:]), _problem(cls, first)
         if isinstance(inner := first.get("ctx", {}).get("error"), ConfigError):
             key, problem = _join(key, inner.key), inner.problem
+        problem = problem.removeprefix(f"{key}: ")  # a component names its table, too
         ours = any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in overridden or {})
         where = "override" if ours else source
         if len(problem) > LONGEST_PROBLEM:  # it repeats a value, which may be a whole file
@@ -255,16 +239,6 @@ def _lay_over(data: dict[str, Any], overrides: Mapping[str, Any]) -> None:
             if not isinstance(where, dict):
                 raise ValueError(f"override: {key}: {'.'.join(tables[:depth])} is a value, not a table")
         where[name] = _plain(value)
-
-
-def _from_text(text: str) -> Any:
-    if text == "none":
-        return None
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except (ValueError, RecursionError):
-        return text
-    return parsed["value"] if list(parsed) == ["value"] else text
 
 
 def _flatten(value: Any, key: str) -> Iterator[tuple[str, Any]]:

@@ -141,7 +141,8 @@ def read_jsonl(path: Path) -> list[Any]:
     bytes that are not UTF-8.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected JSONL, one JSON object a line")
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {what}; expected JSONL, one JSON object a line")
     rows = []
     with path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):

@@ -81,7 +81,9 @@ class TaskSetting:
         Raises ValueError if there are fewer rows than the splits need together.
         """
         if len(rows) < (needed := sum(self.sizes.values())):
-            raise ValueError(f"[task] the splits take {needed} problems, but there are {len(rows)}")
+            counts = ", ".join(f"{name} {count}" for name, count in self.sizes.items() if count)
+            what = f"the splits take {needed} problems ({counts}), but there are {len(rows)}"
+            raise ValueError(f"[task] {what}; take fewer, or give it more")
         names = list(self.sizes)
         start = sum(self.sizes[name] for name in names[: names.index(split)])
         return rows[start : start + self.sizes[split]]

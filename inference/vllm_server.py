@@ -7,6 +7,7 @@ last lines are in the error when it does not come up. `inference/vllm.py` sends 
 import asyncio
 import logging
 import os
+import secrets
 import shlex
 import shutil
 import socket
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,8 @@ from matryoshka.inference.http_client import HttpClient, TransportError
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
+# The kernel gives the ports from 32768 on to any connection, also between our look at one and the server's start.
+PORTS = range(20_000, 32_000)
 POLL_S = 0.25
 HEALTH_TIMEOUT_S = 30.0  # a machine may be busy; a server that is gone refuses at once
 TAIL_LINES, TAIL_WIDTH = 15, 300
@@ -211,7 +214,7 @@ class VllmServer:
         return [printable(line[:TAIL_WIDTH]) for line in lines[-TAIL_LINES:]]
 
     def _launch(self) -> None:
-        port = self.config.port or _free_port()
+        port = self.config.port or free_port()
         self.url = f"http://{HOST}:{port}"
         command = server_command(self.config, *self._arguments, port)
         self._launched = self._arguments
@@ -247,8 +250,10 @@ class VllmServer:
         return "\n".join([f"vllm: the server {what}; {self.log} ends:", *self.tail(where)])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port() -> int:
+    """Return a port of PORTS that is free now. Raises ValueError where a hundred of them are taken."""
+    for port in secrets.SystemRandom().sample(PORTS, min(100, len(PORTS))):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((HOST, port))
+            return port
+    raise ValueError("vllm: no port from 20000 to 31999 is free; set port")

@@ -31,6 +31,7 @@ from matryoshka.pilot.context import Problems, fitting_problems, load_problems, 
 from matryoshka.pilot.estimate import num_episodes, num_guided
 from matryoshka.pilot.generator import scripted_generator
 from matryoshka.pilot.stages import sft_item
+from matryoshka.tasks.rollout import Job, Setup, play_episode
 
 COUNTED = 8  # training examples whose requests are counted
 COLLECTING = ("warm-up", "collect", "re-plan, at most", "bootstrap, at most")
@@ -258,7 +259,7 @@ class _Played:
 
 def _play(task: Task, example: Example, settings: RolloutSettings) -> _Played:
     controller, generator = _Player("controller"), _Player("generator")
-    trajectory = asyncio.run(task.rollout(example, controller, generator, settings))
+    trajectory = asyncio.run(play_episode(Setup(task, controller, generator), Job("", example, settings)))
     return _Played(trajectory, generator.asked, [prompt for prompt, _ in controller.asked])
 
 

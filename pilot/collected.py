@@ -35,7 +35,7 @@ from matryoshka.pilot.stages import (
     in_controller_tokens,
     replanned,
 )
-from matryoshka.tasks.find import task_class
+from matryoshka.tasks.find import make_task
 
 MORE = "more"  # key of a journal's row: further trajectories of the same episode, one for each sample of its last call
 
@@ -149,7 +149,7 @@ def read_episodes(path: Path) -> Episodes:
         tokenizer = Tokenizer.load(config.controller.folder)
         ordered = {key: _tokenized(tokenizer, row) for key, row in ordered.items()}
     setting = TaskSetting(config.task.sizes, config.seed)
-    rule = task_class(config.task.name)(config.task.options, setting).pair_rule
+    rule = make_task(config.task.name, config.task.options, setting).pair_rule
     rule = replace(rule, cap=config.dpo.pairs_per_example)
     return Episodes(ordered, len(sampled) - len(whole), rule, config.seed)
 

@@ -17,7 +17,7 @@ from matryoshka.inference.generators import GeneratorConfig
 from matryoshka.inference.llama_cpp import LlamaConfig
 from matryoshka.inference.vllm_server import VllmConfig
 from matryoshka.lora.linear import LoraConfig
-from matryoshka.tasks.find import options_class, own_class, task_class
+from matryoshka.tasks.find import NoOptions, options_class, own_class, task_class
 
 SPLITS = ("warmup", "train", "validation", "test", "held_out")
 
@@ -154,6 +154,9 @@ class TaskConfig:
         check_least(self, "task: ", warmup=0, train=1, validation=1, test=1, held_out=0)
         kind = options_class(task_class(self.name))
         given = {} if self.options is None else self.options
+        if given and kind is NoOptions:
+            what = f"the task {self.name!r} has no options; a task of your own has those of the dataclass that"
+            raise ValueError(f"task.options: {what} annotates its attribute `options` (docs/own_task.md)")
         if isinstance(given, Mapping):
             object.__setattr__(self, "options", parse(kind, given, f"the task {self.name!r}", prefix="options"))
         elif type(given) is not kind:

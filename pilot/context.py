@@ -20,7 +20,7 @@ from matryoshka.core.files import Journal, SharedJournal, UnwrittenJournal, writ
 from matryoshka.core.machine import usable_cores
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.protocols import Controller, Generator, Task, TaskSetting
-from matryoshka.core.records import Example, Message, Messages, RolloutSettings, Sample, Sampling
+from matryoshka.core.records import Example, Messages, RolloutSettings, Sample, Sampling, content_key
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.dpo.data import read_conversations
 from matryoshka.inference.generators import OpenAIGenerator
@@ -38,7 +38,8 @@ from matryoshka.pilot.progress import StatusLine
 from matryoshka.pilot.ranks import Ranks
 from matryoshka.pilot.ray_cluster import joined_cluster
 from matryoshka.pilot.serving import open_vllm
-from matryoshka.tasks.find import task_class
+from matryoshka.tasks.episode import check_prompt
+from matryoshka.tasks.find import make_task
 
 ENVIRONMENT = "environment.json"  # the machine and the versions that a run was started with
 logger = logging.getLogger(__name__)
@@ -252,7 +253,7 @@ def open_task(config: RunConfig, count_tokens: Callable[[Messages], int]) -> Tas
     """
     wants_gold = config.warmup.source == "gold" or config.warmup.gold_per_group > 0
     setting = TaskSetting(config.task.sizes, config.seed, count_tokens, wants_gold)
-    task = task_class(config.task.name)(config.task.options, setting)
+    task = make_task(config.task.name, config.task.options, setting)
     for greedy in (False, True):
         task.check(rollout_settings(config, greedy))
     return task
@@ -276,6 +277,10 @@ def load_problems(task: Task) -> Problems:
             if missing := {"question", "answer"} - example.fields.keys():
                 has = ", ".join(map(str, example.fields))
                 raise ValueError(f"{where}: example {example.id!r} has no field {min(missing)!r}; it has {has}")
+            try:
+                content_key(example.fields)
+            except (TypeError, ValueError) as err:
+                raise ValueError(f"{where}: the fields of example {example.id!r} cannot be JSON: {err}") from err
             if example.id in split_of:
                 also = f"the id {example.id!r} stands in {split_of[example.id]}, too"
                 raise ValueError(f"{where}: {also}; each problem needs an id of its own, and belongs to one split")
@@ -297,9 +302,8 @@ def fitting_problems(
     kept: dict[str, Sequence[Example]] = {}
     for split, examples in problems.items():
         prompts = [task.first_prompt(example) for example in examples]
-        if odd := [prompt for prompt in prompts if not _is_prompt(prompt)]:
-            what = f"task {task.name}: `first_prompt` returned {odd[0]!r:.80}"
-            raise ValueError(f"{what}; expected a tuple of Message(role, content), such as (Message(...),)")
+        for prompt in prompts:
+            check_prompt(prompt, f"task {task.name}: `first_prompt` returned")
         sizes = [task.setting.count_tokens(prompt) for prompt in prompts]
         kept[split] = [example for example, size in zip(examples, sizes, strict=True) if size <= room]
         if len(kept[split]) < len(examples) and (config.overlong == "error" or not kept[split]):
@@ -309,7 +313,3 @@ def fitting_problems(
                 f"context of {context_length}; lower guidance_tokens, use shorter problems or set overlong = 'skip'"
             )
     return kept, {split: n for split, examples in problems.items() if (n := len(examples) - len(kept[split]))}
-
-
-def _is_prompt(value: object) -> bool:
-    return isinstance(value, tuple) and bool(value) and all(isinstance(message, Message) for message in value)

@@ -6,17 +6,18 @@ training varies more between seeds than the shares of one policy vary between sa
 its answers has mean scores in place of shares, and sign-flip tests in place of exact McNemar tests.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from matryoshka.core.intervals import bootstrap_mean, wilson
+from matryoshka.core.json_input import read_json
 from matryoshka.core.records import Metric, to_json
 from matryoshka.eval.statistics import paired
 from matryoshka.pilot.config import RunConfig
 from matryoshka.pilot.loop import run_pilot
+from matryoshka.pilot.run_report import controller_steps
 
 Outcomes = Mapping[str, Mapping[str, float]]  # condition -> problem -> score; True for a solved problem counts as 1
 
@@ -40,12 +41,12 @@ def run_seeds(
 
 
 def outcomes(folder: Path) -> Outcomes:
-    """Return condition -> held-out problem -> its score, or whether it was solved, from the files in `folder`."""
-    if (folder / "scores.json").exists():
-        scores: dict[str, dict[str, float]] = json.loads((folder / "scores.json").read_text())
-        return scores
-    verdicts = json.loads((folder / "verdicts.json").read_text())
-    return {name: {id: verdict == "right" for id, verdict in row.items()} for name, row in verdicts.items()}
+    """Return condition -> held-out problem -> its score, or whether it was solved, from the report in `folder`."""
+    report = read_json(folder / "report.json", "the report of a run")
+    verdicts: Outcomes = {
+        name: {id: verdict == "right" for id, verdict in row.items()} for name, row in report["verdicts"].items()
+    }
+    return report["scores"] or verdicts
 
 
 def summary(runs: Mapping[int, Outcomes]) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def summary(runs: Mapping[int, Outcomes]) -> dict[str, Any]:
         }
         for name in names
     }
-    ladder = [name for name in names if name in ("untrained", "warmup") or name.startswith("round_")]
+    ladder = controller_steps(names)
     steps = [*zip(ladder, ladder[1:], strict=False)] + [(ladder[0], ladder[-1])] * (len(ladder) > 2)
     gains = [{"first": a, "second": b, **vars(paired(pooled[a], pooled[b]))} for a, b in steps]
     return {"conditions": conditions, "gains": gains}

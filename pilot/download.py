@@ -20,7 +20,7 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 
-from matryoshka.core.files import write_atomic, write_json
+from matryoshka.core.files import folder_lock, write_atomic, write_json
 from matryoshka.core.records import RemoteFile
 from matryoshka.pilot.progress import Progress
 
@@ -35,9 +35,17 @@ def fetch(files: Sequence[RemoteFile], out: Path, mirrors: Sequence[str] = ()) -
     """Return the paths of `files` in the folder `out`, after fetching and unpacking the missing ones.
 
     mirrors: tried in turn before a file's own site. An address in the manifest counts before them all. An archive that
-    is unpacked may be deleted. Raises ValueError for a damaged manifest, an answer that is no file and bytes of another
-    checksum; OSError when the connection fails: what was received stays for the next call.
+    is unpacked may be deleted. Raises ValueError for a damaged manifest, an answer that is no file, bytes of another
+    checksum, and a folder that another process is filling; OSError when the connection fails: what was received stays
+    for the next call.
     """
+    if not out.exists():
+        out.mkdir(parents=True)  # for everybody, unlike the folder of a run, which `folder_lock` would make
+    with folder_lock(out):
+        return _fetched(files, out, mirrors)
+
+
+def _fetched(files: Sequence[RemoteFile], out: Path, mirrors: Sequence[str]) -> list[Path]:
     manifest = _read_manifest(out / MANIFEST)
     paths = []
     for file in files:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNTIME = ("torch", "safetensors", "tokenizers", "numpy", "aiohttp", "tyro", "rich", "jinja2")
+RUNTIME = ("torch", "safetensors", "tokenizers", "numpy", "aiohttp", "openai", "pydantic", "tyro", "rich", "jinja2")
 GIB = 1024**3
 TYPED = "MATRYOSHKA_TYPED"  # set by a shell script that runs a command for its user: the user's command line
 
@@ -54,12 +54,13 @@ def typed_command() -> str:
     words = sys.orig_argv
     parent = Path(f"/proc/{os.getppid()}/cmdline")
     if "TORCHELASTIC_RUN_ID" in os.environ and parent.is_file():
-        words = parent.read_text().rstrip("\0").split("\0")
+        words = os.fsdecode(parent.read_bytes()).rstrip("\0").split("\0")
     interpreter, *rest = words
     # An installed command is a script beside the interpreter, which its first line names.
     if rest and Path(rest[0]).is_absolute() and Path(rest[0]).parent == Path(interpreter).parent:
-        return shlex.join([Path(rest[0]).name, *rest[1:]])
-    return shlex.join([Path(interpreter).name, *rest])
+        interpreter, *rest = rest
+    # A path need not be UTF-8, but a report is.
+    return shlex.join([Path(interpreter).name, *rest]).encode(errors="replace").decode()
 
 
 def version(distribution: str) -> str | None:

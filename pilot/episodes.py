@@ -31,7 +31,7 @@ from matryoshka.pilot.context import Run, Scheme
 from matryoshka.pilot.progress import Progress
 from matryoshka.pilot.ranks import deal
 from matryoshka.pilot.ray import run_on_ray
-from matryoshka.tasks.find import own_class
+from matryoshka.tasks.find import check_named, own_class
 from matryoshka.tasks.rollout import Job, Setup, failures, job_key, recorded, run_rollouts
 
 EXCHANGE_S = 0.2  # how often the ranks tell each other how far they are
@@ -53,7 +53,11 @@ def policy_scheme(run: Run, stage: str) -> Scheme:
 
     def controller(run: Run, sampler: TokenSampler) -> Controller:
         policy, scheme = run.policies.controller(stage, sampler), run.config.controller.scheme
-        return own_class(scheme, "[controller] scheme")(policy) if scheme else policy
+        if not scheme:
+            return policy
+        own: Controller = own_class(scheme, "[controller] scheme")(policy)
+        check_named(own, f"[controller] scheme {scheme!r}")
+        return own
 
     return Scheme(run.policies.name(stage), controller, rollout_settings(run.config, greedy=True))
 

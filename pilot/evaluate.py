@@ -27,7 +27,7 @@ from matryoshka.pilot.environment import environment, hardware, typed_command, v
 from matryoshka.pilot.episodes import policy_scheme, run_episodes
 from matryoshka.pilot.folder import cache_path, trained_stages
 from matryoshka.pilot.generator import open_generator, with_generator
-from matryoshka.pilot.stages import is_trained, left_out
+from matryoshka.pilot.stages import gold_text, is_trained, left_out
 
 HELD_OUT_SPLITS = ("test", "held_out")
 ALIASES = {"none": "no_guidance", "gold": "gold_guidance", "wrong": "wrong_guidance", "own": "own_guidance"}
@@ -172,7 +172,7 @@ def fixed_schemes(
     examples = [example for split in splits for example in problems[split]]
     one_plan = replace(rollout_settings(config, greedy=True), outer_turns=1)  # fixed guidance has no second plan
     found = {"no_guidance": ("no guidance", Scheme("no-guidance", _fixed(NoGuidance()), one_plan))}
-    gold = [guidance for example in examples if (guidance := task.gold_guidance(example)) is not None]
+    gold = [guidance for example in examples if (guidance := gold_text(task, example)) is not None]
     if len(gold) == len(examples):
         tables = [("gold_guidance", "gold guidance", gold)]
         if config.wrong and len(set(gold)) > 1:  # where all problems have one guidance, there is no wrong one

@@ -78,7 +78,7 @@ class SftCommand:
     tensorboard: bool = False
     """Write the metrics as TensorBoard events, too (the extra `track`)."""
     wandb: str = ""
-    """A project of Weights & Biases that takes the metrics through its own library (the extra `track`); "" for none."""
+    """A project of Weights & Biases that takes the metrics through its own library (the extra `wandb`); "" for none."""
     tune: Literal["adapter", "full"] = "adapter"
     """The trained part: an adapter, or all weights ("full"), which are written to out/model."""
     parallel: ParallelConfig = ParallelConfig()

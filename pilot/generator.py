@@ -21,7 +21,7 @@ from matryoshka.lora.files import adapter_hash
 from matryoshka.pilot.config import RunConfig, ServeConfig
 from matryoshka.pilot.ranks import Ranks
 from matryoshka.pilot.serving import running_server
-from matryoshka.tasks.find import own_class, task_class
+from matryoshka.tasks.find import check_named, own_class, task_class
 
 
 def with_generator(config: RunConfig, name: str) -> RunConfig:
@@ -57,6 +57,7 @@ def scripted_generator(config: RunConfig) -> Generator:
     name = config.serve.scripted
     if ":" in name:
         generator: Generator = own_class(name, "[serve] scripted")()
+        check_named(generator, f"[serve] scripted {name!r}")
         return generator
     return task_class(config.task.name).scripted_generator(name)
 

@@ -28,7 +28,7 @@ from matryoshka.lora.linear import active
 from matryoshka.pilot.config import TaskConfig
 from matryoshka.pilot.progress import StatusLine
 from matryoshka.pilot.training import DTYPES
-from matryoshka.tasks.find import task_class
+from matryoshka.tasks.find import make_task
 
 DRAWN_AT = ((1.0, 1.0), (0.7, 0.9))  # temperature, top-p
 
@@ -88,7 +88,7 @@ def measure(config: ParityConfig) -> list[ParityRow]:
     rank = 0 if config.adapter is None else read_config(config.adapter).rank
     task = TaskConfig()
     setting = TaskSetting(dict.fromkeys(task.sizes, 0) | {"test": config.samples}, config.seed)
-    questions = [e.fields["question"] for e in task_class(task.name)(task.options, setting).examples("test")]
+    questions = [e.fields["question"] for e in make_task(task.name, task.options, setting).examples("test")]
     prompts = [tokenizer.render((Message("user", text),), add_generation_prompt=True).ids for text in questions]
 
     async def answers(sampler: TokenSampler, sampling: Sampling, name: str | None) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""The files in which a run reports its results: report.json, .md, .html, summary, verdicts, scores, transfer.json."""
+"""The files in which a run reports its results: report.json, .md, .html, summary.json and transfer.json."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -45,10 +45,6 @@ def write_run_report(run: Run, conditions: Sequence[Condition], counts: dict[str
     if not run.world.is_first:
         return summary
     write_report(_report_input(run, conditions, counts, validation), run.folder)
-    verdicts = {c.name: {t.example_id: t.info.verdict for t in c.trajectories} for c in conditions}
-    write_json(run.folder / "verdicts.json", verdicts)
-    if graded := graded_scores(conditions):
-        write_json(run.folder / "scores.json", graded)
     write_json(run.folder / "summary.json", summary)
     return summary
 

@@ -16,7 +16,7 @@ from matryoshka.eval.report import Condition, ReportInput, write_report
 from matryoshka.pilot.compare import short_names
 from matryoshka.pilot.config import SPLITS, TaskConfig
 from matryoshka.pilot.environment import environment, typed_command, versions
-from matryoshka.tasks.find import task_class
+from matryoshka.tasks.find import make_task
 
 PREDICTIONS = ("prediction", "output", "gpt_response", "response")  # where --key is not given
 QUESTIONS = ("question", "input")
@@ -62,12 +62,12 @@ def score_files(command: ScoreCommand) -> list[dict[str, Any]]:
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"score: {repeated[0]} is given twice; give each file of predictions once")
     read = {name: read_predictions(file) for name, file in zip(names, command.files, strict=True)}
-    sizes = {split: getattr(command.task, split) for split in SPLITS}
+    sizes = command.task.sizes
     count = command.count or max(map(len, read.values()))
     if command.split in ("test", "held_out"):
         sizes = dict.fromkeys(SPLITS, 0)
     sizes[command.split] = count
-    task = task_class(command.task.name)(command.task.options, TaskSetting(sizes, command.seed))
+    task = make_task(command.task.name, command.task.options, TaskSetting(sizes, command.seed))
     examples = task.examples(command.split)
     conditions = [_condition(command, task, examples, name, rows) for name, rows in read.items()]
     metrics = {condition.name: task.score(condition.trajectories) for condition in conditions}

@@ -52,6 +52,7 @@ def warm_up(run: Run) -> str:
     if not stage or is_trained(run, stage):
         return stage
     if config.source == "adapter":
+        run.ranks.barrier()  # every rank has asked by now whether it is trained
         if run.world.is_first:
             copy_folder(Path(run.config.controller.adapter), run.policies.folder(stage))
         run.ranks.barrier()
@@ -68,11 +69,20 @@ def warm_up(run: Run) -> str:
 
 def sft_item(task: Task, tokenizer: Tokenizer, example: Example) -> Item:
     """Return the item that teaches an example's gold guidance. Raises ValueError if it has none."""
-    guidance = task.gold_guidance(example)
+    guidance = gold_text(task, example)
     if guidance is None:
         what = f"example {example.id} has no gold guidance"
         raise ValueError(f"[warmup] source and gold_per_group ask for gold, but {what}; use source = 'file'")
     return Item((text_completion(tokenizer, task.first_prompt(example), guidance),), example.id)
+
+
+def gold_text(task: Task, example: Example) -> str | None:
+    """Return the example's gold guidance, None where it has none. Raises ValueError for anything else than a text."""
+    found: object = task.gold_guidance(example)
+    if not isinstance(found, str | None):
+        what = f"task {task.name}: `gold_guidance` returned {found!r:.60} for example {example.id}"
+        raise ValueError(f"{what}; expected a text, or None where there is none")
+    return found
 
 
 def _generator_wins(run: Run) -> list[Item]:

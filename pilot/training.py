@@ -284,11 +284,10 @@ def wandb_writer(folder: Path, project: str, title: str) -> Iterator[Callable[[M
     try:
         import wandb
     except ImportError as err:
-        raise ValueError("wandb needs the extra `track`: pip install 'matryoshka-pilot[track]'") from err
+        raise ValueError("wandb needs the extra `wandb`: pip install 'matryoshka-pilot[wandb]'") from err
     folder.mkdir(parents=True, exist_ok=True)
     identity = content_key(project, str(folder.absolute()))[:16]
     run = wandb.init(project=project, name=folder.name, group=title, dir=folder, id=identity, resume="allow")
-
 
     def write(row: Mapping[str, float]) -> None:
         run.log({name: value for name, value in row.items() if name not in ("step", "steps")}, step=int(row["step"]))

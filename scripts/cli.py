@@ -100,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(err, ValueError | OSError | GeneratorError) or os.environ.get(DEBUG) == "1":
             raise
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        lines = (printable(line) for line in str(err).splitlines())  # a server's answer or a file may be quoted in it
+        text = "; ".join([str(err), *getattr(err, "__notes__", [])])
+        lines = (printable(line) for line in text.splitlines())  # a server's answer or a file may be quoted in it
         print(f"{rank}error: " + "\n".join(lines), file=sys.stderr)
         return 2
     return 0

@@ -35,13 +35,14 @@ OPTIONAL = {
     "gguf": "demo",
     "matplotlib": "report",
     "tensorboard": "track",
-    "wandb": "track",
+    "wandb": "wandb",
+    "xllamacpp": "llama",
     "alfworld": "alfworld",
     "textworld": "alfworld",
+    "ijson": "lamp",
     "rank_bm25": "lamp",
     "rouge_score": "lamp",
     "sacrebleu": "lamp",
-    "openai": "test",
     "transformers": "test",
     "peft": "test",
     "trl": "test",
@@ -176,7 +177,7 @@ def _served_models(port: int) -> list[str] | None:
     """Return the names that an OpenAI-compatible server on this loopback port offers, None where there is none."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://127.0.0.1:{port}/v1/models", timeout=0.5) as answer:
+        with opener.open(f"http://127.0.0.1:{port}/v1/models", timeout=3.0) as answer:
             return [str(model["id"]) for model in json.load(answer)["data"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None

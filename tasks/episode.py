@@ -5,7 +5,7 @@ that failed are treated alike in all tasks, and `Trajectory` and `EpisodeInfo` a
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 
@@ -15,6 +15,7 @@ from matryoshka.core.records import (
     Call,
     EpisodeInfo,
     Example,
+    Message,
     Messages,
     RolloutSettings,
     Sample,
@@ -89,13 +90,14 @@ class Episode:
 
     async def propose(self, prompt: Messages) -> Guidance:
         """Return the controller's guidance, which begins a turn. Raises ContextError for a prompt that does not fit."""
+        check_prompt(prompt, f"task {self._task}: the prompt given to `propose` is")
         turn = len(self.turns)
         try:
-            said = await self._controller.propose(prompt, 1, self._settings.controller.again(turn, 0))
+            asked = self._controller.propose(prompt, 1, self._settings.controller.again(turn, 0))
+            found = await _awaitable(asked, f"controller {self._controller.name}: propose")
         except ContextError:
             self.overlong = turn > 0 and self._settings.overlong == "skip"
             raise
-        found: object = said  # a user's own scheme may give anything
         if not isinstance(found, list | tuple) or len(found) != 1 or not isinstance(found[0], Sample):
             expected = "expected a list of as many Samples as were asked for, one"
             raise ValueError(f"controller {self._controller.name}: propose returned {found!r:.60}; {expected}")
@@ -108,12 +110,15 @@ class Episode:
         The first question of all, whose numbers are all 0, is asked with the settings' own seed. max_tokens: of this
         reply; 0 takes the settings'. Raises GeneratorError when the call fails for good.
         """
+        check_prompt(prompt, f"task {self._task}: the prompt given to `complete` is")
+        if not self.turns:
+            raise ValueError(f"task {self._task}: `complete` comes before `propose`, which begins a turn; ask it first")
         sampling = self._settings.generator.again(len(self.turns) - 1, *numbers)
         sampling = replace(sampling, max_tokens=max_tokens or sampling.max_tokens)
-        answer: object = await self._generator.complete(prompt, sampling)
+        what = f"generator {self._generator.name}: complete"
+        answer = await _awaitable(self._generator.complete(prompt, sampling), what)
         if not isinstance(answer, Sample):
-            what = f"generator {self._generator.name}: complete returned {answer!r:.60}"
-            raise ValueError(f"{what}; expected a Sample(text)")
+            raise ValueError(f"{what} returned {answer!r:.60}; expected a Sample(text)")
         reply = Reply(prompt, answer)
         self.turns[-1].replies.append(reply)
         return reply
@@ -167,6 +172,22 @@ class Episode:
         )
         turns = tuple(turn.turn() for turn in self.turns)
         return Trajectory(self._task, self._example.id, turns, reward, info)
+
+
+def _awaitable(asked: object, what: str) -> Awaitable[object]:
+    """Return `asked`, the result of a method that may be a user's own. Raises ValueError if it is no coroutine."""
+    if not isinstance(asked, Awaitable):
+        raise ValueError(f"{what} returned {asked!r:.60}, and cannot be awaited; begin it with `async def`")
+    return asked
+
+
+def check_prompt(value: object, what: str) -> None:
+    """Raise ValueError, which begins with `what`, unless `value` is a prompt."""
+    parts = value if isinstance(value, tuple) else ()
+    texts = [text for m in parts if isinstance(m, Message) for text in (m.role, m.content) if isinstance(text, str)]
+    if not parts or len(texts) < 2 * len(parts):
+        form = "Message(role, content), both texts, such as (Message(...),)"
+        raise ValueError(f"{what} {value!r:.80}; expected a tuple of {form}")
 
 
 def _number(value: object, what: str) -> float:

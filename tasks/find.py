@@ -5,19 +5,19 @@ it. A user's own is "FILE.py:CLASS" or "PACKAGE.MODULE:CLASS".
 """
 
 import dataclasses
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import pkgutil
-import sys
 import typing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from matryoshka import tasks
-from matryoshka.core.protocols import Task
+from matryoshka.core.config import nearest
+from matryoshka.core.own_module import load_own_module
+from matryoshka.core.protocols import Task, TaskSetting
+from matryoshka.core.records import content_key
 
 
 def task_class(name: str) -> type[Task]:
@@ -43,6 +43,29 @@ def task_class(name: str) -> type[Task]:
     if not inspect.iscoroutinefunction(inspect.unwrap(found.rollout)):
         raise ValueError(f"the task {name!r}: `rollout` is no coroutine; begin it with `async def`")
     return typing.cast(type[Task], found)
+
+
+def make_task(name: str, options: object, setting: TaskSetting) -> Task:
+    """Return the task `name` with its options. Raises ValueError for a class whose `__init__` does not take or keep
+    them.
+    """
+    kind, init = task_class(name), "`__init__`, where a task has one, is `def __init__(self, options, setting)` and"
+    try:
+        inspect.signature(kind).bind(options, setting)
+    except TypeError as err:
+        raise ValueError(f"the task {name!r}: {init} takes two arguments: {err}") from err
+    task = kind(options, setting)
+    if not hasattr(task, "setting"):
+        raise ValueError(f"the task {name!r}: {init} calls super().__init__(options, setting); this one does not")
+    return task
+
+
+def check_named(made: object, where: str) -> None:
+    """Raise ValueError, which begins with `where`, for a controller or generator of the user's without a name."""
+    name = getattr(made, "name", None)
+    if not isinstance(name, str) or not name:
+        what = f"its attribute `name` is {name!r:.60}" if hasattr(made, "name") else "it has no attribute `name`"
+        raise ValueError(f"{where}: {what}; expected a text, which changes when its answers change")
 
 
 def task_names() -> list[str]:
@@ -83,10 +106,13 @@ def own_class(name: str, where: str, protocol: type | None = None, takes: int = 
     try:
         module = _file_module(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except ImportError as err:
-        raise ValueError(f"{where} {name!r}: {place} cannot be imported: {err}") from err
+        hint = "a package must be installed, or its folder be in PYTHONPATH"
+        raise ValueError(f"{where} {name!r}: {place} cannot be imported: {err}; {hint}") from err
+    except ValueError as err:
+        raise ValueError(f"{where} {name!r}: {err}") from err
     if not hasattr(module, attribute):
-        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        raise ValueError(f"{where} {name!r}: {place} has no {attribute!r}; its classes: {', '.join(classes)}")
+        classes = [k for k, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
+        raise ValueError(f"{where} {name!r}: {place} has no class {attribute!r}; {nearest(attribute, classes)}")
     found = getattr(module, attribute)
     if protocol is not None:
         methods = [key for key, value in vars(protocol).items() if inspect.isfunction(value) and key[0] != "_"]
@@ -101,19 +127,10 @@ def own_class(name: str, where: str, protocol: type | None = None, takes: int = 
 
 def _file_module(path: Path) -> ModuleType:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a Python file with your class")
+        where = "" if path.is_absolute() else f" in {Path.cwd()}, where the command runs"
+        raise FileNotFoundError(f"{path}: no such file{where}; expected a Python file with your class")
     source = path.resolve()
-    name = f"matryoshka_own_{source.stem}_{hashlib.sha256(str(source).encode()).hexdigest()[:8]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, source)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+    return load_own_module(source, f"matryoshka_own_{source.stem}_{content_key(str(source))[:8]}")
 
 
 def _is_task(value: object) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import StrictUndefined, Template, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import SandboxedEnvironment
 
@@ -27,7 +27,8 @@ _Row = tuple[str, Template] | str  # role and content, or the name of the messag
 
 class PromptFile:
     """The requests of one file, whose path is `path`. name: the file's; for one that is not shipped it carries a hash
-    of the text. values: the keys of the file that are neither requests nor texts.
+    of the text. values: the keys of the file that are neither requests nor texts. attributes: the names that its
+    templates may look up in a table.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class PromptFile:
             text = path.read_text(encoding="utf-8-sig")  # some editors put a BOM first
             data = tomllib.loads(text)
             used = {*known}
-            self._requests = {name: _rows(name, data.pop(name, None), used) for name in requests}
+            self.attributes: set[str] = set()
+            self._requests = {name: self._rows(name, data.pop(name, None), used) for name in requests}
             self._texts = {
-                name: _template(name, data.pop(name, default), used) for name, default in (texts or {}).items()
+                name: self._template(name, data.pop(name, default), used) for name, default in (texts or {}).items()
             }
             if unused := sorted(set(data) - used):
                 keys = [*requests, *(texts or {}), *sorted(used)]
@@ -87,27 +89,28 @@ class PromptFile:
         except (TemplateError, *FAILURES) as err:
             raise ValueError(f"{self.path}: {where}: {err}") from err
 
+    def _rows(self, request: str, rows: Any, used: set[str]) -> list[_Row]:
+        if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"[[{request}]] is missing; expected one table for each message, with role and content")
+        found: list[_Row] = []
+        for row in rows:
+            if set(row) == {"insert"}:
+                found.append(_text(f"[[{request}]] insert", row["insert"]))
+                continue
+            if set(row) != {"role", "content"} or row["role"] not in ("system", "user", "assistant"):
+                expected = "expected the keys role (system, user or assistant) and content"
+                raise ValueError(f"[[{request}]]: got {row!r:.80}; {expected}")
+            found.append((row["role"], self._template(f"[[{request}]] content", row["content"], used)))
+        return found
 
-def _rows(request: str, rows: Any, used: set[str]) -> list[_Row]:
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"[[{request}]] is missing; expected one table for each message, with role and content")
-    found: list[_Row] = []
-    for row in rows:
-        if set(row) == {"insert"}:
-            found.append(_text(f"[[{request}]] insert", row["insert"]))
-            continue
-        if set(row) != {"role", "content"} or row["role"] not in ("system", "user", "assistant"):
-            expected = "expected the keys role (system, user or assistant) and content"
-            raise ValueError(f"[[{request}]]: got {row!r:.80}; {expected}")
-        found.append((row["role"], _template(f"[[{request}]] content", row["content"], used)))
-    return found
-
-
-def _template(name: str, value: Any, used: set[str]) -> Template:
-    """Return the template of a text, and add the names that it uses to `used`."""
-    text = _text(name, value)
-    used |= find_undeclared_variables(_ENVIRONMENT.parse(text))
-    return _ENVIRONMENT.from_string(text)
+    def _template(self, name: str, value: Any, used: set[str]) -> Template:
+        """Return the template of a text. Add the names that it uses to `used`, those of attributes to `attributes`."""
+        text = _text(name, value)
+        tree = _ENVIRONMENT.parse(text)
+        used |= find_undeclared_variables(tree)
+        self.attributes |= {node.attr for node in tree.find_all(nodes.Getattr)}
+        self.attributes |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        return _ENVIRONMENT.from_string(text)
 
 
 def _text(name: str, value: Any) -> str:

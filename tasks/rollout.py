@@ -90,7 +90,7 @@ async def run_rollouts(
             if stopped or (stop is not None and stop.is_set()):
                 return
             try:
-                trajectory = await _episode(setup, job)
+                trajectory = await play_episode(setup, job)
             except RunStopped as err:
                 stopped.append(err)
                 return
@@ -143,7 +143,7 @@ async def _keep_synced(journal: Journal, all_ended: asyncio.Event) -> None:
             await asyncio.to_thread(journal.sync)
 
 
-async def _episode(setup: Setup, job: Job) -> Trajectory:
+async def play_episode(setup: Setup, job: Job) -> Trajectory:
     """Return the episode of `job`; a GeneratorError that the task let through makes it a failed one.
 
     Raises ValueError if the task returns no trajectory.
@@ -151,7 +151,12 @@ async def _episode(setup: Setup, job: Job) -> Trajectory:
     task, controller, generator = setup.task, setup.controller, setup.generator
     episode = Episode(task.name, job.example, controller, generator, job.settings)
     with episode:
-        found: object = await task.rollout(job.example, controller, generator, job.settings)
+        try:
+            found: object = await task.rollout(job.example, controller, generator, job.settings)
+        except Exception as err:
+            if not hasattr(err, "__notes__"):  # several episodes may wait for one call, and get one exception
+                err.add_note(f"in the episode of task {task.name} on example {job.example.id}")
+            raise
         if not isinstance(found, Trajectory):
             expected = "expected `return episode.trajectory(...)`"
             raise ValueError(f"task {task.name}: rollout returned {found!r:.60}; {expected}")

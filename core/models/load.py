@@ -8,10 +8,8 @@ model that is returned is complete.
 """
 
 import importlib
-import importlib.util
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +22,7 @@ from matryoshka.core.files import EMBEDDED_MODEL, check_model_folder
 from matryoshka.core.json_input import read_json, shown
 from matryoshka.core.models.language_model import LanguageModel
 from matryoshka.core.models.weights import load_weights
+from matryoshka.core.own_module import load_own_module
 
 MODELS = Path(__file__).parent
 OWN_FOLDERS = "MATRYOSHKA_CONTROLLERS"  # folders of architectures that are the user's own, separated as in PATH
@@ -117,14 +116,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json", "the configuration of a Hugging Face model folder")
 
 
+def own_folders() -> list[Path]:
+    """Return the folders of architectures that MATRYOSHKA_CONTROLLERS lists."""
+    return [Path(folder) for folder in os.environ.get(OWN_FOLDERS, "").split(os.pathsep) if folder]
+
+
 def architecture_files() -> dict[str, Path]:
     """Return the file of each model_type: those of `core/models/`, then those of the folders in MATRYOSHKA_CONTROLLERS.
 
     Raises FileNotFoundError for a folder of one's own that is missing, ValueError for a model_type with two files.
     """
-    own = [Path(folder) for folder in os.environ.get(OWN_FOLDERS, "").split(os.pathsep) if folder]
     found: dict[str, Path] = {}
-    for folder in (MODELS, *own):
+    for folder in (MODELS, *own_folders()):
         if not folder.is_dir():
             raise FileNotFoundError(f"{OWN_FOLDERS}: {folder} is no folder; expected one with architecture files")
         for path in sorted(folder.glob("*.py")):
@@ -144,23 +147,14 @@ def model_architecture(config: dict[str, Any], folder: Path) -> ModuleType:
     files = architecture_files()
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in files:
-        raise ValueError(
-            f"{folder / 'config.json'}: model_type is {model_type!r:.100}, expected one of {sorted(files)}; choose "
-            f"another model, or add a file for it: {GUIDE} shows how"
-        )
+        mine = [path for place in own_folders() if (path := place / f"{model_type}.py").is_file()]
+        remedy = f"let {mine[0]} define LORA_TARGETS" if mine else "choose another model, or add a file for it"
+        where = f"{folder / 'config.json'}: model_type is {model_type!r:.100}, expected one of {sorted(files)}"
+        raise ValueError(f"{where}; {remedy}: {GUIDE} shows how")
     path = files[model_type]
     if path.parent == MODELS:
         return importlib.import_module(f"matryoshka.core.models.{model_type}")
-    name = f"matryoshka_controllers.{model_type}"
-    module = sys.modules.get(name)
-    if module is None or module.__file__ != str(path):
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their module up by its name
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
+    module = load_own_module(path, f"matryoshka_controllers.{model_type}")
+    if missing := [name for name in ("read_config", "Model") if not hasattr(module, name)]:
+        raise ValueError(f"{path}: it has no {missing[0]!r}; {GUIDE} says what an architecture's file exports")
     return module

@@ -139,8 +139,11 @@ def _own_exemplars(file: PromptFile) -> dict[str, dict[str, Any]]:
         try:
             seen = _seen(table["screen"]) if "screen" in table else {}
             steps = {"steps": steps_of(table["steps"])} if "steps" in table else {}
-            found[task_type] = {**table, **seen, **steps}
+            found[task_type] = {**seen, **table, **steps}
         except (AttributeError, TypeError, ValueError) as err:
             expected = "expected a table, in which screen is a text and steps has rows [verb, thing, [place, ...]]"
             raise ValueError(f"{where}: {expected}; {err}") from err
+        known = {"screen", "steps", "receptacles", "kinds", "task", *file.attributes}
+        if unknown := sorted(set(table) - known):
+            raise ValueError(f"{where}: no template uses the key {unknown[0]!r}; {nearest(unknown[0], sorted(known))}")
     return found

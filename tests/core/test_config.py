@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from matryoshka.core.config import apply_overrides, diff, load_toml, to_toml
+from matryoshka.core.config import diff, load_toml, to_toml
 
 
 @dataclass(frozen=True)
@@ -115,45 +115,6 @@ def test_a_bad_override_says_so(tmp_path: Path) -> None:
         load_toml(Config, path, {"dpo.epochs": "many"})
     with pytest.raises(ValueError, match=r"^override: seed\.x: seed is a value"):
         load_toml(Config, write(tmp_path, 'controller = "c"\nseed = 1\n'), {"seed.x": 1})
-
-
-def test_overrides_read_like_toml_with_bare_strings() -> None:
-    """Oracle: the values written by hand."""
-    config = Config(controller="c", note="old")
-    items = ["dpo.learning_rate=1e-4", "seed=3", "seed=4", "controller=a=b", "loss=ipo", "note=none", "resume=false"]
-    items += ['targets=["q_proj", "o_proj"]', "widths=[1, 2]", 'stops=["a,b"]', "dpo.clip=1", "folder=a/b"]
-    changed = apply_overrides(config, items)
-    assert changed == Config(
-        controller="a=b",
-        seed=4,
-        resume=False,
-        loss="ipo",
-        targets=("q_proj", "o_proj"),
-        widths=(1, 2),
-        folder=Path("a/b"),
-        stops=("a,b",),
-        dpo=Trainer(learning_rate=1e-4, clip=1.0),
-    )
-    assert apply_overrides(config, []) == config
-
-
-@pytest.mark.parametrize(
-    ("item", "message"),
-    [
-        ("seed", r"override 'seed': expected key\.path=value"),
-        ("=1", r"expected key\.path=value"),
-        ("seed=x", r"override: seed: expected an integer, got str \('x'\)"),
-        ("seed=none", r"override: seed: expected an integer"),
-        ("seed=1\nresume=true", r"override: seed: expected an integer"),
-        ("dpo.epoch=1", r"override: dpo\.epoch: unknown key; did you mean 'dpo\.epochs'\?"),
-        ("dpo=1", r"override: dpo: expected a table"),
-        ("dpo.epochs=0", r"dpo: epochs 0 must be at least 1"),
-    ],
-)
-def test_an_override_that_does_not_fit_is_refused(item: str, message: str) -> None:
-    """Oracle: the message for each override, written by hand."""
-    with pytest.raises(ValueError, match=message):
-        apply_overrides(Config(controller="c"), [item])
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

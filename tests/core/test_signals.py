@@ -21,7 +21,7 @@ def test_the_first_signal_asks_for_an_orderly_stop(number: signal.Signals, capsy
         with async_stop_event() as stop:
             assert not stop.is_set()
             os.kill(os.getpid(), number)
-            await asyncio.wait_for(stop.wait(), 5)
+            await asyncio.wait_for(stop.wait(), 60)
             return "went on"
 
     with asyncio.Runner() as runner:
@@ -37,7 +37,7 @@ from matryoshka.core.signals import async_stop_event
 
 async def work():
     with async_stop_event() as stop:
-        tasks = [asyncio.create_task(asyncio.sleep(60)), asyncio.create_task(asyncio.to_thread(time.sleep, 60))]
+        tasks = [asyncio.create_task(asyncio.sleep(900)), asyncio.create_task(asyncio.to_thread(time.sleep, 900))]
         await asyncio.sleep(0.05)
         os.kill(os.getpid(), int(sys.argv[1]))
         await stop.wait()
@@ -53,7 +53,7 @@ asyncio.run(work())
 def twice(number: signal.Signals, **variables: str) -> tuple[int, str, str]:
     done = subprocess.run(
         [sys.executable, "-c", WORK, str(int(number))], env={**environment(), **variables}, capture_output=True,
-        text=True, timeout=30,
+        text=True, timeout=300,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 

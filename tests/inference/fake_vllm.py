@@ -69,6 +69,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.hang_up()
         if fault.startswith("sleep"):
             time.sleep(float(fault.removeprefix("sleep")))
+        while fault.startswith("until ") and not os.path.exists(fault.removeprefix("until ")):
+            time.sleep(0.005)
         seed = body.get("seed", 0) + len(body["model"])
         ids = [32 + (sum(body["prompt"]) + seed + i) % 90 for i in range(body["max_tokens"])]
         scores = {"token_logprobs": [-0.5] * len(ids)}

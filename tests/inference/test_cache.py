@@ -79,7 +79,7 @@ def test_an_answer_survives_kill_9(tmp_path: Path) -> None:
     path = tmp_path / "c"
     code = "c = ResponseCache(Path(sys.argv[1]))\nc.put('k', Sample('paid'))\nos.kill(os.getpid(), signal.SIGKILL)"
     process = child(code, str(path))
-    assert process.wait(20) == -signal.SIGKILL
+    assert process.wait(120) == -signal.SIGKILL
     assert ResponseCache(path).get("k") == Sample("paid")
 
 
@@ -91,7 +91,7 @@ def test_two_processes_write_at_once(tmp_path: Path) -> None:
         "for i in range(50): c.put(f'{name}-{i}', Sample(name)); c.put(f'both-{i}', Sample(name))"
     )
     processes = [child(code, str(path), name) for name in "ab"]
-    assert [process.wait(20) for process in processes] == [0, 0]
+    assert [process.wait(120) for process in processes] == [0, 0]
     cache = ResponseCache(path)
     assert cache.totals()[""].answers == 150
     assert all(cache.get(f"{name}-{i}") == Sample(name) for name in "ab" for i in range(50))

@@ -112,15 +112,15 @@ def test_what_may_pass_is_retried(troubles: list[Any]) -> None:
 
 
 def test_a_hanging_server_is_timed_out() -> None:
-    """Oracle: the wall clock and the request count: one hang costs timeout_s, then the retry answers."""
+    """Oracle: the clock and the request count: one hang costs timeout_s, then the retry answers."""
     endpoint = Endpoint("hang")
     start = time.monotonic()
 
     async def scene(generator: OpenAIGenerator) -> None:
         assert (await generator.complete(PROMPT, GREEDY)).text == "four"
 
-    run(endpoint, scene, timeout_s=0.3)
-    assert 0.3 <= time.monotonic() - start < 3
+    run(endpoint, scene, timeout_s=1.0)
+    assert time.monotonic() - start >= 1.0
     assert len(endpoint.seen) == 2
 
 
@@ -137,7 +137,7 @@ def test_exhausted_retries_fail_the_episode(trouble: Any, reason: str) -> None:
         assert len(endpoint.seen) == 3
         assert (await generator.complete(PROMPT, GREEDY)).text == "four"  # a failure is not remembered as an answer
 
-    assert run(endpoint, scene, max_retries=2, timeout_s=0.3).stats.failures == 1
+    assert run(endpoint, scene, max_retries=2, timeout_s=0.7).stats.failures == 1
 
 
 @pytest.mark.parametrize("as_date", [False, True])
@@ -489,8 +489,8 @@ def test_a_stop_waits_for_what_was_sent_alone(tmp_path: Path) -> None:
         while endpoint.running < 2:
             await asyncio.sleep(0.005)
         generator.stop_sending()
-        _, pending = await asyncio.wait(calls, timeout=0.2)
-        assert pending == set(calls[:2])
+        await asyncio.wait(calls[2:])
+        assert not any(call.done() for call in calls[:2])
         endpoint.gate.set()
         ends = await asyncio.gather(*calls, return_exceptions=True)
         assert ends[0] == Sample("four", usage=Usage(7, 2))

@@ -114,15 +114,15 @@ def test_who_asks_to_wait_is_left_alone_meanwhile() -> None:
     busy, idle = Endpoint((429, failure("slow down"), {"Retry-After": "0.6"})), Endpoint()
 
     async def scene(generator: OpenAIGenerator) -> None:
-        started, draw = time.monotonic(), 0
-        while time.monotonic() - started < 0.9:
+        draw = 0
+        while len(busy.seen) < 2:
             await generator.complete(PROMPT, Sampling(temperature=1.0, draw=draw))
             draw += 1
             await asyncio.sleep(0.02)
-        assert generator.stats.retries == 1
+        assert generator.stats.retries == 1 and len(idle.seen) == draw - 1
 
     with_endpoints([busy, idle], scene)
-    assert busy.times[1] - busy.times[0] >= 0.6 and len(idle.seen) > 10
+    assert busy.times[1] - busy.times[0] >= 0.6
 
 
 def test_a_pause_that_is_asked_for_holds_for_everybody() -> None:
@@ -138,15 +138,15 @@ def test_a_pause_that_is_asked_for_holds_for_everybody() -> None:
 
 
 def test_repeated_failures_pause_one_of_several(caplog: pytest.LogCaptureFixture) -> None:
-    """Oracle: by STREAK = 3 failures the sick server is left alone for 2 s; ten later requests go to the other one."""
+    """Oracle: by STREAK = 3 failures the sick server is left alone for 2 s; all others go to the other one."""
     sick, well = Endpoint(*[(500, failure("boom"))] * 99), Endpoint()
 
     async def scene(generator: OpenAIGenerator) -> None:
-        for draw in range(16):
+        for draw in range(8):
             await generator.complete(PROMPT, Sampling(temperature=1.0, draw=draw))
 
     with_endpoints([sick, well], scene)
-    assert (len(sick.seen), len(well.seen)) == (3, 16)
+    assert (len(sick.seen), len(well.seen)) == (3, 8)
     assert "3 failures in a row; left alone for 2 s" in caplog.text
 
 
@@ -184,7 +184,7 @@ def test_requests_a_minute_are_kept() -> None:
 
 def test_tokens_a_minute_are_kept_by_what_was_really_used() -> None:
     """Oracle: a request is expected to use about 270 tokens and uses 9; at 6,000 a minute, 100 a second, the first one
-    goes on credit, and its correction lets the others go without the 2.7 s that each would have had to wait.
+    goes on credit, and its correction lets the others go without the 2.7 s that each of five would have had to wait.
     """
     endpoint = Endpoint()
 
@@ -194,7 +194,7 @@ def test_tokens_a_minute_are_kept_by_what_was_really_used() -> None:
 
     started = time.monotonic()
     run(endpoint, scene, tokens_per_minute=6000)
-    assert time.monotonic() - started < 5 and len(endpoint.seen) == 6
+    assert time.monotonic() - started < 10 and len(endpoint.seen) == 6
 
 
 def test_a_cancelled_waiter_passes_its_place_on() -> None:

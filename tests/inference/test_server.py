@@ -101,7 +101,7 @@ class Server:
         for chunk in chunks:
             writer.write(chunk)
             await asyncio.sleep(0.01)
-        data = await asyncio.wait_for(reader.read(), 5)
+        data = await asyncio.wait_for(reader.read(), 60)
         writer.close()
         return data
 
@@ -589,7 +589,7 @@ def test_a_client_that_leaves_cancels_its_request() -> None:
                 await asyncio.sleep(0.005)
             assert (await server.post(CHAT))[0] == 200
             writer.close()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while server.engine.running:
                     await asyncio.sleep(0.005)
             assert server.engine.cancelled == 3
@@ -667,7 +667,7 @@ def test_a_signal_lets_what_runs_finish_and_exits_0(number: signal.Signals) -> N
             sys.executable, "-c", PROGRAM, stdout=asyncio.subprocess.PIPE
         )
         try:
-            await asyncio.wait_for(main(process), 20)
+            await asyncio.wait_for(main(process), 120)
         finally:
             if process.returncode is None:
                 process.kill()

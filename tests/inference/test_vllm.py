@@ -9,6 +9,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,10 +27,11 @@ from matryoshka.core.protocols import ContextError
 from matryoshka.core.records import Sample, Sampling, stable_seed
 from matryoshka.core.text.tokenizer import Tokenizer
 from matryoshka.inference import vllm as client
+from matryoshka.inference import vllm_server
 from matryoshka.inference.http_client import HttpClient
 from matryoshka.inference.vllm import Vllm
 from matryoshka.inference.vllm_adapter import check_adapter, check_config
-from matryoshka.inference.vllm_server import VllmConfig, VllmServer, max_lora_rank, server_command
+from matryoshka.inference.vllm_server import VllmConfig, VllmServer, free_port, max_lora_rank, server_command
 from matryoshka.lora.files import CONFIG, WEIGHTS, adapter_hash, save_adapter
 from matryoshka.lora.linear import LoraConfig, add_adapter
 from matryoshka.tests.core.models.controller_contract import Architecture, architectures
@@ -42,7 +44,7 @@ SAMPLING = Sampling(temperature=1.0, max_tokens=5, seed=3)
 
 
 def wait_for_end(pid: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while alive(pid):
         assert time.monotonic() < deadline, f"process {pid} is still there"
         time.sleep(0.02)
@@ -216,7 +218,7 @@ def test_an_old_adapter_goes_when_its_requests_have_ended(
     folders = [adapter(tiny_dir, tmp_path / str(seed), seed) for seed in (1, 2)]
 
     async def use(vllm: Vllm) -> None:
-        faults("sleep1.5")
+        faults(f"until {tmp_path / 'answer'}")
         old = vllm.use(folders[0])
         running = asyncio.create_task(vllm.generate(PROMPT, SAMPLING, old))
         while not requests(tmp_path):
@@ -227,6 +229,7 @@ def test_an_old_adapter_goes_when_its_requests_have_ended(
             await vllm.generate(PROMPT, SAMPLING, old)
         await vllm.generate(PROMPT, SAMPLING, new)
         assert requests(tmp_path, "/v1/unload_lora_adapter") == [] and not running.done()
+        (tmp_path / "answer").touch()
         await running
         assert requests(tmp_path, "/v1/unload_lora_adapter") == [{"lora_name": old}]
         assert vllm.use(folders[0]) == old  # it may come back: equal content, equal name
@@ -313,6 +316,16 @@ def test_nothing_of_the_server_outlives_whoever_started_it(tiny_dir: Path, tmp_p
     process.wait()
     process.stdout.close()
     wait_for_end(pid)
+
+
+def test_a_free_port_is_none_that_a_connection_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the kernel's own range of them, and an error where the only port is taken."""
+    assert free_port() < int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(vllm_server, "PORTS", range(port, port + 1))
+        with pytest.raises(ValueError, match="no port from .* is free; set port"):
+            free_port()
 
 
 def test_the_command_line() -> None:

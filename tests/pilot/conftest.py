@@ -63,7 +63,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generator]:
     assert process.stdin is not None and process.stdout is not None
     yield Generator(int(process.stdout.readline()), folder / "log")
     process.stdin.close()
-    assert process.wait(10) == 0
+    assert process.wait(120) == 0
     process.stdout.close()
 
 

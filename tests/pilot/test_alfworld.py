@@ -191,7 +191,7 @@ def test_evaluate_gold_wins_everything_and_the_rest_nothing(
     assert last["gold_guidance"] == 1.0
     report = (tmp_path / "runs" / "e" / "report.md").read_text()
     assert f"{protocol.replace('_', '-')} protocol" in report and all(kind in report for kind in TASK_TYPES)
-    verdicts = json.loads((tmp_path / "runs" / "e" / "verdicts.json").read_text())
+    verdicts = json.loads((tmp_path / "runs" / "e" / "report.json").read_text())["verdicts"]
     assert set(verdicts["gold_guidance"].values()) == {"right"} and len(verdicts["untrained"]) == 6
     told = [json.loads(line)["trajectory"] for line in (tmp_path / "runs/e/trajectories.jsonl").open()]
     gold = next(t for t in told if t["info"]["controller"].startswith("gold_guidance"))
@@ -207,9 +207,8 @@ def test_a_curve_over_seeds(
     (tmp_path / "curve.toml").write_text(text)
     changes = {**FEW, "controller.path": controller, "task.options.size": "small", "rollout.guidance_tokens": 12}
     changes |= {"name": "c", "warmup.samples": 2, "warmup.train.batch_size": 4}
-    words = [f"{key}={value}" for key, value in changes.items()]
-    command = ["curve", "--config", "curve.toml", "--seeds", "3", "4", "--set", *words]
-    assert cli.main(command) == 0
+    words = [word for key, value in changes.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    assert cli.main(["curve", "--config", "curve.toml", "--seeds", "3", "4", *words]) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert result["seeds"] == [3, 4]

@@ -15,6 +15,7 @@ from matryoshka.pilot.environment import TYPED, typed_command
         (["/env/bin/python3", "/env/bin/matryoshka", "pilot", "--name", "a b"], "matryoshka pilot --name 'a b'"),
         (["/usr/bin/python3", "-m", "matryoshka.scripts.cli", "dpo"], "python3 -m matryoshka.scripts.cli dpo"),
         (["python", "own.py"], "python own.py"),
+        (["python", "caf\udce9.py"], "python 'caf?.py'"),
     ],
 )
 def test_the_command_is_the_one_that_was_typed(words: list[str], typed: str, monkeypatch: pytest.MonkeyPatch) -> None:

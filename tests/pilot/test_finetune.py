@@ -92,7 +92,7 @@ def test_a_stopped_run_continues_with_the_same_bits(tiny_dir: Path, tmp_path: Pa
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 143 and "the same command continues" in errors
     assert not (tmp_path / "stopped" / "adapter").exists()
     for out in ("stopped", "whole"):

@@ -1,7 +1,6 @@
 """`matryoshka sft | dpo --tune full` and `--parallel.*` through the command line; single ranks run in this process."""
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from matryoshka.core.files import read_jsonl
 from matryoshka.core.models.load import load_model
 from matryoshka.core.training import train
+from matryoshka.inference.vllm_server import free_port
 from matryoshka.scripts import cli
 from matryoshka.tests.pilot.test_finetune import CHATS, PAIRS, arguments, write
 
@@ -18,10 +18,7 @@ from matryoshka.tests.pilot.test_finetune import CHATS, PAIRS, arguments, write
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment that torchrun gives to a rank that is alone."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+    settings = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": free_port()}
     for name, value in (settings | {"MASTER_ADDR": "127.0.0.1"}).items():
         monkeypatch.setenv(name, str(value))
 

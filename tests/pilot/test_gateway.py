@@ -105,7 +105,7 @@ def ask(url: str, body: dict[str, Any] | None = None, **headers: str) -> tuple[i
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(url, data, {"Content-Type": "application/json", **sent})
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as err:
         return err.code, json.load(err)
@@ -207,12 +207,13 @@ def test_lost_clients_and_their_retries(
     controller_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the record. A client that leaves before its answer leaves no call; a retry gets what was drawn."""
-    generate, ended = PolicyEngine.generate, list[str]()
+    generate, ended, begun = PolicyEngine.generate, list[str](), threading.Event()
 
     async def slow(engine: PolicyEngine, prompt_ids: Sequence[int], sampling: Sampling, model: str) -> Sample:
         if sampling.max_tokens == 900:  # the lost client's
+            begun.set()
             try:
-                await asyncio.sleep(30)
+                await asyncio.Event().wait()
             finally:
                 ended.append("lost")
         return await generate(engine, prompt_ids, sampling, model)
@@ -225,7 +226,7 @@ def test_lost_clients_and_their_retries(
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
         with socket.create_connection((host, int(port))) as gone:
             gone.sendall(head.encode() + body)
-            time.sleep(0.5)  # its draw begins
+            assert begun.wait(60)
         status, first = ask(talk, chat("a"), X_Episode_Id="kept")
         assert status == 200
         retried = ask(talk, chat("a"), X_Episode_Id="kept", X_Stainless_Retry_Count="1")[1]
@@ -328,13 +329,13 @@ def test_a_restart_in_mid_episode_loses_nothing(controller_dir: Path, tmp_path: 
     process, url = start()
     first = ask(f"{url}/chat/completions", chat("a"), X_Episode_Id="e")[1]
     process.kill()
-    process.wait(30)
+    process.wait(300)
     process, url = start()
     assert ask(f"{url}/episodes/e")[1] == {"id": "e", "calls": 1, "policy": "untrained", "ended": False}
     second = ask(f"{url}/chat/completions", chat("b"), X_Episode_Id="e")[1]
     assert ask(f"{url}/episodes/e", {"reward": 0.5})[0] == 200
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     with serving(settings, tmp_path / "undisturbed") as url:
         for text, expected in (("a", first), ("b", second)):
             answer = ask(f"{url}/chat/completions", chat(text), X_Episode_Id="e")[1]

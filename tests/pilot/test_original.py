@@ -10,6 +10,7 @@ import pytest
 
 from matryoshka.core.config import to_toml
 from matryoshka.core.files import read_jsonl, write_jsonl
+from matryoshka.inference.vllm_server import free_port
 from matryoshka.tasks.pal import synthetic_problems as words
 from matryoshka.tests.pilot.conftest import ROOT, Generator, environment, with_context
 from matryoshka.tests.pilot.test_pilot import small
@@ -104,12 +105,3 @@ def test_the_published_commands_run(controller_dir: Path, generator: Generator, 
     scored, evaluated = printed[-5:], printed[-10:-5]
     for made, score in zip(evaluated, scored, strict=True):
         assert made["metrics"] == {name: score[name] for name in made["metrics"]}
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port

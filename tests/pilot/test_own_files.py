@@ -4,9 +4,12 @@ import ast
 import inspect
 import json
 import pickle
+import re
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +17,9 @@ import pytest
 from matryoshka.core.config import diff, load_toml, to_toml
 from matryoshka.core.files import read_jsonl
 from matryoshka.pilot.config import RunConfig
+from matryoshka.pilot.generator import scripted_generator
 from matryoshka.scripts.cli import main, read_config
-from matryoshka.tasks.find import options_class, task_class, task_names
+from matryoshka.tasks.find import check_named, options_class, task_class, task_names
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -146,6 +150,23 @@ def test_the_examples_run_end_to_end(pilot: Pilot, tmp_path: Path) -> None:
     assert len((EXAMPLES / "own_task.py").read_text().splitlines()) < 60
 
 
+def test_the_example_s_configuration_is_whole(
+    controller_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: `matryoshka check`, with as many rows as the file says and with one less; nothing but the model and the
+    place of the task is given by flag.
+    """
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"What is thing {i}?", "answer": f"t{i}", "hint": f"It is t{i}"} for i in range(280)]
+    flags = ["--controller.path", str(controller_dir), "--task.name", f"{EXAMPLES / 'own_task.py'}:ShortAnswers"]
+    for found in (rows, rows[1:]):
+        (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        assert main(["check", "--config", str(EXAMPLES / "own_task.toml"), *flags]) == (0 if found == rows else 2)
+    assert "take 280 problems (warmup 40, train 100, validation 40, test 100), but there are 279" in (
+        capsys.readouterr().err
+    )
+
+
 def test_new_files_alone_add_a_task_and_a_scheme(pilot: Pilot, tmp_path: Path) -> None:
     """Oracle: two files in a temporary folder, which nothing of the package knows; an option of the task's own by flag.
     """
@@ -187,18 +208,20 @@ def test_the_options_of_the_chosen_task_are_flags(tmp_path: Path, monkeypatch: p
         ({"task.options.lettres": "a"}, r"override: task\.options\.lettres: unknown key; did you mean 'letters'\?"),
         ({"task.options.letters": 3}, r"override: task\.options\.letters: expected a string, got int \(3\)"),
         ({"task.name": "words"}, "the task 'words' is unknown; expected one of alfworld, lamp, pal, FILE.py:CLASS or"),
-        ({"task.name": "absent.py:Guess"}, "absent.py: no such file; expected a Python file with your class"),
-        ({"task.name": "guess.py:Gues"}, "'guess.py:Gues': guess.py has no 'Gues'; its classes: .*Guess"),
-        ({"task.name": "no.such.module:Guess"}, "'no.such.module:Guess': no.such.module cannot be imported"),
+        ({"task.name": "absent.py:Guess"}, "absent.py: no such file in /.*, where the command runs; expected a Python"),
+        ({"task.name": "guess.py:Gues"}, r"'guess.py:Gues': guess.py has no class 'Gues'; did you mean 'Guess'\?"),
+        ({"task.name": "no.such.module:Guess"}, "'no.such.module:Guess': no.such.module cannot .* in PYTHONPATH"),
         ({"task.name": "guess.py:GuessOptions"}, "does not extend matryoshka.core.protocols.Task"),
-        ({"task.name": "guess.py:"}, "'guess.py:': guess.py has no ''; its classes: .*Guess"),
+        ({"task.name": "guess.py:"}, "'guess.py:': guess.py has no class ''; choose from GuessOptions, Guess$"),
         ({"task.name": ":Guess"}, "':Guess': '' is no module; expected FILE.py:CLASS or PACKAGE.MODULE:CLASS"),
         ({"task.name": ".guess:Guess"}, "'.guess:Guess': '.guess' is no module; expected FILE.py:CLASS"),
         ({"task.name": "my guess:Guess"}, "'my guess:Guess': 'my guess' is no module"),
         ({"task.name": "bare.py:Bare"}, "'bare.py:Bare' has no method 'examples'; docs/own_task.md says what"),
         ({"task.name": "plain.py:Guess"}, "'plain.py:Guess': `rollout` is no coroutine; begin it with `async def`"),
         ({"task.name": "lost.py:Guess"}, "task Guess: its annotations cannot be read: name 'LostOptions'"),
-        ({"controller.scheme": "guess.py:Loud"}, "scheme 'guess.py:Loud': guess.py has no 'Loud'"),
+        ({"task.name": "torn.py:Guess"}, r"the task 'torn.py:Guess': /.*/torn.py, line \d+: '\(' was never closed"),
+        ({"task.name": "free.py:Guess", "task.options.letters": "a"}, "'free.py:Guess' has no options; a task of"),
+        ({"controller.scheme": "guess.py:Loud"}, "scheme 'guess.py:Loud': guess.py has no class 'Loud'"),
         ({"controller.scheme": "guess.py:Guess"}, "scheme 'guess.py:Guess': it has no 'propose'; expected propose, "),
         ({"controller.scheme": "parrot.py:Parrot"}, "scheme 'parrot.py:Parrot': it has no 'propose'"),
         ({"controller.scheme": "two.py:Louder"}, "it is made with 1 arguments, and that fails"),
@@ -221,12 +244,62 @@ def test_what_is_wrong_is_said_before_anything_runs(
     bare = "from matryoshka.core.protocols import Task\nclass Bare(Task): pass\n"
     plain = GUESS.replace("async def rollout", "def rollout").replace("await ", "")
     lost = GUESS.replace("options: GuessOptions", "options: 'LostOptions'")
+    torn, free = GUESS + "\nprint(\n", GUESS.replace("    options: GuessOptions\n", "")
     files = {"guess": GUESS, "parrot": PARROT, "two": two, "bare": bare, "plain": plain, "lost": lost}
+    files |= {"torn": torn, "free": free}
     for name, source in files.items():
         (tmp_path / f"{name}.py").write_text(source)
     (tmp_path / "run.toml").write_text(CONFIG.format(path="m", task="guess.py:Guess", options=""))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_toml(RunConfig, tmp_path / "run.toml", changes)
+
+
+BROKEN: dict[str, tuple[str, str, str]] = {
+    "a class that takes no options": (
+        "    label = 'guessing'", "    def __init__(self): pass", "options, setting\\)` and takes two"
+    ),
+    "a class that forgets its options": (
+        "    label = 'guessing'", "    def __init__(self, options, setting): pass", "calls super\\(\\).__init__"
+    ),
+    "a question that is a number": ('f"Problem {i}?"', "i", "`first_prompt` returned .*expected a tuple of Message"),
+    "a field that is a set": ('"question":', '"seen": {1}, "question":', "fields of example '0' cannot be JSON: .*set"),
+    "guidance that is a number": ('return f"Say {example', "return 3 or f\"{example", "`gold_guidance` returned 3"),
+    "a prompt that is a text": ('(Message("user", f"Hint', '(("user", f"Hint', "the prompt given to `complete` is"),
+    "no trajectory": ("return episode.trajectory", "episode.trajectory", "rollout returned None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_check_finds_what_is_wrong_with_a_task(
+    old: str, new: str, message: str, controller_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Oracle: each message by hand, in place of a traceback from within the package."""
+    monkeypatch.chdir(tmp_path)
+    source = GUESS.replace('"guessing"', "'guessing'")
+    assert old in source
+    (tmp_path / "guess.py").write_text(source.replace(old, new))
+    (tmp_path / "parrot.py").write_text(PARROT)
+    (tmp_path / "run.toml").write_text(CONFIG.format(path=controller_dir, task="guess.py:Guess", options=""))
+    assert main(["check", "--config", "run.toml"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_controllers_and_generators_need_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the message names the setting and the attribute. A module beside a file is found, as by a script."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "beside.py").write_text("NAME = 'parrot-2'\n")
+    for name, changed in (("mute", ""), ("named", "    from beside import NAME as name\n")):
+        (tmp_path / f"{name}.py").write_text(PARROT.replace('    name = "parrot-1"\n', changed))
+    (tmp_path / "run.toml").write_text(CONFIG.format(path="m", task="pal", options=""))
+    config = load_toml(RunConfig, tmp_path / "run.toml", {"serve.scripted": "named.py:Parrot"})
+    assert scripted_generator(config).name == "parrot-2"
+    config = load_toml(RunConfig, tmp_path / "run.toml", {"serve.scripted": "mute.py:Parrot"})
+    with pytest.raises(ValueError, match=r"scripted 'mute.py:Parrot': it has no attribute `name`; expected a text"):
+        scripted_generator(config)
+    with pytest.raises(ValueError, match="scheme 'x': its attribute `name` is ''; expected a text"):
+        check_named(SimpleNamespace(name=""), "scheme 'x'")
 
 
 @pytest.mark.parametrize("name", task_names())

@@ -84,7 +84,7 @@ class Runs:
     def __init__(self, root: Path, generator: Generator) -> None:
         self.root = root
         self.generator = generator
-        self.num_lost = 0  # requests that were sent, but whose answer a kill kept from being received
+        self.num_lost = 0  # at most so many requests were sent, but a kill kept their answer from being received
 
     def write(self, config: RunConfig) -> Path:
         path = self.root / f"{config.name}.toml"
@@ -117,13 +117,13 @@ class Runs:
             time.sleep(0.001)
         assert process.poll() is None
         os.killpg(process.pid, number)
-        status = process.wait(60)
+        status = process.wait(300)
         assert process.stdout is not None
         process.stdout.close()
-        time.sleep(0.05)  # a request that was sent reaches the log
         in_flight = len(set(self.generator.asked(config.name))) - self.num_kept(config)
-        assert 0 <= in_flight <= (1 if config.controller.deterministic else CONCURRENCY)
-        self.num_lost += in_flight
+        most = 1 if config.controller.deterministic else CONCURRENCY
+        assert 0 <= in_flight <= most
+        self.num_lost += most if number == signal.SIGKILL else in_flight  # the server may log the last one later
         return status
 
     def num_kept(self, config: RunConfig) -> int:
@@ -545,7 +545,7 @@ def test_a_report_is_written_again_from_the_record_alone(
         (folder / "config.toml").read_text().replace(str(controller_dir), str(tmp_path / "tiny"))
     )
     written = json.loads((folder / "report.json").read_text())
-    for name in ("report.json", "report.md", "report.html", "summary.json", "verdicts.json"):
+    for name in ("report.json", "report.md", "report.html", "summary.json"):
         (folder / name).unlink()
     asked, episodes = undisturbed.generator.asked("whole"), (folder / "trajectories.jsonl").read_bytes()
     seconds = (folder / "seconds.json").read_bytes()

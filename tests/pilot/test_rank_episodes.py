@@ -6,21 +6,24 @@ The oracle is nearly always the same run in one process, and the scripted server
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from matryoshka.core.distributed import ALONE
 from matryoshka.core.files import Journal, SharedJournal, read_jsonl
 from matryoshka.inference.generator_config import EndpointConfig, GeneratorConfig
+from matryoshka.inference.vllm_server import free_port
 from matryoshka.lora.files import WEIGHTS
+from matryoshka.pilot import stages
 from matryoshka.pilot.config import RunConfig, WarmupConfig
 from matryoshka.pilot.ranks import Ranks, deal
 from matryoshka.scripts import cli
@@ -43,7 +46,7 @@ class RankRuns(Runs):
         for process in self.started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)  # the launcher ends its ranks
-                process.communicate(timeout=60)
+                process.communicate(timeout=PATIENCE_S)
 
     def torchrun(self, ranks: int, command: str, config: RunConfig, *place: str) -> "subprocess.Popen[str]":
         launcher = [sys.executable, "-m", "torch.distributed.run", *(place or ["--standalone"])]
@@ -58,10 +61,7 @@ class RankRuns(Runs):
 
     def on_two_machines(self, ranks: int, command: str, config: RunConfig) -> list[tuple[int, str, str]]:
         """Start two launchers, as two machines would, and return the status, output and errors of each."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        place = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port), "--node-rank")
+        place = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--node-rank")
         processes = [self.torchrun(ranks, command, config, *place, str(node)) for node in range(2)]
         ends = [process.communicate(timeout=PATIENCE_S) for process in processes]
         return [(process.returncode, *end) for process, end in zip(processes, ends, strict=True)]
@@ -200,6 +200,20 @@ def test_no_world_size_repeats_anything(runs: RankRuns, controller_dir: Path, ge
             assert cli.main(["pairs", "--in", str(folder), "--out", str(folder / "preferences.jsonl")]) == 0
     assert (ours / "preferences.jsonl").read_bytes() == (theirs / "preferences.jsonl").read_bytes()
     assert generator.asked("many") == asked
+
+
+def test_an_adapter_is_taken_for_the_warm_up_when_every_rank_has_asked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the order of events. A rank that came late would find the folder and leave out the second barrier."""
+    events: list[str] = []
+    config = replace(small("taken", Path("m"), "http://x/v1"), warmup=WarmupConfig("none"))
+    config = replace(config, controller=replace(config.controller, adapter="a"), warmup=WarmupConfig("adapter"))
+    policies = SimpleNamespace(folder=lambda stage: tmp_path / stage)
+    barrier = SimpleNamespace(barrier=lambda: events.append("barrier"))
+    run: Any = SimpleNamespace(config=config, policies=policies, ranks=barrier, world=ALONE)
+    monkeypatch.setattr(stages, "copy_folder", lambda source, target: events.append(f"{source} to {target.name}"))
+    assert stages.warm_up(run) == "warmup" and events == ["barrier", "a to warmup", "barrier"]
 
 
 @pytest.mark.slow

@@ -66,8 +66,8 @@ def test_ray_runs_the_same_episodes_and_either_executor_goes_on(
     assert [run(stage, remote) for stage in ("collect", "evaluate")] == [0, 0]
     ours, theirs = runs.folder(remote), runs.folder(local)
     assert rows(ours) == rows(theirs) == sorted(read_jsonl(ours / "trajectories.jsonl"), key=lambda r: str(r["key"]))
-    verdicts = [json.loads((folder / "verdicts.json").read_text()) for folder in (ours, theirs)]
-    assert verdicts[0] == verdicts[1]
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (ours, theirs)]
+    assert reports[0]["verdicts"] == reports[1]["verdicts"]
     asked = generator.asked("there")
     assert len(asked) == len(set(asked)) and set(asked) == set(generator.asked("here"))
     assert not (ours / ray_episodes.STOP).exists()

@@ -35,7 +35,7 @@ def test_collection_stops_at_once(tmp_path: Path, controller_dir: Path, generato
     os.killpg(process.pid, signal.SIGINT)
     wait_for(lambda: STOPPING in errors.read_text())
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(10) == 130
+    assert process.wait(120) == 130
     assert process.stdout is not None
     process.stdout.close()
     assert errors.read_text().endswith(STOPPING + STOPPED) and "Traceback" not in errors.read_text()

@@ -13,6 +13,7 @@ from threading import Thread
 
 import pytest
 
+from matryoshka.core.files import folder_lock
 from matryoshka.core.records import RemoteFile
 from matryoshka.pilot.download import MANIFEST, fetch
 from matryoshka.scripts.cli import main
@@ -116,6 +117,16 @@ def test_a_file_is_held_against_its_id_in_git(site: Site, tmp_path: Path, caplog
     site.files["/a"] = b"hallo\n"
     with pytest.raises(ValueError, match="its id as a git blob is .*, but the site's repository has ce0136"):
         fetch([file], tmp_path / "other")
+
+
+def test_two_processes_do_not_fill_one_folder(site: Site, tmp_path: Path) -> None:
+    """Oracle: the refusal while another holds the folder's lock; a new folder is for every user of the machine."""
+    out = tmp_path / "new"
+    fetch(files(site), out)
+    with folder_lock(out), pytest.raises(ValueError, match="another process .* is working in this"):
+        fetch(files(site), out)
+    os.umask(umask := os.umask(0))
+    assert out.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_a_broken_download_goes_on_where_it_stopped(site: Site, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 import io
 import json
 import platform
+import re
 import subprocess
 import threading
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from matryoshka.pilot.environment import _commit
+from matryoshka.pilot.environment import ROOT, RUNTIME, _commit
 from matryoshka.scripts import doctor
 
 
@@ -65,6 +67,17 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
     text = io.StringIO()
     doctor.show(doctor.inspect_machine(), Console(file=text, width=200))
     assert "no_such_package  no; pip install 'matryoshka-pilot[cuda]'" in text.getvalue()
+
+
+def test_every_optional_package_is_in_the_extra_that_is_named() -> None:
+    """Oracle: pyproject.toml: the message of a missing package must bring it, and nothing of run time is optional."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {extra: {re.split(r"[<>=\[;]", row)[0] for row in rows} for extra, rows in
+             project["optional-dependencies"].items()}  # fmt: skip
+    for module, extra in doctor.OPTIONAL.items():
+        assert module.replace("_", "-") in names[extra], (module, extra)
+    needed = {re.split(r"[<>=\[;]", row)[0] for row in project["dependencies"]}
+    assert not needed & {module.replace("_", "-") for module in doctor.OPTIONAL} and set(RUNTIME) <= needed
 
 
 def test_a_server_is_found_by_its_models() -> None:

@@ -174,6 +174,53 @@ def test_a_generator_that_gives_no_sample_is_named(said: Any) -> None:
         asyncio.run(episode.complete((Message("user", "q"),)))
 
 
+ODD_TEXT = Message("user", cast(str, 3))
+ODD_PROMPTS: list[Any] = ["q", (), [Message("user", "q")], ("q",), Message("user", "q"), (ODD_TEXT,)]
+
+
+@pytest.mark.parametrize("prompt", ODD_PROMPTS, ids=repr)
+def test_a_prompt_that_is_none_is_refused(prompt: Any) -> None:
+    """Oracle: the message names the method of the episode and the form of a prompt, before any model is asked."""
+    episode = Episode("own", Example("7", {}), Speaker([Sample("plan")]), Speaker(Sample("a")), RolloutSettings())
+    with pytest.raises(ValueError, match="task own: the prompt given to `propose` is .*; expected a tuple of Message"):
+        asyncio.run(episode.propose(prompt))
+    with pytest.raises(ValueError, match="task own: the prompt given to `complete` is .*; expected a tuple of Message"):
+        asyncio.run(episode.complete(prompt))
+    with pytest.raises(ValueError, match="task own: `complete` comes before `propose`, which begins a turn"):
+        asyncio.run(episode.complete((Message("user", "q"),)))
+
+
+def test_methods_that_are_no_coroutines_are_named() -> None:
+    """Oracle: the message says which method of which model needs `async def`."""
+
+    class Plain(Nobody):
+        def propose(self, *_: object) -> Any:
+            return [Sample("plan")]
+
+        complete = propose  # type: ignore[assignment]
+
+    plain: Any = Plain("plain-1")
+    episode = Episode("own", Example("7", {}), plain, plain, RolloutSettings())
+    with pytest.raises(ValueError, match="controller plain-1: propose returned .*begin it with `async def`"):
+        asyncio.run(episode.propose((Message("user", "q"),)))
+    episode = Episode("own", Example("7", {}), Speaker([Sample("plan")]), plain, RolloutSettings())
+    asyncio.run(episode.propose((Message("user", "q"),)))
+    with pytest.raises(ValueError, match="generator plain-1: complete returned .*begin it with `async def`"):
+        asyncio.run(episode.complete((Message("user", "q"),)))
+
+
+def test_an_error_of_the_task_says_on_which_example(tmp_path: Path) -> None:
+    """Oracle: the note of the exception, once, though two episodes raise the same one."""
+    error = KeyError("mine")
+
+    async def breaks(example: Example) -> str:
+        raise error
+
+    with pytest.raises(KeyError) as caught:
+        drive(breaks, tmp_path / "j", JOBS[:2])
+    assert caught.value.__notes__ == ["in the episode of task played on example 0"]
+
+
 def keys(journal: Path) -> list[str]:
     return [json.loads(line)["key"] for line in journal.read_text().splitlines()]
 

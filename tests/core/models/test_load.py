@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,27 @@ def test_a_new_architecture_is_one_file(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("MATRYOSHKA_CONTROLLERS", str(tmp_path / "absent"))
     with pytest.raises(FileNotFoundError, match="MATRYOSHKA_CONTROLLERS: .*absent is no folder"):
         model_architecture({"model_type": "llama"}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("LORA_TARGETS = (\n", r"own.py, line 1: '\(' was never closed"),
+        ("LORA_TARGETS = ()\nimport no_such_package\n", "own.py cannot be imported: No module named 'no_such_package'"),
+        ("LORA_TARGETS = ()\n", "own.py: it has no 'read_config'; docs/controllers.md says what"),
+        ("LORA_TARGETS = ()\ndef read_config(data): return data\n", "own.py: it has no 'Model'; docs/controllers.md"),
+        ("TARGETS = ()\n", "model_type is 'own', expected one of .*; let .*own.py define LORA_TARGETS: docs/contr"),
+    ],
+)
+def test_what_is_wrong_with_a_file_of_ones_own_is_said(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: each message by hand, in place of a traceback."""
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setenv("MATRYOSHKA_CONTROLLERS", str(tmp_path))
+    (tmp_path / "own.py").write_text(source)
+    with pytest.raises(ValueError, match=message):
+        model_architecture({"model_type": "own"}, tmp_path)
 
 
 def test_config_errors(tmp_path: Path) -> None:

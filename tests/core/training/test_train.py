@@ -507,7 +507,7 @@ def test_sigterm_saves_and_ends(tiny_dir: Path, tmp_path: Path) -> None:
             for _ in range(3):
                 assert run.stdout.readline().strip().isdigit()
             run.send_signal(signal.SIGTERM)
-            out, err = run.communicate(timeout=60)
+            out, err = run.communicate(timeout=300)
         finally:
             run.kill()
     checkpoint = latest_checkpoint(tmp_path / "run")

@@ -287,6 +287,9 @@ def test_a_user_s_own_file_changes_exemplars_and_requests(tmp_path: Path) -> Non
     assert (other,) == published.plan(scene("pick_two_obj_and_place"))
     (retry,) = style.retry(scene(), "the plan", "the code", Failure("it broke"))
     assert "it broke" in retry.content and "the code" not in retry.content
+    own.write_text(f"{shipped}\n[exemplars.look_at_obj_in_light]\ntask = 'mine'\nscreen = '''\\n{scene().screen}'''\n")
+    (asked,) = Style(str(own)).plan(scene("look_at_obj_in_light"))  # own words for a part of the own screen
+    assert "cabinet 2, cabinet 1, stove 1" in asked.content and "The task: mine\n" in asked.content
     steps = EXEMPLARS["look_at_obj_in_light"].steps
     assert style.write(steps).startswith("# General Plan: ") and len(parse_plan(style.write(steps))) == 2
 
@@ -301,6 +304,8 @@ def test_a_user_s_own_file_changes_exemplars_and_requests(tmp_path: Path) -> Non
         ("[exemplars.look_at_obj_in_light]\nsteps = 3", r"in_light\]: expected a table, in which .* steps has rows"),
         ("[exemplars.look_at_obj_in_light]\nsteps = [['find']]", r"the step \['find'\]; expected \[verb, thing, \["),
         ("[exemplars.look_at_obj_in_light]\nsteps = [['find', 'mug', 'desk']]", r"the step .* expected \[verb, thing"),
+        ("[exemplars.look_at_obj_in_light]\nscren = 'x'", r"no template uses the key 'scren'; did you mean 'screen'\?"),
+        ("[exemplars.look_at_obj_in_light]\nplan = 'x'", r"in_light\]: no template uses the key 'plan'"),
         ("[exemplars.look_at_obj_in_light]\nsteps = [['find', 'mug', []]]", r"the step .* expected \[verb, thing, \["),
     ],
 )

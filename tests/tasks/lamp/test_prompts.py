@@ -64,9 +64,9 @@ def test_the_budget_is_exact_in_the_controller_s_own_tokens(smollm2: Tokenizer) 
     kept = 30 - fitted.dropped
     assert count(fitted.prompt) <= 200 < count(summarise(NEWS, lines[: kept + 1], count, 4000).prompt)
     long = [("quiet green rivers " * 60_000, "travel")]  # more than a megabyte
-    start = time.monotonic()
+    start = time.thread_time()
     cut = summarise(NEWS, [line(NEWS, {"title": "", "text": long[0][0], "category": "travel"}, 2000)[0]], count, 100)
-    assert cut.cut and 95 <= count(cut.prompt) <= 100 and time.monotonic() - start < 5
+    assert cut.cut and 95 <= count(cut.prompt) <= 100 and time.thread_time() - start < 5
 
 
 def test_lines_of_all_tasks() -> None:

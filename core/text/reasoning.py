@@ -2,18 +2,25 @@
 
 import re
 
-_TAGS = r"(?:think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|seed:think)"
+_TAGS = r"(?:think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|seed:think|longcat_think)"
 _OPEN = (
-    rf"<\s*{_TAGS}\s*>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|START_THINKING\|>|<\|channel>thought"
+    rf"<\s*{_TAGS}\s*>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|START_THINKING\|>|<\|channel>thought|<unused94>"
     r"|<\|channel\|>(?:analysis|commentary)"
 )
 _CLOSE = (
-    rf"<\s*/\s*{_TAGS}\s*>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|END_THINKING\|>|<channel\|>"
+    rf"<\s*/\s*{_TAGS}\s*>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|END_THINKING\|>|<channel\|>|<unused95>"
 )
-# The answer begins, whatever was opened before: gpt-oss and Cohere's models.
-_BEGIN = r"(?:<\|start\|>assistant)?<\|channel\|>final(?:[^<]|<\|constrain\|>)*<\|message\|>|<\|START_RESPONSE\|>"
+# The answer begins, whatever was opened before: gpt-oss, Cohere's models and Apriel.
+_BEGIN = (
+    r"(?:<\|start\|>assistant)?<\|channel\|>final(?:[^<]|<\|constrain\|>)*<\|message\|>|<\|START_RESPONSE\|>"
+    r"|\[BEGIN FINAL RESPONSE\]"
+)
 _MARK = re.compile(f"(?P<open>{_OPEN})|(?P<begin>{_BEGIN})|{_CLOSE}", re.IGNORECASE)
-_END = re.compile(r"(?<!\s)\s*<\|(?:end|return|END_RESPONSE)\|>$")
+_END = re.compile(r"(?<!\s)\s*(?:\[END FINAL RESPONSE\]\s*(?:<\|end\|>)?|<\|(?:end|return|END_RESPONSE)\|>)$")
+# Marks around the answer behind a thought: models trained as R1 was, Hunyuan, ERNIE, Granite, GLM.
+_AROUND = re.compile(
+    r"^<(?:answer|response|\|begin_of_box\|)>\s*|(?<!\s)\s*<(?:/answer|/response|\|end_of_box\|)>$", re.IGNORECASE
+)
 
 
 def without_reasoning(reply: str) -> str:
@@ -36,4 +43,4 @@ def without_reasoning(reply: str) -> str:
     if end == 0:
         return reply
     kept += [reply[end:]] if depth == 0 else []
-    return _END.sub("", "".join(kept).strip())
+    return _AROUND.sub("", _END.sub("", "".join(kept).strip()))

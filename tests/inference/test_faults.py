@@ -113,6 +113,12 @@ FAULTS = [
         "at once",
     ),
     Fault("429 `insufficient_quota`", (429, failure("pay first", "insufficient_quota")), RUN),
+    Fault("429 whose words say that the account has no money", (429, failure("Insufficient balance")), RUN),
+    Fault(
+        "429 for a prompt of more tokens than a minute allows, or 424 that names the prompt",
+        (429, failure("Request too large for m on tokens per min")),
+        EPISODE,
+    ),
     Fault("500, 503 and other 5xx", (503, failure("overloaded")), AGAIN, Usage(), BACKOFF),
     Fault("408, 499, 502, 504, 520, 524 (a gateway gave up)", (502, "<html>bad gateway</html>"), AGAIN, MOST, BACKOFF),
     Fault("409, 421, 424, 425, 498 (busy, or a worker failed)", (424, failure("conflict")), AGAIN, Usage(), BACKOFF),

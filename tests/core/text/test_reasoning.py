@@ -32,13 +32,21 @@ FORMS = {
     "a block behind the answer": "ANSWER\n<think>{}</think>",
     "a second thought that the token limit cut": "ANSWER<think>{}",
     "a thought that speaks of its own end": "<think>{} I write </think> at the end. {}</think>ANSWER",
+    "an answer in a block of its own": "<think>{}</think>\n<answer>\nANSWER\n</answer>",
+    "an answer in a block that was cut": "<think>{}</think>\n<answer>ANSWER",
+    "ERNIE's response": "<think>\n{}\n</think>\n\n<response>\nANSWER\n</response>\n",
+    "GLM's box": "<think>{}</think><|begin_of_box|>ANSWER<|end_of_box|>",
+    "LongCat's marks": "<longcat_think>\n{}\n</longcat_think>\nANSWER",
+    "MedGemma's marks": "<unused94>thought\n{}<unused95>ANSWER",
+    "Apriel's marks": "Here are my reasoning steps:\n{}\n[BEGIN FINAL RESPONSE]\nANSWER\n[END FINAL RESPONSE]\n<|end|>",
     "Gemma 4's marks": "<|channel>thought\n{}<channel|>ANSWER",
     "Cohere's marks": "<|START_THINKING|>{}<|END_THINKING|><|START_RESPONSE|>ANSWER<|END_RESPONSE|>",
     "gpt-oss's channels": "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>ANSWER",
     "gpt-oss's channels, several of them": "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>"
     "commentary<|message|>{}<|end|><|start|>assistant<|channel|>final <|constrain|>text<|message|>ANSWER<|return|>",
 }
-CUT = ("<think>{}", "<think>\n{} <think>{}", "[THINK]{}", "<|channel|>analysis<|message|>{}", "<|channel>thought\n{}")
+CUT = ("<think>{}", "<think>\n{} <think>{}", "[THINK]{}", "<|channel|>analysis<|message|>{}", "<|channel>thought\n{}",
+       "<longcat_think>{}", "<unused94>thought\n{}")  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

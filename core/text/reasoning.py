@@ -27,7 +27,8 @@ def without_reasoning(reply: str) -> str:
     """Return `reply` without its reasoning blocks, nested ones included; a reply without any comes back as it is.
 
     Many servers put the opening tag into the prompt, so everything before a lone closing tag is reasoning. Where the
-    token limit cut a block off, everything from its opening tag on is reasoning, and no answer follows.
+    token limit cut a block off, everything from its opening tag on is reasoning, and no answer follows. Behind a block
+    the marks around the whole answer, such as <answer> and </answer>, are left out too.
     """
     kept: list[str] = []
     depth = end = 0

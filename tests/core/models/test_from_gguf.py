@@ -194,12 +194,13 @@ def test_errors_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyP
         path.write_bytes(whole.replace(key, key[:-1] + b"_"))
         with pytest.raises(ValueError, match=r"tiny\.gguf: a value of its metadata .* is missing or of the wrong kind"):
             convert_gguf(path, out)
-    for changed, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"architecture": "mamba"}, r"general\.architecture is 'mamba', expected one of \['gemma3', 'llama', 'qwen2'"),
         ({"rotated": HEAD_DIM // 2}, rf"rope\.dimension_count is {HEAD_DIM // 2}; expected {HEAD_DIM}\. Get a Hugging"),
         ({"causal": False}, r"attention\.causal is False; expected True\. Get a Hugging Face folder"),
         ({"pre": "tekken"}, r"tokenizer\.ggml\.pre is 'tekken', expected one of \['llama-bpe', 'qwen2', 'smollm'\]"),
-    ):
+    ]
+    for changed, message in refused:
         with pytest.raises(ValueError, match=message):
             convert_gguf(write_tiny(path, tensors, **changed), out)
     with pytest.raises(ValueError, match="unknown tensor 'rope_freqs.weight'"):

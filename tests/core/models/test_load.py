@@ -199,7 +199,7 @@ def test_a_hostile_configuration_is_refused_at_once(
     assert str(tmp_path / "model") in str(caught.value) and len(str(caught.value)) < 1000
 
 
-EQUAL = {
+EQUAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ranks of the pretraining, which change nothing": ("llama", {"pretraining_tp": 2}, {}),
     "LongRoPE by its first name": (
         "phi3",

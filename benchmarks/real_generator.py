@@ -13,7 +13,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from matryoshka.inference.llama_cpp import check_gguf, file_digest
+from matryoshka.core.files import file_digest
+from matryoshka.inference.llama_cpp import check_gguf
 
 
 @dataclass(frozen=True)

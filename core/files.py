@@ -6,6 +6,7 @@ Texts go through `redact`, so no file that is written here holds a known secret.
 import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -300,6 +301,12 @@ def check_model_folder(folder: Path) -> None:
     """Raise FileNotFoundError, which says how to get one, where there is no model folder."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected a Hugging Face model folder; {EMBEDDED_MODEL}")
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits; it is read in blocks."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def fsync(path: Path) -> None:

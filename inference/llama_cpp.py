@@ -4,7 +4,6 @@ The server runs in threads of the process that opens it and ends with that proce
 llama.cpp` starts. It is a black box to the rest of the package: text in, text out, usage as the server counts it.
 """
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from xllamacpp import Server
 
 MAGIC = b"GGUF"
-BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,6 @@ def check_gguf(path: Path) -> None:
     with path.open("rb") as handle:
         if (start := handle.read(len(MAGIC))) != MAGIC:
             raise ValueError(f"{path}: begins with {start!r} but a GGUF file begins with {MAGIC!r}; give a .gguf file")
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def start_llama(

@@ -20,7 +20,7 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 
-from matryoshka.core.files import folder_lock, write_atomic, write_json
+from matryoshka.core.files import file_digest, folder_lock, write_atomic, write_json
 from matryoshka.core.records import RemoteFile
 from matryoshka.pilot.progress import Progress
 
@@ -57,7 +57,7 @@ def _fetched(files: Sequence[RemoteFile], out: Path, mirrors: Sequence[str]) -> 
         entry = manifest.setdefault(file.path, {"url": "", "sha256": file.sha256})
         if not path.exists():
             entry["url"] = _download_first([entry["url"]] if entry["url"] else urls, path, entry["sha256"])
-        digest = _sha256(path)
+        digest = file_digest(path)
         if entry["sha256"] and digest != entry["sha256"]:
             raise ValueError(
                 f"{path}: SHA-256 is {digest}, but {out / MANIFEST} says {entry['sha256']}; delete the file to fetch "
@@ -98,7 +98,7 @@ def _download_first(urls: Sequence[str], path: Path, sha256: str) -> str:
     for url in urls[:-1]:
         try:
             _download(url, path)
-            if not sha256 or (digest := _sha256(path)) == sha256:
+            if not sha256 or (digest := file_digest(path)) == sha256:
                 return url
             path.unlink()
             logger.warning("%s: SHA-256 is %s, expected %s; trying the next address", url, digest, sha256)
@@ -182,8 +182,3 @@ def _length(answer: HTTPResponse, url: str) -> int:
     if length is None:
         raise ValueError(f"{url}: the server sends no Content-Length, without which a broken download goes unnoticed")
     return int(length)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from matryoshka.core.config import load_toml
+from matryoshka.core.files import file_digest
 from matryoshka.core.models.weights import sampled_digest
 from matryoshka.core.protocols import Generator
 from matryoshka.core.records import Messages, Sample, Sampling
 from matryoshka.inference.cache import ResponseCache
 from matryoshka.inference.generator_config import EndpointConfig
 from matryoshka.inference.generators import GeneratorConfig, OpenAIGenerator
-from matryoshka.inference.llama_cpp import file_digest
 from matryoshka.inference.spending import Budget, total
 from matryoshka.lora.files import adapter_hash
 from matryoshka.pilot.config import RunConfig, ServeConfig

@@ -13,8 +13,16 @@ declare -A WITHOUT_DEPENDENCIES=(
 )
 
 setup_env() {
-    local base="${PYTHON_BASE:-python3}" stamp="$ROOT/.venv/.installed" key extra package
+    local lock
     cd "$ROOT"
+    exec {lock}<pyproject.toml  # of two scripts that are started together the second one waits
+    if command -v flock >/dev/null; then flock "$lock"; fi
+    set_up_extras "$@"
+    exec {lock}<&-
+}
+
+set_up_extras() {
+    local base="${PYTHON_BASE:-python3}" stamp="$ROOT/.venv/.installed" key extra package
     if [ ! -e .ns/matryoshka ]; then
         mkdir -p .ns
         ln -sfn .. .ns/matryoshka

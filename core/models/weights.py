@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from matryoshka.core.distributed import as_part, full_tensor, is_sharded, local_rows
-from matryoshka.core.files import check_model_folder, write_atomic, write_json
+from matryoshka.core.files import check_model_folder, file_digest, write_atomic, write_json
 from matryoshka.core.json_input import read_json, shown
 
 SINGLE = "model.safetensors"
@@ -152,11 +152,8 @@ def sampled_digest(folder: Path) -> str:
 
 def files_digest(folder: Path) -> str:
     """Return the name and SHA-256 of a model folder's configuration and weight files, which are read whole for it."""
-    found = []
-    for path in sorted((*folder.glob("*.safetensors"), folder / "config.json")):
-        with path.open("rb") as handle:
-            found.append(f"{path.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}")
-    return "".join(found)
+    paths = sorted((*folder.glob("*.safetensors"), folder / "config.json"))
+    return "".join(f"{path.name} {file_digest(path)}" for path in paths)
 
 
 def weights_hash(folder: Path) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from matryoshka.core.config import nearest
 from matryoshka.tasks.alfworld.agent import kind_of
 
 NUMBERED = re.compile(r"\s*+#?\s*+(?:\[?step\s*\d+\]?|\d+\s*[.)])\s*:?\s*(.+)", re.IGNORECASE)
@@ -39,12 +40,15 @@ class Step:
 def steps_of(rows: Iterable[Sequence[Any]]) -> tuple[Step, ...]:
     """Return the steps of rows [verb, thing, [place, ...]], as files and examples hold them.
 
-    Raises ValueError for a row of another form.
+    Raises ValueError for a row of another form or with another verb.
     """
     found: list[Step] = []
     for row in rows:
         match row:
             case [str(verb), str(thing), [str(), *_] as places] if all(isinstance(place, str) for place in places):
+                if verb not in _VERBS.values():
+                    hint = nearest(verb, dict.fromkeys(_VERBS.values()))
+                    raise ValueError(f"the step {row!r:.80}: its verb is unknown; {hint}")
                 found.append(Step(verb, thing, tuple(places)))
             case _:
                 raise ValueError(f"the step {row!r:.80}; expected [verb, thing, [place, ...]]")

@@ -1,12 +1,13 @@
 """core/files.py: writes are atomic, a journal survives a kill, and malformed rows are named."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import pytest
 
-from matryoshka.core.files import Journal, folder_lock, read_jsonl, write_text
+from matryoshka.core.files import Journal, file_digest, folder_lock, read_jsonl, write_text
 
 
 def test_a_folder_may_be_renamed_as_soon_as_the_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,3 +89,9 @@ def test_a_row_that_is_none_is_named(row: bytes, tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_bytes(b'{"key": "a"}\n' + row + b'\n{"key": "b"}\n')
     with pytest.raises(ValueError, match=r"journal\.jsonl:2: not a journal row \(.*\); expected an object with 'key'"):
         Journal(tmp_path / "journal.jsonl")
+
+
+def test_a_file_is_known_by_its_hash(tmp_path: Path) -> None:
+    """Oracle: hashlib over the whole file, which is longer than a block."""
+    (tmp_path / "file").write_bytes(data := bytes(range(256)) * 2000)
+    assert file_digest(tmp_path / "file") == hashlib.sha256(data).hexdigest()

@@ -1,6 +1,5 @@
 """llama.cpp's server: its settings, its refusals, and the real wheel over the embedded model's GGUF file."""
 
-import hashlib
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -8,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from matryoshka.inference.llama_cpp import LlamaConfig, check_gguf, file_digest, start_llama
+from matryoshka.inference.llama_cpp import LlamaConfig, check_gguf, start_llama
 
 
 @pytest.fixture
@@ -67,9 +66,3 @@ def test_what_cannot_be_served_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(ValueError, match="pip install 'matryoshka-pilot\\[llama\\]'"):
         start_llama(gguf, "coder", "127.0.0.1", 0, 1, None, LlamaConfig())
-
-
-def test_a_file_is_known_by_its_hash(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: hashlib over the whole file, which is read here in blocks of 7 bytes."""
-    monkeypatch.setattr("matryoshka.inference.llama_cpp.BLOCK_BYTES", 7)
-    assert file_digest(gguf) == hashlib.sha256(gguf.read_bytes()).hexdigest()

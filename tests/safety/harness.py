@@ -32,7 +32,9 @@ from matryoshka.tests.safety.escapes import ESCAPES, PRELUDE, Escape
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
 TIME_S, BRIEF_S = 30.0, 0.3  # of a program; of one that is to be stopped by its time
-PATIENCE_S = 2.0  # of a neighbour, and of us for a survivor, where nothing stops programs
+PATIENCE_S = 2.0  # of a neighbour where nothing stops programs
+SURVIVOR_S = 30.0  # of us for a survivor there, which a busy machine may show late
+LATE_S = 30.0  # a program that is ended so late has outlived its time: the sandbox itself waits 3 s for an exit status
 MEMORY = 192 * 2**20
 MARK = "OPENAI_API_KEY"
 MODES = ("bare", "solution", "household", "direct")
@@ -191,7 +193,7 @@ class Plant:
         told = run.program(program, BRIEF_S if effect == "outlives" else TIME_S, escape.kind == "neighbours")
         value, words, overtime, neighbour = told
         survivors = own_processes() - mine - run.helpers()
-        while effect == "survivor" and not survivors and mode_is_bare and time.monotonic() < began + PATIENCE_S:
+        while effect == "survivor" and not survivors and mode_is_bare and time.monotonic() < began + SURVIVOR_S:
             survivors = own_processes() - mine
         changed, hurt, heard = self.look() != before, self.victim_state() != well, self.heard()
         harm = {
@@ -331,7 +333,7 @@ class Bounded:
         else:
             outcome = await run_solution(code, timeout_s, MEMORY, slots, self._sandbox)
             value, words = outcome.value, str(outcome.error)
-        overtime = time.monotonic() - started > timeout_s + 3.0
+        overtime = time.monotonic() - started > timeout_s + LATE_S
         return value, words, overtime, (await neighbour).value if neighbour else 1
 
     async def _household(self, code: str, timeout_s: float) -> tuple[object, str]:

@@ -52,6 +52,16 @@ def test_it_installs_once_per_extra_and_again_after_a_change(checkout: Path) -> 
     assert set_up(checkout, "report") == (0, ["-e .[report]"])
 
 
+def test_two_scripts_that_start_together_set_up_once(checkout: Path) -> None:
+    """Oracle: the log: one environment and one installation, by whichever script came first."""
+    script = f"set -euo pipefail; source {checkout}/scripts/setup_env.sh; setup_env report"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON_BASE": str(checkout.parent / "python")}
+    both = [subprocess.Popen(["bash", "-c", script], cwd="/", env=environment) for _ in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    log = (checkout.parent / "log").read_text()
+    assert (log.count("-m venv"), log.count("-e .[report]")) == (1, 1)
+
+
 def test_a_moved_checkout_is_installed_again(checkout: Path) -> None:
     """Oracle: the log. The editable install of a moved folder points to its old place, so it is made again."""
     set_up(checkout, "report")

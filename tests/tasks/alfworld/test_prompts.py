@@ -304,6 +304,7 @@ def test_a_user_s_own_file_changes_exemplars_and_requests(tmp_path: Path) -> Non
         ("[exemplars.look_at_obj_in_light]\nsteps = 3", r"in_light\]: expected a table, in which .* steps has rows"),
         ("[exemplars.look_at_obj_in_light]\nsteps = [['find']]", r"the step \['find'\]; expected \[verb, thing, \["),
         ("[exemplars.look_at_obj_in_light]\nsteps = [['find', 'mug', 'desk']]", r"the step .* expected \[verb, thing"),
+        ("[exemplars.look_at_obj_in_light]\nsteps = [['fnd', 'mug', ['desk']]]", "verb is unknown; did you mean 'fi"),
         ("[exemplars.look_at_obj_in_light]\nscren = 'x'", r"no template uses the key 'scren'; did you mean 'screen'\?"),
         ("[exemplars.look_at_obj_in_light]\nplan = 'x'", r"in_light\]: no template uses the key 'plan'"),
         ("[exemplars.look_at_obj_in_light]\nsteps = [['find', 'mug', []]]", r"the step .* expected \[verb, thing, \["),

@@ -172,7 +172,7 @@ class LocalSandbox:
     def forget(self) -> None:
         """Close our copies of the servers' sockets: for a forked copy of this process."""
         for server in self._servers.values():
-            server.leave()
+            server.control.close()
         self._servers.clear()
         self._lock = threading.Lock()
 
@@ -217,7 +217,7 @@ class _Server:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         interpreter = [_interpreter(), "-P", "-s", "-S", "-X", "utf8", str(SERVER), str(theirs.fileno())]
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-        self._printed = tempfile.TemporaryFile()
+        self._printed = tempfile.TemporaryFile()  # open for as long as a run may ask for the last words
         with theirs:
             self._process = subprocess.Popen(
                 [*wrapper, *interpreter, "bounded" if is_bounded else "unbounded", str(script)],
@@ -282,11 +282,6 @@ class _Server:
         printed = os.pread(self._printed.fileno(), STDOUT_BYTES, 0).decode("utf-8", "replace").strip()
         return f"code {self._process.returncode}, {printed[-500:] or 'without a word'}"
 
-    def leave(self) -> None:
-        """Close our files and let the server be."""
-        self.control.close()
-        self._printed.close()
-
     def close(self) -> None:
         """End the server."""
         self.control.close()
@@ -295,7 +290,6 @@ class _Server:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._printed.close()
 
 
 class _LocalProcess:

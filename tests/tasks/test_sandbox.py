@@ -302,21 +302,29 @@ def test_slots_bound_how_many_programs_run_at_once() -> None:
     assert asyncio.run(both()) >= 0.4
 
 
+def servers() -> set[int]:
+    """Return the processes below ours that name the server: a program's process is a fork of it."""
+    return {pid for pid in descendants(os.getpid()) if b"sandbox_server.py" in command_line(pid)}
+
+
+async def sleeping(sandbox: LocalSandbox | None = None) -> "asyncio.Task[Outcome]":
+    """Return the run of a program that would sleep for a minute, when its process is there."""
+    before = servers()
+    code = "import time\ndef solution():\n    time.sleep(60)"
+    running = asyncio.create_task(run_solution(code, 60.0, MEMORY, sandbox=sandbox))
+    while servers() <= before:
+        await asyncio.sleep(0.01)
+    return running
+
+
 def test_a_cancelled_run_leaves_no_process() -> None:
     """Oracle: the kernel's list of the children of the sandbox's server."""
 
     async def cancel() -> None:
-        code = "import time\ndef solution():\n    time.sleep(60)"
-        task = asyncio.ensure_future(run_solution(code, 60.0, MEMORY))
-        while servers() <= before:
-            await asyncio.sleep(0.01)
+        task = await sleeping()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-
-    def servers() -> set[int]:
-        """Return the processes below ours that name the server: a program's process is a fork of it."""
-        return {pid for pid in descendants(os.getpid()) if b"sandbox_server.py" in command_line(pid)}
 
     run("def solution(): return 1")  # the server runs now
     before = servers()
@@ -354,9 +362,7 @@ def test_a_server_that_fails_tells_why() -> None:
     sandbox.start(SCRIPT)
 
     async def failed() -> None:
-        code = "import time\ndef solution():\n    time.sleep(9)"
-        running = asyncio.ensure_future(run_solution(code, 9.0, MEMORY, sandbox=sandbox))
-        await asyncio.sleep(0.2)
+        running = await sleeping(sandbox)
         await sandbox._servers[SCRIPT].send(b"nothing", [])
         with pytest.raises(RuntimeError, match=r"(?s)code 1, Traceback.*ValueError: not enough values to unpack"):
             await running
@@ -364,6 +370,20 @@ def test_a_server_that_fails_tells_why() -> None:
     asyncio.run(failed())
     assert asyncio.run(run_solution("def solution(): return 7", 5.0, MEMORY, sandbox=sandbox)).value == 7
     sandbox.close()
+
+
+def test_a_closed_sandbox_ends_what_still_runs() -> None:
+    """Oracle: the run in progress raises the sandbox's own error: the server ended as it should, with code 0."""
+    sandbox = LocalSandbox()
+    sandbox.start(SCRIPT)
+
+    async def closed() -> None:
+        running = await sleeping(sandbox)
+        await asyncio.to_thread(sandbox.close)
+        with pytest.raises(RuntimeError, match="server of the process has ended: code 0, without a word"):
+            await running
+
+    asyncio.run(closed())
 
 
 def test_what_a_program_leaves_behind_without_a_boundary_is_ended() -> None:
